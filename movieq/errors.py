@@ -1,0 +1,209 @@
+"""The error tree: every way in which movieq says no.
+
+    MovieqError
+    ├── SettingsError            a setting is missing or wrong: the process does not start
+    ├── RunLost                  a run writes after its task was cancelled, ended or given to another run
+    ├── RequestError             the answer to a request: `code`, `status`, `retryable`
+    │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
+    │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
+    │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
+    │   ├── QueueFull            429  ├── RateLimited       429
+    │   └── Internal             500  └── Unavailable       503
+    └── TaskFault                the end of a run: `code` becomes the task's `error_code`
+        ├── InputUnavailable  InvalidInput  UnsupportedParameter        the task's own fault: fails at once
+        ├── EngineUnavailable  ModelUnavailable                         this installation cannot do it: fails at once
+        ├── OutOfMemory  StorageFault  NetworkFault  InternalFault      may pass: tried again
+        └── WorkerLost  DeadlineExceeded                                given by the queue itself
+
+The message of an error is text for the person who gets it: it names the field or thing, what was given and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MovieqError(Exception):
+    """Anything that movieq raises on purpose."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class SettingsError(MovieqError):
+    """A setting is missing or wrong; names the setting and what it takes."""
+
+
+class RunLost(MovieqError):
+    """The fence refused a write: the run is no longer the present one of its task."""
+
+
+class RequestError(MovieqError):
+    """The answer to a request is an error.
+
+    `errors` lists (path, message) where several things are wrong; `retry_after_s` becomes `Retry-After`.
+    """
+
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, errors: tuple[tuple[str, str], ...] = (), retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.errors = errors
+        self.retry_after_s = retry_after_s
+
+
+class ValidationFailed(RequestError):
+    """The request does not say what the contract asks for."""
+
+    code, status = "validation_failed", 400
+
+
+class InvalidState(RequestError):
+    """The task's state does not allow the verb."""
+
+    code, status = "invalid_state", 400
+
+
+class Unauthorized(RequestError):
+    """No key, or a wrong one."""
+
+    code, status = "unauthorized", 401
+
+
+class Forbidden(RequestError):
+    """The key, or the signed url, does not allow this."""
+
+    code, status = "forbidden", 403
+
+
+class NotFound(RequestError):
+    """There is no such thing, or the key may not know of it."""
+
+    code, status = "not_found", 404
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, the method does not."""
+
+    code, status = "method_not_allowed", 405
+
+
+class Conflict(RequestError):
+    """The first request with this idempotency key is still in flight."""
+
+    code, status, retryable = "conflict", 409, True
+
+
+class PayloadTooLarge(RequestError):
+    """The body is over its limit."""
+
+    code, status = "payload_too_large", 413
+
+
+class IdempotencyMismatch(RequestError):
+    """The idempotency key was used with another body."""
+
+    code, status = "idempotency_mismatch", 422
+
+
+class QueueFull(RequestError):
+    """The project, or the installation, has as many waiting tasks as it may."""
+
+    code, status, retryable = "queue_full", 429, True
+
+
+class RateLimited(RequestError):
+    """Too many requests."""
+
+    code, status, retryable = "rate_limited", 429, True
+
+
+class Internal(RequestError):
+    """A fault of movieq's own."""
+
+    code, status, retryable = "internal", 500, True
+
+
+class Unavailable(RequestError):
+    """Redis is away."""
+
+    code, status, retryable = "unavailable", 503, True
+
+
+class TaskFault(MovieqError):
+    """A run ends without a result. `retryable`: whether another try can mend it."""
+
+    retryable: ClassVar[bool] = False
+
+
+class InputUnavailable(TaskFault):
+    """A reference cannot be had; names it."""
+
+    code = "input_unavailable"
+
+
+class InvalidInput(TaskFault):
+    """A reference was had, but is not what it should be; names it."""
+
+    code = "invalid_input"
+
+
+class UnsupportedParameter(TaskFault):
+    """The engine cannot honour a parameter; names one that can."""
+
+    code = "unsupported_parameter"
+
+
+class EngineUnavailable(TaskFault):
+    """The engine, or a part of it, is not installed where the task ran."""
+
+    code = "engine_unavailable"
+
+
+class ModelUnavailable(TaskFault):
+    """The model cannot be loaded."""
+
+    code = "model_unavailable"
+
+
+class OutOfMemory(TaskFault):
+    """Memory ran out, on the device or in the host."""
+
+    code, retryable = "out_of_memory", True
+
+
+class WorkerLost(TaskFault):
+    """The engine's process, or the worker, died with the task."""
+
+    code, retryable = "worker_lost", True
+
+
+class DeadlineExceeded(TaskFault):
+    """The task's deadline, or the longest time of its type, is over."""
+
+    code = "deadline_exceeded"
+
+
+class StorageFault(TaskFault):
+    """The result could not be stored."""
+
+    code, retryable = "storage", True
+
+
+class NetworkFault(TaskFault):
+    """A connection failed in a way that may pass."""
+
+    code, retryable = "network", True
+
+
+class InternalFault(TaskFault):
+    """A fault of movieq's own, or of an engine."""
+
+    code, retryable = "internal", True
+
+
+TASK_FAULTS: dict[str, type[TaskFault]] = {fault.code: fault for fault in TaskFault.__subclasses__()}

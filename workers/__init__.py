@@ -1,0 +1,1 @@
+"""The worker: claims tasks, drives its engines' processes, stores and delivers what they make."""

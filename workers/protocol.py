@@ -1,0 +1,140 @@
+"""What a worker and its child say to each other over two pipes.
+
+A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child answers
+`Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s and `Preview`s, and exactly one of `Done`, `Failed` and `Cancelled`.
+End of file on the child's input tells it to end at once; on its output, that the child is dead.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, BinaryIO
+
+import msgspec
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+HEADER = struct.Struct(">I")
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Do this task. `inputs` maps each reference in `params` (a url, `upload:ID`, ...) to the local file it was fetched to.
+
+    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one.
+    """
+
+    run: str
+    task_id: str
+    project_id: str
+    task_type: str
+    engine: str
+    model: str
+    params: dict[str, Any]
+    metadata: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    out_dir: str
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop this run between two steps and answer `Cancelled`. A run that is not, or no longer, running is no error."""
+
+    run: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The child takes runs. `device` is "cpu" or "cuda:0"."""
+
+    pid: int
+    device: str
+    device_name: str
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A part of a run: `name` is the stage, `step_name` what `current_step` shows, `weight` its share of the time."""
+
+    name: str
+    step_name: str
+    weight: float
+
+
+class Plan(msgspec.Struct, frozen=True, tag="plan"):
+    """The stages of the run, in order. Weights are relative; the worker adds its own stages before and after."""
+
+    run: str
+    stages: tuple[Stage, ...]
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """`step` of `steps` of `stage` are done. Sent when work was done, at most 20 times a second, and always for the last of a stage."""
+
+    run: str
+    stage: str
+    step: int
+    steps: int
+
+
+class Preview(msgspec.Struct, frozen=True, tag="preview"):
+    """A JPEG of at most 10 kB of what is being made."""
+
+    run: str
+    jpeg: bytes
+
+
+class Produced(msgspec.Struct, frozen=True):
+    """A finished file. `role` is "output" or "poster"."""
+
+    path: str
+    role: str
+    content_type: str
+    width: int | None = None
+    height: int | None = None
+    duration_s: float | None = None
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The run made these files; `metadata` goes into the result as it stands (duration, resolution, fps, format, seed, ...)."""
+
+    run: str
+    files: tuple[Produced, ...]
+    metadata: dict[str, Any]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The run failed. `code` is one of `movieq.errors.TASK_FAULTS`; `traceback` is for the log only."""
+
+    run: str
+    code: str
+    message: str
+    traceback: str = ""
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
+    """The run stopped because it was told to; nothing of it is left in the child."""
+
+    run: str
+
+
+ToChild = Run | Cancel
+FromChild = Ready | Plan | Step | Preview | Done | Failed | Cancelled
+
+_encoder = msgspec.msgpack.Encoder()
+to_child_decoder: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)
+from_child_decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
+
+
+def frame(message: ToChild | FromChild) -> bytes:
+    """The message as it goes over the pipe."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The body of the next frame of a blocking stream; None at its end. Raises ValueError on a frame over `MAX_FRAME_BYTES`."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    (size,) = HEADER.unpack(header)
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {size} bytes, at most {MAX_FRAME_BYTES} allowed")
+    body = stream.read(size)
+    return body if len(body) == size else None
