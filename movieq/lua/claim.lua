@@ -1,0 +1,57 @@
+#!lua flags=allow-oom
+-- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
+-- the task's estimate; every eighth claim takes the oldest task of the kind.
+-- args: worker_id nonce lease_ms ...
+--   nonce: random, of this call; the same nonce again gives the same tasks. rest: pairs of kind and free slots.
+-- Returns a list of {task_id, run, job, hash}: the run's token, arq's definition (msgpack), the task's hash as field, value, ...
+-- Appends `started`. A worker with slots left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task.
+local function pick(kind)
+  if redis.call('INCR', K.claims .. kind) % 8 == 0 then return redis.call('ZRANGE', K.waiting .. kind, 0, 0)[1] end
+  local project = redis.call('ZRANGE', K.flows .. kind, 0, 0)[1]
+  return project and redis.call('ZRANGE', K.waiting .. kind .. ':' .. project, 0, 0)[1]
+end
+
+local function given(task_id, run)
+  return {task_id, run, redis.call('GET', K.job .. task_id), redis.call('HGETALL', K.task .. task_id)}
+end
+
+local answer = {}
+local last = redis.call('LRANGE', K.claimed .. worker_id, 0, -1)
+if last[1] == nonce then
+  for i = 2, #last do
+    local task_id, run = string.match(last[i], '^(%S+) (%S+)$')
+    if present(load(task_id), run) then answer[#answer + 1] = given(task_id, run) end
+  end
+  return answer
+end
+
+local claimed = {nonce}
+for i = 4, #ARGV, 2 do
+  local kind, free = ARGV[i], tonumber(ARGV[i + 1])
+  while free > 0 do
+    local task_id = pick(kind)
+    if not task_id then break end
+    local t = load(task_id)
+    local run = nonce .. '-' .. #claimed
+    local least = redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES')[2]
+    redis.call('SET', K.clock .. kind, math.max(tonumber(least), tonumber(redis.call('GET', K.clock .. kind) or 0)))
+    dequeue(t)
+    charge(t, t.estimate_ms)
+    set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
+    unset(t, 'ended_run', 'logged', 'remaining_ms', 'reaped')
+    move(t, 'processing')
+    redis.call('ZADD', K.running .. kind, now + lease_ms, task_id)
+    redis.call('SADD', K.held .. worker_id, task_id)
+    watch_deadline(t)
+    redis.call('PERSIST', K.log .. task_id)
+    log(t, 'started')
+    claimed[#claimed + 1] = task_id .. ' ' .. run
+    answer[#answer + 1] = given(task_id, run)
+    free = free - 1
+  end
+  if free > 0 then redis.call('SADD', K.idle .. kind, worker_id) end
+end
+redis.call('DEL', K.claimed .. worker_id)
+redis.call('RPUSH', K.claimed .. worker_id, unpack(claimed))
+redis.call('EXPIRE', K.claimed .. worker_id, 60)
+return answer

@@ -1,0 +1,15 @@
+#!lua flags=allow-oom
+-- Commits a result: processing -> completed.
+-- args: task_id run result
+--   result: JSON of StoredResult; passes through as it is
+-- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
+-- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take. Cost: O(log n).
+local t = load(task_id)
+if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
+if not present(t, run) then return 'lost' end
+redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms)
+redis.call('LTRIM', K.durations .. t.shape, 0, 20)
+redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
+set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
+finish(t, 'completed', {'"result":' .. result})
+return 'ok'

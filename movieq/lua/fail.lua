@@ -1,0 +1,11 @@
+#!lua flags=allow-oom
+-- Ends a run whose fault no retry can mend: processing -> failed.
+-- args: task_id run error error_code
+-- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
+-- Appends `failed`; the log expires in 24 h; fills the outbox. Cost: O(log n).
+local t = load(task_id)
+if t and t.status == 'failed' and t.ended_run == run then return 'ok' end
+if not present(t, run) then return 'lost' end
+set(t, {ended_run = run})
+fail(t, error, error_code, false)
+return 'ok'

@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- Gives a task back: processing -> queued, or failed where its budget is used up.
+-- args: task_id run counts limit delay_ms error error_code
+--   counts: 'tries' (a fault that may pass), 'deaths' (the child died with it) or 'drain' (nobody's fault, no limit); limit: how many of that kind fail it
+-- Returns 'queued' or 'failed', the same when said again by the same run; 'lost' where the run is not the present one.
+-- Appends `retrying`, or `failed`. The task waits delay_ms before it is due. Cost: O(log n).
+local t = load(task_id)
+if t and t.ended_run == run and (t.status == 'queued' or t.status == 'failed') then return t.status end
+if not present(t, run) then return 'lost' end
+if counts ~= 'drain' then
+  set(t, {[counts] = t[counts] + 1})
+  if tonumber(t[counts]) >= tonumber(limit) then
+    set(t, {ended_run = run})
+    fail(t, error, error_code, true)
+    return 'failed'
+  end
+end
+put_back(t, tonumber(delay_ms), error, error_code)
+return 'queued'

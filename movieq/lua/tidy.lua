@@ -1,0 +1,55 @@
+#!lua flags=allow-oom
+-- Does what no claim or run would: returns dead leases, brings over what is due, ends what is past its time, forgets dead workers.
+-- args: batch silences_limit outage_ms quiet_ms forget_ms
+--   batch: most tasks of each sort in one call; silences_limit: how many silences of workers fail a task; outage_ms: after nobody called for so long, or the
+--   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten
+-- Returns {reaped, brought over, past their time}. Called by every worker with its renewal and once a second by every API process.
+-- Appends `retrying` or `failed`. Cost: O(log n) a task, O(kinds) without any.
+local heard = tonumber(redis.call('GET', K.heard) or now)
+redis.call('SET', K.heard, now)
+if now - heard > tonumber(outage_ms) or now < heard then redis.call('SET', K.quiet, now + quiet_ms, 'PX', quiet_ms) end
+
+local due = redis.call('ZRANGEBYSCORE', K.delayed, '-inf', now, 'LIMIT', 0, batch)
+for _, task_id in ipairs(due) do
+  redis.call('ZREM', K.delayed, task_id)
+  enqueue(load(task_id))
+end
+
+local past = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, batch)
+for _, task_id in ipairs(past) do
+  local t = load(task_id)
+  local running = t.status == 'processing' and t.run
+  if running then
+    set(t, {ended_run = t.run})
+    local finish_by = t.finish_by_ms and now >= tonumber(t.finish_by_ms)
+    fail(t, finish_by and 'not finished by its deadline' or 'ran for longer than the ' .. t.max_ms / 1000 .. ' s that its type may', 'deadline_exceeded', false)
+    redis.call('PUBLISH', K.control .. t.worker_id, 'cancel ' .. task_id .. ' ' .. running)
+  else
+    fail(t, 'not started by its deadline', 'deadline_exceeded', false)
+  end
+end
+
+local reaped = 0
+if not redis.call('GET', K.quiet) then
+  for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do
+    for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.running .. kind, '-inf', now, 'LIMIT', 0, batch)) do
+      local t = load(task_id)
+      local silences = t.silences + 1
+      set(t, {silences = silences})
+      reaped = reaped + 1
+      if silences >= tonumber(silences_limit) then
+        set(t, {ended_run = t.run})
+        fail(t, 'its worker fell silent ' .. silences .. ' times', 'worker_lost', true)
+      else
+        set(t, {reaped = t.run})
+        put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
+      end
+    end
+  end
+end
+
+for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - forget_ms, 'LIMIT', 0, batch)) do
+  redis.call('ZREM', K.beats, worker_id)
+  redis.call('HDEL', K.workers, worker_id)
+end
+return {reaped, #due, #past}

@@ -1,0 +1,163 @@
+"""Every setting: one frozen Struct, read once from the environment and `.env`.
+
+The environment variable of a field is its name in capitals with `MOVIEQ_` in front. `.env.example` and the README list the same names,
+defaults and sentences; a test compares the three.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from dotenv import dotenv_values
+from msgspec import Meta
+
+from movieq.contracts import PROJECT_PATTERN, Kind
+from movieq.errors import SettingsError
+
+PREFIX: Final = "MOVIEQ_"
+
+
+class EngineChoice(StrEnum):
+    """Which engine makes what names no model: `auto` takes diffusers where the installation has had a GPU worker in the last 30 days."""
+
+    AUTO = "auto"
+    DIFFUSERS = "diffusers"
+    ANIMATIC = "animatic"
+
+
+class LogFormat(StrEnum):
+    """`auto`: console in a terminal, else json."""
+
+    AUTO = "auto"
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """Least severity that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator decides."""
+
+    redis_url: Annotated[str, Meta(description="Redis or Valkey: redis://host:6379/0, or unix:///path; unset: `up` starts its own")] = ""
+    public_url: Annotated[str, Meta(description="Address under which clients reach the API; unset: the one that it listens on")] = ""
+    api_keys: Annotated[str, Meta(description="KEY, or KEY=project|project, /scope+scope behind either; comma-separated")] = ""
+    signing_secret: Annotated[str, Meta(description="Signs event and media urls; unset: made once, kept in Redis")] = ""
+    webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (
+        ""
+    )
+    storage: Annotated[str, Meta(description="Folder that results are stored in")] = ".movieq/media"
+    spool: Annotated[str, Meta(description="Folder that a worker works in; unset: one in the system's temporary folder")] = ""
+    models: Annotated[str, Meta(description="File of model entries, beside those that ship with movieq")] = ""
+    engine: Annotated[EngineChoice, Meta(description="What makes tasks that name no model: auto, diffusers or animatic")] = (
+        EngineChoice.AUTO
+    )
+    queues: Annotated[str, Meta(description="Queues that a worker serves, comma-separated; unset: those that its machine fits")] = ""
+    cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
+    drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
+    step_timeout_s: Annotated[float, Meta(ge=1, description="An engine that shows no progress for so long is killed, seconds")] = 600.0
+    max_queued_per_project: Annotated[int, Meta(ge=0, description="Waiting tasks a project may have; 0: no limit")] = 10_000
+    allow_private_urls: Annotated[str, Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")] = ""
+    cors_origins: Annotated[str, Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ""
+    log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
+    log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO
+
+    def private_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of `allow_private_urls`. Raises SettingsError."""
+        try:
+            return tuple(ip_network(part, strict=False) for part in _parts(self.allow_private_urls))
+        except ValueError as error:
+            raise SettingsError(f"{PREFIX}ALLOW_PRIVATE_URLS: {error}; it takes networks such as 127.0.0.0/8, 10.1.2.3") from None
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """The queues of `queues`. Raises SettingsError."""
+        try:
+            return tuple(Kind(part) for part in _parts(self.queues))
+        except ValueError as error:
+            raise SettingsError(f"{PREFIX}QUEUES: {error}; it takes {', '.join(Kind)}") from None
+
+    def origins(self) -> list[str]:
+        """The origins of `cors_origins`."""
+        return _parts(self.cors_origins)
+
+    def keys(self) -> dict[str, Grant]:
+        """The API keys of `api_keys` and what each may. Raises SettingsError that names the position, never the key."""
+        grants: dict[str, Grant] = {}
+        for position, part in enumerate(_parts(self.api_keys), 1):
+            head, _, scopes_text = part.partition("/")
+            key, restricted, projects_text = head.partition("=")
+            if not re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", key):
+                raise SettingsError(f"{PREFIX}API_KEYS: key {position} must be 16 or more of A-Z a-z 0-9 _ . ~ -")
+            projects = projects_text.split("|") if restricted else []
+            if any(not re.fullmatch(PROJECT_PATTERN, project) for project in projects):
+                raise SettingsError(f"{PREFIX}API_KEYS: a project of key {position} does not match {PROJECT_PATTERN}")
+            try:
+                scopes = frozenset(Scope(name) for name in scopes_text.split("+")) if scopes_text else None
+            except ValueError:
+                raise SettingsError(f"{PREFIX}API_KEYS: a scope of key {position} is none of {', '.join(Scope)}") from None
+            default = frozenset({Scope.READ, Scope.SUBMIT}) if restricted else frozenset(Scope)
+            grants[key] = Grant(frozenset(projects) if restricted else None, scopes or default)
+        return grants
+
+
+class Scope(StrEnum):
+    """What a key may: `read` states and events, `submit` tasks (also cancel, retry, upload), `admin` the rest."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    ADMIN = "admin"
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What a key may; `projects` None means all."""
+
+    projects: frozenset[str] | None
+    scopes: frozenset[Scope]
+
+    def allows(self, project_id: str) -> bool:
+        """Whether the key belongs to the project."""
+        return self.projects is None or project_id in self.projects
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.upper()
+
+
+def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> Settings:
+    """The settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming the setting."""
+    found = {**{key: value for key, value in dotenv_values(env_file).items() if value is not None}, **environ}
+    fields = Settings.__struct_fields__
+    values = {field: found[variable(field)].strip() for field in fields if found.get(variable(field), "").strip()}
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise SettingsError(f"{variable(path.removesuffix('`'))}: {message}") from None
+    if settings.storage.startswith("s3://"):
+        raise SettingsError(f"{PREFIX}STORAGE: this version stores into a folder only, got an s3:// address")
+    settings.private_networks(), settings.kinds(), settings.keys()
+    return settings
+
+
+def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables that look like settings and are none: a slip of the pen, or a setting of another version."""
+    known = {variable(field) for field in Settings.__struct_fields__}
+    return sorted(key for key in environ if key.startswith(PREFIX) and key not in known)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

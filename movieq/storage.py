@@ -1,0 +1,200 @@
+"""Files under keys, in a folder.
+
+A key is written once and whole: a reader sees all of a file or none of it, also after a power cut, and a committed key never gets other
+bytes. Keys carry the run that made them (`projects/p/video/TASK/RUN/output.mp4`), so two writers of one key are a fault, not a race to win.
+Left out: listing, quotas, and Range (the media route serves `local_path`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import filecmp
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Final, TypeVar
+
+from movieq import signing
+from movieq.errors import StorageFault
+
+CONTENT_TYPES: Final = {
+    ".mp4": "video/mp4",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".tiff": "image/tiff",
+    ".bmp": "image/bmp",
+    ".mp3": "audio/mpeg",
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
+    ".ogg": "audio/ogg",
+    ".m4a": "audio/mp4",
+}
+"""By the key's extension: a folder has nowhere else to keep it."""
+
+MAX_KEY_CHARS: Final = 1024
+
+# No segment begins with a dot: neither "." nor "..", and no key can meet a temporary file.
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+T = TypeVar("T")
+
+
+def content_type(key: str) -> str:
+    """The media type that a file of this key is served as; `application/octet-stream` where the extension is none of ours."""
+    return CONTENT_TYPES.get(PurePosixPath(key).suffix.lower(), "application/octet-stream")
+
+
+def checked_key(key: str) -> str:
+    """The key itself. Raises ValueError unless it is segments of `[A-Za-z0-9._-]`, none beginning with a dot, joined by single slashes."""
+    if len(key) > MAX_KEY_CHARS or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise ValueError(f"not a storage key: {key[:200]!r}")
+    return key
+
+
+class FolderStorage:
+    """Results in a folder, handed out under signed urls of `{public_url}/media/`.
+
+    Every method raises ValueError for a key that is none, and StorageFault, naming key and folder, when the file system fails; absence is
+    None. The work is done in threads: a cancelled caller goes at once, the file operation runs to its end.
+    """
+
+    def __init__(self, root: Path, public_url: str, signing_key: bytes) -> None:
+        self._root = root
+        self._public_url = public_url.rstrip("/")
+        self._signing_key = signing_key
+
+    async def put(self, key: str, source: Path, content_type: str) -> int:
+        """The bytes of `source` are on disk under `key`; returns how many there are.
+
+        The same bytes again are no error, other bytes are a StorageFault and change nothing. `content_type` is what the extension of the key
+        says anyway; a store that keeps types takes it from here.
+        """
+        return await self._in_thread("store", key, lambda: self._put(self.local_path(key), source))
+
+    async def open(self, key: str, dest: Path) -> int | None:
+        """A copy of the file lies at `dest`; returns its size in bytes, or None, and nothing at `dest`, if there is no such key."""
+        return await self._in_thread("read", key, lambda: _copied_out(self.local_path(key), dest))
+
+    async def size(self, key: str) -> int | None:
+        """Bytes under this key, or None."""
+        return await self._in_thread("look at", key, lambda: _size(self.local_path(key)))
+
+    async def delete(self, key: str) -> None:
+        """Nothing is under this key."""
+        await self._in_thread("delete", key, lambda: self._delete(self.local_path(key)))
+
+    async def delete_prefix(self, prefix: str) -> None:
+        """Nothing is in this folder of keys (whole segments: "a/b" leaves "a/bc" alone), unfinished files included."""
+        await self._in_thread("delete", prefix, lambda: self._delete(self.local_path(prefix.removesuffix("/"))))
+
+    def local_path(self, key: str) -> Path:
+        """Where the file of this key lies, or would lie."""
+        return self._root / checked_key(key)
+
+    def url(self, key: str, expires_at_s: int) -> str:
+        """An address that anyone can open until `expires_at_s`, a Unix time."""
+        signature = signing.sign(self._signing_key, "media", checked_key(key), expires_at_s)
+        return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
+
+    def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
+        """Return if these are the parts of an address that `url` gave and that still holds; raises Forbidden, see `signing.verify`."""
+        signing.verify(self._signing_key, "media", key, expires, signature, now_s)
+
+    async def _in_thread(self, verb: str, key: str, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(work)
+        except OSError as error:
+            raise StorageFault(f"cannot {verb} {key} in {self._root}: {error.strerror or error}") from error
+
+    def _put(self, target: Path, source: Path) -> int:
+        temporary = self._copied_in(target, source)
+        try:
+            size = temporary.stat().st_size
+            _commit(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        # The name must outlive a power cut like the bytes do, and so must the folders that were made for it.
+        for folder in (self._root / parent for parent in target.relative_to(self._root).parents):
+            _sync(folder)
+        return size
+
+    def _copied_in(self, target: Path, source: Path) -> Path:
+        """A durable copy of `source`, beside `target` and so on its file system."""
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        for tries_left in (2, 1, 0):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary)
+                _sync(temporary)
+                break
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                # A delete next door takes away folders that are still empty, also the one that was just made here.
+                if not (tries_left and isinstance(error, FileNotFoundError) and source.exists()):
+                    raise
+        return temporary
+
+    def _delete(self, path: Path) -> None:
+        while path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another deleter, or a writer that tidies up, was faster with one of the files
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self._root:
+                break
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:  # not empty
+                break
+
+
+def _commit(temporary: Path, target: Path) -> None:
+    """Give the copy its name, unless the name is taken: link refuses where rename would overwrite."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        if not filecmp.cmp(temporary, target, shallow=False):
+            raise FileExistsError(errno.EEXIST, "the key holds other bytes already", str(target)) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "the key exists already", str(target)) from None
+        temporary.rename(target)  # exFAT and some network mounts know no links
+
+
+def _copied_out(path: Path, dest: Path) -> int | None:
+    if not path.is_file():
+        return None
+    try:
+        shutil.copyfile(path, dest)
+    except BaseException:
+        dest.unlink(missing_ok=True)
+        raise
+    return dest.stat().st_size
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:
+        return None
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,448 @@
+"""Tasks in Redis: one method per Lua script, and the reads.
+
+A method of a verb is said again safely: after a lost answer the same call answers the same. Verb calls go on when their caller is
+cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`; the API answers 503 to them, the worker waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+from arq.connections import ArqRedis
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+
+from movieq.contracts import (
+    KEYS,
+    UPLOAD_KEPT_S,
+    EventType,
+    Kind,
+    Project,
+    ProjectId,
+    RunToken,
+    StoredResult,
+    Task,
+    TaskId,
+    TaskStatus,
+    Upload,
+    WorkerStatus,
+    utc,
+)
+from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, RunLost
+from movieq.params import TaskType
+
+LEASE_MS: Final = 10_000
+RENEW_S: Final = 3.0
+TIDY_S: Final = 1.0
+TRIES_LIMIT: Final = 3
+DEATHS_LIMIT: Final = 3
+SILENCES_LIMIT: Final = 10
+OUTAGE_MS: Final = 5_000
+QUIET_MS: Final = 12_000
+FORGET_MS: Final = 300_000
+OFFLINE_MS: Final = 15_000
+
+_ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
+_REST = "..."
+
+
+class Counts(StrEnum):
+    """Against which budget of a task a run that gave it back counts."""
+
+    TRIES = "tries"
+    DEATHS = "deaths"
+    DRAIN = "drain"
+
+
+class NewTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What submit stores. `kwargs` are those of the arq job (msgpack map), `metadata` is JSON; both pass through as they are."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    kind: Kind
+    engine: str
+    model: str
+    shape: str
+    priority: int
+    bias_ms: int
+    kwargs: bytes
+    metadata: bytes
+    estimate_ms: int
+    max_ms: int
+    callback_url: str = ""
+    start_by_ms: int | None = None
+    finish_by_ms: int | None = None
+    warnings: tuple[str, ...] = ()
+    idempotency: str = ""
+    body_hash: str = ""
+    max_queued: int = 0
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """The facts of a receipt. `replayed`: the idempotency key had been used for this body before."""
+
+    task_id: TaskId
+    created_at_ms: int
+    queue_position: int
+    estimate_ms: int
+    warnings: list[str]
+    replayed: bool
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """A task that a worker is to run: `job` is arq's definition (msgpack)."""
+
+    task: Task
+    run: RunToken
+    job: bytes
+
+
+class Logged(msgspec.Struct, frozen=True):
+    """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored."""
+
+    id: str
+    type: EventType
+    data: bytes
+
+
+class LogState(msgspec.Struct, frozen=True):
+    """What the log of a task holds: `first` and `last` entry, None where it is empty, and whether entries were trimmed away."""
+
+    first: str | None
+    last: str | None
+    trimmed: bool
+
+
+def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
+    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command.
+
+    `patient` is for workers: it tries again for about eight seconds. The API fails fast, so that a client hears 503 within a second.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=max_connections,
+        timeout=10 if patient else 1,
+        socket_connect_timeout=2 if patient else 0.5,
+        socket_timeout=5 if patient else 0.9,
+        health_check_interval=0,
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1),
+        retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError],
+    )
+    return ArqRedis(
+        pool,
+        job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
+        job_deserializer=msgspec.msgpack.decode,
+        default_queue_name=KEYS["deliveries"],
+    )
+
+
+class Store:
+    """The one door to the tasks in Redis."""
+
+    def __init__(self, redis: ArqRedis) -> None:
+        self.redis = redis
+        self._scripts = {path.stem: _Script(redis, path) for path in sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))}
+
+    async def _verb(self, name: str, rest: Sequence[str | int] = (), **args: str | int | float | bytes) -> Any:
+        call = asyncio.ensure_future(self._scripts[name](rest, **args))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            await asyncio.wait({call})  # bounded by the client's own time limits
+            if not call.cancelled():
+                call.exception()
+            raise
+
+    # ── Verbs of clients ──
+
+    async def submit(self, new: NewTask) -> Accepted:
+        """The task waits in its queue. Raises IdempotencyMismatch, QueueFull."""
+        answer = await self._verb(
+            "submit",
+            **{
+                **{name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()},
+                "warnings": msgspec.json.encode(new.warnings),
+            },
+        )
+        match answer[0]:
+            case b"mismatch":
+                raise IdempotencyMismatch("this Idempotency-Key was used with another body: send the same body, or another key")
+            case b"full":
+                raise QueueFull(
+                    f"project {new.project_id} has {answer[1]} waiting tasks, at most {new.max_queued} are allowed: try again later",
+                    retry_after_s=30,
+                )
+        return _accepted(answer)
+
+    async def cancel(self, task_id: TaskId) -> tuple[TaskStatus, int]:
+        """The task is cancelled: its state before, and when (ms). Raises NotFound, InvalidState."""
+        match await self._verb("cancel", task_id=task_id):
+            case [b"ok", previous, at_ms]:
+                return TaskStatus(previous.decode()), at_ms
+            case [b"refused", state]:
+                raise InvalidState(f"the task is {state.decode()} and cannot be cancelled: only queued and processing tasks can")
+        raise NotFound(f"no task {task_id}")
+
+    async def retry(self, task_id: TaskId) -> Accepted:
+        """The failed task waits in its queue again. Raises NotFound, InvalidState."""
+        answer = await self._verb("retry", task_id=task_id, nonce=secrets.token_hex(8))
+        match answer[0]:
+            case b"refused":
+                raise InvalidState(f"the task is {answer[1].decode()} and cannot be retried: only failed tasks can")
+            case b"unknown":
+                raise NotFound(f"no task {task_id}")
+        return _accepted(answer)
+
+    # ── Verbs of workers ──
+
+    async def claim(self, worker_id: str, nonce: str, free: dict[Kind, int]) -> list[Claimed]:
+        """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks."""
+        rest = [part for kind, slots in free.items() for part in (kind, slots)]
+        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS)
+        return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job) for _, run, job, flat in answer]
+
+    async def report(
+        self,
+        task_id: TaskId,
+        run: RunToken,
+        progress: float,
+        current_step: str,
+        *,
+        stage: str = "",
+        step: int | None = None,
+        steps: int | None = None,
+        remaining_ms: int | None = None,
+        prefix: str = "",
+    ) -> None:
+        """The task's progress is published, and logged where it grew by half a percent. Raises RunLost."""
+        answer = await self._verb(
+            "report",
+            task_id=task_id,
+            run=run,
+            progress=progress,
+            current_step=current_step,
+            stage=stage,
+            step="" if step is None else step,
+            steps="" if steps is None else steps,
+            remaining_ms="" if remaining_ms is None else remaining_ms,
+            prefix=prefix,
+        )
+        _fenced(answer, task_id)
+
+    async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult) -> None:
+        """The result is committed and its deliveries are in the outbox. Raises RunLost."""
+        _fenced(await self._verb("complete", task_id=task_id, run=run, result=msgspec.json.encode(result)), task_id)
+
+    async def fail(self, task_id: TaskId, run: RunToken, error: str, error_code: str) -> None:
+        """The task has failed for good. Raises RunLost."""
+        _fenced(await self._verb("fail", task_id=task_id, run=run, error=error, error_code=error_code), task_id)
+
+    async def requeue(
+        self, task_id: TaskId, run: RunToken, counts: Counts, limit: int, delay_ms: int, error: str, error_code: str
+    ) -> TaskStatus:
+        """The task waits again, or has failed where its budget is used up: which. Raises RunLost."""
+        answer = await self._verb(
+            "requeue", task_id=task_id, run=run, counts=counts, limit=limit, delay_ms=delay_ms, error=error, error_code=error_code
+        )
+        return TaskStatus(_fenced(answer, task_id))
+
+    async def renew(
+        self, worker_id: str, heartbeat: Sequence[WorkerStatus], runs: Iterable[tuple[TaskId, RunToken]], *, has_gpu: bool
+    ) -> tuple[list[tuple[TaskId, RunToken]], list[tuple[TaskId, RunToken]]]:
+        """The leases of these runs hold for another `LEASE_MS`. Returns the runs that are lost, and tasks held without being named."""
+        lost, unmentioned = await self._verb(
+            "renew",
+            [part for run in runs for part in run],
+            worker_id=worker_id,
+            lease_ms=LEASE_MS,
+            heartbeat=msgspec.json.encode(heartbeat),
+            has_gpu=int(has_gpu),
+        )
+        return _runs(lost), _runs(unmentioned)
+
+    async def leave(self, worker_id: str) -> None:
+        """The worker is no longer listed."""
+        await self._verb("leave", worker_id=worker_id)
+
+    async def tidy(self) -> tuple[int, int, int]:
+        """Dead leases, due retries and missed deadlines are acted on: how many of each."""
+        answer = await self._verb(
+            "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
+        )
+        return cast("tuple[int, int, int]", tuple(answer))
+
+    # ── Reads ──
+
+    async def task(self, task_id: TaskId) -> Task | None:
+        """The task; None where there is none."""
+        fields = await _answer(self.redis.hgetall(KEYS["task"] + task_id))
+        return _task(fields) if fields else None
+
+    async def position(self, task: Task) -> int | None:
+        """The task's place in its project's queue, from 1; None while it does not wait."""
+        rank = await _answer(self.redis.zrank(f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id))
+        return None if rank is None else rank + 1
+
+    async def page(
+        self, project_id: ProjectId, status: TaskStatus | None, task_type: TaskType | None, page: int, limit: int
+    ) -> tuple[list[Task], int]:
+        """A page of a project's tasks, newest first, and how many there are. Cost: O(log n + limit), two round trips."""
+        key = f"{KEYS['index']}{project_id}|{status or ''}|{task_type or ''}"
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.zcard(key)
+            pipe.zrevrange(key, (page - 1) * limit, page * limit - 1)
+            total, ids = await pipe.execute()
+        return await self._tasks(ids), total
+
+    async def _tasks(self, ids: Sequence[bytes]) -> list[Task]:
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for task_id in ids:
+                pipe.hgetall(KEYS["task"] + task_id.decode())
+            return [_task(fields) for fields in await pipe.execute() if fields]
+
+    async def project(self, project_id: ProjectId) -> Project | None:
+        """The project and how many of its tasks are in each state; None before its first task."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.zscore(KEYS["projects"], project_id)
+            for status in TaskStatus:
+                pipe.zcard(f"{KEYS['index']}{project_id}|{status}|")
+            created, *counts = await pipe.execute()
+        return None if created is None else Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)))
+
+    async def queue_sizes(self) -> dict[Kind, int]:
+        """How many tasks wait in each of the three queues."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for kind in Kind:
+                pipe.zcard(KEYS["waiting"] + kind)
+            return dict(zip(Kind, await pipe.execute(), strict=True))
+
+    async def workers(self) -> tuple[list[WorkerStatus], int]:
+        """The rows of every worker's last heartbeat, and the time by Redis's clock (ms)."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hvals(KEYS["workers"])
+            pipe.time()
+            blobs, (seconds, micros) = await pipe.execute()
+        return [row for blob in blobs for row in _rows.decode(blob)], seconds * 1000 + micros // 1000
+
+    async def had_gpu(self) -> bool:
+        """Whether a GPU worker was heard of in the last 30 days."""
+        return bool(await self.redis.exists(KEYS["gpu"]))
+
+    # ── The log ──
+
+    async def log_after(self, task_id: TaskId, after: str | None, count: int = 500) -> list[Logged]:
+        """The next entries of the task's log after an id, oldest first; from the beginning for None."""
+        entries = await _answer(self.redis.xrange(KEYS["log"] + task_id, f"({after}" if after else "-", "+", count))
+        return [Logged(id.decode(), EventType(fields[b"type"].decode()), fields[b"data"]) for id, fields in entries]
+
+    async def log_state(self, task_id: TaskId) -> LogState:
+        """What the log holds."""
+        key = KEYS["log"] + task_id
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.xrange(key, "-", "+", 1)
+            pipe.xrevrange(key, "+", "-", 1)
+            first, last = await pipe.execute()
+            if not first:
+                return LogState(None, None, False)
+        info = await _answer(self.redis.xinfo_stream(key))
+        return LogState(first[0][0].decode(), last[0][0].decode(), info.get("entries-added", info["length"]) > info["length"])
+
+    # ── The rest ──
+
+    async def signing_secret(self) -> bytes:
+        """The secret of signed urls: made by whoever asks first, kept in Redis."""
+        await self.redis.set(KEYS["secret"], secrets.token_bytes(32), nx=True)
+        return cast("bytes", await self.redis.get(KEYS["secret"]))
+
+    async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:
+        """The upload can be referred to, and its file is deleted, seven days from now."""
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.set(KEYS["upload"] + upload_id, msgspec.msgpack.encode(upload), ex=UPLOAD_KEPT_S)
+            pipe.time()
+            _, (seconds, _) = await pipe.execute()
+        await self.redis.zadd(KEYS["orphans"], {prefix: (seconds + UPLOAD_KEPT_S) * 1000})
+
+    async def upload(self, upload_id: str) -> Upload | None:
+        """The upload; None where there is none (any more)."""
+        blob = await self.redis.get(KEYS["upload"] + upload_id)
+        return None if blob is None else msgspec.msgpack.decode(blob, type=Upload)
+
+    async def due_orphans(self, count: int = 100) -> list[str]:
+        """Storage prefixes that are to be deleted now."""
+        seconds, micros = await self.redis.time()
+        found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
+        return [prefix.decode() for prefix in found]
+
+    async def forget_orphan(self, prefix: str) -> None:
+        """The prefix is deleted."""
+        await self.redis.zrem(KEYS["orphans"], prefix)
+
+
+class _Script:
+    """A Lua script called by the names of its arguments, as its `-- args:` line declares them."""
+
+    def __init__(self, redis: ArqRedis, path: Path) -> None:
+        source = path.read_text()
+        shebang, _, body = source.partition("\n")
+        declared = _ARGS.search(source)
+        if not shebang.startswith("#!lua") or declared is None:
+            raise ValueError(f"{path.name}: the first line must be `#!lua ...`, and one line must be `-- args: ...`")
+        self.args = [name for name in declared[1].split() if name != _REST]
+        names = ", ".join(self.args)
+        keys = ", ".join(f'{name} = "{key}"' for name, key in KEYS.items())
+        common = path.with_name("_common.lua").read_text()
+        # ARGV is unpacked by length, so that a long rest cannot overflow Lua's stack
+        head = f"local K = {{{keys}}}\nlocal {names} = unpack(ARGV, 1, {len(self.args)})\n"
+        self._script = redis.register_script(f"{shebang}\n{head}{common}\n{body}")
+
+    async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
+        if args.keys() != set(self.args):
+            raise TypeError(f"expects {self.args}, got {sorted(args)}")
+        return await self._script(args=[*(args[name] for name in self.args), *rest])
+
+
+_rows = msgspec.json.Decoder(list[WorkerStatus])
+_strings = msgspec.json.Decoder(list[str])
+_BLOBS = {"result", "metadata"}
+
+
+async def _answer(call: Awaitable[Any] | Any) -> Any:
+    """redis-py types a command as a union of its sync and its async answer; ours are async."""
+    return await call
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _task(fields: dict[bytes, bytes]) -> Task:
+    named: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = key.decode()
+        named[name] = msgspec.json.decode(value) if name in _BLOBS else value.decode()
+    return msgspec.convert(named, Task, strict=False)
+
+
+def _accepted(answer: Sequence[Any]) -> Accepted:
+    code, task_id, created_at_ms, position, estimate_ms, warnings = answer
+    return Accepted(TaskId(task_id.decode()), created_at_ms, position, estimate_ms, _strings.decode(warnings), code == b"replayed")
+
+
+def _runs(flat: Sequence[bytes]) -> list[tuple[TaskId, RunToken]]:
+    return [(TaskId(task_id.decode()), RunToken(run.decode())) for task_id, run in _pairs(flat).items()]
+
+
+def _fenced(answer: bytes, task_id: TaskId) -> str:
+    if answer == b"lost":
+        raise RunLost(f"task {task_id} was cancelled, ended or given to another run")
+    return answer.decode()

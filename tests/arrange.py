@@ -1,0 +1,60 @@
+"""Arranging that tests share: tasks and what to do with them."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from typing import Any
+
+import msgspec
+
+from movieq.contracts import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, StoredMedia, StoredResult, TaskId
+from movieq.params import TaskType
+from movieq.store import Claimed, NewTask, Store
+
+_nonces = itertools.count()
+CPU = {Kind.CPU_INTENSIVE: 1}
+
+
+def raw(store: Store) -> Any:
+    """The client, untyped: redis-py types each answer as a union of its sync and its async form."""
+    return store.redis
+
+
+def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask:
+    """A task that can be submitted."""
+    defaults: dict[str, Any] = {
+        "task_id": TaskId(str(uuid.uuid4())),
+        "project_id": ProjectId(project),
+        "task_type": TaskType.GENERATE_IMAGE,
+        "kind": Kind.CPU_INTENSIVE,
+        "engine": "animatic",
+        "model": "animatic",
+        "shape": "image",
+        "priority": priority,
+        "bias_ms": PRIORITY_BIAS_MS[priority],
+        "kwargs": msgspec.msgpack.encode({"task_data": {"prompt": "a lighthouse"}}),
+        "metadata": b"{}",
+        "estimate_ms": 2000,
+        "max_ms": 60_000,
+    }
+    return NewTask(**{**defaults, **fields})
+
+
+async def claim(store: Store, worker: str = "w1", slots: int = 1) -> list[Claimed]:
+    """What a worker with free slots gets."""
+    return await store.claim(worker, f"nonce{next(_nonces)}", {Kind.CPU_INTENSIVE: slots})
+
+
+async def running(store: Store, worker: str = "w1", **fields: Any) -> tuple[TaskId, RunToken]:
+    """A task in processing: its id and its run."""
+    await store.submit(new_task(**fields))
+    (claimed,) = await claim(store, worker)
+    return claimed.task.task_id, claimed.run
+
+
+def result(key: str = "projects/film/image/t/r/output.jpg") -> StoredResult:
+    """A result of one file."""
+    return StoredResult(
+        [StoredMedia(key, "character_design", "image/jpeg", 1000)], {"engine": "animatic", "list": [], "n": 12345678901234567}
+    )
