@@ -4,15 +4,16 @@
 host name stands for when a connection is made; the connection goes to the addresses that were asked about, so a name server that answers
 differently the second time gains nothing. The sessions it makes hold this for every request, also those of webhooks.
 
-`Fetcher` brings an image or a sound into a file: bounded in bytes and seconds, redirects followed by hand, kept only if its bytes (never the
-declared type) are of a kind that was asked for. Left out: caching, resuming, `upload:` and `task:` references (they never leave the house),
-and decoding, so a file that is damaged behind its header passes.
+`Fetcher` brings an image or a sound into a file: bounded in bytes and seconds, redirects followed by hand, kept only if its bytes (never
+the declared type) are of a kind that was asked for. Left out: caching, resuming, `upload:` and `task:` references (they never leave the
+house), and decoding, so a file that is damaged behind its header passes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ipaddress
 import re
 import socket
@@ -22,7 +23,7 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, cast
+from typing import BinaryIO, Final, Self
 from urllib.parse import unquote_to_bytes, urljoin
 
 import aiohttp
@@ -77,11 +78,13 @@ class UrlRefused(aiohttp.InvalidURL):
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# Beyond what `ipaddress` knows as not global: relays and tunnels carry any address in their own, Azure's host answers on a public one.
+# Beyond what `ipaddress` knows as not global, which differs between patch releases: relays and tunnels carry any address in their own,
+# Azure's host answers on a public one.
 _CLOSED: Final[tuple[Network, ...]] = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments, of which 3.11 knows a part; a cloud's metadata live here
     IPv4Network("192.88.99.0/24"),  # 6to4 relays
     IPv4Network("168.63.129.16/32"),  # Azure's host
-    IPv6Network("2001::/32"),  # Teredo
+    IPv6Network("2001::/23"),  # protocol assignments, Teredo among them
     IPv6Network("2002::/16"),  # 6to4
     IPv6Network("3fff::/20"),  # documentation, not yet known to 3.11
 )
@@ -91,6 +94,7 @@ _LOOPBACKS: Final = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+_USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]+|)[^/]*@")  # also of a url that is malformed
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _AS_IT_STANDS = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
@@ -101,14 +105,14 @@ _PRIVATE: Final = "it leads into a private network that MOVIEQ_ALLOW_PRIVATE_URL
 class Guard:
     """Which addresses may be called: public ones, the networks of `MOVIEQ_ALLOW_PRIVATE_URLS`, and the installation's own `origins`.
 
-    `origins` are urls of which scheme, host and port count ("http://cms:3000"). `resolver` takes the place of the system's.
+    `origins` are urls of which host and port count ("http://cms:3000"). `resolver` takes the place of the system's.
     """
 
     def __init__(
         self, private_networks: tuple[Network, ...] = (), origins: Iterable[str] = (), resolver: AbstractResolver | None = None
     ) -> None:
         self._networks = private_networks
-        self._origins = frozenset(URL(origin).origin() for origin in origins)
+        self._origins = frozenset((URL(origin).raw_host, URL(origin).port) for origin in origins)
         self._resolver = resolver
 
     def check_url(self, url: str) -> URL:
@@ -118,8 +122,9 @@ class Guard:
         if (authority := _AUTHORITY.match(url)) and "@" in authority[1]:
             raise UrlRefused(shown(url), "a user name or password is not allowed in it")
         try:
-            # A signed url must reach its server character by character, so a well-formed one is not quoted anew.
-            parsed = URL(url, encoded=_AS_IT_STANDS.fullmatch(url) is not None)
+            parsed = URL(url)
+            if _AS_IT_STANDS.fullmatch(url):  # a signed url must reach its server character by character, not quoted anew
+                parsed = URL(url, encoded=True)
         except ValueError as error:
             raise UrlRefused(shown(url), "it is not a well-formed url") from error
         self.check(parsed)
@@ -129,13 +134,13 @@ class Guard:
         """As `check_url`, for a url that is parsed already; asked again by the sessions for each request."""
         if url.scheme not in ("http", "https"):
             raise UrlRefused(shown(str(url)), "only http and https are allowed")
-        if not url.raw_host or not url.port:
-            raise UrlRefused(shown(str(url)), "it names no host or port")
-        if url.origin() in self._origins:
+        host, port = url.raw_host, url.port
+        if not host or not port:
+            raise UrlRefused(shown(str(url)), "it names no host, or port 0")
+        if self.owns(host, port):
             return
-        host = url.raw_host.lower().removesuffix(".")
         try:
-            addresses = _addresses(host)
+            addresses = _addresses(host.lower().removesuffix("."))
         except ValueError as error:
             raise UrlRefused(shown(str(url)), "its host is neither a name nor an address") from error
         if addresses and not any(map(self.permits, addresses)):
@@ -150,15 +155,15 @@ class Guard:
                 return self.permits(IPv4Address(int(address) & 0xFFFFFFFF))
         return any(address in network for network in self._networks) or _is_public(address)
 
-    def permits_host(self, host: str, port: int) -> bool:
-        """Whether whatever this name stands for may be called, because it is an origin of the installation's own."""
-        return any((origin.raw_host, origin.port) == (host, port) for origin in self._origins)
+    def owns(self, host: str, port: int) -> bool:
+        """Whether this is one of the installation's own origins, which may be called whatever address it has."""
+        return (host.lower(), port) in self._origins
 
     def session(self) -> aiohttp.ClientSession:
         """A client that calls nothing but what the guard permits, forbidden ones raise UrlRefused. The caller closes it.
 
-        It reads no proxy from the environment, keeps no cookies, and hands out bodies as they came over the wire, so that what is counted is
-        what is held.
+        It reads no proxy from the environment, keeps no cookies, and hands out bodies as they came over the wire, so that what is counted
+        is what is held.
         """
         return aiohttp.ClientSession(
             connector=_Connector(self, self._resolver or aiohttp.ThreadedResolver()),
@@ -188,20 +193,23 @@ class Fetcher:
     async def fetch(self, url: str, dest: Path, kinds: Collection[Kind]) -> Fetched:
         """What `url` (http, https or data) stands for lies at `dest` and is of one of these kinds, an image of at most 40 megapixels.
 
-        Raises InputUnavailable if it cannot be had within the bytes and seconds of this fetcher, InvalidInput if it was had and is something
-        else, both naming the url without its query; StorageFault if `dest` cannot be written. Then, and on cancel, nothing lies at `dest`.
+        Raises InputUnavailable if it cannot be had within the bytes and seconds of this fetcher, InvalidInput if it was had and is
+        something else, both naming the url without its query; StorageFault if `dest` cannot be written. Then, and on cancel, nothing lies
+        at `dest`.
         """
         try:
             if url[:5].lower() == "data:":
-                await asyncio.to_thread(dest.write_bytes, self._decoded(url))
+                body = self._decoded(url)
+                with _created(dest) as file:
+                    await asyncio.to_thread(file.write, body)
             else:
                 await self._tried(url, dest)
             return await asyncio.to_thread(_examined, url, dest, kinds)
-        except OSError as error:
-            dest.unlink(missing_ok=True)
-            raise StorageFault(f"cannot keep {shown(url)} at {dest}: {error.strerror or error}") from error
-        except BaseException:
-            dest.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                dest.unlink()
+            if isinstance(error, OSError):  # those of the network have become others by now
+                raise StorageFault(f"cannot keep {shown(url)} at {dest}: {error.strerror or error}") from error
             raise
 
     def _decoded(self, url: str) -> bytes:
@@ -242,7 +250,8 @@ class Fetcher:
                 async with self._session.get(
                     self._guard.check_url(here),
                     allow_redirects=False,
-                    headers={"Accept": "image/*, audio/*, */*;q=0.1", "Accept-Encoding": "identity"},
+                    headers={"Accept-Encoding": "identity"},
+                    timeout=aiohttp.ClientTimeout(total=self._total_s, sock_connect=CONNECT_S),
                 ) as answer:
                     location = answer.headers.get("Location")
                     if answer.status not in (301, 302, 303, 307, 308) or location is None:
@@ -263,10 +272,7 @@ class Fetcher:
         if (answer.content_length or 0) > self._max_bytes:
             raise _Missed(_too_large(self._max_bytes))
         size = 0
-        # In a thread, for a disk that stalls must not stall the leases of other tasks; 256 KiB at a time, so that the hops cost nothing.
-        # The file has a buffer and with it a lock: closing it after a cancel waits for the write that is still under way.
-        file = await asyncio.to_thread(dest.open, "wb")
-        try:
+        with _created(dest) as file:
             pending = bytearray()
             async for chunk in answer.content.iter_any():
                 size += len(chunk)
@@ -277,8 +283,6 @@ class Fetcher:
                     await asyncio.to_thread(file.write, bytes(pending))
                     pending.clear()
             await asyncio.to_thread(file.write, pending)
-        finally:
-            file.close()
 
 
 def sniff(head: bytes) -> str | None:
@@ -300,8 +304,8 @@ def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
                 width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit comes at 89 and 179 megapixels
             return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
-        except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error):
-            # What Pillow's readers raise on damaged headers; UnidentifiedImageError is an OSError.
+        except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
+            # What Pillow's readers raise on damaged headers, a Warning where warnings are errors; UnidentifiedImageError is an OSError.
             return "its image header cannot be read"
     if width * height > max_pixels:
         return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
@@ -309,16 +313,16 @@ def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
 
 
 def shown(url: str) -> str:
-    """The url as it may stand in a message or a log: without userinfo, query, fragment and the data of a data url; never longer than 300."""
+    """The url as it may stand in a message or a log: without userinfo, query, fragment or data, and at most 300 characters of it."""
     if url[:5].lower() == "data:":
         return f"{url.partition(',')[0][:60]},..."
-    bare = re.split(r"[?#]", url, maxsplit=1)[0]
-    scheme, slashes, rest = bare.rpartition("://") if "://" not in bare else bare.partition("://")
-    authority, slash, path = rest.partition("/")
-    text = f"{scheme}{slashes}{authority.rpartition('@')[2]}{slash}{path}"
-    text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    text = _USERINFO.sub(r"\1", re.split(r"[?#]", url, maxsplit=1)[0])
+    if not text.isprintable():
+        text = text.encode("unicode_escape").decode()
     return f"{text[:280]}{'...' if len(text) > 280 else ''}{'?...' if '?' in url else ''}"
 
+
+_MP3_RATES: Final = bytes(byte for byte in range(256) if 0 < byte >> 4 < 15 and byte >> 2 & 3 != 3)
 
 _MAGIC: Final = [
     (media_type, re.compile(pattern, re.DOTALL))
@@ -335,7 +339,7 @@ _MAGIC: Final = [
         ("audio/ogg", rb"OggS\0"),
         ("audio/mp4", rb"....ftyp(?:M4A |M4B |mp4[12]|isom|iso[2-9]|3gp[4-7]|dash)"),
         # a tag, or a frame of layer III with a bit rate and a sample rate that exist
-        ("audio/mpeg", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\x1b\x20-\x2b\x30-\x3b\x40-\x4b\x50-\x5b\x60-\x6b\x70-\x7b]"),
+        ("audio/mpeg", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + re.escape(_MP3_RATES) + rb"]"),
     )
 ]
 
@@ -375,7 +379,7 @@ class _Resolver(AbstractResolver):
             found = await self._resolver.resolve(host, port, family)
         except UnicodeError as error:  # a label of more than 63 characters
             raise UrlRefused(shown(host), "its host is not a name that can be looked up") from error
-        if self._guard.permits_host(host, port):
+        if self._guard.owns(host, port):
             return found
         permitted = [one for one in found if self._guard.permits(ipaddress.ip_address(one["host"]))]
         if not permitted:
@@ -391,7 +395,7 @@ def _addresses(host: str) -> tuple[Address, ...]:
 
     Whatever a socket would take for an address counts, also 0x7f.1 and 2130706433.
     """
-    if ":" in host:
+    if ":" in host and "%" not in host:
         return (IPv6Address(host),)
     if not _HOST_NAME.fullmatch(host):
         raise ValueError(host)
@@ -409,6 +413,14 @@ def _is_public(address: Address) -> bool:
     if isinstance(address, IPv6Address) and address not in _GLOBAL_V6:
         return False
     return address.is_global and not address.is_multicast and not any(address in network for network in _CLOSED)
+
+
+def _created(dest: Path) -> BinaryIO:
+    """An empty file to write to from threads, as a disk that stalls must not stall the leases of other tasks.
+
+    It is opened and closed here and now: after a cancel no thread can bring it back, and its buffer's lock makes closing wait for a write.
+    """
+    return dest.open("wb")
 
 
 def _examined(url: str, path: Path, kinds: Collection[Kind]) -> Fetched:

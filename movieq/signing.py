@@ -1,7 +1,7 @@
 """Signed, expiring addresses: who holds one may read one thing until a given second.
 
-A signature binds a purpose ("media", "events"), a subject (a key, a task id) and an expiry, so that none of the three can be exchanged. It says
-nothing about who asks, and cannot be taken back before it expires; a new secret ends all of them at once.
+A signature binds a purpose ("media", "events"), a subject (a key, a task id) and an expiry, so that none of the three can be exchanged. It
+says nothing about who asks, and cannot be taken back before it expires; a new secret ends all of them at once.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Final, TypeVar
 
 from movieq import signing
+from movieq.contracts import MediaResult, Result, StoredResult
 from movieq.errors import StorageFault
 
 CONTENT_TYPES: Final = {
@@ -75,8 +77,8 @@ class FolderStorage:
     async def put(self, key: str, source: Path, content_type: str) -> int:
         """The bytes of `source` are on disk under `key`; returns how many there are.
 
-        The same bytes again are no error, other bytes are a StorageFault and change nothing. `content_type` is what the extension of the key
-        says anyway; a store that keeps types takes it from here.
+        The same bytes again are no error, other bytes are a StorageFault and change nothing. `content_type` is what the extension of the
+        key says anyway; a store that keeps types takes it from here.
         """
         return await self._in_thread("store", key, lambda: self._put(self.local_path(key), source))
 
@@ -96,6 +98,10 @@ class FolderStorage:
         """Nothing is in this folder of keys (whole segments: "a/b" leaves "a/bc" alone), unfinished files included."""
         await self._in_thread("delete", prefix, lambda: self._delete(self.local_path(prefix.removesuffix("/"))))
 
+    async def usable(self) -> bool:
+        """Whether files can be written."""
+        return await asyncio.to_thread(_usable, self._root)
+
     def local_path(self, key: str) -> Path:
         """Where the file of this key lies, or would lie."""
         return self._root / checked_key(key)
@@ -104,6 +110,23 @@ class FolderStorage:
         """An address that anyone can open until `expires_at_s`, a Unix time."""
         signature = signing.sign(self._signing_key, "media", checked_key(key), expires_at_s)
         return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
+
+    def result(self, stored: StoredResult, expires_at_s: int) -> Result:
+        """The result with addresses that anyone can open until `expires_at_s`, a Unix time."""
+        media = [
+            MediaResult(
+                url=self.url(each.key, expires_at_s),
+                media_type=each.media_type,
+                content_type=each.content_type,
+                file_size=each.size_bytes,
+                poster_url=None if each.poster_key is None else self.url(each.poster_key, expires_at_s),
+                width=each.width,
+                height=each.height,
+                duration=each.duration_s,
+            )
+            for each in stored.media
+        ]
+        return Result(media[0].url, stored.payload_media_id, media, stored.metadata)
 
     def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
         """Return if these are the parts of an address that `url` gave and that still holds; raises Forbidden, see `signing.verify`."""
@@ -137,7 +160,8 @@ class FolderStorage:
                 _sync(temporary)
                 break
             except OSError as error:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
                 # A delete next door takes away folders that are still empty, also the one that was just made here.
                 if not (tries_left and isinstance(error, FileNotFoundError) and source.exists()):
                     raise
@@ -190,6 +214,15 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size if path.is_file() else None
     except FileNotFoundError:
         return None
+
+
+def _usable(root: Path) -> bool:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return True
+    except OSError:
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -34,11 +34,13 @@ from movieq.contracts import (
     TaskId,
     TaskStatus,
     Upload,
+    WorkerState,
     WorkerStatus,
     utc,
 )
 from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, RunLost
 from movieq.params import TaskType
+from movieq.settings import Grant
 
 LEASE_MS: Final = 10_000
 RENEW_S: Final = 3.0
@@ -302,13 +304,7 @@ class Store:
             pipe.zcard(key)
             pipe.zrevrange(key, (page - 1) * limit, page * limit - 1)
             total, ids = await pipe.execute()
-        return await self._tasks(ids), total
-
-    async def _tasks(self, ids: Sequence[bytes]) -> list[Task]:
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for task_id in ids:
-                pipe.hgetall(KEYS["task"] + task_id.decode())
-            return [_task(fields) for fields in await pipe.execute() if fields]
+        return await self.tasks([task_id.decode() for task_id in ids]), total
 
     async def project(self, project_id: ProjectId) -> Project | None:
         """The project and how many of its tasks are in each state; None before its first task."""
@@ -326,13 +322,35 @@ class Store:
                 pipe.zcard(KEYS["waiting"] + kind)
             return dict(zip(Kind, await pipe.execute(), strict=True))
 
-    async def workers(self) -> tuple[list[WorkerStatus], int]:
-        """The rows of every worker's last heartbeat, and the time by Redis's clock (ms)."""
+    async def workers(self) -> list[WorkerStatus]:
+        """The rows of every worker's last heartbeat; those of a worker not heard of for 15 s are offline."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hvals(KEYS["workers"])
+            pipe.hgetall(KEYS["workers"])
+            pipe.zrange(KEYS["beats"], 0, -1, withscores=True)
             pipe.time()
-            blobs, (seconds, micros) = await pipe.execute()
-        return [row for blob in blobs for row in _rows.decode(blob)], seconds * 1000 + micros // 1000
+            blobs, beats, (seconds, micros) = await pipe.execute()
+        now_ms = seconds * 1000 + micros // 1000
+        return [
+            msgspec.structs.replace(
+                row,
+                last_heartbeat=utc(int(at_ms)),
+                **({"status": WorkerState.OFFLINE, "current_task_id": None} if now_ms - at_ms > OFFLINE_MS else {}),
+            )
+            for worker_id, at_ms in beats
+            for row in _rows.decode(blobs.get(worker_id, b"[]"))
+        ]
+
+    async def grant(self, key_hash: str) -> Grant | None:
+        """What the API key of this hash may; None for an unknown one."""
+        blob = await _answer(self.redis.hget(KEYS["keys"], key_hash))
+        return None if blob is None else msgspec.msgpack.decode(blob, type=Grant)
+
+    async def tasks(self, ids: Sequence[str]) -> list[Task]:
+        """Those of these tasks that there are."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for task_id in ids:
+                pipe.hgetall(KEYS["task"] + task_id)
+            return [_task(fields) for fields in await pipe.execute() if fields]
 
     async def had_gpu(self) -> bool:
         """Whether a GPU worker was heard of in the last 30 days."""

@@ -18,20 +18,20 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from movieq import __version__
 from movieq.errors import SettingsError
 
 TIMEOUT_S: Final = 15.0
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_RETRY_AFTER_S: Final = 24 * 3600.0
 MIN_SECRET_BYTES: Final = 16
+"""Standard Webhooks recommends 24 to 64; below 128 bits a secret can be guessed."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
     """What came of one try.
 
-    `status` is None when no answer came; `ok` is any 2xx; `gone` asks never to be called again (410); `retry_after_s`, 0 to a day, is what a
-    receiver that refused asked for; `problem` says for people what went wrong, without the address, and is empty when `ok`.
+    `status` is None when no answer came; `ok` is any 2xx; `gone` asks never to be called again (410); `retry_after_s`, 0 to a day, is what
+    a receiver that refused asked for; `problem` says for people what went wrong, without the address, and is empty when `ok`.
     """
 
     status: int | None
@@ -54,8 +54,8 @@ def parse_secrets(text: str) -> tuple[str, ...]:
             fits = False
         if not fits:
             raise SettingsError(
-                f"MOVIEQ_WEBHOOK_SECRET: secret {position} of {len(secrets)} is not whsec_ and the base64 of {MIN_SECRET_BYTES} or more bytes; "
-                'make one with: echo "whsec_$(openssl rand -base64 32)"'
+                f"MOVIEQ_WEBHOOK_SECRET: secret {position} of {len(secrets)} is not whsec_ and the base64 of {MIN_SECRET_BYTES} or more "
+                'bytes; make one with: echo "whsec_$(openssl rand -base64 32)"'
             )
     return secrets
 
@@ -81,7 +81,7 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes, headers: d
 
     The answer's status decides. Its body is read, up to 64 kB and within the time, only so that the connection can be used again.
     """
-    sent = {"Content-Type": "application/json", "User-Agent": f"movieq/{__version__}", **headers}
+    sent = {"Content-Type": "application/json", **headers}
     answer: aiohttp.ClientResponse | None = None
     try:
         async with (

@@ -1,0 +1,190 @@
+"""The application: routes, the lifespan that opens and closes everything, and the one place where errors become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from movieq import logs, models
+from movieq.api import health, media, openapi, projects, tasks, workers
+from movieq.api.auth import Keys
+from movieq.api.events import TaskEvents
+from movieq.api.state import Api, answered, now
+from movieq.contracts import ErrorAnswer, FieldError
+from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
+from movieq.events import Hub, Subscriber
+from movieq.fetch import Guard
+from movieq.settings import Settings
+from movieq.storage import FolderStorage
+from movieq.store import TIDY_S, Store, connect
+
+log = logs.get()
+
+_BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge}
+
+
+def create(settings: Settings, public_url: str) -> Starlette:
+    """The API of these settings; `public_url` is where clients reach it."""
+    routes = [
+        *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
+        Route("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
+        Route("/api/v1/tasks/{task_id}/status", tasks.status),
+        Route("/api/v1/tasks/{task_id}/cancel", tasks.cancel, methods=["DELETE", "POST"]),
+        Route("/api/v1/tasks/{task_id}/retry", tasks.retry, methods=["POST"]),
+        Route("/api/v1/tasks/{task_id}/events", TaskEvents(), methods=["GET"]),
+        Route("/api/v1/tasks/{task_id}", tasks.cancel, methods=["DELETE"]),
+        Route("/api/v1/projects/{project_id}", projects.project),
+        Route("/api/v1/projects/{project_id}/tasks", projects.tasks),
+        Route("/api/v1/projects/{project_id}/uploads", projects.upload, methods=["POST"]),
+        Route("/api/v1/workers/status", workers.status),
+        Route("/api/v1/task-types", health.task_types),
+        Route("/openapi.json", openapi.openapi),
+        Route("/media/{key:path}", media.media),
+    ]
+    middleware = [Middleware(_Log)]
+    if settings.origins():
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.origins(),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["X-API-Key", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+                expose_headers=["Idempotent-Replayed", "Retry-After", "Location"],
+                max_age=600,
+            )
+        )
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        lifespan=lambda app: _lifespan(app, settings, public_url),
+        exception_handlers={
+            RequestError: _refused,
+            HTTPException: _framework_error,
+            **dict.fromkeys((RedisError, OSError, TimeoutError), _redis_away),
+            StorageFault: _storage_away,
+            Exception: _broken,
+        },
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
+    redis = connect(settings.redis_url, patient=False)
+    store = Store(redis)
+    try:
+        secret = settings.signing_secret.encode() or await store.signing_secret()
+        subscriber = Subscriber(settings.redis_url)
+        storage = FolderStorage(Path(settings.storage), public_url, secret)
+        app.state.api = state = Api(
+            settings=settings,
+            public_url=public_url,
+            models=models.load(settings.models),
+            store=store,
+            storage=storage,
+            hub=Hub(store, subscriber, lambda event_type, data: state.render(event_type, data)),
+            keys=Keys(settings.keys(), store),
+            guard=Guard(settings.private_networks()),
+            signing_secret=secret,
+            started_s=time.monotonic(),
+        )
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(subscriber.run()), group.create_task(_tidy(store))]
+            yield
+            state.hub.close()
+            for task in running:
+                task.cancel()
+    finally:
+        await redis.aclose()
+        await redis.connection_pool.disconnect()
+
+
+async def _tidy(store: Store) -> None:
+    """So that dead leases, due retries and deadlines are acted on also where every worker is busy, or none is there."""
+    away = False
+    while True:
+        try:
+            reaped, due, past = await store.tidy()
+            away = False
+            if reaped or due or past:
+                log.info("tidy", reaped=reaped, due=due, past_deadline=past)
+        except (RedisError, OSError, TimeoutError) as error:
+            if not away:
+                log.error("redis_away", problem=str(error) or type(error).__name__)
+            away = True
+        await asyncio.sleep(TIDY_S)
+
+
+def error_answer(error: RequestError) -> Response:
+    """The body of every error."""
+    body = ErrorAnswer(error.code, error.message, now(), error.retryable, [FieldError(path, message) for path, message in error.errors])
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return answered(body, error.status, headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_answer(error)
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = _BY_STATUS.get(error.status_code, ValidationFailed)
+    message = {
+        404: f"nothing is at {request.url.path[:200]}",
+        405: f"{request.method} is not allowed here; allowed: {(error.headers or {}).get('Allow', '')}",
+    }.get(error.status_code, str(error.detail))
+    response = error_answer(kind(message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _redis_away(request: Request, error: Exception) -> Response:
+    log.warning("request_without_redis", problem=str(error) or type(error).__name__)
+    return error_answer(Unavailable("Redis is away: nothing was accepted; try again", retry_after_s=2))
+
+
+async def _storage_away(request: Request, error: Exception) -> Response:
+    log.error("storage_away", problem=str(error))
+    return error_answer(Unavailable("the storage cannot be used at the moment; try again", retry_after_s=10))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return error_answer(Internal("a fault of movieq's own; it is in the log of the API"))  # Starlette raises it again, and uvicorn logs it
+
+
+class _Log:
+    """One line for each request at debug level: never the query, which may hold a signature."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not log.is_enabled_for(10):
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": status}
+            log.debug("request", **fields, ms=round((time.perf_counter() - begun) * 1000, 2))

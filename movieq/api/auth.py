@@ -1,0 +1,105 @@
+"""Who may do what: API keys from the settings and from Redis, in the order key, scope, project."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from typing import Final
+
+import msgspec
+from starlette.requests import HTTPConnection
+
+from movieq.api.state import api
+from movieq.contracts import PROJECT_PATTERN, ProjectId, Task, TaskId
+from movieq.errors import Forbidden, NotFound, Unauthorized, ValidationFailed
+from movieq.settings import Grant, Scope
+from movieq.store import Store
+
+CACHE_S: Final = 5.0
+"""How long a key of Redis is good after it was taken back."""
+CACHE_KEYS: Final = 10_000
+
+_UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """The holder of a key: `id` is the hash of the key."""
+
+    id: str
+    grant: Grant
+
+
+class Keys:
+    """The keys that are known. Only hashes are kept and compared, so a comparison's time tells nothing of a key."""
+
+    def __init__(self, grants: dict[str, Grant], store: Store) -> None:
+        self._settings = {digest(key): grant for key, grant in grants.items()}
+        self._store = store
+        self._cache: dict[str, tuple[float, Grant | None]] = {}
+
+    async def grant(self, id: str) -> Grant | None:
+        """What the key of this hash may; None for a wrong one."""
+        if (grant := self._settings.get(id)) is not None:
+            return grant
+        until, cached = self._cache.get(id, (0.0, None))
+        if time.monotonic() < until:
+            return cached
+        if len(self._cache) >= CACHE_KEYS:
+            self._cache.clear()
+        found = await self._store.grant(id)
+        self._cache[id] = (time.monotonic() + CACHE_S, found)
+        return found
+
+
+def digest(key: str) -> str:
+    """The hash by which a key is known. Keys are random and long, so a plain hash will do."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+async def caller(request: HTTPConnection, scope: Scope) -> Caller:
+    """The holder of the request's key, who may do `scope`. Raises Unauthorized, Forbidden."""
+    key = request.headers.get("x-api-key")
+    if key is None:
+        kind, _, bearer = request.headers.get("authorization", "").partition(" ")
+        key = bearer.strip() if kind.lower() == "bearer" else ""
+    if not key:
+        raise Unauthorized("no API key: send it as X-API-Key: KEY, or as Authorization: Bearer KEY")
+    id = digest(key)
+    grant = await api(request).keys.grant(id)
+    if grant is None:
+        raise Unauthorized("this API key is not known")
+    if scope not in grant.scopes:
+        raise Forbidden(f"this API key may not {scope}: its scopes are {', '.join(sorted(grant.scopes))}")
+    return Caller(id, grant)
+
+
+def path_task_id(request: HTTPConnection) -> TaskId:
+    """The task id of the path. Raises ValidationFailed for what is no UUID."""
+    text = str(request.path_params["task_id"]).lower()
+    if not _UUID.match(text):
+        raise ValidationFailed("task_id: a UUID is expected, such as 123e4567-e89b-12d3-a456-426614174000")
+    return TaskId(text)
+
+
+async def task_of(request: HTTPConnection, scope: Scope) -> tuple[Task, Caller]:
+    """The task of the path, if the key may do `scope` with it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    who = await caller(request, scope)
+    task_id = path_task_id(request)
+    task = await api(request).store.task(task_id)
+    if task is None or not who.grant.allows(task.project_id):
+        raise NotFound(f"no task {task_id}")
+    return task, who
+
+
+async def project_of(request: HTTPConnection, scope: Scope) -> tuple[ProjectId, Caller]:
+    """The project of the path, if the key belongs to it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    who = await caller(request, scope)
+    project_id = str(request.path_params["project_id"])
+    if not re.fullmatch(PROJECT_PATTERN, project_id):
+        raise ValidationFailed(f"project_id: {PROJECT_PATTERN} is expected")
+    if not who.grant.allows(project_id):
+        if scope is Scope.READ:
+            raise NotFound(f"no project {project_id}")
+        raise Forbidden(f"this API key does not belong to project {project_id}")
+    return ProjectId(project_id), who

@@ -1,0 +1,33 @@
+"""Files of the folder storage, under signed urls: with Range, the right type, and nothing for a browser to guess."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from movieq.api.state import api
+from movieq.contracts import MEDIA_URL_S
+from movieq.errors import Forbidden, NotFound
+from movieq.storage import content_type
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Access-Control-Allow-Origin": "*",
+    "Cache-Control": f"private, max-age={MEDIA_URL_S}, immutable",
+    "Content-Security-Policy": "sandbox",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+}
+
+
+async def media(request: Request) -> Response:
+    """`GET /media/{key}?expires=...&signature=...`. Raises Forbidden, NotFound."""
+    storage = api(request).storage
+    key, query = str(request.path_params["key"]), request.query_params
+    if "signature" not in query:
+        raise Forbidden("this address is not signed: take it from the status of the task")
+    storage.verify(key, query.get("expires", ""), query["signature"], time.time())
+    if await storage.size(key) is None:
+        raise NotFound("this file is not there any more")
+    return FileResponse(storage.local_path(key), headers=_HEADERS, media_type=content_type(key))

@@ -1,0 +1,109 @@
+"""A project's tasks, and its uploads."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+from pathlib import Path
+from typing import IO, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from movieq import fetch
+from movieq.api.auth import project_of
+from movieq.api.state import answered, api, only_query, query_int
+from movieq.contracts import Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
+from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
+from movieq.params import TaskType
+from movieq.settings import Scope
+
+UPLOAD_BYTES: Final = 25 * 1024 * 1024
+PAGES: Final = 1_000_000
+
+T = TypeVar("T", TaskStatus, TaskType)
+
+
+async def project(request: Request) -> Response:
+    """`GET /projects/{project_id}`."""
+    project_id, _ = await project_of(request, Scope.READ)
+    only_query(request)
+    found = await api(request).store.project(project_id)
+    if found is None:
+        raise NotFound(f"no project {project_id}")
+    return answered(found)
+
+
+async def tasks(request: Request) -> Response:
+    """`GET /projects/{project_id}/tasks`: a page, newest first."""
+    movieq = api(request)
+    project_id, _ = await project_of(request, Scope.READ)
+    only_query(request, "status", "task_type", "page", "limit")
+    page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
+    status, task_type = _choice(request, "status", TaskStatus), _choice(request, "task_type", TaskType)
+    found, total = await movieq.store.page(project_id, status, task_type, page, limit)
+    expiry_s = movieq.media_expiry_s()
+    rows = [
+        TaskRow(
+            task.task_id,
+            task.task_type,
+            task.status,
+            utc(task.created_at_ms),
+            None if task.ended_at_ms is None else utc(task.ended_at_ms),
+            None if task.result is None else movieq.storage.url(task.result.media[0].key, expiry_s),
+            task.progress,
+        )
+        for task in found
+    ]
+    return answered(TaskPage(rows, Pagination(page, limit, total, -(-total // limit))))
+
+
+async def upload(request: Request) -> Response:
+    """`POST /projects/{project_id}/uploads`: raw bytes of an image or a sound, kept for seven days."""
+    movieq = api(request)
+    project_id, _ = await project_of(request, Scope.SUBMIT)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ValidationFailed("Content-Encoding: send the bytes as they are, not compressed")
+    with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
+        size = await _receive(request, file)
+        path = Path(file.name)
+        media_type = await asyncio.to_thread(_media_type, path)
+        upload_id = secrets.token_urlsafe(16)
+        prefix = f"uploads/{project_id}/{upload_id}"
+        await movieq.storage.put(f"{prefix}/file", path, media_type)
+    await movieq.store.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
+    return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
+
+
+async def _receive(request: Request, file: IO[bytes]) -> int:
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > UPLOAD_BYTES:
+            raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
+        await asyncio.to_thread(file.write, chunk)
+    if size == 0:
+        raise ValidationFailed("the upload is empty")
+    await asyncio.to_thread(file.flush)
+    return size
+
+
+def _media_type(path: Path) -> str:
+    with path.open("rb") as file:
+        media_type = fetch.sniff(file.read(fetch.HEAD_BYTES))
+    if media_type is None:
+        raise ValidationFailed("the upload is neither an image (jpeg, png, webp, gif, tiff, bmp) nor a sound (wav, mp3, flac, ogg, m4a)")
+    if media_type.startswith("image/") and (problem := fetch.image_problem(path)):
+        raise ValidationFailed(f"the upload cannot be used: {problem}")
+    return media_type
+
+
+def _choice(request: Request, name: str, values: type[T]) -> T | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        return values(text)
+    except ValueError:
+        raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}") from None

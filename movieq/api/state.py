@@ -1,0 +1,148 @@
+"""What the handlers share: opened once in the lifespan, found through the request."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+
+from movieq import signing
+from movieq.contracts import (
+    EVENTS_URL_S,
+    MEDIA_URL_S,
+    EventType,
+    Snapshot,
+    StoredResult,
+    Task,
+    TaskId,
+    TaskState,
+    TaskStatus,
+    utc,
+)
+from movieq.errors import ValidationFailed
+
+if TYPE_CHECKING:
+    from movieq.api.auth import Keys
+    from movieq.events import Hub
+    from movieq.fetch import Guard
+    from movieq.models import Model
+    from movieq.settings import Settings
+    from movieq.storage import FolderStorage
+    from movieq.store import Store
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+_stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_stored_result = msgspec.json.Decoder(StoredResult)
+
+
+class Api(msgspec.Struct, kw_only=True):
+    """One API process."""
+
+    settings: Settings
+    public_url: str
+    models: dict[str, Model]
+    store: Store
+    storage: FolderStorage
+    hub: Hub
+    keys: Keys
+    guard: Guard
+    signing_secret: bytes
+    started_s: float
+
+    def url(self, path: str) -> str:
+        """An absolute address under /api/v1."""
+        return f"{self.public_url}/api/v1{path}"
+
+    def events_url(self, task_id: TaskId, from_s: float | None = None) -> str:
+        """The signed address of a task's stream, good for a day from `from_s` (default: now)."""
+        expires = int(from_s or time.time()) + EVENTS_URL_S
+        signature = signing.sign(self.signing_secret, "events", task_id, expires)
+        return self.url(f"/tasks/{task_id}/events?expires={expires}&signature={signature}")
+
+    def media_expiry_s(self) -> int:
+        """Until when a media url made now is good: the same for all made within an hour, so that caches can work."""
+        return (int(time.time()) // 3600 + 1) * 3600 + MEDIA_URL_S
+
+    async def task_state(self, task: Task) -> TaskState:
+        """The task as clients see it."""
+        position = await self.store.position(task) if task.status is TaskStatus.QUEUED else None
+        return self._state(task, position)
+
+    def snapshot(self, task: Task, position: int | None) -> bytes:
+        """The data of a `snapshot` event."""
+        return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position)), last_event_id=task.last_event_id))
+
+    def _state(self, task: Task, position: int | None) -> TaskState:
+        ended_ms, started_ms = task.ended_at_ms, task.started_at_ms
+        remaining_ms = task.remaining_ms if task.status is TaskStatus.PROCESSING else None
+        return TaskState(
+            task_id=task.task_id,
+            project_id=task.project_id,
+            task_type=task.task_type,
+            status=task.status,
+            progress=task.progress,
+            current_step=task.current_step,
+            result=None if task.result is None else self.storage.result(task.result, self.media_expiry_s()),
+            error=task.error,
+            error_code=task.error_code,
+            retryable=task.retryable,
+            started_at=None if started_ms is None else utc(started_ms),
+            completed_at=None if ended_ms is None else utc(ended_ms),
+            created_at=utc(task.created_at_ms),
+            processing_time=None if ended_ms is None or started_ms is None else (ended_ms - started_ms) / 1000,
+            attempt=task.attempt,
+            queue_position=position,
+            estimated_remaining=None if remaining_ms is None else remaining_ms / 1000,
+            events_url=self.events_url(task.task_id),
+        )
+
+    def render(self, event_type: EventType, data: bytes) -> bytes:
+        """The JSON of an event as clients get it: results have signed addresses."""
+        if event_type not in (EventType.COMPLETED, EventType.UPDATED):
+            return data
+        event = _stored_event.decode(data)
+        result = self.storage.result(_stored_result.decode(event["result"]), self.media_expiry_s())
+        return encode({**event, "result": result})
+
+
+def api(request: HTTPConnection) -> Api:
+    """The process that answers this request."""
+    return cast("Api", request.app.state.api)
+
+
+def encode(answer: Any) -> bytes:
+    """JSON as the contract has it."""
+    return _encoder.encode(answer)
+
+
+def answered(answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response of JSON."""
+    return Response(encode(answer), status, headers, "application/json")
+
+
+def now() -> datetime:
+    """The time by this process's clock, for answers that are about this moment only."""
+    return datetime.now(UTC)
+
+
+def only_query(request: HTTPConnection, *names: str) -> None:
+    """Raises ValidationFailed for a query parameter that nothing reads, or that stands twice."""
+    for name in request.query_params:
+        if name not in names:
+            raise ValidationFailed(f"{name}: no such query parameter; there are: {', '.join(names) or 'none'}")
+        if len(request.query_params.getlist(name)) > 1:
+            raise ValidationFailed(f"{name}: stands twice in the query")
+
+
+def query_int(request: HTTPConnection, name: str, default: int, least: int, most: int) -> int:
+    """A whole number of the query. Raises ValidationFailed."""
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
+        raise ValidationFailed(f"{name}: a whole number of {least} to {most} is allowed, got {text[:40]!r}")
+    return int(text)

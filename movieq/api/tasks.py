@@ -1,0 +1,224 @@
+"""Tasks over REST: submit, status, cancel, retry."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import re
+import uuid
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from movieq import logs, models, params
+from movieq.api.auth import Caller, caller, task_of
+from movieq.api.state import Api, answered, api, only_query, query_int
+from movieq.contracts import (
+    PRIORITY_BIAS_MS,
+    CancelAnswer,
+    Deadline,
+    ProjectId,
+    Receipt,
+    SubmitRequest,
+    TaskId,
+    TaskStatus,
+    utc,
+)
+from movieq.errors import Forbidden, PayloadTooLarge, ValidationFailed
+from movieq.fetch import UrlRefused
+from movieq.params import MAX_DURATION_S, TaskType
+from movieq.settings import Scope
+from movieq.store import Accepted, NewTask
+
+BODY_BYTES: Final = 1024 * 1024
+METADATA_BYTES: Final = 16 * 1024
+WAIT_S: Final = 60
+
+_decoder = msgspec.json.Decoder(SubmitRequest)
+_idempotency_key = re.compile(r"[\x21-\x7e]{1,255}")
+log = logs.get()
+
+
+async def submit(request: Request) -> Response:
+    """`POST /tasks/submit`: the task is accepted, 201 with its receipt."""
+    movieq = api(request)
+    who = await caller(request, Scope.SUBMIT)
+    body = await read_body(request, BODY_BYTES)
+    submitted = decode(body)
+    if not who.grant.allows(submitted.project_id):
+        raise Forbidden(f"this API key does not belong to project {submitted.project_id}")
+    new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"))
+    accepted = await movieq.store.submit(new)
+    with logs.bound(task_id=accepted.task_id, project_id=new.project_id):
+        log.info("submit", task_type=new.task_type, model=new.model, kind=new.kind, priority=new.priority, replayed=accepted.replayed)
+    headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
+    answer = receipt(movieq, accepted, new.project_id)
+    return answered(answer, 201, {**headers, "Location": answer.status_url})
+
+
+async def status(request: Request) -> Response:
+    """`GET /tasks/{task_id}/status`; `?wait=SECONDS` answers when the task ends or the time is over."""
+    movieq = api(request)
+    task, _ = await task_of(request, Scope.READ)
+    only_query(request, "wait")
+    wait_s = query_int(request, "wait", 0, 0, WAIT_S)
+    if wait_s and not task.status.ended:
+        try:
+            async with asyncio.timeout(wait_s), aclosing(movieq.hub.follow(task.task_id, task.last_event_id, WAIT_S)) as events:
+                async for _ in events:
+                    pass
+        except TimeoutError:
+            pass
+        task = await movieq.store.task(task.task_id) or task
+    return answered(await movieq.task_state(task))
+
+
+async def cancel(request: Request) -> Response:
+    """`DELETE /tasks/{task_id}/cancel`: the task is cancelled; said again, the same answer."""
+    task, _ = await task_of(request, Scope.SUBMIT)
+    previous, at_ms = await api(request).store.cancel(task.task_id)
+    if task.status is not TaskStatus.CANCELLED:
+        with logs.bound(task_id=task.task_id, project_id=task.project_id):
+            log.info("cancel", previous_state=previous)
+    return answered(CancelAnswer(task.task_id, TaskStatus.CANCELLED, previous, utc(at_ms), f"the {previous} task was cancelled"))
+
+
+async def retry(request: Request) -> Response:
+    """`POST /tasks/{task_id}/retry`: the failed task waits again, 201 with its receipt."""
+    movieq = api(request)
+    task, _ = await task_of(request, Scope.SUBMIT)
+    accepted = await movieq.store.retry(task.task_id)
+    with logs.bound(task_id=task.task_id, project_id=task.project_id):
+        log.info("retry", attempt=task.attempt)
+    return answered(receipt(movieq, accepted, task.project_id), 201)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body. Raises PayloadTooLarge, and ValidationFailed for an encoded one or one that is not JSON by its type."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ValidationFailed("Content-Encoding: send the body as it is, not compressed")
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ValidationFailed(f"Content-Type: application/json is expected, got {content_type[:80]!r}")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise PayloadTooLarge(f"the body is over {limit} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def decode(body: bytes) -> SubmitRequest:
+    """The request. Raises ValidationFailed that names the field."""
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        path = path.strip("`.")
+        raise ValidationFailed(f"{path}: {text}" if path else text, errors=((path, text),) if path else ()) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValidationFailed(f"the body is not JSON that can be read: {problem}") from None
+
+
+async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None) -> NewTask:
+    """The task to store, everything about it checked. Raises ValidationFailed."""
+    try:
+        task_type = TaskType(submitted.task_type)
+    except ValueError:
+        raise ValidationFailed(f"task_type: one of {', '.join(TaskType)} is allowed, got {submitted.task_type[:80]!r}") from None
+    parsed, unread = params.parse(task_type, submitted.task_data)
+    name = models.resolve(movieq.models, movieq.settings.engine, await movieq.store.had_gpu(), task_type, parsed)
+    model = movieq.models[name]
+    priority = submitted.priority or 2
+    deadline = submitted.deadline or Deadline()
+    return NewTask(
+        task_id=TaskId(str(uuid.uuid4())),
+        project_id=ProjectId(submitted.project_id),
+        task_type=task_type,
+        kind=model.kind,
+        engine=model.engine,
+        model=name,
+        shape=models.shape(name, task_type, parsed),
+        priority=priority,
+        bias_ms=PRIORITY_BIAS_MS[priority],
+        kwargs=_packed(submitted.task_data),
+        metadata=_metadata(submitted.metadata),
+        estimate_ms=int(model.tasks[task_type] * 1000),
+        max_ms=MAX_DURATION_S[task_type] * 1000,
+        callback_url=_callback(movieq, submitted.callback_url),
+        start_by_ms=_deadline("start_by", deadline.start_by),
+        finish_by_ms=_deadline("finish_by", deadline.finish_by),
+        warnings=tuple(f"task_data.{key[:200]} is not read by anything" for key in unread[:100]),
+        idempotency=_idempotency(who, submitted.project_id, idempotency_key),
+        body_hash=hashlib.sha256(body).hexdigest(),
+        max_queued=movieq.settings.max_queued_per_project,
+    )
+
+
+def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId) -> Receipt:
+    """The receipt, the same to the byte however often it is asked for."""
+    return Receipt(
+        accepted.task_id,
+        TaskStatus.QUEUED,
+        project_id,
+        math.ceil(accepted.estimate_ms / 1000),
+        accepted.queue_position,
+        utc(accepted.created_at_ms),
+        movieq.events_url(accepted.task_id, accepted.created_at_ms / 1000),
+        movieq.url(f"/tasks/{accepted.task_id}/status"),
+        accepted.warnings,
+    )
+
+
+def _packed(task_data: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.msgpack.encode({"task_data": task_data})
+    except OverflowError:
+        raise ValidationFailed("task_data: a whole number in it is beyond 64 bits") from None
+    except RecursionError:
+        raise ValidationFailed("task_data: nested too deeply") from None
+
+
+def _metadata(metadata: dict[str, Any] | None) -> bytes:
+    try:
+        encoded = msgspec.json.encode(metadata or {})
+    except (OverflowError, RecursionError):
+        raise ValidationFailed("metadata: nested too deeply, or a whole number in it is beyond 64 bits") from None
+    if len(encoded) > METADATA_BYTES:
+        raise ValidationFailed(f"metadata: at most {METADATA_BYTES} bytes of JSON are allowed, got {len(encoded)}")
+    return encoded
+
+
+def _callback(movieq: Api, url: str | None) -> str:
+    if url is None:
+        return ""
+    try:
+        movieq.guard.check_url(url)
+    except UrlRefused as error:
+        raise ValidationFailed(f"callback_url: {error.description}", errors=(("callback_url", str(error.description)),)) from None
+    return url
+
+
+def _deadline(name: str, at: datetime | None) -> int | None:
+    if at is None:
+        return None
+    try:
+        return int(at.timestamp() * 1000)
+    except (OverflowError, ValueError):
+        raise ValidationFailed(f"deadline.{name}: a time between the years 1 and 9999 is expected") from None
+
+
+def _idempotency(who: Caller, project_id: str, key: str | None) -> str:
+    if key is None:
+        return ""
+    if not _idempotency_key.fullmatch(key):
+        raise ValidationFailed("Idempotency-Key: 1 to 255 visible ASCII characters are allowed")
+    return hashlib.sha256(f"{who.id}\n{project_id}\n{key}".encode()).hexdigest()
