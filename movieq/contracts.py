@@ -459,6 +459,36 @@ class Upload(msgspec.Struct, frozen=True):
     media_type: str
 
 
+class DeliveryState(StrEnum):
+    """`failed`: the receiver refused for good, or every try was used up."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """An entry of the outbox: the facts as they were frozen when the task ended, and how far the delivery is."""
+
+    type: EventType
+    state: DeliveryState
+    url: str
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    status: TaskStatus
+    at_ms: int
+    ended_at_ms: int
+    started_at_ms: int | None = None
+    result: StoredResult | None = None
+    error: str | None = None
+    error_code: str | None = None
+    metadata: dict[str, Any] = {}
+    tries: int = 0
+    last_status: int | None = None
+    last_problem: str | None = None
+
+
 class TaskTypeAnswer(msgspec.Struct, frozen=True):
     """A task type that can be submitted here: the JSON Schema of its task_data, its models, its longest run in seconds."""
 

@@ -5,10 +5,13 @@ Leaves out: replication, passwords, ports. A server of your own needs `MOVIEQ_RE
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,7 +56,7 @@ class Valkey:
 
     def start(self) -> None:
         """The server takes commands."""
-        self._hold()
+        self._lock = self._lock or self._held()
         self.socket.parent.mkdir(mode=0o700, exist_ok=True)
         self.socket.unlink(missing_ok=True)
         log = (self.folder / "valkey.log").open("ab")
@@ -68,6 +71,8 @@ class Valkey:
             stdout=log,
             stderr=log,
             start_new_session=True,  # a Ctrl-C in the terminal is for the owner, which stops the server last
+            preexec_fn=leashed,
+            pass_fds=[self._lock.fileno()],  # while the server lives the folder is held, whatever became of its owner
         )
         log.close()
         end = time.monotonic() + START_S
@@ -100,20 +105,24 @@ class Valkey:
             self._process.kill()
             self._process.wait()
 
-    def _hold(self) -> None:
-        if self._lock is not None:
-            return
+    def _held(self) -> IO[str]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            lock = (self.folder / "lock").open("a")
         except OSError as error:
             raise SettingsError(f"the data folder {self.folder} cannot be used: {error.strerror}; name another with --data") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its holders, however they end
         except OSError:
             lock.close()
             raise SettingsError(f"another movieq holds {self.folder}: stop it, or name another folder with --data") from None
-        self._lock = lock
+        return lock
+
+
+def leashed() -> None:
+    """Between fork and exec: the kernel asks the process to end when the one that started it is gone. Only Linux can do this."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

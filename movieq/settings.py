@@ -53,7 +53,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator decides."""
 
     redis_url: Annotated[str, Meta(description="Redis or Valkey: redis://host:6379/0, or unix:///path; unset: `up` starts its own")] = ""
-    public_url: Annotated[str, Meta(description="Address under which clients reach the API; unset: the one that it listens on")] = ""
+    public_url: Annotated[
+        str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
+    ] = ""
     api_keys: Annotated[str, Meta(description="KEY, or KEY=project|project, /scope+scope behind either; comma-separated")] = ""
     signing_secret: Annotated[str, Meta(description="Signs event and media urls; unset: made once, kept in Redis")] = ""
     webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (

@@ -153,7 +153,7 @@ class FolderStorage:
     def _copied_in(self, target: Path, source: Path) -> Path:
         """A durable copy of `source`, beside `target` and so on its file system."""
         temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        for tries_left in (2, 1, 0):
+        for tries_left in reversed(range(100)):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, temporary)
@@ -162,8 +162,9 @@ class FolderStorage:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-                # A delete next door takes away folders that are still empty, also the one that was just made here.
-                if not (tries_left and isinstance(error, FileNotFoundError) and source.exists()):
+                # A delete next door takes away folders that are still empty, also the one that was made here or is being made: mkdir then
+                # says that it exists, or that its parent does not. Each such fault needs another delete, so tries do not run out.
+                if not (tries_left and isinstance(error, FileNotFoundError | FileExistsError) and source.exists()):
                     raise
         return temporary
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, cast
@@ -24,6 +24,8 @@ from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from movieq.contracts import (
     KEYS,
     UPLOAD_KEPT_S,
+    Delivery,
+    DeliveryState,
     EventType,
     Kind,
     Project,
@@ -207,7 +209,7 @@ class Store:
 
     # ── Verbs of workers ──
 
-    async def claim(self, worker_id: str, nonce: str, free: dict[Kind, int]) -> list[Claimed]:
+    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int]) -> list[Claimed]:
         """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks."""
         rest = [part for kind, slots in free.items() for part in (kind, slots)]
         answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS)
@@ -375,6 +377,18 @@ class Store:
         info = await _answer(self.redis.xinfo_stream(key))
         return LogState(first[0][0].decode(), last[0][0].decode(), info.get("entries-added", info["length"]) > info["length"])
 
+    # ── The outbox ──
+
+    async def delivery(self, delivery_id: str) -> Delivery | None:
+        """The facts of a delivery; None where there is none (any more)."""
+        fields = await _answer(self.redis.hgetall(KEYS["delivery"] + delivery_id))
+        return msgspec.convert(_named(fields), Delivery, strict=False) if fields else None
+
+    async def delivered(self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str) -> None:
+        """What came of a try is noted."""
+        fields = {"state": state, "tries": tries, "last_problem": problem, **({} if status is None else {"last_status": status})}
+        await _answer(self.redis.hset(KEYS["delivery"] + delivery_id, mapping=fields))
+
     # ── The rest ──
 
     async def signing_secret(self) -> bytes:
@@ -443,12 +457,16 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _task(fields: dict[bytes, bytes]) -> Task:
+def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in fields.items():
         name = key.decode()
         named[name] = msgspec.json.decode(value) if name in _BLOBS else value.decode()
-    return msgspec.convert(named, Task, strict=False)
+    return named
+
+
+def _task(fields: dict[bytes, bytes]) -> Task:
+    return msgspec.convert(_named(fields), Task, strict=False)
 
 
 def _accepted(answer: Sequence[Any]) -> Accepted:

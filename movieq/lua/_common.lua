@@ -168,7 +168,10 @@ local function release(t, committed)
   redis.call('ZREM', K.running .. t.kind, t.task_id)
   redis.call('SREM', K.held .. t.worker_id, t.task_id)
   charge(t, (now - t.started_at_ms) - t.estimate_ms)
-  if t.prefix and not committed then redis.call('ZADD', K.orphans, now + 60000, t.prefix) end
+  if t.prefix and not committed then
+    redis.call('ZADD', K.orphans, now + 60000, t.prefix)
+    set(t, {orphaned = t.prefix})
+  end
   unset(t, 'prefix')
 end
 

@@ -2,7 +2,8 @@
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
 -- the task's estimate; every eighth claim takes the oldest task of the kind.
 -- args: worker_id nonce lease_ms ...
---   nonce: random, of this call; the same nonce again gives the same tasks. rest: pairs of kind and free slots.
+--   nonce: random, of this call; the same nonce again gives the same tasks. rest: pairs of kind and free slots; the kind `deliveries` has no tasks, its
+--   idle workers are woken for the outbox.
 -- Returns a list of {task_id, run, job, hash}: the run's token, arq's definition (msgpack), the task's hash as field, value, ...
 -- Appends `started`. A worker with slots left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task.
 local function pick(kind)
@@ -38,7 +39,7 @@ for i = 4, #ARGV, 2 do
     dequeue(t)
     charge(t, t.estimate_ms)
     set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-    unset(t, 'ended_run', 'logged', 'remaining_ms', 'reaped')
+    unset(t, 'ended_run', 'logged', 'remaining_ms', 'reaped', 'orphaned')
     move(t, 'processing')
     redis.call('ZADD', K.running .. kind, now + lease_ms, task_id)
     redis.call('SADD', K.held .. worker_id, task_id)

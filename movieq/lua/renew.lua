@@ -16,7 +16,11 @@ for i = 5, #ARGV, 2 do
   if t and t.status == 'queued' and t.reaped == run then
     dequeue(t)
     set(t, {run = run, worker_id = worker_id, silences = t.silences - 1})
-    unset(t, 'reaped', 'ended_run')
+    if t.orphaned then
+      redis.call('ZREM', K.orphans, t.orphaned)
+      set(t, {prefix = t.orphaned})
+    end
+    unset(t, 'reaped', 'ended_run', 'orphaned')
     move(t, 'processing')
     redis.call('SADD', K.held .. worker_id, task_id)
     watch_deadline(t)

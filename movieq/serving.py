@@ -1,0 +1,72 @@
+"""The API as a process: a socket, uvicorn, the ready line, and streams that are told when it ends."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from movieq.api import app
+from movieq.errors import SettingsError
+from movieq.settings import Settings
+
+SHUTDOWN_S = 5
+READY = "movieq ready at "
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises SettingsError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; name another with --host and --port") from None
+    sock.listen(2048)
+    return sock
+
+
+def address(sock: socket.socket) -> str:
+    """The url at which a client on this machine reaches the socket."""
+    host, port = sock.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104  # shown, not bound
+    return f"http://{shown}:{port}"
+
+
+async def serve(settings: Settings, sock: socket.socket) -> None:
+    """Serves the API until a signal ends it; prints the ready line when it takes requests."""
+    public_url = settings.public_url.rstrip("/") or address(sock)
+    await _Server(app.create(settings, public_url), public_url).serve([sock])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, application: Starlette, public_url: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,  # it would print signatures
+                server_header=False,
+                timeout_graceful_shutdown=SHUTDOWN_S,
+            )
+        )
+        self._app = application
+        self._public_url = public_url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, and then the ready line."""
+        await super().startup(sockets)
+        if self.started:
+            print(f"{READY}{self._public_url}", flush=True)  # noqa: T201  # the contract's one line
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's, after every stream was told to end: uvicorn waits for them."""
+        self._app.state.api.hub.close()
+        super().handle_exit(sig, frame)

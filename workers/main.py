@@ -1,0 +1,296 @@
+"""The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
+
+For tasks the claim brings what arq would fetch, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
+registered functions stay. Deliveries and cron jobs are plain jobs of a plain arq queue, polled and finished by arq's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import secrets
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import psutil
+from arq import cron, func
+from arq.worker import Worker as ArqWorker
+from redis.exceptions import RedisError
+
+import movieq
+from movieq import logs, models, webhooks
+from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
+from movieq.errors import RunLost
+from movieq.events import Subscriber
+from movieq.fetch import Fetcher, Guard
+from movieq.params import TaskType
+from movieq.settings import Settings
+from movieq.storage import FolderStorage
+from movieq.store import RENEW_S, Claimed, Counts, Store, connect
+from workers.deliver import SCHEDULE_S, Outbox, deliver, sweep_orphans
+from workers.engine import Child
+from workers.run import Parts, Running, run_task
+
+POLL_S: Final = 1.0
+"""The safety net under the wake."""
+DELIVERY_S: Final = 60
+LAST_S: Final = 5.0
+"""What a worker that has to go gives its runs to be handed back, after the drain."""
+
+log = logs.get()
+
+
+class Worker(ArqWorker):
+    """An arq worker with slots: its tasks run in `children`, its plain jobs as arq runs them."""
+
+    def __init__(self, *, worker_id: str, store: Store, subscriber: Subscriber, children: list[Child], drain_s: float, **arq: Any) -> None:
+        super().__init__(**arq)
+        self.worker_id = worker_id
+        self.store = store
+        self.children = children
+        self.runs: dict[RunToken, Running] = {}
+        self._subscriber = subscriber
+        self._drain_s = drain_s
+        self._nonce: str | None = None
+        self._wake = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._hurry = asyncio.Event()
+        # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
+        self._leases = asyncio.Lock()
+
+    async def main(self) -> None:
+        """Works until a signal asks it to end, and what it holds is finished or handed back."""
+        self.ctx["redis"] = self.pool
+        if self.on_startup:
+            await self.on_startup(self.ctx)
+        log.info("worker_started", worker=self.worker_id, queues=self._kinds(), children=[child.name for child in self.children])
+        async with asyncio.TaskGroup() as group:
+            serving = [
+                group.create_task(self._subscriber.run()),
+                group.create_task(self._listen()),
+                group.create_task(self._renew()),
+                *(group.create_task(child.keep(self._wake.set)) for child in self.children),
+            ]
+            async with asyncio.TaskGroup() as runs:
+                await self._work(runs)
+                await self._drain()
+            for task in serving:
+                task.cancel()
+        log.info("worker_ended", worker=self.worker_id)
+
+    def handle_sig(self, signum: signal.Signals) -> None:
+        """The first signal drains, the second hands everything back at once."""
+        log.info("drain", signal=signal.Signals(signum).name, runs=len(self.runs), seconds=self._drain_s)
+        if self._draining.is_set():
+            self._hurry.set()
+        self.allow_pick_jobs = False
+        self._draining.set()
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Leaves, and closes what arq opened."""
+        try:
+            await self.store.leave(self.worker_id)
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("leave_failed", problem=str(error))
+        if self.on_shutdown:
+            await self.on_shutdown(self.ctx)
+        await self.pool.aclose()
+        await self.pool.connection_pool.disconnect()
+
+    # ── Taking work ──
+
+    async def _work(self, runs: asyncio.TaskGroup) -> None:
+        failures = 0
+        while not self._draining.is_set():
+            self._wake.clear()
+            try:
+                await self._claim(runs)
+                await self._poll_iteration()
+                failures = 0
+            except (RedisError, OSError, TimeoutError) as error:
+                failures += 1
+                log.warning("redis_away", problem=str(error) or type(error).__name__)
+            try:
+                async with asyncio.timeout(POLL_S * random.uniform(0.75, 1.25) * min(1 + failures, 3)):  # noqa: S311  # spreads load
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _claim(self, runs: asyncio.TaskGroup) -> None:
+        free: dict[str, int] = {"deliveries": 1}  # there are no tasks of this kind: an ended task wakes whoever is idle for it
+        for child in self.children:
+            for kind in child.kinds if child.free else ():
+                free[kind] = free.get(kind, 0) + 1
+        async with self._leases:
+            self._nonce = self._nonce or secrets.token_hex(8)
+            claimed = await self.store.claim(self.worker_id, self._nonce, free)
+            self._nonce = None
+            for each in claimed:
+                self._begin(runs, each)
+
+    def _begin(self, runs: asyncio.TaskGroup, claimed: Claimed) -> None:
+        child = next((child for child in self.children if child.free and claimed.task.kind in child.kinds), None)
+        if child is None:
+            runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
+            return
+        job = msgspec.msgpack.decode(claimed.job)
+        running = Running(claimed, child, self._wake.set)
+        context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
+        self.runs[claimed.run] = running
+        coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
+        running.asyncio_task = runs.create_task(coroutine, name=claimed.task.task_id)
+        running.asyncio_task.add_done_callback(lambda _: self.runs.pop(claimed.run))
+
+    async def _hand_back(self, task_id: TaskId, run: RunToken) -> None:
+        """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
+        try:
+            await self.store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker had no free slot", "worker_lost")
+        except RunLost:
+            pass
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("hand_back_failed", task_id=task_id, problem=str(error))  # the next renewal names it again
+
+    # ── Keeping it ──
+
+    async def _renew(self) -> None:
+        while True:
+            try:
+                async with self._leases:
+                    lost, forgotten = await self.store.renew(
+                        self.worker_id,
+                        self.rows(),
+                        [(running.task.task_id, run) for run, running in self.runs.items()],
+                        has_gpu=any(child.device != "cpu" for child in self.children),
+                    )
+                for _, run in lost:
+                    if run in self.runs:
+                        self.runs[run].stop("lost")
+                for task_id, run in forgotten:
+                    log.warning("forgotten_task", task_id=task_id)
+                    await self._hand_back(task_id, run)
+                await self.store.tidy()
+            except (RedisError, OSError, TimeoutError) as error:
+                log.warning("renew_failed", problem=str(error) or type(error).__name__)
+            await asyncio.sleep(RENEW_S)
+
+    async def _listen(self) -> None:
+        """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
+        with contextlib.suppress(
+            RedisError, OSError, TimeoutError
+        ):  # it is subscribed as soon as Redis is back; until then the poll serves
+            await self._subscriber.subscribe(KEYS["control"] + self.worker_id, self._on_control, self._wake.set)
+
+    def _on_control(self, message: bytes) -> None:
+        verb, *rest = message.decode().split()
+        if verb == "wake":
+            self._wake.set()
+        elif verb == "cancel" and (running := self.runs.get(RunToken(rest[1]))) is not None:
+            running.stop("cancelled")
+
+    def rows(self) -> list[WorkerStatus]:
+        """This worker's rows in the workers' status: one for each child."""
+        taking = not self._draining.is_set()
+        return [
+            WorkerStatus(
+                worker_id=f"{self.worker_id}/{child.name}",
+                worker_type=min(child.kinds, key=list(Kind).index),
+                status=WorkerState.BUSY if child.task_id else WorkerState.IDLE,
+                current_task_id=child.task_id,
+                gpu_utilization=0.0,
+                memory_usage=child.memory_bytes(),
+                tasks_completed=child.tasks_completed,
+                last_heartbeat=utc(int(time.time() * 1000)),
+                queues=list(child.kinds) if taking else [],
+                device=child.device,
+                memory_total=int(psutil.virtual_memory().total),
+                temperature=None,
+                power=None,
+                models=["animatic"] if child.free or child.task_id else [],
+                host=socket.gethostname(),
+                version=movieq.__version__,
+            )
+            for child in self.children
+        ]
+
+    # ── Ending ──
+
+    async def _drain(self) -> None:
+        """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
+        for running in list(self.runs.values()):
+            if running.remaining_s() > self._drain_s:
+                running.stop("drain")
+        await self._ended_within(self._drain_s, unless=self._hurry)
+        for running in list(self.runs.values()):
+            running.stop("drain")
+        for job in self.tasks.values():
+            job.cancel()
+        await self._ended_within(LAST_S)
+        for running in list(self.runs.values()):
+            running.abandon()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+    async def _ended_within(self, seconds: float, unless: asyncio.Event | None = None) -> None:
+        tasks: set[asyncio.Task[Any]] = {running.asyncio_task for running in self.runs.values() if running.asyncio_task}
+        tasks.update(self.tasks.values())
+        called_off = asyncio.create_task((unless or asyncio.Event()).wait())
+        ended = asyncio.create_task(asyncio.wait(tasks)) if tasks else called_off
+        try:
+            if tasks:
+                await asyncio.wait({called_off, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            called_off.cancel()
+            ended.cancel()
+
+    def _kinds(self) -> list[Kind]:
+        return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
+
+
+async def serve(settings: Settings) -> None:
+    """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
+    settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
+    models.load(settings.models)
+    redis = connect(settings.redis_url, patient=True)
+    store = Store(redis)
+    secret = settings.signing_secret.encode() or await store.signing_secret()
+    storage = FolderStorage(Path(settings.storage), settings.public_url, secret)
+    guard = Guard(settings.private_networks())
+    kinds = settings.kinds() or (Kind.CPU_INTENSIVE,)
+    children = [Child(f"cpu{number}", kinds, "cpu", step_timeout_s=settings.step_timeout_s) for number in range(settings.cpu_slots)]
+    worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
+    if settings.spool:
+        Path(settings.spool).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="movieq-spool-", dir=settings.spool or None, ignore_cleanup_errors=True) as spool:
+        async with Fetcher(guard) as fetcher, guard.session() as session:
+            worker = Worker(
+                worker_id=worker_id,
+                store=store,
+                subscriber=Subscriber(settings.redis_url),
+                children=children,
+                drain_s=settings.drain_s,
+                functions=[
+                    *(func(run_task, name=task_type) for task_type in TaskType),
+                    func(deliver, name="deliver", max_tries=len(SCHEDULE_S) + 2, keep_result=0),
+                ],
+                cron_jobs=[cron(sweep_orphans, name="sweep_orphans", second=0, keep_result=0)],
+                queue_name=KEYS["deliveries"],
+                redis_pool=redis,
+                job_timeout=DELIVERY_S,
+                job_serializer=redis.job_serializer,
+                job_deserializer=redis.job_deserializer,
+                ctx={
+                    "parts": Parts(store, storage, fetcher, Path(spool)),
+                    "outbox": Outbox(store, storage, session, settings_secrets),
+                },
+            )
+            try:
+                await worker.async_run()
+            finally:
+                await worker.close()

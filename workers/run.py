@@ -1,0 +1,371 @@
+"""One task from claim to commit: fetch its inputs, run the engine, store the files, commit the result.
+
+Every outcome is one verb of the store. Verbs are insisted on while Redis is away: they can be said twice. A failed upload does not cost the
+rendering again: the run keeps its lease, frees its slot and goes on trying.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+from redis.exceptions import RedisError
+
+from movieq import fetch, logs, params
+from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
+from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault, TaskFault, WorkerLost
+from movieq.fetch import Fetcher
+from movieq.params import AudioParams, Params, TaskType
+from movieq.storage import FolderStorage
+from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store
+from workers.engine import Child, ChildDied
+from workers.protocol import Done, Plan, Preview, Produced, Run, Stage, Step
+
+FETCH_SHARE: Final = 0.02
+ENGINE_SHARE: Final = 0.93
+UPLOAD_AT: Final = FETCH_SHARE + ENGINE_SHARE
+"""How much of the bar the inputs and the engine have; the upload has the rest, and the commit makes it 1."""
+REPORT_INTERVAL_S: Final = 0.1
+RETRY_BASE_S: Final = 2.0
+RETRY_MOST_S: Final = 60.0
+
+MEDIA: Final = {
+    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
+    TaskType.GENERATE_IMAGE: ("image", "character_design"),
+    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
+    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
+}
+"""Folder of the storage and `media_type` of what each task type makes."""
+
+T = TypeVar("T")
+log = logs.get()
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What a run works with."""
+
+    store: Store
+    storage: FolderStorage
+    fetcher: Fetcher
+    spool: Path
+
+
+class Running:
+    """A run in hand. `stop` notes the reason before anything is cancelled."""
+
+    def __init__(self, claimed: Claimed, child: Child, on_free: Callable[[], None]) -> None:
+        self.task: Task = claimed.task
+        self.run: RunToken = claimed.run
+        self.child = child
+        self.asyncio_task: asyncio.Task[None] | None = None
+        self.reason: str | None = None
+        self.abandoned = False
+        self.begun_s = time.monotonic()
+        self.progress = 0.0
+        self.rendered = False
+        self._on_free = on_free
+        child.task_id = claimed.task.task_id
+
+    def stop(self, reason: str) -> None:
+        """The run ends soon: "cancelled" and "lost" write nothing, "drain" gives the task back uncounted."""
+        if self.reason is None and self.asyncio_task is not None:
+            self.reason = reason
+            self.asyncio_task.cancel()
+
+    def abandon(self) -> None:
+        """The run ends now, even if Redis cannot be told: its lease will be over."""
+        self.abandoned = True
+        self.stop("drain")
+        if self.asyncio_task is not None:
+            self.asyncio_task.cancel()
+
+    def free_slot(self) -> None:
+        """The child can take the next task."""
+        if self.child.task_id == self.task.task_id:
+            self.child.task_id = None
+            self._on_free()
+
+    def remaining_s(self) -> float:
+        """How long the run may still take, by its progress or, early on, by the estimate."""
+        elapsed_s = time.monotonic() - self.begun_s
+        if self.progress > 0.1:
+            return elapsed_s * (1 - self.progress) / self.progress
+        return max(self.task.estimate_ms / 1000 - elapsed_s, 0.0)
+
+
+async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
+    """The arq function of every task type.
+
+    `ctx` holds `parts` and `running`. When it returns the task is committed, failed or given back.
+    """
+    parts: Parts = ctx["parts"]
+    running: Running = ctx["running"]
+    task = running.task
+    with logs.bound(task_id=task.task_id, project_id=task.project_id):
+        log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name)
+        spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
+        try:
+            await _make_and_commit(parts, running, task_data, spool)
+            log.info("complete", attempt=task.attempt, seconds=round(time.monotonic() - running.begun_s, 3))
+        except RunLost:
+            log.info("run_lost", attempt=task.attempt)
+        except ChildDied as death:
+            await _give_back(parts.store, running, Counts.DEATHS, DEATHS_LIMIT, death.message, WorkerLost.code)
+        except TaskFault as fault:
+            if fault.retryable:
+                await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
+            else:
+                await _fail(parts.store, running, fault.message, fault.code)
+        except asyncio.CancelledError:
+            if running.reason in ("cancelled", "lost"):
+                log.info("run_stopped", reason=running.reason, attempt=task.attempt)
+            else:
+                await _give_back(parts.store, running, Counts.DRAIN, 0, "its worker was stopped", WorkerLost.code)
+                if running.reason is None:  # not the run but the worker is cancelled
+                    raise
+        except Exception as error:
+            log.exception("run_broke")
+            await _give_back(
+                parts.store, running, Counts.TRIES, TRIES_LIMIT, f"a fault of the worker: {type(error).__name__}", InternalFault.code
+            )
+        finally:
+            running.free_slot()
+            await asyncio.to_thread(shutil.rmtree, spool, ignore_errors=True)
+
+
+async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
+    task = running.task
+    parsed = params.convert(task.task_type, task_data)
+    reporter = _Reporter(parts.store, running)
+    async with reporter:
+        reporter.say(0.0, "fetching_inputs" if parsed.references else "starting", stage="fetch")
+        inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
+        out_dir = spool / "out"
+        out_dir.mkdir()
+        request = Run(
+            run=running.run,
+            task_id=task.task_id,
+            project_id=task.project_id,
+            task_type=task.task_type,
+            engine=task.engine,
+            model=task.model,
+            params=task_data,
+            metadata=task.metadata,
+            inputs=inputs,
+            seed=secrets.randbits(32) if parsed.seed is None else parsed.seed,
+            out_dir=str(out_dir),
+        )
+        done = await running.child.run(request, reporter.on_message)
+    running.rendered = True
+    running.free_slot()
+    stored = await _store(parts, running, done)
+    await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
+
+
+async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
+    """Every reference of the parameters as a local file, each fetched once. Raises InputUnavailable, InvalidInput naming the reference."""
+    kinds = (fetch.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (fetch.Kind.IMAGE,)
+    found: dict[str, str] = {}
+    for number, reference in enumerate(parsed.references):
+        dest = spool / f"input{number}"
+        scheme, _, rest = reference.partition(":")
+        if scheme == "upload":
+            await _uploaded(parts, project_id, reference, rest, dest)
+        elif scheme == "task":
+            await _made_before(parts, project_id, task_id, reference, rest, dest)
+        else:
+            await parts.fetcher.fetch(reference, dest, kinds)
+        found[reference] = str(dest)
+    return found
+
+
+async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:
+    upload = await parts.store.upload(upload_id)
+    if upload is None or upload.project_id != project_id or await parts.storage.open(upload.key, dest) is None:
+        raise InputUnavailable(f"{reference}: this project has no such upload (uploads are kept for seven days)")
+
+
+async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
+    if other_id == task_id:
+        raise InputUnavailable(f"{reference}: a task cannot use its own result")
+    other = await parts.store.task(TaskId(other_id))
+    if other is None or other.project_id != project_id:
+        raise InputUnavailable(f"{reference}: this project has no such task")
+    if other.status is not TaskStatus.COMPLETED or other.result is None:
+        raise InputUnavailable(f"{reference}: that task is {other.status}, only a completed one has a result")
+    media = other.result.media[0]
+    key = media.key if media.content_type.startswith(("image/", "audio/")) else media.poster_key or media.key
+    if await parts.storage.open(key, dest) is None:
+        raise InputUnavailable(f"{reference}: the file of that task is not there any more")
+
+
+async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
+    """The files are in the storage. Goes on trying for as long as the run holds its lease."""
+    task = running.task
+    folder, media_type = MEDIA[task.task_type]
+    prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
+    await insist(
+        lambda: parts.store.report(task.task_id, running.run, UPLOAD_AT, "uploading_result", stage="upload", prefix=prefix)
+    )  # before the first byte: whatever becomes of the run, its files are known
+    keys: dict[str, tuple[str, int]] = {}
+    wait_s = RETRY_BASE_S / 2
+    for produced in done.files:
+        key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{Path(produced.path).suffix}"
+        while True:
+            try:
+                keys[produced.role] = key, await parts.storage.put(key, Path(produced.path), produced.content_type)
+                break
+            except StorageFault as fault:
+                log.warning("upload_failed", problem=fault.message, again_in_s=wait_s)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, RETRY_MOST_S)
+    output = next(produced for produced in done.files if produced.role == "output")
+    key, size_bytes = keys["output"]
+    return StoredResult(
+        [_stored(output, key, size_bytes, media_type, keys.get("poster"))],
+        {**done.metadata, "file_size": size_bytes, "model": task.model, "engine": task.engine},
+    )
+
+
+def _stored(output: Produced, key: str, size_bytes: int, media_type: str, poster: tuple[str, int] | None) -> StoredMedia:
+    return StoredMedia(
+        key=key,
+        media_type=media_type,
+        content_type=output.content_type,
+        size_bytes=size_bytes,
+        poster_key=poster[0] if poster else None,
+        width=output.width,
+        height=output.height,
+        duration_s=output.duration_s,
+    )
+
+
+async def _fail(store: Store, running: Running, error: str, code: str) -> None:
+    try:
+        await _ended(running, lambda: store.fail(running.task.task_id, running.run, error, code))
+    except RunLost:
+        log.info("run_lost")
+        return
+    log.info("fail", error_code=code, error=error)
+
+
+async def _give_back(store: Store, running: Running, counts: Counts, limit: int, error: str, code: str) -> None:
+    delay_ms = 0 if counts is Counts.DRAIN else retry_delay_ms(running.task.attempt)
+    status: TaskStatus | None = None
+
+    async def say() -> None:
+        nonlocal status
+        status = await store.requeue(running.task.task_id, running.run, counts, limit, delay_ms, error, code)
+
+    try:
+        await _ended(running, say)
+    except RunLost:
+        log.info("run_lost")
+        return
+    log.warning("requeue" if status is TaskStatus.QUEUED else "fail", counts=counts, error_code=code, error=error, delay_ms=delay_ms)
+
+
+def retry_delay_ms(attempt: int) -> int:
+    """Exponential from two seconds to a minute, with a jitter of a quarter either way, so that faults of many do not come back together."""
+    delay_s = min(RETRY_BASE_S * 2 ** (attempt - 1), RETRY_MOST_S)
+    return int(delay_s * 1000 * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load, hides nothing
+
+
+async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
+    """The ending verb is said and answered; cancels that come meanwhile wait for that, unless the worker abandons the run."""
+    saying = asyncio.ensure_future(insist(verb))
+    while not saying.done():
+        try:
+            await asyncio.wait({saying})
+        except asyncio.CancelledError:
+            if running.abandoned:
+                saying.cancel()
+                raise
+    saying.result()
+
+
+async def insist(verb: Callable[[], Awaitable[T]]) -> T:
+    """The answer of a verb, however long Redis is away; said twice it does no harm. Raises what the store raises on purpose."""
+    wait_s = 0.1
+    while True:
+        try:
+            return await verb()
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("redis_away", problem=str(error) or type(error).__name__, again_in_s=wait_s)
+        await asyncio.sleep(wait_s)
+        wait_s = min(wait_s * 2, 2.0)
+
+
+class _Reporter:
+    """Says how far the run is: the latest state, at most ten times a second. Within its block a loss of the run stops it."""
+
+    def __init__(self, store: Store, running: Running) -> None:
+        self._store = store
+        self._running = running
+        self._stages: tuple[Stage, ...] = ()
+        self._news = asyncio.Event()
+        self._latest: tuple[float, str, str, int | None, int | None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._tell())
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def say(self, progress: float, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
+        self._running.progress = progress
+        self._latest = progress, current_step, stage, step, steps
+        self._news.set()
+
+    def on_message(self, message: Plan | Step | Preview) -> None:
+        match message:
+            case Plan():
+                self._stages = message.stages
+                if message.stages:
+                    first = message.stages[0]
+                    self.say(FETCH_SHARE, first.step_name, stage=first.name)
+            case Step():
+                done = 0.0
+                for stage in self._stages:
+                    if stage.name == message.stage:
+                        done += stage.weight * message.step / max(message.steps, 1)
+                        total = sum(each.weight for each in self._stages)
+                        progress = FETCH_SHARE + ENGINE_SHARE * done / total
+                        self.say(progress, stage.step_name, stage=stage.name, step=message.step, steps=message.steps)
+                        return
+                    done += stage.weight
+            case Preview():
+                pass  # shown when the economy of previews is settled
+
+    async def _tell(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            assert self._latest is not None
+            progress, current_step, stage, step, steps = self._latest
+            try:
+                await self._store.report(
+                    self._running.task.task_id,
+                    self._running.run,
+                    progress,
+                    current_step,
+                    stage=stage,
+                    step=step,
+                    steps=steps,
+                    remaining_ms=int(self._running.remaining_s() * 1000),
+                )
+            except RunLost:
+                self._running.stop("lost")
+                return
+            except (RedisError, OSError, TimeoutError) as error:
+                log.warning("report_failed", problem=str(error) or type(error).__name__)
+            await asyncio.sleep(REPORT_INTERVAL_S)
