@@ -54,8 +54,8 @@ def main() -> None:
 def up(host: str, port: int, folder: Path, no_worker: bool) -> None:
     """Run everything on this machine, until Ctrl-C.
 
-    Starts an embedded Valkey in --data (unless MOVIEQ_REDIS_URL names a server), the API and one worker, and starts again what dies. Without
-    MOVIEQ_API_KEYS it makes a key, keeps it in --data and prints it. Prints `movieq ready at URL` when it takes requests.
+    Starts an embedded Valkey in --data (unless MOVIEQ_REDIS_URL names a server), the API and one worker, and starts again what dies.
+    Without MOVIEQ_API_KEYS it makes a key, keeps it in --data and prints it. Prints `movieq ready at URL` when it takes requests.
     """
     from movieq.up import up as run_up
 
@@ -87,8 +87,8 @@ def api(host: str, port: int, fd: int | None) -> None:
 def worker() -> None:
     """Run one worker for this machine, against the server of MOVIEQ_REDIS_URL.
 
-    SIGTERM or Ctrl-C drains it: no new tasks, those that can end within MOVIEQ_DRAIN_S do, the others are handed back. A second signal hands
-    back at once.
+    SIGTERM or Ctrl-C drains it: no new tasks, those that can end within MOVIEQ_DRAIN_S do, the others are handed back. A second signal
+    hands back at once.
     """
     settings = _settings()
     if not settings.public_url:

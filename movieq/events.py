@@ -54,8 +54,10 @@ class Subscriber:
             try:
                 async with client.pubsub() as pubsub:
                     async with asyncio.timeout(CONFIRM_S):
-                        await pubsub.subscribe(KEYS["events"], *self._channels)  # the first keeps an otherwise unused connection open
-                    self._pubsub = pubsub
+                        await pubsub.subscribe(KEYS["events"])  # keeps an otherwise unused connection open
+                        self._pubsub = pubsub  # from here on whoever adds a channel subscribes to it
+                        if self._channels:
+                            await pubsub.subscribe(*self._channels)
                     wait_s = RECONNECT_S[0]
                     await self._read(pubsub)
             except (RedisError, OSError, TimeoutError) as error:

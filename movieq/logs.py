@@ -44,7 +44,7 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.stdlib.ExtraAdder(),
+        structlog.stdlib.ExtraAdder(allow=[]),  # uvicorn repeats its messages in colour
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
@@ -64,7 +64,9 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
         logger: Any = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    logging.getLogger("arq").setLevel(logging.WARNING if level is not LogLevel.DEBUG else logging.DEBUG)
+    if level is not LogLevel.DEBUG:  # what they say of every start and every job, we say in our own words
+        for name in ("arq", "uvicorn"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

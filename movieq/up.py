@@ -1,4 +1,4 @@
-"""`movieq up`: everything for one machine. An embedded Valkey, the API, one worker; what dies is started again, what was started is stopped."""
+"""`movieq up`: an embedded Valkey, the API and one worker. What dies is started again, what was started is stopped."""
 
 from __future__ import annotations
 
