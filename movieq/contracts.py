@@ -314,7 +314,7 @@ class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}$"
+PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}(?!\n)$"  # Python's $ also matches before a last line break
 
 
 class Deadline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -50,7 +50,13 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     ]
     console = log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and sys.stderr.isatty())
     if console:
-        last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=22)]
+        last: list[structlog.typing.Processor] = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                pad_event_to=22,
+                exception_formatter=structlog.dev.plain_traceback,  # the default shows local variables, and so keys and signatures
+            )
+        ]
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.EventRenamer("message"), structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler()

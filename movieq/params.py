@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from enum import StrEnum
 from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -21,7 +22,7 @@ MAX_PIXELS: Final = 4_000_000_000
 LANGUAGES: Final = frozenset(
     """
     af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id io
-    is it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl ps pt py qu quc
+    is it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl pt py qu quc
     qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
     """.split()
 )
@@ -193,21 +194,13 @@ def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[
 
     Raises ValidationFailed naming each field that is wrong, what was given and what is allowed.
     """
-    cls = PARAMS[task_type]
-    known = {field.encode_name: field for field in msgspec.structs.fields(cls)}
-    errors: list[tuple[str, str]] = []
-    for key, value in task_data.items():  # one field at a time, so that every wrong one is named and not the first alone
-        if key in known and value is not None:
-            try:
-                msgspec.convert(value, known[key].type)
-            except msgspec.ValidationError as error:
-                errors.append(_problem(key, value, str(error)))
-    if errors:
-        raise _refused(errors)
-    params = convert(task_type, task_data)
+    try:
+        params = convert(task_type, task_data)
+    except msgspec.ValidationError:
+        raise _refused(_problems(task_type, task_data)) from None
     if errors := list(_inconsistent(task_type, params)):
         raise _refused(errors)
-    return params, sorted(task_data.keys() - known.keys())
+    return params, sorted(task_data.keys() - set(PARAMS[task_type].__struct_fields__))
 
 
 def convert(task_type: TaskType, task_data: dict[str, Any]) -> Params:
@@ -221,6 +214,7 @@ def size(resolution: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+@lru_cache(maxsize=256)
 def frame_rate(fps: float | str) -> Fraction:
     """Frames a second, exact: 24, 23.976 (which film people mean as 24000/1001) or "24000/1001"."""
     if isinstance(fps, str):
@@ -234,6 +228,19 @@ def frame_rate(fps: float | str) -> Fraction:
 def frames(params: VideoParams | AnimationParams) -> int:
     """How many frames the clip has."""
     return max(1, round(Fraction(params.duration) * frame_rate(params.fps)))
+
+
+def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every field that is wrong, where `convert` names the first alone."""
+    errors: list[tuple[str, str]] = []
+    for field in msgspec.structs.fields(PARAMS[task_type]):
+        value = task_data.get(field.encode_name)
+        if value is not None:
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                errors.append(_problem(field.encode_name, value, str(error)))
+    return errors
 
 
 def _problem(key: str, value: object, message: str) -> tuple[str, str]:
@@ -260,7 +267,7 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
                 if hasattr(params, n)
             ]
             errors.append((f"task_data.{names[0]}", f"one of {', '.join(names)} is needed"))
-    if any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in params.description):
+    if "\0" in params.description or not _encodable(params.description):
         errors.append(("task_data", "text with NUL or half a surrogate pair cannot be drawn or spoken"))
     if isinstance(params, AudioParams):
         if params.sample_rate not in SAMPLE_RATES:
@@ -277,6 +284,14 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
     if isinstance(params, VideoParams | ImageParams | AnimationParams):
         errors += _sizes(params)
     return errors
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sizes(params: VideoParams | ImageParams | AnimationParams) -> list[tuple[str, str]]:

@@ -56,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     public_url: Annotated[
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
     ] = ""
-    api_keys: Annotated[str, Meta(description="KEY, or KEY=project|project, /scope+scope behind either; comma-separated")] = ""
+    api_keys: Annotated[str, Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` makes one")] = ""
     signing_secret: Annotated[str, Meta(description="Signs event and media urls; unset: made once, kept in Redis")] = ""
     webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (
         ""

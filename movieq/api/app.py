@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,7 +67,7 @@ def create(settings: Settings, public_url: str) -> Starlette:
                 max_age=600,
             )
         )
-    return Starlette(
+    application = Starlette(
         routes=routes,
         middleware=middleware,
         lifespan=lambda app: _lifespan(app, settings, public_url),
@@ -76,9 +76,12 @@ def create(settings: Settings, public_url: str) -> Starlette:
             HTTPException: _framework_error,
             **dict.fromkeys((RedisError, OSError, TimeoutError), _redis_away),
             StorageFault: _storage_away,
+            ClientDisconnect: _client_gone,
             Exception: _broken,
         },
     )
+    application.router.redirect_slashes = False  # what is not a route is a 404, never a redirect to whatever Host says
+    return application
 
 
 @asynccontextmanager
@@ -144,7 +147,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = _BY_STATUS.get(error.status_code, ValidationFailed)
     message = {
-        404: f"nothing is at {request.url.path[:200]}",
+        404: f"nothing is at {request.scope['path'][:200]}",  # not request.url, which a strange Host breaks
         405: f"{request.method} is not allowed here; allowed: {(error.headers or {}).get('Allow', '')}",
     }.get(error.status_code, str(error.detail))
     response = error_answer(kind(message))
@@ -160,6 +163,10 @@ async def _redis_away(request: Request, error: Exception) -> Response:
 async def _storage_away(request: Request, error: Exception) -> Response:
     log.error("storage_away", problem=str(error))
     return error_answer(Unavailable("the storage cannot be used at the moment; try again", retry_after_s=10))
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody hears it: the body broke off
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -42,7 +42,7 @@ async def task_types(request: Request) -> Response:
     movieq = api(request)
     await caller(request, Scope.READ)
     only_query(request)
-    gpu = movieq.settings.engine is EngineChoice.DIFFUSERS or (movieq.settings.engine is EngineChoice.AUTO and await movieq.store.had_gpu())
+    gpu = movieq.settings.engine is EngineChoice.DIFFUSERS or (movieq.settings.engine is EngineChoice.AUTO and await movieq.had_gpu())
     answers = []
     for task_type, cls in PARAMS.items():
         default = models.default(movieq.models, Engine.DIFFUSERS, task_type) if gpu else None

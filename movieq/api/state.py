@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from movieq.storage import FolderStorage
     from movieq.store import Store
 
+GPU_KNOWN_S = 5.0
+
 _encoder = msgspec.json.Encoder(decimal_format="number")
 _stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _stored_result = msgspec.json.Decoder(StoredResult)
@@ -52,6 +54,14 @@ class Api(msgspec.Struct, kw_only=True):
     guard: Guard
     signing_secret: bytes
     started_s: float
+    gpu_seen: bool = False
+    gpu_asked_s: float = 0.0
+
+    async def had_gpu(self) -> bool:
+        """Whether the installation has had a GPU worker lately, as it was known at most five seconds ago."""
+        if time.monotonic() - self.gpu_asked_s > GPU_KNOWN_S:
+            self.gpu_seen, self.gpu_asked_s = await self.store.had_gpu(), time.monotonic()
+        return self.gpu_seen
 
     def url(self, path: str) -> str:
         """An absolute address under /api/v1."""

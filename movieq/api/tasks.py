@@ -135,7 +135,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
     except ValueError:
         raise ValidationFailed(f"task_type: one of {', '.join(TaskType)} is allowed, got {submitted.task_type[:80]!r}") from None
     parsed, unread = params.parse(task_type, submitted.task_data)
-    name = models.resolve(movieq.models, movieq.settings.engine, await movieq.store.had_gpu(), task_type, parsed)
+    name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
     model = movieq.models[name]
     priority = submitted.priority or 2
     deadline = submitted.deadline or Deadline()

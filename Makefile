@@ -1,0 +1,63 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup setup-test up demo check fmt test bench constraints clean ci
+
+help:           ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.setup  ## The light environment in .venv: no torch, with speech
+
+setup-test: .venv/.setup-test  ## The whole environment: torch, linters and every test server
+
+.venv/.pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "movieq needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1,<27'
+	@touch $@
+
+.venv/.setup: pyproject.toml constraints.txt | .venv/.pip
+	$(PIP) --editable '.[speech]'
+	@touch $@
+
+# torch by its exact version and first: a bare `torch` of a dependency would bring gigabytes of CUDA
+.venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
+	$(PIP) torch==2.13.0
+	$(PIP) --group test --editable '.[speech,gpu]'
+	@touch $@ .venv/.setup
+
+up: setup       ## Run the queue, the API and one worker on this machine
+	$(BIN)/movieq up
+
+demo: setup     ## Turn a storyboard into a clip, with everything that this takes
+	$(BIN)/movieq demo
+
+fmt: setup-test  ## Format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup-test  ## Lint and type-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup-test  ## Run the tests; PYTEST='-m slow' for the long ones
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: setup-test  ## Measure: submit, start, the animatic
+	$(BIN)/python -m tests.bench.bench_submit
+	$(BIN)/python -m tests.bench.bench_start
+	$(BIN)/python -m tests.bench.bench_animatic
+
+constraints: setup-test  ## Write constraints.txt anew from what is installed
+	(echo '# Versions that the tests run with; made by `make constraints`.'; \
+	  $(BIN)/python -m pip freeze | grep -v '^movieq\|^-e' | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
+
+clean:          ## Remove what was built and made here
+	rm -rf .venv .movieq demo-out gallery build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+ci: check test  ## What CI runs

@@ -1,0 +1,260 @@
+"""`movieq doctor`: the settings against the real servers. A line for each check: what is so, and what to do where it is not good."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from redis.exceptions import RedisError
+
+from movieq import models, settings, webhooks
+from movieq.client import Client
+from movieq.errors import MovieqError, SettingsError
+from movieq.settings import Settings, variable
+from movieq.store import connect
+
+LOCAL_URL: Final = "http://127.0.0.1:8001"
+"""Where `movieq up` listens unless told otherwise."""
+CHECK_S: Final = 10.0
+LOW_BYTES: Final = 2 * 1024**3
+FULL_BYTES: Final = 100 * 1024**2
+LEAST_REDIS: Final = (7, 0)
+"""The oldest server that the tests have run against."""
+
+_KEPT: Final = {
+    "always": "an answered request is on disk",
+    "everysec": "a crash of its machine can lose the last second",
+    "no": "a crash of its machine can lose half a minute",
+}
+"""appendfsync: what it keeps."""
+
+
+class Mark(StrEnum):
+    """Good; worth knowing; broken."""
+
+    GOOD = "✓"
+    NOTE = "!"
+    BROKEN = "✗"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a check found. `text` says what is so and, unless it is good, what to do."""
+
+    mark: Mark
+    subject: str
+    text: str
+
+
+async def examine(given: Callable[[], Settings], data: Path, found: Callable[[Finding], None]) -> bool:
+    """Every check has been made and its findings passed on, in order; returns whether nothing is broken.
+
+    `given` reads the settings, `data` is the folder of `movieq up`.
+    """
+    whole = True
+
+    def note(finding: Finding) -> None:
+        nonlocal whole
+        whole = whole and finding.mark is not Mark.BROKEN
+        found(finding)
+
+    for finding in (*_packages(), _speech()):
+        note(finding)
+    for name in settings.unknown():
+        near = difflib.get_close_matches(name, [variable(field) for field in Settings.__struct_fields__], 1)
+        note(Finding(Mark.NOTE, "settings", f"{name} is not a setting{f'; do you mean {near[0]}?' if near else ''}"))
+    try:
+        read = given()
+    except SettingsError as error:
+        note(Finding(Mark.BROKEN, "settings", error.message))
+        return False
+    for finding in (_api_keys(read, data), _webhook_secret(read), _models(read), await _guarded("storage", lambda: _storage(read, data))):
+        note(finding)
+    for finding in await _redis(read):
+        note(finding)
+    note(await _guarded("API", lambda: _api(read)))
+    return whole
+
+
+async def _guarded(subject: str, check: Callable[[], Awaitable[Finding]]) -> Finding:
+    try:
+        async with asyncio.timeout(CHECK_S):
+            return await check()
+    except TimeoutError:
+        return Finding(Mark.BROKEN, subject, f"no answer within {CHECK_S:g} s")
+
+
+# ── This machine ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _packages() -> list[Finding]:
+    """The libraries with machine code in them: whether they load here, not only whether they are installed."""
+    found = []
+    for package, module, purpose in (("av", "av", "video and sound"), ("pillow", "PIL.Image", "pictures"), ("numpy", "numpy", "frames")):
+        name = {"av": "PyAV", "pillow": "Pillow"}.get(package, package)
+        try:
+            importlib.import_module(module)
+            found.append(Finding(Mark.GOOD, name, f"{importlib.metadata.version(package)} ({purpose})"))
+        except ImportError as error:
+            found.append(Finding(Mark.BROKEN, name, f"does not load: {error}; pip install --force-reinstall {package}"))
+    return found
+
+
+def _speech() -> Finding:
+    missing = "dialogue fails with engine_unavailable until it is there: pip install 'movieq[speech]' (GPL-3)"
+    if importlib.util.find_spec("espeakng_loader") is None:
+        return Finding(Mark.NOTE, "speech", f"espeak-ng is not installed; {missing}")
+    loader = importlib.import_module("espeakng_loader")
+    if not Path(loader.get_library_path()).exists() or not Path(loader.get_data_path()).exists():
+        return Finding(
+            Mark.BROKEN, "speech", "espeakng-loader has no library for this machine; pip install --force-reinstall espeakng-loader"
+        )
+    return Finding(Mark.GOOD, "speech", f"espeak-ng by espeakng-loader {importlib.metadata.version('espeakng-loader')}")
+
+
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _api_keys(read: Settings, data: Path) -> Finding:
+    count = len(read.keys())
+    if count:
+        return Finding(Mark.GOOD, "API keys", f"{count} in {variable('api_keys')}")
+    own = data / "api-key"
+    if own.exists():
+        return Finding(Mark.GOOD, "API keys", f"that of `movieq up`, in {own}; for `movieq api` set {variable('api_keys')}")
+    return Finding(
+        Mark.NOTE, "API keys", f"{variable('api_keys')} is not set: `movieq up` makes one in {data}, `movieq api` lets nobody in"
+    )
+
+
+def _webhook_secret(read: Settings) -> Finding:
+    try:
+        count = len(webhooks.parse_secrets(read.webhook_secret))
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "webhooks", error.message)
+    if not count:
+        return Finding(Mark.NOTE, "webhooks", f"unsigned: receivers cannot know who sent them until {variable('webhook_secret')} is set")
+    return Finding(Mark.GOOD, "webhooks", "signed" if count == 1 else f"signed by {count} secrets, while rotating")
+
+
+def _models(read: Settings) -> Finding:
+    try:
+        table = models.load(read.models)
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "models", error.message)
+    return Finding(Mark.GOOD, "models", f"{len(table)}: {', '.join(table)}")
+
+
+async def _storage(read: Settings, data: Path) -> Finding:
+    configured = read.storage != Settings().storage
+    return await asyncio.to_thread(_folder, Path(read.storage) if configured else data / "media")
+
+
+def _folder(folder: Path) -> Finding:
+    """A file can be written, or the folder made; and there is room."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    advice = f"choose another with {variable('storage')}, or give this user the right to write there"
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".movieq-doctor-") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return Finding(Mark.BROKEN, "storage", f"{there} cannot be written: {error.strerror}; {advice}")
+    free = shutil.disk_usage(there).free
+    made = "can be written" if there == folder.absolute() else "is made when it is needed"
+    text = f"{folder} {made}, {free / 1024**3:,.1f} GiB free"
+    if free < FULL_BYTES:
+        return Finding(Mark.BROKEN, "storage", f"{text}: too little for a clip; make room, or {advice.partition(',')[0]}")
+    if free < LOW_BYTES:
+        return Finding(Mark.NOTE, "storage", f"{text}: soon full; make room, or {advice.partition(',')[0]}")
+    return Finding(Mark.GOOD, "storage", text)
+
+
+# ── Servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _redis(read: Settings) -> list[Finding]:
+    name = variable("redis_url")
+    if not read.redis_url:
+        return [Finding(Mark.GOOD, "Redis", f"{name} is not set: `movieq up` brings its own Valkey; `movieq api` and `worker` need one")]
+    try:
+        client = connect(read.redis_url, patient=False)
+    except ValueError as error:
+        return [Finding(Mark.BROKEN, "Redis", f"{name}: {error}")]
+    try:
+        async with asyncio.timeout(CHECK_S):
+            info: dict[str, Any] = await client.info()
+            try:
+                fsync = (await client.config_get("appendfsync")).get("appendfsync")
+            except RedisError:  # managed servers keep CONFIG to themselves
+                fsync = None
+            return [_answers(info), _eviction(info), _persistence(info, fsync)]
+    except (RedisError, OSError, TimeoutError) as error:
+        problem = str(error) or type(error).__name__
+        return [Finding(Mark.BROKEN, "Redis", f"the server of {name} does not answer: {problem}; start it, or correct the address")]
+    finally:
+        await client.aclose()
+        await client.connection_pool.disconnect()
+
+
+def _answers(info: dict[str, Any]) -> Finding:
+    valkey = info.get("valkey_version")
+    version = str(valkey or info.get("redis_version", "?"))
+    name = f"{'Valkey' if valkey else 'Redis'} {version}"
+    if info.get("cluster_enabled"):
+        return Finding(Mark.BROKEN, "Redis", f"{name} is a cluster: movieq needs one server, or a Sentinel's")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LEAST_REDIS:
+        return Finding(Mark.BROKEN, "Redis", f"{name} is too old: {'.'.join(map(str, LEAST_REDIS))} or newer is needed, or any Valkey")
+    return Finding(Mark.GOOD, "Redis", f"{name} answers")
+
+
+def _eviction(info: dict[str, Any]) -> Finding:
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    if policy == "noeviction":
+        return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never throws a task away")
+    advice = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+    return Finding(Mark.BROKEN, "Redis memory", f"maxmemory-policy {policy}: when memory is full it throws tasks away; {advice}")
+
+
+def _persistence(info: dict[str, Any], fsync: str | None) -> Finding:
+    if not info.get("aof_enabled"):
+        return Finding(
+            Mark.NOTE, "Redis disk", "no append-only file: a crash loses every task since its last dump; CONFIG SET appendonly yes"
+        )
+    if info.get("aof_last_write_status", "ok") != "ok":
+        return Finding(Mark.BROKEN, "Redis disk", "its append-only file cannot be written: make room on its disk")
+    if fsync is None:
+        return Finding(Mark.GOOD, "Redis disk", "append-only file on; the server does not show appendfsync")
+    mark = Mark.NOTE if fsync == "no" else Mark.GOOD
+    return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_KEPT.get(fsync, 'unknown')}")
+
+
+async def _api(read: Settings) -> Finding:
+    url = read.public_url or LOCAL_URL
+    name = f"{url} ({variable('public_url')})" if read.public_url else url
+    try:
+        async with Client(url, "none", patience_s=0) as client:
+            health = await client.health()
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "API", f"{variable('public_url')}: {error.message}")
+    except MovieqError as error:
+        if not error.message.startswith("nobody answers"):
+            return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
+        return Finding(Mark.NOTE, "API", f"none runs at {name}; start one with `movieq up`, or `movieq api`")
+    told = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
+    if health.status == "healthy":
+        return Finding(Mark.GOOD, "API", told)
+    waiting = sum(health.queue_sizes.values())
+    advice = f"{waiting} tasks wait for a worker that is not there; start one with `movieq worker`" if waiting else "see its log"
+    return Finding(Mark.BROKEN if health.status == "unhealthy" else Mark.NOTE, "API", f"{told}; {advice}")

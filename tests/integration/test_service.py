@@ -1,0 +1,322 @@
+"""A task's whole way, on the service as a user runs it: inputs, engine, files, webhook, and what happens when a part dies."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import av
+import msgspec
+import psutil
+import pytest
+from aiohttp import web
+from PIL import Image
+from standardwebhooks import Webhook
+
+from tests.service import Service, receiver, service, serving
+
+SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
+SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
+LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60, "resolution": "1920x1080"}
+"""A clip that takes half a minute, so that something can happen meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service for the tests of this file that leave it as it was."""
+    with service(tmp_path_factory.mktemp("service"), MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_DRAIN_S="1") as up:
+        yield up
+
+
+def picture(size: tuple[int, int] = (320, 180), mode: str = "RGB", format: str = "PNG", **options: Any) -> bytes:
+    """An image file."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, 128 if mode in ("L", "I;16") else None).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+async def file_of(status: dict[str, Any]) -> bytes:
+    """The result of a completed task, opened as it stands."""
+    assert status["status"] == "completed", status
+    async with aiohttp.ClientSession() as session, session.get(status["result"]["media_url"]) as answer:
+        assert answer.status == 200
+        return await answer.read()
+
+
+async def test_a_storyboard_becomes_a_clip_of_just_what_was_asked(running: Service) -> None:
+    frames = [await running.upload(picture((640, 360))) for _ in range(3)]
+    data = {
+        "storyboard_images": frames,
+        "camera_angle": "pan left",
+        "duration": 2,
+        "fps": "24000/1001",
+        "resolution": "640x360",
+        "audio_cues": ["rain"],
+    }
+    status = await running.ended(await running.submit("generate_video", data))
+    body = await file_of(status)
+    assert body.index(b"moov") < body.index(b"mdat")
+    with av.open(io.BytesIO(body)) as clip:
+        video = clip.streams.video[0]
+        assert (video.codec_context.name, video.codec_context.pix_fmt, video.width, video.height) == ("h264", "yuv420p", 640, 360)
+        assert (video.average_rate, video.frames) == (Fraction(24000, 1001), 48)
+        assert clip.streams.audio[0].codec_context.name == "aac"
+    result = status["result"]
+    assert result["media"][0]["media_type"] == "video_segment"
+    assert result["metadata"]["engine"] == "animatic"
+    assert result["metadata"]["file_size"] == len(body)
+    async with aiohttp.ClientSession() as session, session.get(result["media"][0]["poster_url"]) as answer:
+        assert Image.open(io.BytesIO(await answer.read())).size == (640, 360)
+
+
+async def test_a_character_becomes_an_image(running: Service) -> None:
+    status = await running.ended(await running.submit("generate_image", {"character_description": "a keeper in oilskins"}))
+    image = Image.open(io.BytesIO(await file_of(status)))
+    assert (image.size, image.format) == ((1024, 1024), "JPEG")
+
+
+async def test_a_line_becomes_a_voice(running: Service) -> None:
+    status = await running.ended(await running.submit("process_audio", {"text": "The lamp must not go out."}))
+    with av.open(io.BytesIO(await file_of(status))) as sound:
+        assert sound.streams.audio[0].codec_context.name == "mp3float"
+        assert sound.streams.audio[0].rate == 44100
+
+
+async def test_a_character_becomes_an_animation(running: Service) -> None:
+    status = await running.ended(await running.submit("render_animation", {"prompt": "a gull", "duration": 1, "resolution": "320x180"}))
+    with av.open(io.BytesIO(await file_of(status))) as clip:
+        assert clip.streams.video[0].frames == 24
+
+
+async def test_the_result_of_one_task_is_the_input_of_another(running: Service) -> None:
+    first = await running.submit("generate_image", {**SMALL, "resolution": "256x256"})
+    await running.ended(first)
+    second = await running.submit("generate_image", {"reference_images": [f"task:{first}"], "resolution": "128x128"})
+    assert (await running.ended(second))["status"] == "completed"
+
+
+async def test_the_webhook_is_signed_and_says_what_the_status_says(running: Service) -> None:
+    async with receiver() as hook:
+        task_id = await running.submit("generate_image", SMALL, callback_url=hook.url, metadata={"scene_id": "s1", "list": [], "n": 2**53})
+        status = await running.ended(task_id)
+        ((headers, body),) = await hook.wait_for(1)
+    Webhook(SECRET).verify(body, {name.lower(): value for name, value in headers.items()})
+    said = msgspec.json.decode(body)
+    assert (said["type"], said["task_id"], said["taskId"], said["event"]) == ("task.completed", task_id, task_id, "complete")
+    assert said["metadata"] == {"scene_id": "s1", "list": [], "n": 2**53}
+    assert said["scene_id"] == "s1"
+    assert said["result"]["metadata"] == status["result"]["metadata"]
+    assert said["processing_time"] == status["processing_time"]
+
+
+async def test_a_webhook_that_is_refused_comes_again_under_the_same_id(running: Service) -> None:
+    async with receiver(500, 200) as hook:
+        await running.submit("generate_image", SMALL, callback_url=hook.url)
+        (first, _), (second, _) = await hook.wait_for(2)
+    assert first["webhook-id"] == second["webhook-id"]
+
+
+@pytest.mark.parametrize("verb", ["failed", "cancelled"])
+async def test_a_task_without_a_result_tells_its_receiver_too(running: Service, verb: str) -> None:
+    async with receiver() as hook:
+        data = LONG if verb == "cancelled" else {"storyboard_images": ["upload:none"]}
+        task_id = await running.submit("generate_video", data, callback_url=hook.url)
+        if verb == "cancelled":
+            await running.until(task_id, "event", "started")
+            await running.call("DELETE", f"/tasks/{task_id}/cancel")
+        ((_, body),) = await hook.wait_for(1)
+    said = msgspec.json.decode(body)
+    assert (said["type"], said["status"], said["result"]) == (f"task.{verb}", verb, None)
+    assert f"{verb}_at" in said
+
+
+BAD_IMAGES = {
+    "zero bytes": b"",
+    "html": b"<!doctype html><p>not found",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "truncated jpeg": picture(format="JPEG")[:400],
+    "60000x60000 png": picture((8, 8))[:16] + (60000).to_bytes(4, "big") * 2 + picture((8, 8))[24:],
+}
+ODD_IMAGES = {
+    "cmyk": picture(mode="CMYK", format="JPEG"),
+    "16 bit": picture(mode="I;16"),
+    "alpha": picture(mode="RGBA"),
+    "1x10000": picture((1, 10000)),
+    "turned by exif": picture((180, 320), format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+}
+
+
+async def clip_of(running: Service, url: str) -> dict[str, Any]:
+    data = {"storyboard_images": [url], "duration": 1, "fps": 8, "resolution": "128x72"}
+    return await running.ended(await running.submit("generate_video", data))
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+async def test_a_reference_that_is_no_usable_image_fails_its_task_by_name_and_the_next_is_fine(running: Service, name: str) -> None:
+    async def image(_: web.Request) -> web.Response:
+        return web.Response(body=BAD_IMAGES[name], content_type="image/png")
+
+    async with serving({"/frame": image}) as url:
+        status = await clip_of(running, f"{url}/frame")
+    assert status["status"] == "failed"
+    assert status["error_code"] in ("invalid_input", "input_unavailable")
+    assert f"{url}/frame" in status["error"]
+    assert (await running.ended(await running.submit("generate_image", SMALL)))["status"] == "completed"
+
+
+@pytest.mark.parametrize("name", ODD_IMAGES)
+async def test_an_odd_image_is_still_a_frame(running: Service, name: str) -> None:
+    async def image(_: web.Request) -> web.Response:
+        return web.Response(body=ODD_IMAGES[name])
+
+    async with serving({"/frame": image}) as url:
+        assert (await clip_of(running, f"{url}/frame"))["status"] == "completed"
+
+
+async def test_references_that_cannot_be_had_are_named(running: Service) -> None:
+    async def moved(_: web.Request) -> web.Response:
+        raise web.HTTPFound("http://10.0.0.1/private.png")
+
+    foreign = await running.submit("generate_image", SMALL, project="other")
+    await running.ended(foreign)
+    failed = await running.submit("generate_image", {"reference_images": ["upload:none"]})
+    await running.ended(failed)
+    async with serving({"/moved": moved}) as url:
+        for reference in (
+            f"{url}/none",
+            f"{url}/moved",
+            "http://127.0.0.1:1/x.png",
+            f"task:{foreign}",
+            f"task:{failed}",
+            "task:none",
+            "upload:x",
+            "ftp://x/y",
+        ):
+            status = await clip_of(running, reference)
+            assert (status["status"], status["error_code"]) == ("failed", "input_unavailable"), reference
+            assert reference in status["error"]
+
+
+async def test_no_progress_comes_from_a_child_that_does_not_work(running: Service) -> None:
+    task_id = await running.submit("generate_video", LONG)
+    await running.until(task_id, "stage", "frames")
+    (child,) = running.find("workers.child")
+    async with running.events(task_id) as events:
+        child.suspend()
+        await asyncio.sleep(0.3)  # what was on its way has arrived
+        seen: list[dict[str, Any]] = []
+
+        async def collect() -> None:
+            async for event in events:
+                seen.append(event)  # noqa: PERF401  # looked at while it grows
+
+        collecting = asyncio.create_task(collect())
+        await asyncio.sleep(0.3)
+        before = len(seen)
+        await asyncio.sleep(3)
+        assert seen[before:] == []
+        child.resume()
+        async with asyncio.timeout(10):
+            while len(seen) == before:
+                await asyncio.sleep(0.05)
+        collecting.cancel()
+    await running.call("DELETE", f"/tasks/{task_id}/cancel")
+    await running.ended(task_id)
+
+
+async def test_cancel_frees_the_slot_for_the_next_task_at_once(running: Service) -> None:
+    task_id = await running.submit("generate_video", LONG)
+    await running.until(task_id, "stage", "frames")
+    (child,) = running.find("workers.child")
+    begun = time.monotonic()
+    await running.call("DELETE", f"/tasks/{task_id}/cancel")
+    assert (await running.ended(await running.submit("generate_image", SMALL)))["status"] == "completed"
+    assert time.monotonic() - begun < 5
+    assert running.find("workers.child")[0].pid == child.pid
+    assert (await running.call("GET", f"/tasks/{task_id}/status"))[1]["status"] == "cancelled"
+
+
+async def test_a_child_that_is_killed_costs_one_attempt(running: Service) -> None:
+    task_id = await running.submit("generate_video", {**LONG, "duration": 5, "fps": 24})
+    await running.until(task_id, "stage", "frames")
+    (child,) = running.find("workers.child")
+    child.kill()
+    event = await running.until(task_id, "event", "retrying")
+    assert "SIGKILL" in event["error"]
+    status = await running.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", 2)
+
+
+async def test_a_stopping_worker_hands_back_what_cannot_end_in_time_uncounted(running: Service) -> None:
+    task_id = await running.submit("generate_video", {**LONG, "duration": 6, "fps": 24})
+    await running.until(task_id, "stage", "frames")
+    (worker,) = running.find("worker")
+    worker.terminate()
+    await running.until(task_id, "event", "retrying")
+    status = await running.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", 2)
+
+
+@pytest.mark.timeout(150)
+async def test_after_kill_9_of_the_worker_another_attempt_runs_within_13_s_and_leaves_one_file_and_one_webhook(tmp_path: Path) -> None:
+    with service(tmp_path) as up:
+        async with receiver() as hook:
+            task_id = await up.submit("generate_video", {**LONG, "duration": 10, "fps": 24}, callback_url=hook.url)
+            await up.until(task_id, "stage", "frames")
+            (worker,), (child,) = up.find("worker"), up.find("workers.child")
+            begun = time.monotonic()
+            os.kill(worker.pid, signal.SIGKILL)
+            while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() - begun < 2
+                await asyncio.sleep(0.01)
+            await up.until(task_id, "attempt", 2)
+            recovery_s = time.monotonic() - begun
+            status = await up.ended(task_id)
+            await hook.wait_for(1)
+            await asyncio.sleep(1)
+        assert (status["status"], status["attempt"]) == ("completed", 2)
+        assert recovery_s < 13
+        assert len(hook.requests) == 1
+        assert len(list((up.folder / "data/media").rglob("output.*"))) == 1
+
+
+async def test_what_dies_under_up_is_started_again(tmp_path: Path) -> None:
+    with service(tmp_path) as up:
+        kept = await up.submit("generate_image", SMALL)
+        await up.ended(kept)
+        for words in (("api",), ("worker",), ("--unixsocketperm",)):
+            (process,) = up.find(*words)
+            process.kill()
+            async with asyncio.timeout(20):
+                while not [each for each in up.find(*words) if each.pid != process.pid]:
+                    await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    task_id = await up.submit("generate_image", SMALL)
+                    break
+                except (AssertionError, aiohttp.ClientError):
+                    await asyncio.sleep(0.2)
+        assert (await up.ended(task_id))["status"] == "completed"
+        assert (await up.call("GET", f"/tasks/{kept}/status"))[1]["status"] == "completed"
+
+
+async def test_every_state_change_is_one_line_with_its_ids_and_no_secret_is_logged(running: Service) -> None:
+    task_id = await running.submit("generate_image", SMALL)
+    await running.ended(task_id)
+    lines = [line for line in running.log if line.get("task_id") == task_id]
+    assert [line["message"] for line in lines] == ["submit", "claim", "complete"]
+    assert all(line["project_id"] == "film" for line in lines)
+    text = (running.folder / "log").read_text()
+    assert running.key not in text
+    assert "signature=" not in text
+    assert SECRET not in text

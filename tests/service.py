@@ -1,0 +1,181 @@
+"""The whole service as a user runs it: `movieq up` in a folder of its own, and how a client talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from aiohttp import web
+
+STOP_S = 60
+
+
+class Service:
+    """A running `movieq up`."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[str], url: str, key: str) -> None:
+        self.folder = folder
+        self.process = process
+        self.url = url
+        self.key = key
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Every line that it logged so far."""
+        return [json.loads(line) for line in (self.folder / "log").read_text().splitlines() if line.startswith("{")]
+
+    def find(self, *words: str) -> list[psutil.Process]:
+        """The processes that it started whose command line has these words, children of children too."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if all(word in process.cmdline() for word in words):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer."""
+        async with (
+            aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
+            session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=70), **options) as answer,
+        ):
+            return answer.status, await answer.json()
+
+    async def submit(self, task_type: str, task_data: dict[str, Any], project: str = "film", **fields: Any) -> str:
+        """The id of an accepted task."""
+        body = {"project_id": project, "task_type": task_type, "task_data": task_data, **fields}
+        status, answer = await self.call("POST", "/tasks/submit", json=body)
+        assert status == 201, answer
+        return str(answer["task_id"])
+
+    async def ended(self, task_id: str, within_s: float = 60) -> dict[str, Any]:
+        """The status of a task that has ended."""
+        end = time.monotonic() + within_s
+        while True:
+            _, answer = await self.call("GET", f"/tasks/{task_id}/status?wait={max(1, min(30, int(end - time.monotonic())))}")
+            if answer["status"] in ("completed", "failed", "cancelled"):
+                return dict(answer)
+            assert time.monotonic() < end, answer
+
+    async def upload(self, body: bytes, project: str = "film") -> str:
+        """The reference of an upload."""
+        status, answer = await self.call("POST", f"/projects/{project}/uploads", data=body)
+        assert status == 201, answer
+        return str(answer["url"])
+
+    @asynccontextmanager
+    async def events(self, task_id: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """The data of a task's events, as they come."""
+        async with (
+            aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
+            session.get(f"{self.url}/api/v1/tasks/{task_id}/events", timeout=aiohttp.ClientTimeout(total=120)) as answer,
+        ):
+            assert answer.status == 200, await answer.text()
+            yield self._parsed(answer)
+
+    async def _parsed(self, answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+        name = ""
+        async for raw in answer.content:
+            field, _, value = raw.decode().rstrip("\n").partition(": ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                yield {**json.loads(value), "event": name}
+
+    async def until(self, task_id: str, condition: str, value: Any, within_s: float = 30) -> dict[str, Any]:
+        """The first event of the task whose field has this value."""
+        async with asyncio.timeout(within_s), self.events(task_id) as events:
+            async for event in events:
+                if event.get(condition) == value:
+                    return event
+        raise AssertionError(f"the stream ended before {condition} was {value}")
+
+
+@contextmanager
+def service(folder: Path, **settings: str) -> Iterator[Service]:
+    """`movieq up` for the length of a block; afterwards nothing that it started is left."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
+        "MOVIEQ_LOG_FORMAT": "json",
+        **settings,
+    }
+    command = [sys.executable, "-m", "movieq.cli", "up", "--port", "0", "--data", str(folder / "data")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        url = ""
+        while not url:
+            line = process.stdout.readline()
+            assert line, (folder / "log").read_text()
+            url = line.removeprefix("movieq ready at ").strip() if line.startswith("movieq ready at ") else ""
+        yield Service(folder, process, url, (folder / "data" / "api-key").read_text())
+        started = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(STOP_S)
+        if process.stdout is not None:
+            process.stdout.close()
+    left = [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    assert not left, left
+
+
+class Receiver:
+    """A receiver of webhooks: what came, and what is answered (the last answer goes on)."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers) or [200]
+        self.requests: list[tuple[dict[str, str], bytes]] = []
+        self.url = ""
+        self._came = asyncio.Event()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        self.requests.append((dict(request.headers), await request.read()))
+        self._came.set()
+        return web.Response(status=self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
+
+    async def wait_for(self, count: int, within_s: float = 30) -> list[tuple[dict[str, str], bytes]]:
+        """The requests, when there are as many."""
+        async with asyncio.timeout(within_s):
+            while len(self.requests) < count:
+                self._came.clear()
+                await self._came.wait()
+        return self.requests
+
+
+@asynccontextmanager
+async def receiver(*answers: int) -> AsyncIterator[Receiver]:
+    """A receiver on a free port of this machine."""
+    made = Receiver(*answers)
+    async with serving({"/hook": made._handle}, "POST") as url:
+        made.url = f"{url}/hook"
+        yield made
+
+
+@asynccontextmanager
+async def serving(routes: dict[str, Any], method: str = "GET") -> AsyncIterator[str]:
+    """A web server of these handlers on a free port; its address."""
+    application = web.Application()
+    for path, handler in routes.items():
+        application.router.add_route(method, path, handler)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()

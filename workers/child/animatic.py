@@ -1,0 +1,400 @@
+"""The animatic engine: what film people make before they pay for the real thing. No weights, no GPU, and it never pretends.
+
+Storyboard frames become a timed clip with camera moves, a grade, captions, a slate and ambience; a description becomes a concept card; a
+line is spoken by espeak-ng. Everything it makes says that it is an animatic: on its slate, in its metadata, in its file. The same
+parameters, inputs and seed make the same bytes.
+
+A word that it does not know (of `camera_angle`, `lighting`, `pace`, ...) changes nothing, and stands in `warnings` of the metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+import movieq
+from movieq import params as parameters
+from movieq.errors import InternalFault, UnsupportedParameter
+from movieq.params import AnimationParams, AudioParams, ImageFormat, ImageParams, VideoParams
+from workers.child import camera, card, cutting, figure, grade, loudness, media, puppet, sound, speech, stills, titles
+from workers.child.cutting import Shot
+from workers.child.media import Clip, Planes, Samples, Tags
+from workers.child.plate import Plate, dissolved
+from workers.child.puppet import Placing, Puppet
+from workers.child.take import Made, Take
+from workers.protocol import Produced, Stage
+
+NAME: Final = "animatic"
+
+SPEECH_LUFS: Final = -16.0
+AMBIENCE_LUFS: Final = -18.0
+"""Of ambience that is the whole result."""
+BED_LUFS: Final = -24.0
+"""Of ambience under a picture."""
+UNDER_SPEECH_DB: Final = 20.0
+BREATH_S: Final = 0.3
+"""Of background before and after a line that has one."""
+FADE_S: Final = 0.05
+
+FAR_SHARE: Final = 0.35
+NEAR_SHARE: Final = 1.3
+"""How much of the puppet's way the far plane goes with it, and the near plane against it: what is nearer moves more."""
+STRIDE_POSES: Final = 16
+
+
+def make(take: Take) -> Made:
+    """The files of a task of any type. Raises a TaskFault that names what the animatic cannot do."""
+    match take.params:
+        case VideoParams() as params:
+            return _clip(take, params)
+        case ImageParams() as params:
+            return _image(take, params)
+        case AudioParams() as params:
+            return _dialogue(take, params) if params.text else _ambience(take, params)
+        case AnimationParams() as params:
+            return _animation(take, params)
+    raise InternalFault(f"the animatic has no {take.run.task_type}")
+
+
+# -- generate_video
+
+
+def _clip(take: Take, params: VideoParams) -> Made:
+    size, rate, frames = parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params)
+    references = params.storyboard_images
+    shots = cutting.cut(max(1, len(references)), frames, rate)
+    if len(shots) < len(references):
+        take.warnings.append(f"{len(references)} storyboard images do not fit into {frames} frames: {len(shots)} are shown")
+    look = _look(take, params.lighting)
+    _warn_of_camera(take, params.camera_angle)
+    take.plan(
+        Stage("storyboard", "processing_storyboard", 0.04 * len(shots)),
+        *([Stage("sound", "synthesizing_sound", 0.08)] if params.audio_cues else []),
+        Stage("frames", "rendering_video", 1.0),
+    )
+    for number, shot in enumerate(shots, 1):
+        if references:
+            stills.check(references[shot.still], take.input(references[shot.still]))
+        take.step("storyboard", number, len(shots))
+    track = _sound_track(take, params, shots, frames, rate) if params.audio_cues else None
+
+    over = titles.lower_thirds(params.character_positions, size, frames, rate) if params.captions else []
+    if params.captions and params.description.strip():
+        over += titles.captions(params.description, size, frames, rate)
+    slate = titles.Slate(size, take.run.project_id, _scene(take), len(shots), frames, rate)
+    cutter = _Cutter(take, params, size, rate, look, shots)
+    return _film(take, size, rate, frames, cutter.frames(), over, slate, track)
+
+
+class _Cutter:
+    """The pictures of a clip, one after another. At most two plates are in memory: the shot's, and in a dissolve the next one's."""
+
+    def __init__(self, take: Take, params: VideoParams, size: tuple[int, int], rate: Fraction, look: str, shots: list[Shot]) -> None:
+        self._take = take
+        self._params = params
+        self._size = size
+        self._rate = rate
+        self._look = look
+        self._shots = shots
+
+    def frames(self) -> Iterator[tuple[int, Planes]]:
+        """Shot number and picture of each frame."""
+        before: tuple[Shot, Plate] | None = None
+        for number, shot in enumerate(self._shots):
+            plate = self._plate(number, shot)
+            last = number + 1 == len(self._shots)
+            end = shot.end if last else self._shots[number + 1].first
+            for frame in range(shot.first, end):
+                picture = plate.frame(frame - shot.first)
+                if before and frame < before[0].end:
+                    picture = dissolved(before[1].frame(frame - before[0].first), picture, shot.presence(frame))
+                yield number, picture
+            before = (shot, plate)
+
+    def _plate(self, number: int, shot: Shot) -> Plate:
+        width, height = self._size
+        move = camera.move(self._params.camera_angle, number)
+        rng = _rng(self._take.seed, f"camera {number}")
+        views = camera.path(move, shot.frames, float(shot.frames / self._rate), width / height, rng)
+        if references := self._params.storyboard_images:
+            reference = references[shot.still]
+            still = stills.load(reference, self._take.input(reference), self._size)
+        else:
+            brief = card.Brief(description=self._params.description, pose=None, lighting=None, seed=self._take.seed)
+            still = card.painting(self._size, brief)
+        return Plate(still, self._size, self._look, views)
+
+
+def _film(
+    take: Take,
+    size: tuple[int, int],
+    rate: Fraction,
+    frames: int,
+    pictures: Iterator[tuple[int, Planes]],
+    over: list[titles.Title],
+    slate: titles.Slate,
+    track: Samples | None,
+) -> Made:
+    """The pictures with titles and slate, as an mp4 with its poster."""
+    path, poster_path = take.out_dir / "output.mp4", take.out_dir / "poster.jpg"
+    tags = _tags(take)
+    poster_frame = frames // 3
+    with Clip(path, size, rate, tags, track) as clip:
+        for frame, (shot, picture) in enumerate(pictures):
+            for title in over:
+                if title.first <= frame < title.end:
+                    titles.lay(picture, title.overlay, titles.opacity(title, frame, rate))
+            slate.lay(picture, shot, frame)
+            clip.add(picture)
+            if frame == poster_frame:
+                media.write_image(poster_path, media.picture(picture), ImageFormat.JPEG, tags)
+            take.preview(lambda picture=picture: media.preview(media.picture(picture)))  # type: ignore[misc]
+            take.step("frames", frame + 1, frames)
+    seconds = float(frames / rate)
+    metadata = _metadata(take, "mp4", size) | {"duration": round(seconds, 3), "fps": _plain(rate)}
+    metadata["generated"] |= {"frames": frames, "fps": _plain(rate)}
+    if track is not None:
+        metadata["sample_rate"] = media.CLIP_SAMPLE_RATE
+    return Made(
+        (
+            Produced(str(path), "output", "video/mp4", *size, seconds),
+            Produced(str(poster_path), "poster", "image/jpeg", *size),
+        ),
+        metadata,
+    )
+
+
+def _sound_track(take: Take, params: VideoParams, shots: list[Shot], frames: int, rate: Fraction) -> Samples:
+    """Ambience as long as the clip; where there are several cues it changes with the picture."""
+    scenes = [_known_cues(take, text) for text in params.audio_cues]
+    per_frame = media.CLIP_SAMPLE_RATE / rate
+    length = round(frames * per_frame)
+    changes = [round((shot.first + shot.fade_in / 2) * per_frame) for shot in shots[1:]]
+    bed = sound.bed(scenes, length, media.CLIP_SAMPLE_RATE, _rng(take.seed, "sound"), changes)
+    take.step("sound", 1, 2)
+    bed = _faded(loudness.at(bed, media.CLIP_SAMPLE_RATE, BED_LUFS), media.CLIP_SAMPLE_RATE)
+    take.step("sound", 2, 2)
+    return bed
+
+
+# -- generate_image
+
+
+def _image(take: Take, params: ImageParams) -> Made:
+    size = parameters.size(params.resolution)
+    take.plan(
+        Stage("references", "processing_storyboard", 0.2), Stage("card", "generating_image", 0.6), Stage("encode", "encoding_image", 0.2)
+    )
+    reference = stills.load(name := params.reference_images[0], take.input(name), size) if params.reference_images else None
+    style = stills.load(name := params.style_guide, take.input(name), (256, 256)) if params.style_guide else None
+    if len(params.reference_images) > 1:
+        take.warnings.append("a concept card shows the first reference image alone")
+    take.step("references", 1, 1)
+    look = _look(take, params.lighting)
+    brief = card.Brief(description=params.description, pose=params.pose, lighting=look, seed=take.seed, reference=reference, style=style)
+    picture = card.card(size, brief)
+    take.preview(lambda: media.preview(picture))
+    take.step("card", 1, 1)
+    extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
+    path = take.out_dir / f"output.{extension}"
+    content_type = media.write_image(path, picture, params.format, _tags(take))
+    take.step("encode", 1, 1)
+    return Made((Produced(str(path), "output", content_type, *size),), _metadata(take, str(params.format), size))
+
+
+# -- process_audio
+
+
+def _dialogue(take: Take, params: AudioParams) -> Made:
+    if params.character_voice_profile:
+        raise UnsupportedParameter(
+            "task_data.character_voice_profile: the animatic speaks with espeak-ng, which cannot take on the voice of a sample; "
+            "leave it out, or ask for a model that clones voices"
+        )
+    assert params.text
+    take.plan(Stage("speech", "synthesizing_speech", 0.6), Stage("mix", "mixing_sound", 0.2), Stage("encode", "encoding_audio", 0.2))
+    how, warnings = speech.delivery(params.pace, params.emotion)
+    take.warnings += warnings
+    spoken = speech.speak(params.text, params.language, how, lambda done, of: take.step("speech", done, of))
+    take.step("speech", len(params.text), len(params.text))
+    rate = params.sample_rate
+    line = loudness.at(media.resampled(spoken[:, None], speech.SAMPLE_RATE, rate), rate, SPEECH_LUFS)
+    take.step("mix", 1, 2)
+    if params.background_noise:
+        line = _over_background(take, line, rate, params.background_noise)
+    take.step("mix", 2, 2)
+    return _heard(take, params, line)
+
+
+def _over_background(take: Take, line: Samples, rate: int, text: str) -> Samples:
+    """The line in stereo, with ambience 20 dB under it that begins a breath before and ends a breath after."""
+    breath = np.zeros((int(BREATH_S * rate), 2), np.float32)
+    voice = np.concatenate([breath, np.repeat(line, 2, axis=1), breath])
+    bed = sound.bed([_known_cues(take, text)], len(voice), rate, _rng(take.seed, "sound"))
+    under = loudness.at(bed, rate, loudness.lufs(voice, rate) - UNDER_SPEECH_DB)
+    return loudness.limited(voice + _faded(under, rate))
+
+
+def _ambience(take: Take, params: AudioParams) -> Made:
+    take.plan(Stage("mix", "synthesizing_sound", 0.7), Stage("encode", "encoding_audio", 0.3))
+    rate = params.sample_rate
+    scene = _known_cues(take, params.description)
+    bed = sound.bed([scene], round(params.duration * rate), rate, _rng(take.seed, "sound"))
+    take.step("mix", 1, 2)
+    bed = loudness.at(bed, rate, AMBIENCE_LUFS)
+    take.step("mix", 2, 2)
+    return _heard(take, params, bed)
+
+
+def _heard(take: Take, params: AudioParams, samples: Samples) -> Made:
+    path = take.out_dir / f"output.{params.output_format}"
+    rate = params.sample_rate
+    content_type = media.write_sound(path, samples, rate, params.output_format, _tags(take), lambda done, of: take.step("encode", done, of))
+    seconds = len(samples) / rate
+    metadata = _metadata(take, str(params.output_format), None) | {
+        "duration": round(seconds, 3),
+        "sample_rate": rate,
+        "channels": samples.shape[1],
+    }
+    return Made((Produced(str(path), "output", content_type, duration_s=seconds),), metadata)
+
+
+# -- render_animation
+
+
+def _animation(take: Take, params: AnimationParams) -> Made:
+    size, rate, frames = parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params)
+    motion = puppet.word(params.motion)
+    if params.motion and motion is None:
+        take.warnings.append(f"motion {params.motion!r} is not known and was taken as idle; known: {', '.join(puppet.MOTIONS)}")
+    if len(params.reference_images) > 1:
+        take.warnings.append("one reference image is animated: the first")
+    take.plan(Stage("cut_out", "processing_storyboard", 0.15), Stage("frames", "rendering_animation", 1.0))
+    scene = _Puppetry(take, params, size, rate, frames, motion or "idle")
+    take.step("cut_out", 1, 1)
+    slate = titles.Slate(size, take.run.project_id, _scene(take), 1, frames, rate)
+    return _film(take, size, rate, frames, scene.frames(), [], slate, None)
+
+
+class _Puppetry:
+    """The pictures of an animation: a far plane that moves little, the puppet, and with the lay figure a near plane that moves much."""
+
+    def __init__(self, take: Take, params: AnimationParams, size: tuple[int, int], rate: Fraction, frames: int, motion: str) -> None:
+        self._size = size
+        self._motion = motion
+        seconds = float(frames / rate)
+        self._cycles = max(1, round(seconds / puppet.CYCLE_S[motion]))
+        self._placings = puppet.placings(motion, frames, seconds, loop=params.loop)
+        brief = card.Brief(description=params.description, pose=None, lighting=None, seed=take.seed)
+        views = [camera.View(1.25, across * FAR_SHARE / 1.25) for across, _ in self._placings]
+        if params.reference_images:
+            reference = params.reference_images[0]
+            still = stills.load_cut_out(reference, take.input(reference), size)
+            far = stills.blurred(stills.opaque(still), size)
+            cut = puppet.cut_out(still, min(round(size[1] * 0.66), round(size[0] * 0.8 * still.height / still.width)))
+            self._near = None
+            self._puppets = [Puppet(cut, (size[0] / 2, size[1] * 0.86))]
+        else:
+            far, near, ground = card.stage(size, brief)
+            wide = near.resize((round(size[0] * 1.5), size[1]), Image.Resampling.BICUBIC)
+            self._near = Puppet(wide, (size[0] / 2, size[1]))
+            self._puppets = _lay_figures(brief, size, ground, motion)
+        self._plate = Plate(far, size, "neutral", views)
+
+    def frames(self) -> Iterator[tuple[int, Planes]]:
+        """Shot number, which is always 0, and picture of each frame."""
+        for number, (across, placing) in enumerate(self._placings):
+            picture = self._plate.frame(number)
+            if self._near:
+                self._near.lay(picture, Placing(-across * NEAR_SHARE))
+            phase = number * self._cycles * len(self._puppets) // len(self._placings) % len(self._puppets)
+            self._puppets[phase].lay(picture, placing)
+            yield 0, picture
+
+
+def _lay_figures(brief: card.Brief, size: tuple[int, int], ground: float, motion: str) -> list[Puppet]:
+    """One puppet, or those of a stride where the figure walks or runs."""
+    tall = round(min(size[1] * 0.5, size[0] * 0.6))
+    if motion in ("walk", "run"):
+        poses = [figure.stride(step / STRIDE_POSES, running=motion == "run") for step in range(STRIDE_POSES)]
+    else:
+        poses = [card.pose_of(brief)]
+    colours = brief.colours()
+    return [Puppet(card.stand_in(tall, pose, colours), (size[0] / 2, size[1] * ground)) for pose in poses]
+
+
+# -- what all of them share
+
+
+def _look(take: Take, lighting: str | None) -> str:
+    """The word of the grade table; neutral, with a warning, for what is not in it."""
+    look = grade.word(lighting)
+    if lighting and look is None:
+        take.warnings.append(f"lighting {lighting!r} is not known and was taken as neutral; known: {', '.join(grade.GRADES)}")
+    return look or "neutral"
+
+
+def _warn_of_camera(take: Take, angle: str | None) -> None:
+    if angle and not camera.words(angle):
+        known = ", ".join([*camera.FRAMINGS, *camera.MOVES])
+        take.warnings.append(f"camera_angle {angle!r} is not known and was taken as neutral; known: {known}")
+
+
+def _known_cues(take: Take, text: str) -> tuple[str, ...]:
+    """The sounds that a text names; a quiet room, with a warning, where it names none."""
+    names = sound.cues(text)
+    if not names:
+        take.warnings.append(f"no known sound in {text[:80]!r}, a quiet room stands in; known: {', '.join(sound.SOUNDS)}")
+    return names or ("room",)
+
+
+def _scene(take: Take) -> str:
+    """The scene's number or id, where the task's metadata names it."""
+    return next((str(value) for key in ("scene", "scene_number", "scene_id") if (value := take.run.metadata.get(key))), "")
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([seed, *hashlib.sha256(purpose.encode()).digest()[:8]])
+
+
+def _faded(samples: Samples, rate: int) -> Samples:
+    """Without a click at either end."""
+    n = min(len(samples) // 2, int(FADE_S * rate))
+    ramp = np.linspace(0, 1, n, dtype=np.float32)[:, None]
+    out = samples.copy()
+    out[:n] *= ramp
+    out[len(out) - n :] *= ramp[::-1]
+    return out
+
+
+def _tags(take: Take) -> Tags:
+    return Tags(
+        title="Animatic",
+        prompt=take.params.description,
+        seed=take.seed,
+        engine=NAME,
+        model=NAME,
+        version=movieq.__version__,
+        task=take.run.task_id,
+    )
+
+
+def _metadata(take: Take, kind: str, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What every result says; the worker adds the file's size."""
+    metadata: dict[str, Any] = {"engine": NAME, "model": NAME, "seed": take.seed, "format": kind}
+    if size:
+        metadata["resolution"] = f"{size[0]}x{size[1]}"
+        metadata["generated"] = {"resolution": metadata["resolution"], "frames": 1, "fps": None}
+    if take.warnings:
+        metadata["warnings"] = take.warnings
+    return metadata
+
+
+def _plain(rate: Fraction) -> int | float:
+    """24 or 23.976: what people read; the file has the fraction."""
+    return int(rate) if rate.denominator == 1 else round(float(rate), 3)

@@ -1,0 +1,91 @@
+"""One run as an engine sees it: what is asked for, and how to say how far it is.
+
+An engine is a function `make(take: Take) -> Made`. It announces its stages, reports each step that is done and hands back files. It knows
+neither the pipe nor the worker. To fail it raises a `movieq.errors.TaskFault`; to stop when told, it calls `step` or `check` often and
+lets `TakeCancelled` through.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from movieq.errors import InputUnavailable
+from movieq.params import Params, TaskType, convert
+from workers.protocol import FromChild, Plan, Preview, Produced, Run, Stage, Step
+
+STEP_INTERVAL_S = 1 / 20
+PREVIEW_INTERVAL_S = 0.5
+
+
+class TakeCancelled(BaseException):
+    """The run was cancelled. Not an Exception, so that no engine's `except Exception` swallows it."""
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What an engine hands back: files in `Take.out_dir`, and the metadata of the result."""
+
+    files: tuple[Produced, ...]
+    metadata: dict[str, Any]
+
+
+class Take:
+    """A run in hand. `params` are checked and typed; `warnings` collects what the result should say about what was not honoured.
+
+    `send` carries reports to the worker, `cancelled` is set from another thread when the run is to stop.
+    """
+
+    def __init__(self, run: Run, send: Callable[[FromChild], None], cancelled: threading.Event) -> None:
+        self.run = run
+        self.params: Params = convert(TaskType(run.task_type), run.params)
+        self.seed = run.seed
+        self.out_dir = Path(run.out_dir)
+        self.warnings: list[str] = []
+        self._send = send
+        self._cancelled = cancelled
+        self._step_due_s = 0.0
+        self._preview_due_s = 0.0
+
+    def plan(self, *stages: Stage) -> None:
+        """Announces the stages, once, before any step. Weights are relative shares of the time."""
+        self._send(Plan(self.run.run, stages))
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        """Says that `step` of `steps` of `stage` are done; raises TakeCancelled where the run is to stop.
+
+        At most 20 a second leave the child, and always the last of a stage.
+        """
+        self.check()
+        now_s = time.monotonic()
+        if step == steps or now_s >= self._step_due_s:
+            self._step_due_s = now_s + STEP_INTERVAL_S
+            self._send(Step(self.run.run, stage, step, steps))
+
+    def preview(self, draw: Callable[[], bytes]) -> None:
+        """Sends what `draw` returns, a JPEG of at most 10 kB, where the task asked for previews; it is called at most twice a second."""
+        now_s = time.monotonic()
+        if self.params.preview and now_s >= self._preview_due_s:
+            self._preview_due_s = now_s + PREVIEW_INTERVAL_S
+            self._send(Preview(self.run.run, draw()))
+
+    def check(self) -> None:
+        """Raises TakeCancelled where the run is to stop."""
+        if self._cancelled.is_set():
+            raise TakeCancelled
+
+    def input(self, reference: str) -> Path:
+        """The local file of a reference. Raises InputUnavailable where it was not fetched."""
+        path = Path(self.run.inputs.get(reference, ""))
+        if not path.is_file():
+            raise InputUnavailable(f"{shown(reference)} was not fetched")
+        return path
+
+
+def shown(reference: str) -> str:
+    """A reference as it stands in a message: whole, but for `data:` urls."""
+    return reference if len(reference) <= 200 else f"{reference[:60]}... ({len(reference)} characters)"
