@@ -243,10 +243,15 @@ def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str,
     return errors
 
 
+def given(text: str, value: object) -> str:
+    """The text of msgspec, and after it what was given instead: the beginning of its JSON."""
+    shown = msgspec.json.encode(value).decode() if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return f"{text}{'' if ', got ' in text else ', got'} {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
 def _problem(key: str, value: object, message: str) -> tuple[str, str]:
     text, _, path = message.partition(" - at `$")
-    shown = msgspec.json.encode(value).decode() if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return f"task_data.{key}{path.removesuffix('`')}", f"{text}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f"task_data.{key}{path.removesuffix('`')}", given(text, value)
 
 
 def _refused(errors: list[tuple[str, str]]) -> ValidationFailed:

@@ -36,11 +36,11 @@ class Service:
         return [json.loads(line) for line in (self.folder / "log").read_text().splitlines() if line.startswith("{")]
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """The processes that it started whose command line has these words, children of children too."""
+        """The processes that it started that have these words for a name or in their command line, children of children too."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if all(word in process.cmdline() for word in words):
+                if all(word in (process.name(), *process.cmdline()) for word in words):
                     found.append(process)
             except psutil.Error:
                 pass

@@ -293,7 +293,7 @@ async def test_what_dies_under_up_is_started_again(tmp_path: Path) -> None:
     with service(tmp_path) as up:
         kept = await up.submit("generate_image", SMALL)
         await up.ended(kept)
-        for words in (("api",), ("worker",), ("--unixsocketperm",)):
+        for words in (("api",), ("worker",), ("valkey-server",)):
             (process,) = up.find(*words)
             process.kill()
             async with asyncio.timeout(20):
