@@ -144,7 +144,7 @@ KEYS: Final[Mapping[str, str]] = {
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
     # pub/sub channels
-    "events": "movieq:events:",  # + task: "id\ntype\ndata"
+    "events": "movieq:events:",  # + task: "id\ntype\ndata", or ">" and the id of the entry before where it is not in the log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
 }
 """Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""

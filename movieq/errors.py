@@ -7,7 +7,7 @@
     │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
     │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
     │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
-    │   ├── QueueFull            429  ├── RateLimited       429
+    │   ├── RangeRefused         416  ├── QueueFull         429  ├── RateLimited       429
     │   └── Internal             500  └── Unavailable       503
     └── TaskFault                the end of a run: `code` becomes the task's `error_code`
         ├── InputUnavailable  InvalidInput  UnsupportedParameter        the task's own fault: fails at once
@@ -20,6 +20,7 @@ The message of an error is text for the person who gets it: it names the field o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -44,15 +45,23 @@ class RunLost(MovieqError):
 class RequestError(MovieqError):
     """The answer to a request is an error.
 
-    `errors` lists (path, message) where several things are wrong; `retry_after_s` becomes `Retry-After`.
+    `errors` lists (path, message) where several things are wrong; `retry_after_s` becomes `Retry-After`; `headers` go out as they are.
     """
 
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, errors: tuple[tuple[str, str], ...] = (), retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        errors: tuple[tuple[str, str], ...] = (),
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.errors = errors
+        self.headers = headers or {}
         self.retry_after_s = retry_after_s
 
 
@@ -108,6 +117,12 @@ class IdempotencyMismatch(RequestError):
     """The idempotency key was used with another body."""
 
     code, status = "idempotency_mismatch", 422
+
+
+class RangeRefused(RequestError):
+    """The file ends before the range that was asked for."""
+
+    code, status = "range_not_satisfiable", 416
 
 
 class QueueFull(RequestError):

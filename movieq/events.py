@@ -8,11 +8,13 @@ from where it is: it misses nothing of the log and sees nothing twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
 
 import msgspec
+from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -92,7 +94,8 @@ class Subscriber:
         channel = self._channels[name.encode()] = _Channel(on_message, on_doubt)
         async with asyncio.timeout(CONFIRM_S):
             if self._pubsub is not None:
-                await self._pubsub.subscribe(name)
+                with contextlib.suppress(RedisError, OSError):  # the reader notices too, and its next connection subscribes to it
+                    await self._pubsub.subscribe(name)
             await channel.confirmed.wait()
 
     async def unsubscribe(self, name: str) -> None:
@@ -114,11 +117,12 @@ class _Channel:
 
 
 class Event(msgspec.Struct, frozen=True):
-    """An event as it goes to a browser; `id` None where it is not in the log."""
+    """An event as it goes to a browser; `id` None where it is not in the log, `follows` then names the entry before it."""
 
     id: str | None
     type: EventType
     frame: bytes
+    follows: str = ""
 
 
 Render = Callable[[EventType, bytes], bytes]
@@ -144,7 +148,8 @@ class Hub:
     async def follow(self, task_id: TaskId, after: str | None, tick_s: float) -> AsyncGenerator[Event | None]:
         """The events of a task after an id of its log (None: from its beginning), each once, in order, to its end or the hub's.
 
-        Gives None after every `tick_s` seconds without an event. Close it (`aclosing`) where it is left early.
+        Gives None after every `tick_s` seconds without an event. Goes on, with a None a second, where Redis is away: a browser that was
+        sent away would meet a 503, and after that it does not come back. Close it (`aclosing`) where it is left early.
         """
         watcher = _Watcher()
         await self._join(task_id, watcher)
@@ -153,10 +158,16 @@ class Hub:
             while not self.closing.is_set():
                 watcher.behind = False
                 watcher.queue.clear()
-                while entries := await self._store.log_after(task_id, position):
+                while (entries := await self._log_after(task_id, position)) is None and not self.closing.is_set():
+                    yield None
+                    await watcher.wait(RECONNECT_S[1])
+                while entries:
                     for entry in entries:
                         position, last = entry.id, entry.type
                         yield self._event(entry)
+                    entries = await self._log_after(task_id, position)
+                if entries is None:
+                    continue
                 if last in _LAST:
                     return
                 while not watcher.behind and not self.closing.is_set():
@@ -168,6 +179,8 @@ class Hub:
                             if position is not None and not _later(event.id, position):
                                 continue
                             position = event.id
+                        elif position is not None and event.follows and _later(position, event.follows):
+                            continue  # the log has told what came after it
                         yield event
                         if event.type in _LAST:
                             return
@@ -192,9 +205,18 @@ class Hub:
         topic.watchers.add(watcher)
         try:
             await asyncio.shield(topic.ready)
+        except TimeoutError:
+            pass  # Redis is away: once it is back the watcher hears of doubt, and reads the log again
         except BaseException:
             await self._part(task_id, watcher)
             raise
+
+    async def _log_after(self, task_id: TaskId, position: str | None) -> list[Logged] | None:
+        """The next entries; None where Redis is away."""
+        try:
+            return await self._store.log_after(task_id, position)
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+            return None
 
     async def _part(self, task_id: TaskId, watcher: _Watcher) -> None:
         topic = self._topics[task_id]
@@ -209,11 +231,12 @@ class Hub:
                 await self._subscriber.unsubscribe(KEYS["events"] + task_id)
 
     def _live(self, message: bytes) -> Event:
-        id, event_type, data = message.split(b"\n", 2)
-        return self._event(Logged(id.decode(), EventType(event_type.decode()), data))
+        head, event_type, data = message.split(b"\n", 2)
+        id, _, follows = head.decode().partition(">")
+        return self._event(Logged(id, EventType(event_type.decode()), data), follows)
 
-    def _event(self, entry: Logged) -> Event:
-        return Event(entry.id or None, entry.type, frame(entry.type, self._render(entry.type, entry.data), entry.id))
+    def _event(self, entry: Logged, follows: str = "") -> Event:
+        return Event(entry.id or None, entry.type, frame(entry.type, self._render(entry.type, entry.data), entry.id), follows)
 
 
 class _Topic:
@@ -241,7 +264,7 @@ class _Topic:
 
 
 class _Watcher:
-    """What one stream has yet to send. When that is too much, it is `behind` and goes back to the log."""
+    """What one stream has yet to send. When that is too much, it is `behind`, takes nothing more and goes back to the log."""
 
     def __init__(self) -> None:
         self.queue: deque[Event] = deque()
@@ -249,8 +272,8 @@ class _Watcher:
         self.behind = False
 
     def put(self, event: Event) -> None:
-        if len(self.queue) >= QUEUE_EVENTS:
-            self.behind = True
+        if self.behind or len(self.queue) >= QUEUE_EVENTS:
+            self.behind = True  # and what comes now would pass what was left out: its id would hide the others'
         else:
             self.queue.append(event)
         self.ready.set()

@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import msgspec
 import structlog
 
 from movieq.settings import LogFormat, LogLevel
 
 
-def get() -> structlog.stdlib.BoundLogger:
+def get() -> structlog.typing.FilteringBoundLogger:
     """A logger; its events are fixed names, everything else goes into fields."""
-    return structlog.stdlib.get_logger("movieq")
+    made: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return made
 
 
 @contextmanager
@@ -43,13 +45,11 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Everything that this process logs goes to stderr in one format. Called once, by a command."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.ExtraAdder(allow=[]),  # uvicorn repeats its messages in colour
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    console = log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and sys.stderr.isatty())
-    if console:
+    if log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and sys.stderr.isatty()):
         last: list[structlog.typing.Processor] = [
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
@@ -58,14 +58,26 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
             )
         ]
     else:
-        last = [structlog.processors.format_exc_info, structlog.processors.EventRenamer("message"), structlog.processors.JSONRenderer()]
+        last = [
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+            structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line, enc_hook=repr).decode()),
+        ]
+    severity = getattr(logging, level.upper())
+    structlog.configure(
+        processors=[*shared, *last],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(severity),
+        cache_logger_on_first_use=True,
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+            foreign_pre_chain=[structlog.stdlib.add_log_level, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.basicConfig(handlers=[handler], level=severity, force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "arq"):
         logger: Any = logging.getLogger(name)
         logger.handlers.clear()
@@ -73,9 +85,3 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     if level is not LogLevel.DEBUG:  # what they say of every start and every job, we say in our own words
         for name in ("arq", "uvicorn"):
             logging.getLogger(name).setLevel(logging.WARNING)
-    structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from types import FrameType
 
@@ -54,6 +55,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,  # it would print signatures
                 server_header=False,
+                proxy_headers=False,  # nothing here asks who the client is
                 timeout_graceful_shutdown=SHUTDOWN_S,
             )
         )
@@ -64,6 +66,8 @@ class _Server(uvicorn.Server):
         """As uvicorn's, and then the ready line."""
         await super().startup(sockets)
         if self.started:
+            gc.collect()
+            gc.freeze()  # what lives as long as the process need not be looked at again
             print(f"{READY}{self._public_url}", flush=True)  # noqa: T201  # the contract's one line
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

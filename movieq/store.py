@@ -7,6 +7,7 @@ cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, TimeoutError
 
 from movieq.contracts import (
     KEYS,
@@ -41,6 +42,7 @@ from movieq.contracts import (
     utc,
 )
 from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, RunLost
+from movieq.line import Line
 from movieq.params import TaskType
 from movieq.settings import Grant
 
@@ -139,8 +141,9 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
         socket_connect_timeout=2 if patient else 0.5,
         socket_timeout=5 if patient else 0.9,
         health_check_interval=0,
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1),
-        retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError],
+        # once more where a connection was broken; a Redis that hangs is not given a second 0.9 s
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (ConnectionError,)),
+        retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     return ArqRedis(
         pool,
@@ -155,7 +158,15 @@ class Store:
 
     def __init__(self, redis: ArqRedis) -> None:
         self.redis = redis
-        self._scripts = {path.stem: _Script(redis, path) for path in sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))}
+        pool = redis.connection_pool
+        self._line = Line(pool, pool.connection_kwargs["retry"], pool.connection_kwargs["socket_timeout"])
+        self._scripts = {path.stem: _Script(self._line, path) for path in sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))}
+
+    async def aclose(self) -> None:
+        """Every connection, of the store and of its client, is closed."""
+        await self._line.aclose()
+        await self.redis.aclose()
+        await self.redis.connection_pool.disconnect()
 
     async def _verb(self, name: str, rest: Sequence[str | int] = (), **args: str | int | float | bytes) -> Any:
         call = asyncio.ensure_future(self._scripts[name](rest, **args))
@@ -289,12 +300,12 @@ class Store:
 
     async def task(self, task_id: TaskId) -> Task | None:
         """The task; None where there is none."""
-        fields = await _answer(self.redis.hgetall(KEYS["task"] + task_id))
-        return _task(fields) if fields else None
+        flat = await self._line.call("HGETALL", KEYS["task"] + task_id)
+        return _task(_pairs(flat)) if flat else None
 
     async def position(self, task: Task) -> int | None:
         """The task's place in its project's queue, from 1; None while it does not wait."""
-        rank = await _answer(self.redis.zrank(f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id))
+        rank = await self._line.call("ZRANK", f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
         return None if rank is None else rank + 1
 
     async def page(
@@ -423,7 +434,7 @@ class Store:
 class _Script:
     """A Lua script called by the names of its arguments, as its `-- args:` line declares them."""
 
-    def __init__(self, redis: ArqRedis, path: Path) -> None:
+    def __init__(self, line: Line, path: Path) -> None:
         source = path.read_text()
         shebang, _, body = source.partition("\n")
         declared = _ARGS.search(source)
@@ -435,12 +446,18 @@ class _Script:
         common = path.with_name("_common.lua").read_text()
         # ARGV is unpacked by length, so that a long rest cannot overflow Lua's stack
         head = f"local K = {{{keys}}}\nlocal {names} = unpack(ARGV, 1, {len(self.args)})\n"
-        self._script = redis.register_script(f"{shebang}\n{head}{common}\n{body}")
+        self._line = line
+        self._source = f"{shebang}\n{head}{common}\n{body}"
+        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
         if args.keys() != set(self.args):
             raise TypeError(f"expects {self.args}, got {sorted(args)}")
-        return await self._script(args=[*(args[name] for name in self.args), *rest])
+        arguments = [*(args[name] for name in self.args), *rest]
+        try:
+            return await self._line.call("EVALSHA", self._sha, 0, *arguments)
+        except NoScriptError:  # a server that is new, or was started again
+            return await self._line.call("EVAL", self._source, 0, *arguments)
 
 
 _rows = msgspec.json.Decoder(list[WorkerStatus])

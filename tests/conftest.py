@@ -30,9 +30,11 @@ async def redis(server: Valkey) -> AsyncIterator[ArqRedis]:
 
 
 @pytest.fixture
-async def store(redis: ArqRedis) -> Store:
+async def store(redis: ArqRedis) -> AsyncIterator[Store]:
     """The store of an empty Valkey."""
-    return Store(redis)
+    made = Store(redis)
+    yield made
+    await made.aclose()
 
 
 @pytest.fixture

@@ -102,8 +102,7 @@ class Worker(ArqWorker):
             log.warning("leave_failed", problem=str(error))
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
-        await self.pool.aclose()
-        await self.pool.connection_pool.disconnect()
+        await self.store.aclose()
 
     # ── Taking work ──
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -59,7 +60,7 @@ def create(settings: Settings, public_url: str) -> Starlette:
     if settings.origins():
         middleware.append(
             Middleware(
-                CORSMiddleware,
+                _Cors,
                 allow_origins=settings.origins(),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["X-API-Key", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
@@ -111,8 +112,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             for task in running:
                 task.cancel()
     finally:
-        await redis.aclose()
-        await redis.connection_pool.disconnect()
+        await store.aclose()
 
 
 async def _tidy(store: Store) -> None:
@@ -134,8 +134,8 @@ async def _tidy(store: Store) -> None:
 def error_answer(error: RequestError) -> Response:
     """The body of every error."""
     body = ErrorAnswer(error.code, error.message, now(), error.retryable, [FieldError(path, message) for path, message in error.errors])
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return answered(body, error.status, headers)
+    retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return answered(body, error.status, {**error.headers, **retry})
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -171,6 +171,19 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     return error_answer(Internal("a fault of movieq's own; it is in the log of the API"))  # Starlette raises it again, and uvicorn logs it
+
+
+class _Cors(CORSMiddleware):
+    """As Starlette's, but what it refuses has the body of every error."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to an OPTIONS request of a browser."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        refusal = error_answer(ValidationFailed(f"{bytes(response.body).decode()}; MOVIEQ_CORS_ORIGINS names the origins that are allowed"))
+        refusal.headers.update({name: value for name, value in response.headers.items() if not name.startswith("content-")})
+        return refusal
 
 
 class _Log:

@@ -14,11 +14,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
+from redis.exceptions import RedisError
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
-from movieq import signing
-from movieq.api.auth import path_task_id, task_of
+from movieq import logs, signing
+from movieq.api.auth import task_of
 from movieq.api.state import Api, api, encode
 from movieq.contracts import EventType, Task, TaskId
 from movieq.errors import NotFound, ValidationFailed
@@ -30,6 +31,7 @@ COMMENT_S: Final = 15.0
 STUCK_S: Final = 30.0
 RETRY_MS: Final = 2000
 
+log = logs.get()
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -45,7 +47,7 @@ class TaskEvents:
         """Sends the stream. Raises what makes an error answer before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
-        signed = "signature" in request.query_params
+        signed = not {"expires", "signature"}.isdisjoint(request.query_params)
         task = await (_signed_task(movieq, request) if signed else _keyed_task(request))
         after = _resume_point(request)
         headers = [*_HEADERS, (b"access-control-allow-origin", b"*")] if signed else _HEADERS
@@ -79,8 +81,9 @@ async def _stream(movieq: Api, task: Task, after: str | None, receive: Receive, 
         await asyncio.wait({leaving, writing}, return_when=asyncio.FIRST_COMPLETED)
         if writing.done():
             writing.result()
-    except TimeoutError:
-        pass  # stuck: returning without the end of the body closes the connection
+    except (RedisError, OSError) as error:  # of them TimeoutError: the client is stuck
+        log.warning("stream_left", task_id=task.task_id, problem=str(error) or type(error).__name__)
+        # returning without the end of the body closes the connection; the client comes back and goes on where it is
     finally:
         leaving.cancel()
         writing.cancel()
@@ -97,7 +100,7 @@ async def _frames(movieq: Api, task: Task, after: str | None) -> AsyncGenerator[
         position = await movieq.store.position(task)
         yield frame(EventType.SNAPSHOT, movieq.snapshot(task, position))
     if state.last is None and task.status.ended:  # the log is gone: its last entry lives on in the task
-        yield frame(EventType(task.status), movieq.snapshot(task, None), task.last_event_id)
+        yield frame(EventType(task.status), movieq.ending(task), task.last_event_id)
         return
     start = after if place in ("inside", "before") else None
     async with aclosing(movieq.hub.follow(task.task_id, start, COMMENT_S)) as events:
@@ -134,9 +137,8 @@ async def _keyed_task(request: HTTPConnection) -> Task:
 
 
 async def _signed_task(movieq: Api, request: HTTPConnection) -> Task:
-    task_id: TaskId = path_task_id(request)
-    query = request.query_params
-    signing.verify(movieq.signing_secret, "events", task_id, query.get("expires", ""), query["signature"], time.time())
+    task_id, query = TaskId(request.path_params["task_id"]), request.query_params
+    signing.verify(movieq.signing_secret, "events", task_id, query.get("expires", ""), query.get("signature", ""), time.time())
     task = await movieq.store.task(task_id)
     if task is None:
         raise NotFound(f"no task {task_id}")

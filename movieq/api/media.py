@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable, Response
 
 from movieq.api.state import api
 from movieq.contracts import MEDIA_URL_S
-from movieq.errors import Forbidden, NotFound
+from movieq.errors import Forbidden, NotFound, RangeRefused
 from movieq.storage import content_type
 
 _HEADERS = {
@@ -30,4 +30,18 @@ async def media(request: Request) -> Response:
     storage.verify(key, query.get("expires", ""), query["signature"], time.time())
     if await storage.size(key) is None:
         raise NotFound("this file is not there any more")
-    return FileResponse(storage.local_path(key), headers=_HEADERS, media_type=content_type(key))
+    return _File(storage.local_path(key), headers=_HEADERS, media_type=content_type(key))
+
+
+class _File(FileResponse):
+    """As Starlette's, but what it refuses has the body of every error."""
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []  # the whole file: a range that is not understood counts as none (RFC 9110, 14.2)
+        except RangeNotSatisfiable:
+            headers = {"Content-Range": f"bytes */{file_size}", "Access-Control-Allow-Origin": "*"}
+            raise RangeRefused(f"Range: the file has {file_size} bytes, got {http_range[:80]!r}", headers=headers) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +16,10 @@ from movieq.params import PARAMS
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation: `query` maps names to schemas, `answer` is None for what is no JSON, `body` may be a media type."""
+    """One operation: `query` maps names to schemas, `answer` is None for what is no JSON, `body` may be a media type.
+
+    `also` are other statuses that are no errors, and their answers.
+    """
 
     method: str
     path: str
@@ -26,6 +30,7 @@ class Operation(msgspec.Struct, frozen=True):
     query: dict[str, dict[str, Any]] = {}
     answer_type: str = "application/json"
     errors: tuple[int, ...] = (400, 401, 403, 404, 503)
+    also: dict[int, type[msgspec.Struct] | None] = {}
 
 
 _PAGE: Final[dict[str, dict[str, Any]]] = {
@@ -34,12 +39,13 @@ _PAGE: Final[dict[str, dict[str, Any]]] = {
     "page": {"type": "integer", "minimum": 1, "default": 1},
     "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
 }
+_WAIT: Final = {"type": "integer", "minimum": 0, "maximum": 60, "default": 0}
 _SIGNED: Final[dict[str, dict[str, Any]]] = {"expires": {"type": "integer"}, "signature": {"type": "string"}}
 
 OPERATIONS: Final = (
-    Operation("get", "/health", "Is it there, and does it work?", c.HealthAnswer, errors=(503,)),
+    Operation("get", "/health", "Is it there, and does it work?", c.HealthAnswer, errors=(), also={503: c.HealthAnswer}),
     Operation("post", "/tasks/submit", "Accept a task", c.Receipt, 201, c.SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
-    Operation("get", "/tasks/{task_id}/status", "The state of a task", c.TaskState, query={"wait": {"type": "integer", "maximum": 60}}),
+    Operation("get", "/tasks/{task_id}/status", "The state of a task", c.TaskState, query={"wait": _WAIT}),
     Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", c.CancelAnswer),
     Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", c.CancelAnswer),
     Operation("delete", "/tasks/{task_id}", "Cancel a task", c.CancelAnswer),
@@ -53,6 +59,7 @@ OPERATIONS: Final = (
         None,
         query={"after": {"type": "string"}, **_SIGNED},
         answer_type="text/event-stream",
+        also={204: None},
     ),
     Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", c.Project),
     Operation(
@@ -73,6 +80,7 @@ async def openapi(request: Request) -> Response:
     return answered(document(api(request).public_url))
 
 
+@cache
 def document(public_url: str) -> dict[str, Any]:
     """The whole API as OpenAPI 3.1."""
     structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.Webhook, *PARAMS.values()}
@@ -117,6 +125,13 @@ def _operation(op: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]
         "responses": {
             str(op.status): {"description": op.summary, "content": content},
             **{str(status): {"description": "An error", **error} for status in op.errors},
+            **{
+                str(status): {
+                    "description": op.summary,
+                    **({"content": {"application/json": {"schema": schemas[struct]}}} if struct else {}),
+                }
+                for status, struct in op.also.items()
+            },
         },
     }
     if op.body is not None:
@@ -124,6 +139,8 @@ def _operation(op: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]
         described["requestBody"] = {"required": True, "content": body}
     if op.path == "/health":
         described["security"] = []
+    if "signature" in op.query:
+        described["security"] = [{"key": []}, {"bearer": []}, {}]
     return described
 
 

@@ -65,14 +65,17 @@ async def upload(request: Request) -> Response:
     project_id, _ = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ValidationFailed("Content-Encoding: send the bytes as they are, not compressed")
+    if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > UPLOAD_BYTES:
+        raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
     with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
         size = await _receive(request, file)
         path = Path(file.name)
         media_type = await asyncio.to_thread(_media_type, path)
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
+        # noted first: a file that no note leads to would stay for ever
+        await movieq.store.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
         await movieq.storage.put(f"{prefix}/file", path, media_type)
-    await movieq.store.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
 
 

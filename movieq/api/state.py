@@ -15,6 +15,7 @@ from movieq.contracts import (
     EVENTS_URL_S,
     MEDIA_URL_S,
     EventType,
+    ProcessingProgress,
     Snapshot,
     StoredResult,
     Task,
@@ -86,8 +87,31 @@ class Api(msgspec.Struct, kw_only=True):
         """The data of a `snapshot` event."""
         return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position)), last_event_id=task.last_event_id))
 
+    def ending(self, task: Task) -> bytes:
+        """The data of the event with which a task ended, where its log is gone."""
+        assert task.ended_at_ms is not None
+        return encode(
+            ProcessingProgress(
+                task_id=task.task_id,
+                project_id=task.project_id,
+                type=EventType(task.status),
+                time=utc(task.ended_at_ms),
+                attempt=task.attempt,
+                status=task.status,
+                progress=task.progress,
+                current_step=task.current_step,
+                stage=task.stage,
+                step=task.step,
+                steps=task.steps,
+                result=None if task.result is None else self.storage.result(task.result, self.media_expiry_s()),
+                error=task.error,
+                error_code=task.error_code,
+            )
+        )
+
     def _state(self, task: Task, position: int | None) -> TaskState:
-        ended_ms, started_ms = task.ended_at_ms, task.started_at_ms
+        ended_ms = task.ended_at_ms
+        started_ms = None if task.run is None else task.started_at_ms  # of the last attempt, while it runs or where it was the end
         remaining_ms = task.remaining_ms if task.status is TaskStatus.PROCESSING else None
         return TaskState(
             task_id=task.task_id,
@@ -143,7 +167,7 @@ def only_query(request: HTTPConnection, *names: str) -> None:
     """Raises ValidationFailed for a query parameter that nothing reads, or that stands twice."""
     for name in request.query_params:
         if name not in names:
-            raise ValidationFailed(f"{name}: no such query parameter; there are: {', '.join(names) or 'none'}")
+            raise ValidationFailed(f"{name[:40]}: no such query parameter; there are: {', '.join(names) or 'none'}")
         if len(request.query_params.getlist(name)) > 1:
             raise ValidationFailed(f"{name}: stands twice in the query")
 

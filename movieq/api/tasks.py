@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import math
 import re
+import time
 import uuid
 from contextlib import aclosing
 from datetime import datetime
@@ -37,7 +38,11 @@ from movieq.store import Accepted, NewTask
 
 BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024
+NESTING: Final = 64
+"""How deep lists and objects may lie in each other. Python's own limit hangs on the stack: what can be read here could fail elsewhere."""
 WAIT_S: Final = 60
+WAIT_CHECK_S: Final = 1.0
+"""How soon a waiting request is given up whose client has gone."""
 
 _decoder = msgspec.json.Decoder(SubmitRequest)
 _idempotency_key = re.compile(r"[\x21-\x7e]{1,255}")
@@ -57,7 +62,7 @@ async def submit(request: Request) -> Response:
     with logs.bound(task_id=accepted.task_id, project_id=new.project_id):
         log.info("submit", task_type=new.task_type, model=new.model, kind=new.kind, priority=new.priority, replayed=accepted.replayed)
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
-    answer = receipt(movieq, accepted, new.project_id)
+    answer = receipt(movieq, accepted, new.project_id, accepted.created_at_ms / 1000)
     return answered(answer, 201, {**headers, "Location": answer.status_url})
 
 
@@ -69,9 +74,10 @@ async def status(request: Request) -> Response:
     wait_s = query_int(request, "wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
         try:
-            async with asyncio.timeout(wait_s), aclosing(movieq.hub.follow(task.task_id, task.last_event_id, WAIT_S)) as events:
-                async for _ in events:
-                    pass
+            async with asyncio.timeout(wait_s), aclosing(movieq.hub.follow(task.task_id, task.last_event_id, WAIT_CHECK_S)) as events:
+                async for event in events:
+                    if event is None and await request.is_disconnected():
+                        break
         except TimeoutError:
             pass
         task = await movieq.store.task(task.task_id) or task
@@ -95,7 +101,7 @@ async def retry(request: Request) -> Response:
     accepted = await movieq.store.retry(task.task_id)
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("retry", attempt=task.attempt)
-    return answered(receipt(movieq, accepted, task.project_id), 201)
+    return answered(receipt(movieq, accepted, task.project_id, time.time()), 201)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -118,14 +124,40 @@ async def read_body(request: Request, limit: int) -> bytes:
 def decode(body: bytes) -> SubmitRequest:
     """The request. Raises ValidationFailed that names the field."""
     try:
-        return _decoder.decode(body)
+        submitted = _decoder.decode(body)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
         path = path.strip("`.")
+        text = _with_given(text, body, path)
         raise ValidationFailed(f"{path}: {text}" if path else text, errors=((path, text),) if path else ()) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValidationFailed(f"the body is not JSON that can be read: {problem}") from None
+    if body.count(b"[") + body.count(b"{") > NESTING and _deeper((submitted.task_data, submitted.metadata), NESTING):
+        raise ValidationFailed(f"the body is nested too deeply: at most {NESTING} levels of lists and objects are allowed")
+    return submitted
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects lie in it more than so many levels deep."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        inner = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
+        level = [each for each in inner if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _with_given(text: str, body: bytes, path: str) -> str:
+    """The text of msgspec, and what the body has at the path; without, where the path leads to no single value."""
+    try:
+        value = msgspec.json.decode(body)
+        for name in path.split(".") if path else []:
+            value = value[name]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return text
+    return text if isinstance(value, dict) else params.given(text, value)
 
 
 async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None) -> NewTask:
@@ -163,8 +195,8 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
     )
 
 
-def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId) -> Receipt:
-    """The receipt, the same to the byte however often it is asked for."""
+def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: float) -> Receipt:
+    """The receipt, the same to the byte for the same `from_s`, the Unix time from which on its `events_url` is good."""
     return Receipt(
         accepted.task_id,
         TaskStatus.QUEUED,
@@ -172,7 +204,7 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId) -> Receipt:
         math.ceil(accepted.estimate_ms / 1000),
         accepted.queue_position,
         utc(accepted.created_at_ms),
-        movieq.events_url(accepted.task_id, accepted.created_at_ms / 1000),
+        movieq.events_url(accepted.task_id, from_s),
         movieq.url(f"/tasks/{accepted.task_id}/status"),
         accepted.warnings,
     )

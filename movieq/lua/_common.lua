@@ -97,9 +97,9 @@ local function log(t, event_type, extra)
   redis.call('PUBLISH', K.events .. t.task_id, id .. '\n' .. event_type .. '\n' .. data)
 end
 
--- On pub/sub alone: no id, not in the log.
+-- On pub/sub alone: no id, not in the log, but it names the entry that it follows.
 local function tell(t, event_type, extra)
-  redis.call('PUBLISH', K.events .. t.task_id, '\n' .. event_type .. '\n' .. event(t, event_type, extra))
+  redis.call('PUBLISH', K.events .. t.task_id, '>' .. (t.last_event_id or '') .. '\n' .. event_type .. '\n' .. event(t, event_type, extra))
 end
 
 -- ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,7 +183,7 @@ local function deliver(t, event_type)
   local id = t.task_id .. '-' .. redis.call('HINCRBY', K.task .. t.task_id, 'deliveries', 1)
   local facts = {'type', event_type, 'status', t.status, 'url', t.callback_url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending'}
   for _, name in ipairs({'task_id', 'project_id', 'task_type', 'result', 'error', 'error_code', 'started_at_ms', 'ended_at_ms'}) do
-    if t[name] then
+    if t[name] and (name ~= 'started_at_ms' or t.run) then -- of the last attempt, where the task did not end while it waited
       facts[#facts + 1] = name
       facts[#facts + 1] = t[name]
     end

@@ -7,7 +7,7 @@
 local t = load(task_id)
 if not t then return {'unknown'} end
 local function receipt()
-  return {'ok', task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
+  return {'ok', task_id, tonumber(t.created_at_ms), tonumber(t.retried_position), tonumber(t.estimate_ms), t.warnings}
 end
 if t.retried == nonce then return receipt() end
 if t.status ~= 'failed' then return {'refused', t.status} end
@@ -17,7 +17,7 @@ if t.finish_by_ms and tonumber(t.finish_by_ms) <= now then unset(t, 'finish_by_m
 move(t, 'queued')
 enqueue(t)
 watch_deadline(t)
-set(t, {queued_position = 1 + redis.call('ZRANK', queue(t), task_id)})
+set(t, {retried_position = 1 + redis.call('ZRANK', queue(t), task_id)}) -- beside that of submit, which its receipt keeps
 redis.call('PERSIST', K.log .. task_id)
 log(t, 'queued')
 return receipt()

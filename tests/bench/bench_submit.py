@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import psutil
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
@@ -67,6 +68,12 @@ def serve_echo(port_file: str) -> None:
     uvloop.run(run())
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """Processor seconds that the process has used."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 def main() -> None:
     """Prints requests a second of both."""
     with tempfile.TemporaryDirectory() as folder, valkey(Path(folder) / "valkey", appendfsync="everysec") as server:
@@ -91,11 +98,18 @@ def main() -> None:
             submit = load.post("/api/v1/tasks/submit", BODY, {"X-API-Key": KEY})
             plain = load.post("/", BODY, {})
             echoes, submits, latencies = [], [], []
+            echo_cpu, api_cpu = psutil.Process(bare.pid), psutil.Process(api.pid)
+            before = cpu_s(echo_cpu), cpu_s(api_cpu)
+            echoed = 0
             for _ in range(ROUNDS):
-                echoes.append(uvloop.run(load.run(int(port_file.read_text()), plain, CONNECTIONS, SECONDS))[0])
+                rate, found = uvloop.run(load.run(int(port_file.read_text()), plain, CONNECTIONS, SECONDS))
+                echoes.append(rate)
+                echoed += len(found)
                 rate, found = uvloop.run(load.run(api_port, submit, CONNECTIONS, SECONDS))
                 submits.append(rate)
                 latencies += found
+            echo_us = (cpu_s(echo_cpu) - before[0]) / echoed * 1e6
+            submit_us = (cpu_s(api_cpu) - before[1]) / len(latencies) * 1e6
         finally:
             for process in (api, bare):
                 process.send_signal(signal.SIGTERM)
@@ -108,6 +122,8 @@ def main() -> None:
             "submits_per_s": statistics.median(submits),
             "echoes_per_s": statistics.median(echoes),
             "ratio": statistics.median(submits) / statistics.median(echoes),
+            "cpu_us_per_submit": submit_us,
+            "cpu_us_per_echo": echo_us,
             "submit_p50_ms": percentile(latencies, 0.5) * 1000,
             "submit_p99_ms": percentile(latencies, 0.99) * 1000,
         },

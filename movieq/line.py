@@ -1,0 +1,109 @@
+"""One connection to Redis for the commands of many callers: written at once, answered in order.
+
+A pool lends a connection for one command at a time, and most of what that costs is the lending. Here a command is written when it comes,
+and one reader hands out the answers. Left out: transactions, pub/sub and blocking commands, which need a connection of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections import deque
+from typing import Any
+
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.typing import EncodableT
+
+
+class Line:
+    """Opened by the first command, and again by the next after it broke. `retry` says how often a command is sent again over a new one.
+
+    A command whose answer was lost may have been done: send only what can be said twice.
+    """
+
+    def __init__(self, pool: ConnectionPool, retry: Retry, timeout_s: float) -> None:
+        # time limits are ours: the connection's own would take a task for each write
+        self._make = lambda: pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._opening = asyncio.Lock()
+        self._connection: AbstractConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+
+    async def call(self, *command: EncodableT) -> Any:
+        """The answer. Raises redis's ResponseError for a refusal of the server, ConnectionError and TimeoutError where none comes."""
+
+        async def failed(_: RedisError) -> None:
+            pass
+
+        return await self._retry.call_with_retry(lambda: self._call(command), failed)
+
+    async def aclose(self) -> None:
+        """The connection is closed; commands that still wait fail."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait({self._reader})
+        await self._drop(ConnectionError("the connection was closed"))
+
+    async def _call(self, command: tuple[EncodableT, ...]) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self._connection
+                if connection is None:
+                    connection = await self._open()
+                answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                answer.add_done_callback(_seen)
+                self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
+                await connection.send_packed_command(connection.pack_command(*command), check_health=False)
+                return await answer
+        except builtins.TimeoutError as error:
+            await self._drop(ConnectionError("the connection was given up: Redis did not answer"))
+            raise TimeoutError(f"Redis did not answer within {self._timeout_s:g} s") from error
+
+    async def _open(self) -> AbstractConnection:
+        async with self._opening:
+            if self._connection is None:
+                connection = self._make()  # type: ignore[no-untyped-call]  # redis-py leaves its constructors untyped
+                await connection.connect()  # type: ignore[no-untyped-call]  # as above
+                self._connection = connection
+                self._reader = asyncio.create_task(self._read(connection))
+            return self._connection
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        try:
+            while True:
+                answer: Any
+                try:
+                    answer = await connection.read_response(disconnect_on_error=False)
+                except ResponseError as refusal:
+                    answer = refusal
+                waiting = self._waiting.popleft()
+                if waiting.done():
+                    continue  # its caller was cancelled, or ran out of time
+                if isinstance(answer, ResponseError):
+                    waiting.set_exception(answer)
+                else:
+                    waiting.set_result(answer)
+        except (RedisError, OSError) as error:
+            await self._drop(ConnectionError(str(error) or type(error).__name__))
+
+    async def _drop(self, error: ConnectionError) -> None:
+        connection, self._connection = self._connection, None
+        waiting, self._waiting = self._waiting, deque()
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(error)
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._reader.cancel()
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+
+def _seen(answer: asyncio.Future[Any]) -> None:
+    """So that nobody warns of an answer whose caller failed at the write."""
+    if not answer.cancelled():
+        answer.exception()
