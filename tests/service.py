@@ -105,14 +105,14 @@ class Service:
 
 
 @contextmanager
-def service(folder: Path, **settings: str) -> Iterator[Service]:
+def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator[Service]:
     """`movieq up` for the length of a block; afterwards nothing that it started is left."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
         "MOVIEQ_LOG_FORMAT": "json",
         **settings,
     }
-    command = [sys.executable, "-m", "movieq.cli", "up", "--port", "0", "--data", str(folder / "data")]
+    command = [sys.executable, "-m", "movieq.cli", "up", "--port", "0", "--data", str(data or folder / "data")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -122,8 +122,8 @@ def service(folder: Path, **settings: str) -> Iterator[Service]:
             line = process.stdout.readline()
             assert line, (folder / "log").read_text()
             url = line.removeprefix("movieq ready at ").strip() if line.startswith("movieq ready at ") else ""
-        yield Service(folder, process, url, (folder / "data" / "api-key").read_text())
-        started = psutil.Process(process.pid).children(recursive=True)
+        yield Service(folder, process, url, ((data or folder / "data") / "api-key").read_text())
+        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(STOP_S)

@@ -20,7 +20,8 @@ from movieq.settings import Settings, variable
 ROOT = Path(movieq.__file__).parents[1]
 LEAVES = ["errors", "params", "contracts", "settings", "models", "logs", "signing"]
 ADAPTERS: dict[str, set[str]] = {
-    "store": {"arq", "redis"},
+    "store": {"arq", "redis", "line"},
+    "line": {"redis"},
     "events": {"redis", "store"},
     "storage": set(),
     "fetch": {"aiohttp", "PIL", "yarl"},

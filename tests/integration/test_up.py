@@ -1,0 +1,101 @@
+"""`movieq up` where it cannot start, and where it is ended in ways it did not choose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.service import service
+
+
+def up(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A `movieq up` that is expected to end by itself."""
+    environment = {**{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")}, **settings}
+    command = [sys.executable, "-m", "movieq.cli", "up", *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = up(tmp_path, "--port", str(port))
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}" in ended.stderr
+    assert "--port" in ended.stderr
+
+
+def test_a_second_up_in_one_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with service(tmp_path) as first:
+        ended = up(tmp_path, "--port", "0", "--data", str(tmp_path / "data"))
+        assert ended.returncode == 1
+        assert "another movieq holds" in ended.stderr
+        assert first.process.poll() is None
+
+
+@pytest.mark.parametrize("folder", ["/proc/movieq", "/dev/null/movieq"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folder: str) -> None:
+    ended = up(tmp_path, "--port", "0", "--data", folder)
+    assert ended.returncode == 1
+    assert folder in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MOVIEQ_API_KEYS", "short", "key 1 must be 16 or more"),
+        ("MOVIEQ_CPU_SLOTS", "many", "MOVIEQ_CPU_SLOTS"),
+        ("MOVIEQ_ALLOW_PRIVATE_URLS", "everything", "MOVIEQ_ALLOW_PRIVATE_URLS"),
+        ("MOVIEQ_STORAGE", "s3://bucket", "MOVIEQ_STORAGE"),
+        ("MOVIEQ_REDIS_URL", "http://x", "MOVIEQ_REDIS_URL"),
+        ("MOVIEQ_WEBHOOK_SECRET", "whsec_nonsense", "MOVIEQ_WEBHOOK_SECRET"),
+        ("MOVIEQ_MODELS", "/nowhere.toml", "MOVIEQ_MODELS"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_starts(tmp_path: Path, name: str, value: str, said: str) -> None:
+    ended = up(tmp_path, "--port", "0", **{name: value})
+    assert ended.returncode == 1
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "movieq ready" not in ended.stdout
+
+
+def test_ctrl_c_stops_everything_in_order(tmp_path: Path) -> None:
+    with service(tmp_path) as running:
+        started = psutil.Process(running.process.pid).children(recursive=True)
+        assert len(started) >= 4  # Valkey, the API, the worker and its child
+        os.kill(running.process.pid, signal.SIGINT)
+        running.process.wait(30)
+        assert running.process.returncode == 0
+        assert not any(process.is_running() for process in started)
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_kill_9_of_up_leaves_no_process_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "movieq.cli", "up", "--port", "0"]
+    environment = {**os.environ, "MOVIEQ_DRAIN_S": "0"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("movieq ready"):
+        assert process.poll() is None
+    process.stdout.close()
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started):
+        assert time.monotonic() < end, started
+        time.sleep(0.05)
+    with service(tmp_path, data=tmp_path / ".movieq"):
+        pass  # the folder is free again
