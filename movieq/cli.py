@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
+import msgspec
 import uvloop
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs
+from movieq import logs, models, webhooks
+from movieq.contracts import PROJECT_PATTERN, Priority, TaskStatus
 from movieq.errors import MovieqError, SettingsError
-from movieq.settings import Settings, load, unknown, variable
-from movieq.store import connect
+from movieq.params import TaskType
+from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
+from movieq.store import Store, connect
+
+if TYPE_CHECKING:
+    from movieq.client import Client
 
 REDIS_S: Final = 10.0
 """How long a starting process waits for Redis."""
+PATIENCE_S: Final = 2.0
+"""How long somebody at a terminal waits for a server that does not answer: as long as `up` needs to start one again."""
+DATA: Final = Path(".movieq")
+LOCAL_URL: Final = "http://127.0.0.1:8001"
+"""Where `movieq up` listens unless told otherwise."""
 
+IMAGES: Final = {
+    TaskType.GENERATE_VIDEO: "storyboard_images",
+    TaskType.GENERATE_IMAGE: "reference_images",
+    TaskType.RENDER_ANIMATION: "reference_images",
+}
+"""Which field of task_data the --image files of a task become."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 log = logs.get()
 
 
@@ -41,11 +63,11 @@ def main() -> None:
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every one.")
-@click.option("--port", default=8001, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one.")
 @click.option(
     "--data",
     "folder",
-    default=".movieq",
+    default=DATA,
     show_default=True,
     type=click.Path(path_type=Path),
     help="Folder for the queue, the key and the results.",
@@ -65,7 +87,7 @@ def up(host: str, port: int, folder: Path, no_worker: bool) -> None:
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every one.")
-@click.option("--port", default=8001, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one.")
 @click.option("--fd", type=int, hidden=True, help="A listening socket that is already open.")
 def api(host: str, port: int, fd: int | None) -> None:
     """Run the API alone, against the server of MOVIEQ_REDIS_URL. Run as many as you like.
@@ -103,11 +125,289 @@ def worker() -> None:
     _run(run)
 
 
+def _server(command: F) -> F:
+    """Adds the options that say which server is meant."""
+    key = click.option("--key", help="API key; without it the first of MOVIEQ_API_KEYS, else the one that `movieq up` keeps in .movieq.")
+    url = click.option("--url", help=f"Address of the API; without it MOVIEQ_PUBLIC_URL, else {LOCAL_URL}.")
+    return url(key(command))
+
+
+@main.command()
+@click.argument("task_type", type=click.Choice([each.value for each in TaskType]), metavar="TASK_TYPE")
+@click.option("--project", required=True, help="Project that the task belongs to: letters, digits, _ and -.")
+@click.option("--data", "data_text", metavar="JSON|@FILE|-", default="{}", help="task_data as JSON, from a file, or from standard input.")
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture to upload and refer to; again for more, in order."
+)
+@click.option("--set", "pairs", metavar="NAME=VALUE", multiple=True, help="One field of task_data; the value as JSON, else as text.")
+@click.option("--priority", type=click.Choice([each.value for each in Priority]), help="Place in the queue; normal unless said.")
+@click.option("--callback", metavar="URL", help="Address that is told when the task ends.")
+@click.option("--draft", is_flag=True, help="Make it by the animatic, whatever models there are.")
+@click.option("--watch", "watching", is_flag=True, help="Follow it to its end, as `movieq watch` does.")
+@_server
+def submit(
+    task_type: str,
+    project: str,
+    data_text: str,
+    images: tuple[Path, ...],
+    pairs: tuple[str, ...],
+    priority: str | None,
+    callback: str | None,
+    draft: bool,
+    watching: bool,
+    url: str | None,
+    key: str | None,
+) -> None:
+    """Hand in a task and print its id. TASK_TYPE is generate_video, generate_image, process_audio or render_animation.
+
+    \b
+    A storyboard of three frames becomes a clip:
+        movieq submit generate_video --project pilot --image 1.jpg --image 2.jpg --image 3.jpg \\
+            --set scene_description="She finds the letter" --set camera_angle="dolly in" --set lighting=candlelight --watch
+    A character, in portrait and as PNG:
+        movieq submit generate_image --project pilot --set prompt="a keeper with a lantern" --set resolution=832x1216 --set format=png
+    A line of dialogue:
+        movieq submit process_audio --project pilot --set text="Who is there?" --set language=en-gb --set emotion=fearful
+    All of task_data from a file:
+        movieq submit render_animation --project pilot --data @walk.json --priority high
+
+    The task_data of each type: GET /api/v1/task-types, or README.md.
+    """
+    task_data = _task_data(TaskType(task_type), data_text, pairs, draft)
+    field = IMAGES.get(TaskType(task_type))
+    if images and field is None:
+        raise click.UsageError(f"--image: {task_type} takes no pictures; those that do: {', '.join(IMAGES)}")
+
+    async def run() -> TaskStatus | None:
+        async with _client(url, key) as client:
+            if field is not None and images:
+                uploads = [await client.upload(project, image) for image in images]
+                given = task_data.get(field) or []
+                task_data[field] = [*(given if isinstance(given, list) else [given]), *(upload.url for upload in uploads)]
+            receipt = await client.submit(
+                project, task_type, task_data, priority=Priority(priority) if priority else None, callback_url=callback
+            )
+            for warning in receipt.warnings:
+                click.echo(f"warning: {warning}", err=True)
+            click.echo(receipt.task_id)
+            return await _watch(client, receipt.task_id, task_type, url) if watching else None
+
+    _exit(_run(run))
+
+
+@main.command()
+@click.argument("task_id")
+@_server
+def watch(task_id: str, url: str | None, key: str | None) -> None:
+    """Follow a task to its end: its step, how much is done, how long it still takes; then where the result is, or what failed.
+
+    Ends with 0 if the task completed, 1 if it failed or was cancelled. Ctrl-C leaves the task running. A connection that breaks, or a
+    server that is started again, is waited for: nothing is missed.
+
+    \b
+        movieq watch 123e4567-e89b-12d3-a456-426614174000
+    """
+
+    async def run() -> TaskStatus:
+        async with _client(url, key) as client:
+            return await _watch(client, task_id, (await client.status(task_id)).task_type, url)
+
+    _exit(_run(run))
+
+
+@main.command()
+@click.argument("task_id")
+@_server
+def cancel(task_id: str, url: str | None, key: str | None) -> None:
+    """Cancel a task that waits or runs.
+
+    \b
+        movieq cancel 123e4567-e89b-12d3-a456-426614174000
+    """
+
+    async def run() -> None:
+        async with _client(url, key) as client:
+            click.echo((await client.cancel(task_id)).message)
+
+    _run(run)
+
+
+@main.command()
+@click.option("--data", "folder", default=DATA, show_default=True, type=click.Path(path_type=Path), help="Folder of `movieq up`.")
+def doctor(folder: Path) -> None:
+    """Check the settings against the real servers, and say what to do where something is not good.
+
+    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing.
+    """
+    from movieq import doctor as checks
+
+    marks = {checks.Mark.GOOD: "green", checks.Mark.NOTE: "yellow", checks.Mark.BROKEN: "red"}
+
+    def show(finding: checks.Finding) -> None:
+        click.echo(f" {click.style(finding.mark, fg=marks[finding.mark], bold=True)} {finding.subject:13} {finding.text}")
+
+    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show)):
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--out", default="demo-out", show_default=True, type=click.Path(path_type=Path), help="Folder for what is made.")
+@click.option("--data", "folder", type=click.Path(path_type=Path), help="Folder for the queue; without it a temporary one.")
+def demo(out: Path, folder: Path | None) -> None:
+    """Turn a storyboard into a clip: the whole way of a task, on this machine.
+
+    Starts `movieq up` on a free port, uploads three storyboard frames, submits a clip of them, a picture and a line of dialogue over REST,
+    follows the three over server-sent events, downloads what was made and puts it onto a contact sheet. Stops all that it started.
+    """
+    from rich.console import Console
+
+    from movieq import demo as story
+
+    _run(lambda: story.run(out, folder, Console()))
+
+
+def _task_data(task_type: TaskType, text: str, pairs: tuple[str, ...], draft: bool) -> dict[str, Any]:
+    """What --data, --set and --draft say together."""
+    name = text
+    try:
+        if text == "-":
+            name, text = "standard input", sys.stdin.read()
+        elif text.startswith("@"):
+            name, text = text[1:], Path(text[1:]).read_text()
+        task_data = msgspec.json.decode(text, type=dict[str, Any])
+    except OSError as error:
+        raise click.UsageError(f"--data: {name} cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise click.UsageError(f"--data: a JSON object is expected, got {name[:80]!r}: {error}") from None
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        if not equals or not field:
+            raise click.UsageError(f"--set: NAME=VALUE is expected, got {pair[:80]!r}")
+        try:
+            task_data[field] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            task_data[field] = value
+    if draft:
+        task_data["draft"] = True
+    return task_data
+
+
+def _client(url: str | None, key: str | None) -> Client:
+    """A client of the server that is meant. Raises SettingsError where no key can be found."""
+    from movieq.client import Client
+
+    settings = _settings()
+    key = key or next(iter(settings.keys()), "") or _own_key()
+    return Client(url or settings.public_url or LOCAL_URL, key, patience_s=PATIENCE_S)
+
+
+def _own_key() -> str:
+    """The key that a `movieq up` in this folder has made."""
+    path = DATA / "api-key"
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise SettingsError(f"no API key: name one with --key, or set {variable('api_keys')}; {path}: {error.strerror}") from None
+
+
+async def _watch(client: Client, task_id: str, name: str, url: str | None) -> TaskStatus:
+    """Follows the task in the terminal and says how it ended."""
+    from rich.console import Console
+
+    from movieq.progress import follow
+
+    console = Console(stderr=True)
+    try:
+        end = (await follow(client, {task_id: name}, console))[task_id]
+    except asyncio.CancelledError:
+        rest = f"{task_id} --url {url}" if url else task_id
+        click.echo(f"\nThe task goes on.\n  to watch it again:  movieq watch {rest}\n  to cancel it:       movieq cancel {rest}", err=True)
+        raise
+    if end.result is not None:
+        click.echo(end.result.media_url)
+    else:
+        click.echo(f"{end.status}: {end.error} ({end.error_code})" if end.error else end.status, err=True)
+    return end.status
+
+
+def _exit(status: TaskStatus | None) -> None:
+    if status not in (None, TaskStatus.COMPLETED):
+        sys.exit(1)
+
+
+@main.group()
+def keys() -> None:
+    """Make, list and take back API keys that are kept in Redis, beside those of MOVIEQ_API_KEYS."""
+
+
+@keys.command("create")
+@click.option(
+    "--project", "projects", multiple=True, help="A project that the key belongs to; more than once for several, left out for all."
+)
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice([str(scope) for scope in Scope]),
+    help="What it may; left out: as MOVIEQ_API_KEYS has it.",
+)
+def keys_create(projects: tuple[str, ...], scopes: tuple[str, ...]) -> None:
+    """Make a key and show it, this once."""
+    if wrong := [project for project in projects if not re.fullmatch(PROJECT_PATTERN, project)]:
+        _refuse(f"--project {wrong[0]!r}: {PROJECT_PATTERN} is expected")
+    key = secrets.token_urlsafe(24)
+    default = frozenset({Scope.READ, Scope.SUBMIT}) if projects else frozenset(Scope)
+    grant = Grant(frozenset(projects) if projects else None, frozenset(map(Scope, scopes)) or default)
+    _with_store(lambda store: store.add_grant(key_hash(key), grant))
+    print(key)
+
+
+@keys.command("list")
+def keys_list() -> None:
+    """List the keys by the beginning of their hash, with what they may."""
+    for id, grant in _with_store(lambda store: store.grants()).items():
+        projects = "all projects" if grant.projects is None else ", ".join(sorted(grant.projects))
+        print(f"{id[:12]}  {projects}  {'+'.join(sorted(grant.scopes))}")
+
+
+@keys.command("revoke")
+@click.argument("key_or_hash")
+def keys_revoke(key_or_hash: str) -> None:
+    """Take a key back, by itself or by the beginning of its hash; API processes notice within five seconds."""
+
+    async def revoke(store: Store) -> bool:
+        found = [id for id in await store.grants() if id == key_hash(key_or_hash) or (len(key_or_hash) >= 8 and id.startswith(key_or_hash))]
+        return len(found) == 1 and await store.revoke(found[0])
+
+    if not _with_store(revoke):
+        _refuse("no such key, or more than one: see `movieq keys list`")
+
+
+def _with_store(work: Callable[[Store], Awaitable[T]]) -> T:
+    settings = _settings()
+
+    async def run() -> T:
+        await _redis(settings)
+        store = Store(connect(settings.redis_url, patient=True))
+        try:
+            return await work(store)
+        finally:
+            await store.aclose()
+
+    return _run(run)
+
+
 def _settings() -> Settings:
     try:
         settings = load()
+        models.load(settings.models)
+        webhooks.parse_secrets(settings.webhook_secret)
+        if settings.redis_url:
+            connect(settings.redis_url, patient=True)
     except SettingsError as error:
         _refuse(error.message)
+    except ValueError as error:
+        _refuse(f"{variable('redis_url')}: {error}")
     logs.configure(settings.log_level, settings.log_format)
     for name in unknown():
         log.warning("unknown_setting", name=name)
@@ -118,10 +418,7 @@ async def _redis(settings: Settings) -> None:
     """Returns when Redis answers. Raises SettingsError where it does not."""
     if not settings.redis_url:
         raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
-    try:
-        client = connect(settings.redis_url, patient=True)
-    except ValueError as error:
-        raise SettingsError(f"{variable('redis_url')}: {error}") from None
+    client = connect(settings.redis_url, patient=True)
     try:
         async with asyncio.timeout(REDIS_S):
             await client.ping()
@@ -132,19 +429,21 @@ async def _redis(settings: Settings) -> None:
         await client.connection_pool.disconnect()
 
 
-def _run(work: Callable[[], Awaitable[Any]]) -> None:
-    async def run() -> None:
-        await work()
+def _run(work: Callable[[], Awaitable[T]]) -> T:
+    async def run() -> T:
+        return await work()
 
     try:
-        uvloop.run(run())
+        return uvloop.run(run())
     except MovieqError as error:
-        _refuse(error.message)
+        _refuse("; ".join((error.message, *getattr(error, "__notes__", ()))))
     except KeyboardInterrupt:
         sys.exit(130)
+    except asyncio.CancelledError:  # by a signal
+        sys.exit(143)
 
 
-def _refuse(message: str) -> Any:
+def _refuse(message: str) -> NoReturn:
     raise click.ClickException(message)
 
 

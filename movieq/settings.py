@@ -6,6 +6,7 @@ defaults and sentences; a test compares the three.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -113,6 +114,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             default = frozenset({Scope.READ, Scope.SUBMIT}) if restricted else frozenset(Scope)
             grants[key] = Grant(frozenset(projects) if restricted else None, scopes or default)
         return grants
+
+
+def key_hash(key: str) -> str:
+    """The hash by which an API key is known. Keys are random and long, so a plain hash will do."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Scope(StrEnum):

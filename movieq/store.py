@@ -358,6 +358,19 @@ class Store:
         blob = await _answer(self.redis.hget(KEYS["keys"], key_hash))
         return None if blob is None else msgspec.msgpack.decode(blob, type=Grant)
 
+    async def add_grant(self, key_hash: str, grant: Grant) -> None:
+        """The API key of this hash may do this."""
+        await _answer(self.redis.hset(KEYS["keys"], mapping={key_hash: msgspec.msgpack.encode(grant)}))
+
+    async def grants(self) -> dict[str, Grant]:
+        """Every API key that is kept in Redis, by its hash."""
+        found = await _answer(self.redis.hgetall(KEYS["keys"]))
+        return {key_hash.decode(): msgspec.msgpack.decode(blob, type=Grant) for key_hash, blob in found.items()}
+
+    async def revoke(self, key_hash: str) -> bool:
+        """The API key of this hash may do nothing any more; False where there was none. API processes notice within five seconds."""
+        return bool(await _answer(self.redis.hdel(KEYS["keys"], key_hash)))
+
     async def tasks(self, ids: Sequence[str]) -> list[Task]:
         """Those of these tasks that there are."""
         async with self.redis.pipeline(transaction=False) as pipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from typing import Final
@@ -13,7 +12,7 @@ from starlette.requests import HTTPConnection
 from movieq.api.state import api
 from movieq.contracts import PROJECT_PATTERN, ProjectId, Task, TaskId
 from movieq.errors import Forbidden, NotFound, Unauthorized, ValidationFailed
-from movieq.settings import Grant, Scope
+from movieq.settings import Grant, Scope, key_hash
 from movieq.store import Store
 
 CACHE_S: Final = 5.0
@@ -34,7 +33,7 @@ class Keys:
     """The keys that are known. Only hashes are kept and compared, so a comparison's time tells nothing of a key."""
 
     def __init__(self, grants: dict[str, Grant], store: Store) -> None:
-        self._settings = {digest(key): grant for key, grant in grants.items()}
+        self._settings = {key_hash(key): grant for key, grant in grants.items()}
         self._store = store
         self._cache: dict[str, tuple[float, Grant | None]] = {}
 
@@ -52,11 +51,6 @@ class Keys:
         return found
 
 
-def digest(key: str) -> str:
-    """The hash by which a key is known. Keys are random and long, so a plain hash will do."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
     """The holder of the request's key, who may do `scope`. Raises Unauthorized, Forbidden."""
     key = request.headers.get("x-api-key")
@@ -65,7 +59,7 @@ async def caller(request: HTTPConnection, scope: Scope) -> Caller:
         key = bearer.strip() if kind.lower() == "bearer" else ""
     if not key:
         raise Unauthorized("no API key: send it as X-API-Key: KEY, or as Authorization: Bearer KEY")
-    id = digest(key)
+    id = key_hash(key)
     grant = await api(request).keys.grant(id)
     if grant is None:
         raise Unauthorized("this API key is not known")

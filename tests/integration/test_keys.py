@@ -1,0 +1,44 @@
+"""Keys that are kept in Redis: made, listed and taken back by the command, and honoured by the API."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from movieq.api import auth
+from movieq.api.auth import Keys
+from movieq.embedded import Valkey
+from movieq.settings import Grant, Scope, key_hash
+from movieq.store import Store
+
+
+def movieq(server: Valkey, *words: str) -> subprocess.CompletedProcess[str]:
+    """A `movieq keys` command against the test's server."""
+    environment = {**os.environ, "MOVIEQ_REDIS_URL": server.url}
+    return subprocess.run(
+        [sys.executable, "-m", "movieq.cli", "keys", *words], env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
+    server: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "CACHE_S", 0)
+    made = movieq(server, "create", "--project", "film", "--scope", "read")
+    key = made.stdout.strip()
+    keys = Keys({}, store)
+    assert await keys.grant(key_hash(key)) == Grant(frozenset({"film"}), frozenset({Scope.READ}))
+    listed = movieq(server, "list").stdout
+    assert listed.split() == [key_hash(key)[:12], "film", "read"]
+    assert movieq(server, "revoke", key_hash(key)[:12]).returncode == 0
+    assert await keys.grant(key_hash(key)) is None
+    assert movieq(server, "revoke", key).returncode == 1
+
+
+async def test_a_project_that_is_none_is_refused(server: Valkey, store: Store) -> None:
+    refused = movieq(server, "create", "--project", "a b")
+    assert refused.returncode == 1
+    assert await store.grants() == {}
