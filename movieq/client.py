@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from yarl import URL
 from movieq import __version__, webhooks
 from movieq.contracts import (
     TERMINAL_EVENTS,
+    UPLOAD_BYTES,
     CancelAnswer,
     Deadline,
     ErrorAnswer,
@@ -50,7 +52,7 @@ from movieq.contracts import (
 from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
 from movieq.logs import without_query
 
-__all__ = ["Client", "ClientEvent", "Gap", "Preview", "ended"]
+__all__ = ["Client", "ClientEvent", "Gap", "Preview", "Unreachable", "ended"]
 
 PATIENCE_S: Final = 15.0
 """How long a fault may last before it is raised."""
@@ -66,12 +68,15 @@ STALL_S: Final = 60.0
 BACKOFF_S: Final = 0.25, 8.0
 RECONNECT_S: Final = 2.0, 30.0
 """Shortest and longest wait before a stream is opened again; the server's `retry:` takes the place of the first."""
-UPLOAD_BYTES: Final = 25 * 1024 * 1024
 CHUNK_BYTES: Final = 1024 * 1024
 FRAME_BYTES: Final = 4 * 1024 * 1024
 """More than any event has: what goes on for longer is no stream of ours."""
 
 T = TypeVar("T")
+
+
+class Unreachable(Unavailable):
+    """Nobody listens at the address: the request did not arrive."""
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -91,7 +96,7 @@ class Preview(msgspec.Struct, frozen=True):
 class ClientEvent(msgspec.Struct, frozen=True):
     """An event of a stream. `id` is None where it is not in the log; with an id a later stream can go on after it.
 
-    `data` is a Snapshot for `snapshot`, and for the end of a task whose log is gone; a Gap, a Preview; else a ProcessingProgress.
+    `data` is a Snapshot, Gap or Preview for the type of that name, else a ProcessingProgress.
     """
 
     id: str | None
@@ -214,12 +219,14 @@ class Client:
 
     # ── Events ──
 
-    async def events(self, task: str, after: str | None = None) -> AsyncGenerator[ClientEvent]:
+    async def events(
+        self, task: str, after: str | None = None, *, on_fault: Callable[[RequestError], None] | None = None
+    ) -> AsyncGenerator[ClientEvent]:
         """The events of a task (its id, or an `events_url`) after an id of its log, each once and in order, to its end.
 
         Broken connections, 5xx and restarts of the server are bridged. Raises RequestError where the server refuses, Unavailable where it
-        stays away: for the client's patience at first, for five minutes once the stream has worked. Close it (`aclosing`) where it is left
-        early.
+        stays away: for the client's patience at first, for five minutes once the stream has worked. `on_fault` is told what went wrong,
+        before each wait for another try. Close it (`aclosing`) where it is left early.
         """
         stream = _Stream(URL(task, encoded=True) if "://" in task else self._at(f"/tasks/{_part(task)}/events"), after)
         headers = {} if "://" in task else self._key  # a key is for its own server only
@@ -238,6 +245,8 @@ class Client:
                     return
             except RequestError as error:
                 problem = error
+            if on_fault is not None and problem.retryable:
+                on_fault(problem)
             try:
                 await waits.next(problem)
             except RequestError:
@@ -373,6 +382,7 @@ class _Waits:
 
 
 _BY_CODE: Final = {cls.code: cls for cls in RequestError.__subclasses__()}
+"""The classes of errors.py: those of this module are one level further down."""
 _BY_STATUS: Final[dict[int, type[RequestError]]] = {
     **{cls.status: cls for cls in reversed(RequestError.__subclasses__())},  # of two classes of one status the first
     **dict.fromkeys((502, 503, 504), _AnswerLost),
@@ -384,7 +394,7 @@ def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestError:
     """The server's error as its class; where the answer is not movieq's own (a proxy's page, say), the class of its status."""
     header = answer.headers.get("Retry-After")
     wait_s = None if header is None else webhooks.retry_after_s(header, time.time())
-    retry_after_s = None if wait_s is None else int(wait_s)
+    retry_after_s = None if wait_s is None else math.ceil(wait_s)
     try:
         sent = _error_answers.decode(body)
     except msgspec.DecodeError:
@@ -406,7 +416,7 @@ def _translated(method: str, name: str) -> Iterator[None]:
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         raise ValidationFailed(f"{name[:200]!r} is no http or https address") from None
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise Unavailable(f"nobody answers at {name}: {_reason(error)}") from None
+        raise Unreachable(f"nobody answers at {name}: {_reason(error)}") from None
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
         raise _AnswerLost(f"the connection for {method} {name} failed: {_reason(error)}") from None
 
@@ -460,21 +470,19 @@ class _Stream:
         if frame.type not in _DATA or frame.type == EventType.GOODBYE:  # which only says that the stream is to be opened again
             return None
         event_type = EventType(frame.type)
-        for cls in _DATA[event_type]:
-            with contextlib.suppress(msgspec.ValidationError):
-                return ClientEvent(frame.id, event_type, msgspec.json.decode(frame.data, type=cls))
-        raise _Unreadable(f"{self.name} sent a {event_type} that cannot be read")
+        try:
+            return ClientEvent(frame.id, event_type, msgspec.json.decode(frame.data, type=_DATA[event_type]))
+        except msgspec.DecodeError:
+            raise _Unreadable(f"{self.name} sent a {event_type} that cannot be read") from None
 
 
-_DATA: Final[dict[str, tuple[type[ProcessingProgress | Snapshot | Gap | Preview], ...]]] = {
-    **dict.fromkeys(EventType, (ProcessingProgress,)),
-    # where the log of a finished task is gone, its end is told by its status
-    **dict.fromkeys(TERMINAL_EVENTS, (ProcessingProgress, Snapshot)),
-    EventType.SNAPSHOT: (Snapshot,),
-    EventType.GAP: (Gap,),
-    EventType.PREVIEW: (Preview,),
+_DATA: Final[dict[str, type[ProcessingProgress | Snapshot | Gap | Preview]]] = {
+    **dict.fromkeys(EventType, ProcessingProgress),
+    EventType.SNAPSHOT: Snapshot,
+    EventType.GAP: Gap,
+    EventType.PREVIEW: Preview,
 }
-"""What the data of an event may be."""
+"""What the data of an event is."""
 
 
 class _Parser:

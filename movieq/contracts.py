@@ -116,6 +116,11 @@ KEYS: Final[Mapping[str, str]] = {
     "projects": "movieq:projects",  # zset project -> first task's time
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
     "durations": "movieq:durations:",  # + shape: list of the last run times, ms
+    "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
+    "totals": "movieq:totals",  # hash state -> how many tasks are in it
+    "ended": "movieq:ended",  # zset task -> when it ended
+    "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
+    "media": "movieq:media",  # zset storage prefix of a result -> when it was committed
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
     "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
@@ -126,6 +131,8 @@ KEYS: Final[Mapping[str, str]] = {
     "running": "movieq:running:",  # + kind: zset task -> end of lease
     "delayed": "movieq:delayed",  # zset task -> due
     "deadlines": "movieq:deadlines",  # zset task -> when it fails
+    "priorities": "movieq:priorities:",  # + kind: hash priority -> how many wait
+    "pace": "movieq:pace:",  # + kind: list of the times of the last hundred claims
     "idle": "movieq:idle:",  # + kind: set of workers that wait for one
     # workers
     "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
@@ -153,6 +160,7 @@ LOG_KEPT_S: Final = 24 * 3600
 """How long the log of a finished task stays."""
 RECEIPT_KEPT_S: Final = 24 * 3600
 """How long an idempotency key is remembered."""
+UPLOAD_BYTES: Final = 25 * 1024 * 1024
 UPLOAD_KEPT_S: Final = 7 * 24 * 3600
 EVENTS_URL_S: Final = 24 * 3600
 MEDIA_URL_S: Final = 7 * 24 * 3600
@@ -487,6 +495,58 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     tries: int = 0
     last_status: int | None = None
     last_problem: str | None = None
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A task that was given up because its worker or its engine died with it too often."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    task_type: TaskType
+    failed_at: datetime
+    attempt: int
+    error: str | None
+    last_stage: str | None
+    exit_code: int | None
+    task_data: dict[str, Any]
+
+
+class DeadLettersAnswer(msgspec.Struct, frozen=True):
+    """The dead letters, latest first."""
+
+    dead_letters: list[DeadLetter]
+    total: int
+
+
+class QueuesAnswer(msgspec.Struct, frozen=True):
+    """The three queues."""
+
+    queues: list[TaskQueue]
+
+
+class MetricsAnswer(msgspec.Struct, frozen=True):
+    """Over every task that is kept and that the key may see; rates in percent of those that ended, durations in seconds."""
+
+    total_tasks: int
+    tasks: dict[TaskStatus, int]
+    success_rate: float
+    failure_rate: float
+    cancellation_rate: float
+    average_duration: dict[TaskType, float]
+
+
+class Alert(msgspec.Struct, frozen=True):
+    """Something that an operator should look at."""
+
+    code: str
+    message: str
+
+
+class TasksHealthAnswer(msgspec.Struct, frozen=True):
+    """`healthy`, or `degraded` where there are alerts."""
+
+    status: str
+    alerts: list[Alert]
 
 
 class TaskTypeAnswer(msgspec.Struct, frozen=True):

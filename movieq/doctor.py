@@ -19,18 +19,16 @@ import msgspec
 from redis.exceptions import RedisError
 
 from movieq import models, settings, webhooks
-from movieq.client import Client
+from movieq.client import Client, Unreachable
 from movieq.errors import MovieqError, SettingsError
 from movieq.settings import Settings, variable
 from movieq.store import connect
 
-LOCAL_URL: Final = "http://127.0.0.1:8001"
-"""Where `movieq up` listens unless told otherwise."""
 CHECK_S: Final = 10.0
 LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 LEAST_REDIS: Final = (7, 0)
-"""The oldest server that the tests have run against."""
+"""The first that knows scripts with flags (`#!lua`)."""
 
 _KEPT: Final = {
     "always": "an answered request is on disk",
@@ -56,10 +54,10 @@ class Finding(msgspec.Struct, frozen=True):
     text: str
 
 
-async def examine(given: Callable[[], Settings], data: Path, found: Callable[[Finding], None]) -> bool:
+async def examine(given: Callable[[], Settings], data: Path, local_url: str, found: Callable[[Finding], None]) -> bool:
     """Every check has been made and its findings passed on, in order; returns whether nothing is broken.
 
-    `given` reads the settings, `data` is the folder of `movieq up`.
+    `given` reads the settings; `data` is the folder of `movieq up`, `local_url` where it listens.
     """
     whole = True
 
@@ -82,7 +80,7 @@ async def examine(given: Callable[[], Settings], data: Path, found: Callable[[Fi
         note(finding)
     for finding in await _redis(read):
         note(finding)
-    note(await _guarded("API", lambda: _api(read)))
+    note(await _guarded("API", lambda: _api(read, local_url)))
     return whole
 
 
@@ -240,18 +238,18 @@ def _persistence(info: dict[str, Any], fsync: str | None) -> Finding:
     return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_KEPT.get(fsync, 'unknown')}")
 
 
-async def _api(read: Settings) -> Finding:
-    url = read.public_url or LOCAL_URL
+async def _api(read: Settings, local_url: str) -> Finding:
+    url = read.public_url or local_url
     name = f"{url} ({variable('public_url')})" if read.public_url else url
     try:
         async with Client(url, "none", patience_s=0) as client:
             health = await client.health()
     except SettingsError as error:
         return Finding(Mark.BROKEN, "API", f"{variable('public_url')}: {error.message}")
-    except MovieqError as error:
-        if not error.message.startswith("nobody answers"):
-            return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
+    except Unreachable:
         return Finding(Mark.NOTE, "API", f"none runs at {name}; start one with `movieq up`, or `movieq api`")
+    except MovieqError as error:
+        return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
     told = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
     if health.status == "healthy":
         return Finding(Mark.GOOD, "API", told)

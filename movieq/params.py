@@ -6,6 +6,7 @@ Known fields are checked here; unknown ones are kept, go to the engine as they c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -59,8 +60,9 @@ Word = Annotated[str, Meta(max_length=200)]
 Reference = Annotated[str, Meta(min_length=1, max_length=1_000_000, description="url, upload:ID, data: url or task:ID")]
 References = Annotated[list[Reference], Meta(max_length=32)]
 Seconds = Annotated[float, Meta(ge=1, le=30)]
-Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}$", description="WIDTHxHEIGHT, even sides of 64 to 3840")]
-Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?$")]
+Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}(?!\n)$", description="WIDTHxHEIGHT, even sides of 64 to 3840")]
+Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$")]
+Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,8 +274,9 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
                 if hasattr(params, n)
             ]
             errors.append((f"task_data.{names[0]}", f"one of {', '.join(names)} is needed"))
-    if "\0" in params.description or not _encodable(params.description):
-        errors.append(("task_data", "text with NUL or half a surrogate pair cannot be drawn or spoken"))
+    for name, text in _texts(params):
+        if "\0" in text or not _encodable(text):
+            errors.append((f"task_data.{name}", "text with NUL or half a surrogate pair cannot be drawn or spoken"))
     if isinstance(params, AudioParams):
         if params.sample_rate not in SAMPLE_RATES:
             errors.append(("task_data.sample_rate", f"one of {', '.join(map(str, SAMPLE_RATES))} is allowed, got {params.sample_rate}"))
@@ -289,6 +292,15 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
     if isinstance(params, VideoParams | ImageParams | AnimationParams):
         errors += _sizes(params)
     return errors
+
+
+def _texts(params: Params) -> Iterator[tuple[str, str]]:
+    """Every text of the parameters, those in lists too, and the field that it is in."""
+    for name in params.__struct_fields__:
+        value = getattr(params, name)
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, str):
+                yield name, each
 
 
 def _encodable(text: str) -> bool:

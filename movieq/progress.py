@@ -16,10 +16,12 @@ from rich.table import Column
 from movieq.client import Client
 from movieq.contracts import ProcessingProgress, Result, Snapshot, TaskStatus
 from movieq.errors import MovieqError, Unavailable
+from movieq.events import pair
 
 LINE_SHARE: Final = 0.25
 """Without a terminal a task has a line for each step, and for each quarter of the whole."""
 BAR_CELLS: Final = 30
+AWAY: Final = "the server is away, waiting for it"
 
 _MARKS: Final = {TaskStatus.COMPLETED: "[green]✓[/]", TaskStatus.FAILED: "[red]✗[/]", TaskStatus.CANCELLED: "[yellow]■[/]"}
 
@@ -52,12 +54,17 @@ async def follow(client: Client, tasks: Mapping[str, str], console: Console) -> 
 
 async def _follow(client: Client, task_id: str, board: _Bars | _Lines) -> End:
     end: End | None = None
-    async with aclosing(client.events(task_id)) as events:
+    told_up_to = (0, 0)
+    async with aclosing(client.events(task_id, on_fault=lambda _: board.wait(task_id))) as events:
         async for event in events:
-            if isinstance(event.data, ProcessingProgress | Snapshot):
+            if not isinstance(event.data, ProcessingProgress | Snapshot):
+                continue
+            if isinstance(event.data, Snapshot) and event.data.last_event_id is not None:
+                told_up_to = pair(event.data.last_event_id)
+            if event.id is None or pair(event.id) > told_up_to:  # the snapshot has told more than the history that follows it
                 board.show(task_id, event.data)
-                ended = event.data.status.ended
-                end = End(event.data.status, event.data.result, event.data.error, event.data.error_code) if ended else None
+            ended = event.data.status.ended
+            end = End(event.data.status, event.data.result, event.data.error, event.data.error_code) if ended else None
     if end is None:  # the stream had nothing left to tell
         state = await client.status(task_id)
         if not state.status.ended:
@@ -102,6 +109,10 @@ class _Bars:
             refresh=state.status.ended,
         )
 
+    def wait(self, task_id: str) -> None:
+        """The bar says that nothing is known of the task for now."""
+        self._progress.update(self._rows[task_id], step=f"[yellow]{AWAY}", left="")
+
 
 class _Lines:
     """A line when a task enters another step, has another quarter done, or ends."""
@@ -127,6 +138,12 @@ class _Lines:
         line = f"{self._names[task_id]:{self._width}}  {state.progress:4.0%}  {_step(state)}"
         left = _left(state)
         self._console.print(f"{line}, {left}" if left else line, markup=False, highlight=False, soft_wrap=True)
+
+    def wait(self, task_id: str) -> None:
+        """A line, once, that nothing is known of the task for now."""
+        if self._shown.get(task_id) != (AWAY,):
+            self._shown[task_id] = (AWAY,)
+            self._console.print(f"{self._names[task_id]:{self._width}}        {AWAY}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _step(state: ProcessingProgress | Snapshot) -> str:

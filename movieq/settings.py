@@ -73,6 +73,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
     step_timeout_s: Annotated[float, Meta(ge=1, description="An engine that shows no progress for so long is killed, seconds")] = 600.0
     max_queued_per_project: Annotated[int, Meta(ge=0, description="Waiting tasks a project may have; 0: no limit")] = 10_000
+    max_queued: Annotated[int, Meta(ge=0, description="Waiting tasks of all projects together; 0: no limit")] = 0
+    project_weights: Annotated[str, Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = ""
+    keep_tasks_days: Annotated[float, Meta(ge=0, description="Days that an ended task is kept; 0: for ever")] = 30.0
+    keep_media_days: Annotated[float, Meta(ge=0, description="Days that the files of a result are kept; 0: for ever")] = 0.0
     allow_private_urls: Annotated[str, Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")] = ""
     cors_origins: Annotated[str, Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
@@ -91,6 +95,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return tuple(Kind(part) for part in _parts(self.queues))
         except ValueError as error:
             raise SettingsError(f"{PREFIX}QUEUES: {error}; it takes {', '.join(Kind)}") from None
+
+    def weights(self) -> dict[str, float]:
+        """The weights of `project_weights`. Raises SettingsError."""
+        found: dict[str, float] = {}
+        for part in _parts(self.project_weights):
+            project, _, weight = part.partition("=")
+            if not re.fullmatch(PROJECT_PATTERN, project) or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight) or float(weight) == 0:
+                raise SettingsError(f"{PREFIX}PROJECT_WEIGHTS: {part!r} is no project=weight, such as film=3")
+            found[project] = float(weight)
+        return found
 
     def origins(self) -> list[str]:
         """The origins of `cors_origins`."""
@@ -157,7 +171,7 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
         raise SettingsError(f"{variable(path.removesuffix('`'))}: {message}") from None
     if settings.storage.startswith("s3://"):
         raise SettingsError(f"{PREFIX}STORAGE: this version stores into a folder only, got an s3:// address")
-    settings.private_networks(), settings.kinds(), settings.keys()
+    settings.private_networks(), settings.kinds(), settings.keys(), settings.weights()
     return settings
 
 

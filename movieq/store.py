@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
@@ -25,16 +26,19 @@ from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, T
 from movieq.contracts import (
     KEYS,
     UPLOAD_KEPT_S,
+    DeadLetter,
     Delivery,
     DeliveryState,
     EventType,
     Kind,
+    Priority,
     Project,
     ProjectId,
     RunToken,
     StoredResult,
     Task,
     TaskId,
+    TaskQueue,
     TaskStatus,
     Upload,
     WorkerState,
@@ -92,6 +96,7 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     idempotency: str = ""
     body_hash: str = ""
     max_queued: int = 0
+    max_queued_all: int = 0
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -192,10 +197,13 @@ class Store:
         match answer[0]:
             case b"mismatch":
                 raise IdempotencyMismatch("this Idempotency-Key was used with another body: send the same body, or another key")
-            case b"full":
+            case b"full" | b"full_all":
+                whose, most = (
+                    (f"project {new.project_id} has", new.max_queued) if answer[0] == b"full" else ("there are", new.max_queued_all)
+                )
                 raise QueueFull(
-                    f"project {new.project_id} has {answer[1]} waiting tasks, at most {new.max_queued} are allowed: try again later",
-                    retry_after_s=30,
+                    f"{whose} {answer[1]} waiting tasks, at most {most} are allowed: try again later",
+                    retry_after_s=min(max(1, math.ceil(answer[2] / 1000)), 3600),
                 )
         return _accepted(answer)
 
@@ -220,10 +228,13 @@ class Store:
 
     # ── Verbs of workers ──
 
-    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int]) -> list[Claimed]:
-        """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks."""
+    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int], weights: bytes = b"{}") -> list[Claimed]:
+        """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks.
+
+        `weights`: JSON of project -> share of the queue.
+        """
         rest = [part for kind, slots in free.items() for part in (kind, slots)]
-        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS)
+        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS, weights=weights)
         return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job) for _, run, job, flat in answer]
 
     async def report(
@@ -263,11 +274,30 @@ class Store:
         _fenced(await self._verb("fail", task_id=task_id, run=run, error=error, error_code=error_code), task_id)
 
     async def requeue(
-        self, task_id: TaskId, run: RunToken, counts: Counts, limit: int, delay_ms: int, error: str, error_code: str
+        self,
+        task_id: TaskId,
+        run: RunToken,
+        counts: Counts,
+        limit: int,
+        delay_ms: int,
+        error: str,
+        error_code: str,
+        *,
+        exit_code: int | None = None,
+        stage: str | None = None,
     ) -> TaskStatus:
         """The task waits again, or has failed where its budget is used up: which. Raises RunLost."""
         answer = await self._verb(
-            "requeue", task_id=task_id, run=run, counts=counts, limit=limit, delay_ms=delay_ms, error=error, error_code=error_code
+            "requeue",
+            task_id=task_id,
+            run=run,
+            counts=counts,
+            limit=limit,
+            delay_ms=delay_ms,
+            error=error,
+            error_code=error_code,
+            exit_code="" if exit_code is None else exit_code,
+            stage=stage or "",
         )
         return TaskStatus(_fenced(answer, task_id))
 
@@ -295,6 +325,10 @@ class Store:
             "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
         return cast("tuple[int, int, int]", tuple(answer))
+
+    async def sweep(self, age_s: float, batch: int = 200) -> int:
+        """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""
+        return cast("int", await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch))
 
     # ── Reads ──
 
@@ -334,6 +368,58 @@ class Store:
             for kind in Kind:
                 pipe.zcard(KEYS["waiting"] + kind)
             return dict(zip(Kind, await pipe.execute(), strict=True))
+
+    async def queues(self) -> list[TaskQueue]:
+        """The three queues. Runs whose lease is over count as waiting, so that an autoscaler sees them."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.time()
+            (now_s, micros), *_ = await pipe.execute()
+            now_ms = now_s * 1000 + micros // 1000
+            for kind in Kind:
+                pipe.zcard(KEYS["waiting"] + kind)
+                pipe.zcount(KEYS["running"] + kind, "-inf", now_ms)
+                pipe.zcard(KEYS["running"] + kind)
+                pipe.hmget(KEYS["priorities"] + kind, [1, 2, 3])
+                pipe.zrange(KEYS["waiting"] + kind, 0, 0, withscores=True)
+                pipe.lrange(KEYS["pace"] + kind, 0, -1)
+            answers = await pipe.execute()
+        return [_queue(kind, now_ms, *answers[number * 6 : number * 6 + 6]) for number, kind in enumerate(Kind)]
+
+    async def totals(self, projects: Iterable[str] | None) -> dict[TaskStatus, int]:
+        """How many tasks are in each state: of these projects, or of all for None."""
+        if projects is None:
+            found = await self._line.call("HMGET", KEYS["totals"], *TaskStatus)
+            return {status: int(count or 0) for status, count in zip(TaskStatus, found, strict=True)}
+        sums = dict.fromkeys(TaskStatus, 0)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for project in projects:
+                for status in TaskStatus:
+                    pipe.zcard(f"{KEYS['index']}{project}|{status}|")
+            for number, count in enumerate(await pipe.execute()):
+                sums[list(TaskStatus)[number % len(TaskStatus)]] += count
+        return sums
+
+    async def average_durations_s(self) -> dict[TaskType, float]:
+        """How long completed tasks of each type took, on average over all that ever completed."""
+        sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", KEYS["sums"])).items()}
+        return {each: sums[f"{each} ms"] / sums[f"{each} tasks"] / 1000 for each in TaskType if f"{each} tasks" in sums}
+
+    async def dead_letters(self, count: int = 100) -> tuple[list[DeadLetter], int]:
+        """The latest dead letters, and how many there are."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.zrevrange(KEYS["dead"], 0, count - 1, withscores=True)
+            pipe.zcard(KEYS["dead"])
+            found, total = await pipe.execute()
+            for task_id, _ in found:
+                pipe.hgetall(KEYS["task"] + task_id.decode())
+                pipe.get(KEYS["job"] + task_id.decode())
+            facts = await pipe.execute()
+        letters = [_dead_letter(int(at_ms), facts[2 * n], facts[2 * n + 1]) for n, (_, at_ms) in enumerate(found) if facts[2 * n]]
+        return letters, total
+
+    async def drop_dead_letter(self, task_id: TaskId) -> bool:
+        """The task is no longer a dead letter, and stays failed; False where it was none."""
+        return bool(await self._line.call("ZREM", KEYS["dead"], task_id))
 
     async def workers(self) -> list[WorkerStatus]:
         """The rows of every worker's last heartbeat; those of a worker not heard of for 15 s are offline."""
@@ -439,6 +525,16 @@ class Store:
         found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
         return [prefix.decode() for prefix in found]
 
+    async def due_media(self, age_s: float, count: int = 100) -> list[str]:
+        """Storage prefixes of results that were committed so long ago."""
+        seconds, micros = await self.redis.time()
+        found = await self.redis.zrangebyscore(KEYS["media"], "-inf", seconds * 1000 + micros // 1000 - int(age_s * 1000), 0, count)
+        return [prefix.decode() for prefix in found]
+
+    async def forget_media(self, prefix: str) -> None:
+        """The files of the result are deleted."""
+        await self.redis.zrem(KEYS["media"], prefix)
+
     async def forget_orphan(self, prefix: str) -> None:
         """The prefix is deleted."""
         await self.redis.zrem(KEYS["orphans"], prefix)
@@ -497,6 +593,43 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 def _task(fields: dict[bytes, bytes]) -> Task:
     return msgspec.convert(_named(fields), Task, strict=False)
+
+
+def _queue(
+    kind: Kind,
+    now_ms: int,
+    waiting: int,
+    dead: int,
+    running: int,
+    priorities: list[bytes | None],
+    oldest: list[tuple[bytes, float]],
+    claims: list[bytes],
+) -> TaskQueue:
+    pace_ms = (now_ms - int(claims[-1])) / len(claims) if len(claims) > 1 else 30_000.0
+    return TaskQueue(
+        kind,
+        waiting + dead,
+        {name: int(count or 0) for name, count in zip(Priority, priorities, strict=True)},
+        running - dead,
+        max(0.0, (now_ms - oldest[0][1]) / 1000) if oldest else 0.0,
+        math.ceil((waiting + dead) * pace_ms / 1000),
+    )
+
+
+def _dead_letter(at_ms: int, fields: dict[bytes, bytes], job: bytes | None) -> DeadLetter:
+    task = _task(fields)
+    exit_code = fields.get(b"dead_exit_code")
+    return DeadLetter(
+        task.task_id,
+        task.project_id,
+        task.task_type,
+        utc(at_ms),
+        task.attempt,
+        task.error,
+        fields[b"dead_stage"].decode() if b"dead_stage" in fields else None,
+        None if exit_code is None else int(exit_code),
+        msgspec.msgpack.decode(job)["k"].get("task_data", {}) if job else {},
+    )
 
 
 def _accepted(answer: Sequence[Any]) -> Accepted:

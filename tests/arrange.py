@@ -13,7 +13,7 @@ from movieq.params import TaskType
 from movieq.store import Claimed, NewTask, Store
 
 _nonces = itertools.count()
-CPU = {Kind.CPU_INTENSIVE: 1}
+CPU: dict[str, int] = {Kind.CPU_INTENSIVE: 1}
 
 
 def raw(store: Store) -> Any:

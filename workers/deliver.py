@@ -16,11 +16,13 @@ from arq import Retry
 from movieq import logs, webhooks
 from movieq.contracts import MEDIA_URL_S, Delivery, DeliveryState, TaskStatus, Webhook, utc
 from movieq.params import TaskType
+from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import Store
 
 SCHEDULE_S: Final = (0.0, 5.0, 30.0)
 """Before each try, from the one before."""
+DAY_S: Final = 86400
 
 log = logs.get()
 _EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}
@@ -33,6 +35,7 @@ class Outbox(msgspec.Struct, frozen=True):
     storage: FolderStorage
     session: aiohttp.ClientSession
     secrets: tuple[str, ...]
+    settings: Settings
 
 
 async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
@@ -87,10 +90,17 @@ def webhook(delivery: Delivery, storage: FolderStorage) -> Webhook:
     )
 
 
-async def sweep_orphans(ctx: dict[str, Any]) -> None:
-    """The arq cron job that deletes what runs stored and did not commit, and uploads that are over."""
+async def sweep(ctx: dict[str, Any]) -> None:
+    """The arq cron job that deletes what is over, in small batches: what runs stored and did not commit, uploads, old results and tasks."""
     outbox: Outbox = ctx["outbox"]
     for prefix in await outbox.store.due_orphans():
         await outbox.storage.delete_prefix(prefix)
         await outbox.store.forget_orphan(prefix)
         log.info("orphan_deleted", prefix=prefix)
+    if outbox.settings.keep_media_days:
+        for prefix in await outbox.store.due_media(outbox.settings.keep_media_days * DAY_S):
+            await outbox.storage.delete_prefix(prefix)
+            await outbox.store.forget_media(prefix)
+            log.info("media_deleted", prefix=prefix)
+    if outbox.settings.keep_tasks_days and (count := await outbox.store.sweep(outbox.settings.keep_tasks_days * DAY_S)):
+        log.info("tasks_forgotten", count=count)

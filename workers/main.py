@@ -15,6 +15,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +35,7 @@ from movieq.params import TaskType
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import RENEW_S, Claimed, Counts, Store, connect
-from workers.deliver import SCHEDULE_S, Outbox, deliver, sweep_orphans
+from workers.deliver import SCHEDULE_S, Outbox, deliver, sweep
 from workers.engine import Child
 from workers.run import Parts, Running, run_task
 
@@ -50,7 +51,17 @@ log = logs.get()
 class Worker(ArqWorker):
     """An arq worker with slots: its tasks run in `children`, its plain jobs as arq runs them."""
 
-    def __init__(self, *, worker_id: str, store: Store, subscriber: Subscriber, children: list[Child], drain_s: float, **arq: Any) -> None:
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        store: Store,
+        subscriber: Subscriber,
+        children: list[Child],
+        drain_s: float,
+        weights: Mapping[str, float],
+        **arq: Any,
+    ) -> None:
         super().__init__(**arq)
         self.worker_id = worker_id
         self.store = store
@@ -58,6 +69,7 @@ class Worker(ArqWorker):
         self.runs: dict[RunToken, Running] = {}
         self._subscriber = subscriber
         self._drain_s = drain_s
+        self._weights = msgspec.json.encode(weights)
         self._nonce: str | None = None
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
@@ -130,7 +142,7 @@ class Worker(ArqWorker):
                 free[kind] = free.get(kind, 0) + 1
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
-            claimed = await self.store.claim(self.worker_id, self._nonce, free)
+            claimed = await self.store.claim(self.worker_id, self._nonce, free, self._weights)
             self._nonce = None
             for each in claimed:
                 self._begin(runs, each)
@@ -274,11 +286,12 @@ async def serve(settings: Settings) -> None:
                 subscriber=Subscriber(settings.redis_url),
                 children=children,
                 drain_s=settings.drain_s,
+                weights=settings.weights(),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     func(deliver, name="deliver", max_tries=len(SCHEDULE_S) + 2, keep_result=0),
                 ],
-                cron_jobs=[cron(sweep_orphans, name="sweep_orphans", second=0, keep_result=0)],
+                cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=KEYS["deliveries"],
                 redis_pool=redis,
                 job_timeout=DELIVERY_S,
@@ -286,7 +299,7 @@ async def serve(settings: Settings) -> None:
                 job_deserializer=redis.job_deserializer,
                 ctx={
                     "parts": Parts(store, storage, fetcher, Path(spool)),
-                    "outbox": Outbox(store, storage, session, settings_secrets),
+                    "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )
             try:

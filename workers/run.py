@@ -118,7 +118,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except RunLost:
             log.info("run_lost", attempt=task.attempt)
         except ChildDied as death:
-            await _give_back(parts.store, running, Counts.DEATHS, DEATHS_LIMIT, death.message, WorkerLost.code)
+            await _give_back(parts.store, running, Counts.DEATHS, DEATHS_LIMIT, death.message, WorkerLost.code, death)
         except TaskFault as fault:
             if fault.retryable:
                 await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
@@ -257,13 +257,25 @@ async def _fail(store: Store, running: Running, error: str, code: str) -> None:
     log.info("fail", error_code=code, error=error)
 
 
-async def _give_back(store: Store, running: Running, counts: Counts, limit: int, error: str, code: str) -> None:
+async def _give_back(
+    store: Store, running: Running, counts: Counts, limit: int, error: str, code: str, death: ChildDied | None = None
+) -> None:
     delay_ms = 0 if counts is Counts.DRAIN else retry_delay_ms(running.task.attempt)
     status: TaskStatus | None = None
 
     async def say() -> None:
         nonlocal status
-        status = await store.requeue(running.task.task_id, running.run, counts, limit, delay_ms, error, code)
+        status = await store.requeue(
+            running.task.task_id,
+            running.run,
+            counts,
+            limit,
+            delay_ms,
+            error,
+            code,
+            exit_code=death.exit_code if death else None,
+            stage=death.stage if death else None,
+        )
 
     try:
         await _ended(running, say)

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from movieq import logs, models
-from movieq.api import health, media, openapi, projects, tasks, workers
+from movieq.api import health, media, openapi, projects, queues, tasks, workers
 from movieq.api.auth import Keys
 from movieq.api.events import TaskEvents
 from movieq.api.state import Api, answered, now
@@ -43,6 +43,11 @@ def create(settings: Settings, public_url: str) -> Starlette:
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
         Route("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
+        Route("/api/v1/tasks/metrics", queues.metrics),
+        Route("/api/v1/tasks/health", queues.health),
+        Route("/api/v1/queues", queues.queues),
+        Route("/api/v1/dead-letters", queues.dead_letters),
+        Route("/api/v1/dead-letters/{task_id}", queues.drop_dead_letter, methods=["DELETE"]),
         Route("/api/v1/tasks/{task_id}/status", tasks.status),
         Route("/api/v1/tasks/{task_id}/cancel", tasks.cancel, methods=["DELETE", "POST"]),
         Route("/api/v1/tasks/{task_id}/retry", tasks.retry, methods=["POST"]),

@@ -71,6 +71,18 @@ OPERATIONS: Final = (
         "application/octet-stream",
         errors=(400, 401, 403, 413, 503),
     ),
+    Operation("get", "/queues", "What waits, what runs, for how long", c.QueuesAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/metrics", "Totals, rates in percent, average durations", c.MetricsAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/health", "What an operator should look at", c.TasksHealthAnswer, errors=(401, 403, 503)),
+    Operation(
+        "get",
+        "/dead-letters",
+        "Tasks that were given up after their worker or engine died with them",
+        c.DeadLettersAnswer,
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}},
+        errors=(400, 401, 403, 503),
+    ),
+    Operation("delete", "/dead-letters/{task_id}", "List a dead letter no more", None, 204),
     Operation("get", "/task-types", "What can be submitted here", c.TaskTypesAnswer),
 )
 
@@ -83,7 +95,7 @@ async def openapi(request: Request) -> Response:
 @cache
 def document(public_url: str) -> dict[str, Any]:
     """The whole API as OpenAPI 3.1."""
-    structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.Webhook, *PARAMS.values()}
+    structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.Snapshot, c.Webhook, *PARAMS.values()}
     structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}
     ordered = sorted(structs, key=lambda struct: struct.__name__)
     refs, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")

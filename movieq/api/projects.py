@@ -14,12 +14,11 @@ from starlette.responses import Response
 from movieq import fetch
 from movieq.api.auth import project_of
 from movieq.api.state import answered, api, only_query, query_int
-from movieq.contracts import Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
+from movieq.contracts import UPLOAD_BYTES, Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Scope
 
-UPLOAD_BYTES: Final = 25 * 1024 * 1024
 PAGES: Final = 1_000_000
 
 T = TypeVar("T", TaskStatus, TaskType)

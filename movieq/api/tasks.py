@@ -192,6 +192,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         idempotency=_idempotency(who, submitted.project_id, idempotency_key),
         body_hash=hashlib.sha256(body).hexdigest(),
         max_queued=movieq.settings.max_queued_per_project,
+        max_queued_all=movieq.settings.max_queued,
     )
 
 

@@ -44,9 +44,11 @@ local function move(t, status)
   if t.status then
     redis.call('ZREM', index(t, t.status, ''), t.task_id)
     redis.call('ZREM', index(t, t.status, t.task_type), t.task_id)
+    redis.call('HINCRBY', K.totals, t.status, -1)
   end
   redis.call('ZADD', index(t, status, ''), t.created_at_ms, t.task_id)
   redis.call('ZADD', index(t, status, t.task_type), t.created_at_ms, t.task_id)
+  redis.call('HINCRBY', K.totals, status, 1)
   set(t, {status = status})
 end
 
@@ -120,6 +122,7 @@ end
 local function enqueue(t)
   redis.call('ZADD', queue(t), t.created_at_ms - t.bias_ms, t.task_id)
   redis.call('ZADD', K.waiting .. t.kind, t.created_at_ms, t.task_id)
+  redis.call('HINCRBY', K.priorities .. t.kind, t.priority, 1)
   if not redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
     local spent = tonumber(redis.call('HGET', K.spent .. t.kind, t.project_id) or 0)
     local claimed = tonumber(redis.call('GET', K.clock .. t.kind) or 0)
@@ -131,7 +134,7 @@ end
 -- Out of the queue again; a project without waiting tasks leaves the flows, and its virtual time is kept.
 local function dequeue(t)
   redis.call('ZREM', K.delayed, t.task_id)
-  redis.call('ZREM', K.waiting .. t.kind, t.task_id)
+  if redis.call('ZREM', K.waiting .. t.kind, t.task_id) == 1 then redis.call('HINCRBY', K.priorities .. t.kind, t.priority, -1) end
   if redis.call('ZREM', queue(t), t.task_id) == 1 and redis.call('EXISTS', queue(t)) == 0 then
     local time = redis.call('ZSCORE', K.flows .. t.kind, t.project_id)
     if time then redis.call('HSET', K.spent .. t.kind, t.project_id, time) end
@@ -139,8 +142,9 @@ local function dequeue(t)
   end
 end
 
--- Adds to the virtual time of the task's project.
+-- Adds to the virtual time of the task's project: a heavier project's time runs slower.
 local function charge(t, ms)
+  ms = ms / (t.weight or 1)
   if redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
     redis.call('ZINCRBY', K.flows .. t.kind, ms, t.project_id)
   else
@@ -201,6 +205,7 @@ end
 local function finish(t, status, extra)
   if t.status == 'processing' then release(t, status == 'completed') else dequeue(t) end
   redis.call('ZREM', K.deadlines, t.task_id)
+  redis.call('ZADD', K.ended, now, t.task_id)
   set(t, {ended_at_ms = now})
   unset(t, 'remaining_ms')
   move(t, status)
@@ -212,6 +217,12 @@ end
 local function fail(t, message, code, retryable)
   set(t, {error = message, error_code = code, retryable = retryable})
   finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})
+end
+
+-- Its worker or its engine died with it too often: kept as a dead letter, with what is known of the last death.
+local function bury(t, message)
+  redis.call('ZADD', K.dead, now, t.task_id)
+  fail(t, message, 'worker_lost', true)
 end
 
 -- Back to waiting after a run without a result: at once, or after a while.

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
 -- the task's estimate; every eighth claim takes the oldest task of the kind.
--- args: worker_id nonce lease_ms ...
+-- args: worker_id nonce lease_ms weights ...
 --   nonce: random, of this call; the same nonce again gives the same tasks. rest: pairs of kind and free slots; the kind `deliveries` has no tasks, its
---   idle workers are woken for the outbox.
+--   idle workers are woken for the outbox. weights: JSON of project -> weight, 1 where it names none.
 -- Returns a list of {task_id, run, job, hash}: the run's token, arq's definition (msgpack), the task's hash as field, value, ...
 -- Appends `started`. A worker with slots left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task.
 local function pick(kind)
@@ -27,7 +27,8 @@ if last[1] == nonce then
 end
 
 local claimed = {nonce}
-for i = 4, #ARGV, 2 do
+local share = cjson.decode(weights)
+for i = 5, #ARGV, 2 do
   local kind, free = ARGV[i], tonumber(ARGV[i + 1])
   while free > 0 do
     local task_id = pick(kind)
@@ -37,7 +38,10 @@ for i = 4, #ARGV, 2 do
     local least = redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES')[2]
     redis.call('SET', K.clock .. kind, math.max(tonumber(least), tonumber(redis.call('GET', K.clock .. kind) or 0)))
     dequeue(t)
+    set(t, {weight = share[t.project_id] or 1})
     charge(t, t.estimate_ms)
+    redis.call('LPUSH', K.pace .. kind, now)
+    redis.call('LTRIM', K.pace .. kind, 0, 99)
     set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
     unset(t, 'ended_run', 'logged', 'remaining_ms', 'reaped', 'orphaned')
     move(t, 'processing')

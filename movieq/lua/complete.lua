@@ -10,6 +10,9 @@ if not present(t, run) then return 'lost' end
 redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms)
 redis.call('LTRIM', K.durations .. t.shape, 0, 20)
 redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
+redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
+redis.call('HINCRBY', K.sums, t.task_type .. ' ms', now - t.started_at_ms)
+if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
 finish(t, 'completed', {'"result":' .. result})
 return 'ok'

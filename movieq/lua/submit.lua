@@ -1,13 +1,19 @@
 #!lua
 -- Accepts a task: none -> queued. The only verb that a full memory refuses.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms start_by_ms finish_by_ms warnings idempotency body_hash max_queued
+-- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all
 --   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, start_by_ms, finish_by_ms: '' for none
---   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: per project, 0 for no limit
+--   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
---   idempotency key and body; {'mismatch'} to that key with another body; {'full', waiting} where the project has max_queued waiting tasks.
+--   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
 -- Keeps the idempotency key for 24 h. The event `queued` is made from the hash: an empty stream costs 4 KB. Cost: O(log n).
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
+end
+
+-- Milliseconds from one claim of the kind to the next, by the last hundred; half a minute where that is not known.
+local function pace(of)
+  local claims = redis.call('LRANGE', K.pace .. of, 0, -1)
+  return #claims < 2 and 30000 or math.ceil((now - claims[#claims]) / #claims)
 end
 
 local known = load(task_id)
@@ -24,7 +30,11 @@ end
 local t = {task_id = task_id, project_id = project_id, task_type = task_type, kind = kind}
 if tonumber(max_queued) > 0 then
   local waiting = redis.call('ZCARD', index(t, 'queued', ''))
-  if waiting >= tonumber(max_queued) then return {'full', waiting} end
+  if waiting >= tonumber(max_queued) then return {'full', waiting, pace(kind)} end
+end
+if tonumber(max_queued_all) > 0 then
+  local waiting = tonumber(redis.call('HGET', K.totals, 'queued') or 0)
+  if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, pace(kind)} end
 end
 
 -- The median of what tasks of this shape took lately, once there are five.

@@ -39,7 +39,8 @@ if not redis.call('GET', K.quiet) then
       reaped = reaped + 1
       if silences >= tonumber(silences_limit) then
         set(t, {ended_run = t.run})
-        fail(t, 'its worker fell silent ' .. silences .. ' times', 'worker_lost', true)
+        if t.stage then set(t, {dead_stage = t.stage}) end
+        bury(t, 'its worker fell silent ' .. silences .. ' times')
       else
         set(t, {reaped = t.run})
         put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import av
-import numpy as np
 
 import movieq
+from tests.bench.report import machine, percentile
 from workers import protocol
 from workers.protocol import Done, Ready, Run
 
@@ -94,9 +93,8 @@ def _next(stream: BinaryIO) -> protocol.FromChild:
 
 
 def main(runs: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, av {av.__version__}"
-    print(f"{machine}; commit {commit}; load {os.getloadavg()[0]:.1f}")
+    where = machine() | {"av": av.__version__, "load": round(os.getloadavg()[0], 1)}
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{'case':32} {'n':>3} {'p50 s':>7} {'p99 s':>7} {'peak MiB':>9} {'kB':>7}")
     rows = []
     for case in CASES:
@@ -105,8 +103,8 @@ def main(runs: int) -> None:
         row = {
             "case": case.name,
             "n": runs,
-            "p50_s": round(float(np.quantile(seconds, 0.5)), 3),
-            "p99_s": round(float(np.quantile(seconds, 0.99)), 3),
+            "p50_s": round(percentile(seconds, 0.5), 3),
+            "p99_s": round(percentile(seconds, 0.99), 3),
             "peak_mib": round(max(one.peak_mib for one in samples)),
             "size_bytes": samples[0].size_bytes,
         }
@@ -115,7 +113,7 @@ def main(runs: int) -> None:
             f"{case.name:32} {runs:3} {row['p50_s']:7.2f} {row['p99_s']:7.2f} {row['peak_mib']:9} {samples[0].size_bytes // 1000:7}",
             flush=True,
         )
-    print(json.dumps({"bench": "animatic", "machine": machine, "commit": commit, "rows": rows}))
+    print(json.dumps({"bench": "animatic", "rows": rows, **where}))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import av
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 from PIL import Image, ImageDraw
 
 from movieq.errors import EngineUnavailable, InputUnavailable, InvalidInput, UnsupportedParameter
-from workers.child import animatic
+from tests.bench import bench_animatic
+from workers.child import animatic, loudness, puppet, stills
 from workers.child.take import Made, Take, TakeCancelled
 from workers.protocol import FromChild, Plan, Run, Step
 
@@ -225,6 +227,20 @@ def test_frames_of_any_shape_are_filled(render: Render, tmp_path: Path, resoluti
     )
     last = frames(made)[-1]
     assert (last[len(last) // 3 : len(last) // 2] > 60).all()  # neither a black corner nor a hole; the blur beside a still is darker
+
+
+@pytest.mark.slow  # half a minute on a busy machine; the figures are in tests/bench/bench_animatic.py
+def test_seven_seconds_of_full_hd_take_as_long_as_they_last_and_less_than_400_mib() -> None:
+    case = next(case for case in bench_animatic.CASES if case.name == "7 s 1080p24, 3 stills")
+    samples = [bench_animatic.sample(case) for _ in range(3)]
+    assert min(one.seconds for one in samples) <= 7
+    assert max(one.peak_mib for one in samples) <= 400
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_stills() -> None:
+    few, many = (bench_animatic.sample(next(case for case in bench_animatic.CASES if f"{n} still" in case.name)) for n in (3, 32))
+    assert many.peak_mib < few.peak_mib + 40
 
 
 # -- stills of every kind
@@ -450,6 +466,22 @@ def test_the_same_line_is_spoken_the_same_way_every_time(render: Render) -> None
 
 
 @speaks
+def test_a_line_is_as_loud_as_broadcast_wants_and_its_background_twenty_under(render: Render) -> None:
+    alone, over = (
+        samples(output(render("process_audio", text="We hold the light until morning.", output_format="wav", background_noise=noise)))
+        for noise in (None, "rain")
+    )
+    (voice, rate), (mixed, _) = alone, over
+    breath = int(animatic.BREATH_S * rate)
+    assert loudness.lufs(voice, rate) == pytest.approx(-16, abs=2)
+    assert loudness.lufs(mixed[:, :1], rate) == pytest.approx(-16, abs=2)
+    assert len(mixed) == len(voice) + 2 * breath
+    noise = mixed.copy()
+    noise[breath:-breath] -= voice
+    assert loudness.lufs(np.repeat(voice, 2, axis=1), rate) - loudness.lufs(noise, rate) == pytest.approx(20, abs=1.5)
+
+
+@speaks
 @pytest.mark.parametrize("text", ["...", " - ", "\u200b"])
 def test_a_text_of_which_nothing_can_be_spoken_is_refused(render: Render, text: str) -> None:
     with pytest.raises(InvalidInput, match="can be spoken"):
@@ -508,14 +540,65 @@ def test_a_loop_ends_where_it_starts(render: Render, motion: str) -> None:
     assert max(np.abs(shown[0] - frame).mean() for frame in shown) > 0.5
 
 
-def test_the_puppet_moves_and_the_ground_behind_it_moves_less(render: Render, tmp_path: Path) -> None:
+def marked(size: tuple[int, int] = (320, 320)) -> Image.Image:
+    """A white figure, for whom one can look, with nothing around it."""
+    figure = Image.new("RGBA", size)
+    ImageDraw.Draw(figure).ellipse((size[0] * 0.3, 10, size[0] * 0.7, size[1] - 10), fill=(255, 255, 255, 255))
+    return figure
+
+
+def place_of_white(frame: Pixels) -> float:
+    """The middle column of what is nearly white below the slate."""
+    return float(np.flatnonzero((frame[20:] > 235).any(axis=0)).mean())
+
+
+def test_a_puppet_crosses_before_planes_that_move_less_and_more(render: Render, tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
-    figure = Image.new("RGBA", (100, 300))
-    ImageDraw.Draw(figure).rectangle((30, 20, 70, 280), fill=(255, 255, 255, 255))
-    figure.save(path)
-    shown = frames(render("render_animation", reference_images=["r"], inputs={"r": path}, motion="walk", resolution="640x360", prompt="x"))
-    first, last = (float(np.flatnonzero((frame[200:300] > 235).any(axis=0)).mean()) for frame in (shown[0], shown[-1]))
-    assert last - first > 640 * 0.1
+    marked().save(path)
+    shown = frames(render("render_animation", reference_images=["r"], inputs={"r": path}, motion="walk", resolution="640x360"))
+    assert place_of_white(shown[-1]) - place_of_white(shown[0]) == pytest.approx(640 * 0.28, rel=0.1)
+
+    drawn = frames(render("render_animation", prompt="A courier in the city", motion="float", resolution="640x360"))
+    far = moved(drawn[0][20:180, :], drawn[-1][20:180, :])
+    assert 2 < abs(far) < 640 * 0.28 / 2
+
+
+def moved(first: Pixels, last: Pixels) -> float:
+    """How far right the second picture is of the first, in pixels: where their columns agree best."""
+    a, b = (np.diff(picture.astype(float), axis=1) for picture in (first, last))
+    reach = 120
+    costs = {dx: np.abs(a[:, reach:-reach] - b[:, reach + dx : b.shape[1] - reach + dx]).mean() for dx in range(-reach, reach)}
+    return min(costs, key=lambda dx: costs[dx])
+
+
+@pytest.mark.parametrize("kind", ["transparent", "on a plain ground", "a photograph"])
+def test_the_reference_is_cut_out(render: Render, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "reference.png"
+    if kind == "a photograph":
+        drawing((400, 400)).save(path)
+    else:
+        figure = marked()
+        ground = Image.new("RGB", figure.size, (40, 90, 200))
+        ground.paste(figure, mask=figure.getchannel("A"))
+        (figure if kind == "transparent" else ground).save(path)
+    cut = puppet.cut_out(stills.load_cut_out("r", path, (640, 360)), 200)
+    alpha = np.asarray(cut.getchannel("A"))
+    assert cut.height == 200
+    if kind == "a photograph":
+        assert (alpha == 255).mean() > 0.95
+    else:
+        assert alpha[2, 2] < 30
+        assert alpha[100, cut.width // 2] == 255
+        assert abs((alpha > 128).mean() - np.pi / 4) < 0.03
+    assert frames(render("render_animation", reference_images=["r"], inputs={"r": path}, fps=4))
+
+
+@pytest.mark.parametrize("motion", [*puppet.MOTIONS, "somersault"])
+def test_every_motion_moves(render: Render, motion: str) -> None:
+    made = render("render_animation", prompt="A courier", motion=motion, fps=12)
+    shown = frames(made)
+    assert np.abs(shown[0][20:].astype(int) - shown[5][20:]).max() > 30
+    assert ("warnings" in made.metadata) == (motion == "somersault")
 
 
 # -- stopping
@@ -557,6 +640,7 @@ def test_a_speaker_is_killed_when_its_line_is_cancelled(tmp_path: Path) -> None:
     with pytest.raises(TakeCancelled):
         animatic.make(Take(run, lambda message: None, flag))
     assert list(tmp_path.iterdir()) == []
+    assert psutil.Process().children() == []
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def _clip(take: Take, params: VideoParams) -> Made:
 
     over = titles.lower_thirds(params.character_positions, size, frames, rate) if params.captions else []
     if params.captions and params.description.strip():
-        over += titles.captions(params.description, size, frames, rate)
+        over += titles.captions(params.description, size, frames, rate, [shot.first for shot in shots[1:]])
     slate = titles.Slate(size, take.run.project_id, _scene(take), len(shots), frames, rate)
     cutter = _Cutter(take, params, size, rate, look, shots)
     return _film(take, size, rate, frames, cutter.frames(), over, slate, track)

@@ -29,6 +29,7 @@ _WORDS: Final = {
     "room": "room kitchen office bedroom interior house corridor hall bar cafe café door window table desk library hospital lab cell",
     "hills": "mountain mountains hill hills valley snow field village castle road meadow farm",
 }
+KINDS: Final = tuple(_WORDS)
 _PLACES: Final = {word: place for place, words in _WORDS.items() for word in words.split()}
 
 
@@ -85,7 +86,7 @@ def flatten(backdrop: Backdrop, upto: int | None = None) -> Image.Image:
     return picture
 
 
-def grain(picture: Image.Image, rng: Rng, strength: float = 7.0) -> Image.Image:
+def grain(picture: Image.Image, rng: Rng, strength: float = 4.5) -> Image.Image:
     """The picture on paper: a tooth of that many steps of 255, the same in all colours."""
     width, height = picture.size
     fine = rng.normal(128, strength, (height, width))

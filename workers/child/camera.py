@@ -17,6 +17,7 @@ import numpy as np
 
 FULL_MOVE_S: Final = 1.5
 """A shot of this length or more gets the whole move, a shorter one its share: no move is a jolt."""
+MOST_ROLL_ZOOM: Final = 1.7
 
 
 class View(msgspec.Struct, frozen=True):
@@ -155,10 +156,16 @@ def _tremble(frames: int, seconds: float, rng: np.random.Generator) -> np.ndarra
 
 
 def _inside(view: View, aspect: float) -> View:
-    """The view, its zoom raised until a rolled frame shows no corner of nothing, and its middle moved until it lies inside."""
-    angle = math.radians(abs(view.roll))
+    """The view, its zoom raised until a rolled frame shows no corner of nothing, and its middle moved until it lies inside.
+
+    A frame so long that this would enlarge it beyond `MOST_ROLL_ZOOM` is rolled less.
+    """
+    long = max(aspect, 1 / aspect)
+    most = math.degrees(math.asin(min(1.0, (MOST_ROLL_ZOOM - 1) / long)))
+    roll = min(max(view.roll, -most), most)
+    angle = math.radians(abs(roll))
     spread_x = math.cos(angle) + math.sin(angle) / aspect
     spread_y = math.cos(angle) + math.sin(angle) * aspect
     zoom = max(view.zoom, spread_x, spread_y)
     room_x, room_y = (1 - spread_x / zoom) / 2, (1 - spread_y / zoom) / 2
-    return View(zoom, min(max(view.x, -room_x), room_x), min(max(view.y, -room_y), room_y), view.roll)
+    return View(zoom, min(max(view.x, -room_x), room_x), min(max(view.y, -room_y), room_y), roll)

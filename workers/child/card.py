@@ -155,8 +155,12 @@ def _set_type(picture: Image.Image, box: Box, brief: Brief, colours: Palette, pa
 
 
 def _fitted(text: str, most: int, height: int, unit: int) -> tuple[Style, list[str]]:
-    """The largest size in which the text fits, at most 8.5 % of the card's short side; what is too long even at the smallest is cut."""
-    low, high = max(5, round(unit * 0.0165)), max(5, round(unit * 0.085))
+    """The largest size in which the text fits without a broken word; what is too long even at the smallest is cut.
+
+    At most 8.5 % of the card's short side, but a word or a letter alone is set as a title: up to 30 %.
+    """
+    letters = len(text)
+    low, high = max(5, round(unit * 0.0165)), max(5, round(unit * (0.085 + 0.215 * max(0.0, 1 - letters / 20))))
 
     def lines_at(size: int) -> tuple[Style, list[str], int]:
         style = Style(Weight.BLACK if size > unit * 0.055 else Weight.BOLD if size > unit * 0.038 else Weight.REGULAR, size)
@@ -166,7 +170,7 @@ def _fitted(text: str, most: int, height: int, unit: int) -> tuple[Style, list[s
     while low < high:
         size = (low + high + 1) // 2
         style, lines, room = lines_at(size)
-        whole = len(lines) <= room and max(map(len, text.split()), default=0) <= max(map(len, lines), default=0)
+        whole = len(lines) <= room and all(lettering.width(word, style) <= most for word in text.split())
         low, high = (size, high) if whole else (low, size - 1)
     style, lines, room = lines_at(low)
     if len(lines) > room:

@@ -28,13 +28,15 @@ class Pose(msgspec.Struct, frozen=True):
     lift: float = 0.0
     """How far the lower foot is off the ground, in body heights."""
     coat: bool = True
+    seat: bool = False
+    """A block under the hips to sit on."""
 
 
 POSES: Final = {
     "standing": Pose(),
     "walking": Pose(4, 2, (-26, -8), (24, 40), (22, 4), (-20, -40)),
     "running": Pose(18, -4, (-52, 30), (48, 130), (52, -8), (-22, -95), 0.04),
-    "sitting": Pose(3, 6, (24, 62), (30, 70), (82, 4), (76, -6), 0, False),
+    "sitting": Pose(3, 6, (24, 62), (30, 70), (82, 4), (76, -6), 0, False, True),
     "kneeling": Pose(8, 16, (14, 42), (22, 52), (62, -10), (10, -86), 0, False),
     "jumping": Pose(6, -10, (-128, -150), (120, 150), (34, -30), (-24, -70), 0.14, False),
     "arms raised": Pose(0, -14, (-152, -168), (152, 168), (-8, -5), (9, 6)),
@@ -123,6 +125,9 @@ def draw(canvas: ImageDraw.ImageDraw, foot: Point, height: float, pose: Pose, fi
         hem = [go(hip, max(thighs) + 13, 0.2), go(hip, sum(thighs) / 2, 0.215), go(hip, min(thighs) - 13, 0.2)]
         shoulders = [go(shoulder, -90 - pose.torso, 0.05), go(shoulder, 90 - pose.torso, 0.05)]
         canvas.polygon([at(point) for point in (*shoulders, *hem)], fill=fill)
+    if pose.seat:
+        left, right = sorted(at((side * x * height, 0.0))[0] for x in (-0.10, 0.11))
+        canvas.rectangle((left, at((0.0, 0.045 * height))[1], right, foot[1]), fill=fill)
     crown = go(neck, 180 - pose.torso - pose.head, 0.088)
     limb([neck, crown], [0.024, 0.022])
     chin, brow = (at(go(neck, 180 - pose.torso - pose.head, up)) for up in (0.068, 0.105))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
@@ -123,7 +124,7 @@ def _pieces(word: str, style: Style, most: float) -> Iterator[str]:
 
 def _runs(text: str, style: Style) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
     """The text in parts of one face. What has no shape of its own (spaces, joined accents) stays with the letters before it."""
-    text = unicodedata.normalize("NFC", text)
+    text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cc")
     own = _path(style.weight)
     current, start = own, 0
     for index, letter in enumerate(text):
@@ -144,7 +145,9 @@ def _advance(part: str, style: Style, font: ImageFont.FreeTypeFont) -> float:
 
 
 def _ignorable(letter: str) -> bool:
-    return unicodedata.category(letter)[0] in "ZCM"
+    """Has no shape of its own: spaces, accents that join, controls and format marks."""
+    category = unicodedata.category(letter)
+    return category[0] in "ZM" or category in ("Cc", "Cf")
 
 
 @cache
@@ -162,17 +165,41 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _face_for(letter: str, weight: Weight) -> str | None:
-    """The file of a font that has the letter: Roboto, else the one that fontconfig would take; None where there is none."""
+    """The file of a font that has the letter: Roboto, else the first of the system's; None where there is none."""
     own = _path(weight)
     if _has(own, letter):
         return own
-    finder = shutil.which("fc-match")
-    if finder is None:
-        return None
-    bold = "bold" if weight in (Weight.BOLD, Weight.BLACK) else "regular"
-    pattern = f"sans:style={bold}:charset={ord(letter):x}"
-    found = subprocess.run([finder, "-f", "%{file}", pattern], capture_output=True, text=True, timeout=5, check=False).stdout
-    return found if found and _has(found, letter) else None
+    fonts = _system_fonts(weight in (Weight.BOLD, Weight.BLACK))
+    return next((path for path, ranges in fonts if _covers(ranges, ord(letter)) and _has(path, letter)), None)
+
+
+@cache
+def _system_fonts(bold: bool) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Files of fontconfig's fonts with the characters they have, those that look most like ours first; none without fontconfig."""
+    lister = shutil.which("fc-list")
+    if lister is None:
+        return []
+    found = subprocess.run(
+        [lister, "-f", "%{file}\t%{style}\t%{charset}\n"], capture_output=True, text=True, timeout=20, check=False
+    ).stdout
+    fonts = []
+    for line in found.splitlines():
+        path, style, charset = line.split("\t")
+        ranges = [(int(a, 16), int(b or a, 16)) for a, _, b in (part.partition("-") for part in charset.split())]
+        unlike = (
+            ("Bold" in style) != bold,
+            "Sans" not in path,
+            "Mono" in path,
+            "Oblique" in style or "Italic" in style,
+            "Condensed" in style,
+        )
+        fonts.append((unlike, path, ranges))
+    return [(path, ranges) for _, path, ranges in sorted(fonts)]
+
+
+def _covers(ranges: list[tuple[int, int]], code: int) -> bool:
+    place = bisect_right(ranges, (code, 0x110000)) - 1
+    return place >= 0 and ranges[place][0] <= code <= ranges[place][1]
 
 
 @cache

@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from workers.child.media import Samples
 
-BLOCK_S: Final = 0.4
 STEP_S: Final = 0.1
+HOPS_A_BLOCK: Final = 4
+"""Blocks of 400 ms that overlap by three quarters."""
 ABSOLUTE_GATE: Final = -70.0
 RELATIVE_GATE: Final = -10.0
 CEILING: Final = 0.891
@@ -19,12 +20,10 @@ CEILING: Final = 0.891
 
 def lufs(samples: Samples, rate: int) -> float:
     """Integrated loudness; -inf for silence. What is shorter than a block is taken as one."""
-    power = (_k_weighted(samples, rate) ** 2).sum(axis=1)
-    block, step = int(BLOCK_S * rate), int(STEP_S * rate)
-    total = np.concatenate([[0.0], np.cumsum(power)])
-    starts = np.arange(0, max(1, len(power) - block + 1), step)
-    ends = np.minimum(starts + block, len(power))
-    blocks = (total[ends] - total[starts]) / (ends - starts)
+    hops = _hop_energies(samples, rate)
+    blocks = np.convolve(hops, np.ones(HOPS_A_BLOCK), "valid") / (HOPS_A_BLOCK * int(STEP_S * rate))
+    if len(hops) < HOPS_A_BLOCK:
+        blocks = np.array([hops.sum() / len(samples)])
     blocks = blocks[blocks > _power(ABSOLUTE_GATE)]
     if not len(blocks):
         return float("-inf")
@@ -47,24 +46,42 @@ def at(samples: Samples, rate: int, target: float) -> Samples:
 
 def limited(samples: Samples) -> Samples:
     """Peaks bent smoothly below the ceiling: unchanged up to 0.6, tanh above."""
-    knee = 0.6
-    size = np.abs(samples)
-    bent = knee + (CEILING - knee) * np.tanh((size - knee) / (CEILING - knee))
-    return np.where(size > knee, np.sign(samples) * bent, samples).astype(np.float32)
+    knee = np.float32(0.6)
+    room = np.float32(CEILING) - knee
+    out = samples.copy()
+    loud = np.abs(samples) > knee
+    size = np.abs(samples[loud])
+    out[loud] = np.sign(samples[loud]) * (knee + room * np.tanh((size - knee) / room))
+    return out
 
 
 def _power(level: float) -> float:
     return float(10 ** ((level + 0.691) / 10))
 
 
-def _k_weighted(samples: Samples, rate: int) -> npt.NDArray[np.float64]:
-    """The samples through the head's high shelf and the low cut of BS.1770, both applied in the frequency domain."""
-    size = 1 << (len(samples) + rate // 10).bit_length()  # zeros behind, so that nothing wraps round
-    spectrum = np.fft.rfft(samples.astype(np.float64), size, axis=0)
-    z = np.exp(-2j * np.pi * np.arange(size // 2 + 1) / size)[:, None]
+def _hop_energies(samples: Samples, rate: int) -> npt.NDArray[np.float64]:
+    """The energy of all channels in each 100 ms, after the head's high shelf and the low cut of BS.1770.
+
+    Both filters are applied in the frequency domain, ten seconds at a time with the half second before it, by when the low cut has
+    forgotten the past: so an hour needs no more memory than a minute. What is over at the end and no whole hop counts where it is all
+    there is.
+    """
+    hop, part, lead = int(STEP_S * rate), 10 * rate // int(STEP_S * rate) * int(STEP_S * rate), rate // 2
+    size = 1 << (part + lead + rate // 4).bit_length()  # zeros behind, so that nothing wraps round
+    z = np.exp(-2j * np.pi * np.arange(size // 2 + 1) / size)
+    response = np.ones_like(z)
     for b, a in (_shelf(rate), _low_cut(rate)):
-        spectrum *= (b[0] + b[1] * z + b[2] * z**2) / (1 + a[0] * z + a[1] * z**2)
-    return np.asarray(np.fft.irfft(spectrum, size, axis=0)[: len(samples)])
+        response *= (b[0] + b[1] * z + b[2] * z**2) / (1 + a[0] * z + a[1] * z**2)
+    energies = []
+    for start in range(0, len(samples), part):
+        first, last = max(0, start - lead), min(len(samples), start + part)
+        power = np.zeros(last - start)
+        for channel in samples[first:last].T:
+            weighted = np.fft.irfft(np.fft.rfft(channel, size) * response, size)
+            power += weighted[start - first : last - first] ** 2
+        whole = len(power) // hop * hop or len(power)
+        energies.append(power[:whole].reshape(-1, min(hop, whole)).sum(axis=1))
+    return np.concatenate(energies)
 
 
 def _shelf(rate: int) -> tuple[tuple[float, float, float], tuple[float, float]]:

@@ -35,7 +35,7 @@ Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
 
 CLIP_SAMPLE_RATE = 48_000
-X264_THREADS = 4  # fixed, because x264's output depends on it; four fill two cores and cost 30 MB at 1080p
+X264_THREADS = 4  # fixed, because the output depends on it
 QUEUED_FRAMES = 4
 
 
@@ -141,7 +141,7 @@ class Clip:
             "crf": "20",
             "profile": "high",
             "threads": str(X264_THREADS),
-            "thread_type": "frame",
+            "thread_type": "slice",  # at 2160p as fast as by frames, and 240 MB less
             # mbtree's AVX code reads past its rows: the same pictures gave 30 different files in 40 runs (av 18.1); without it, one
             "x264-params": "mbtree=0",
         }

@@ -6,6 +6,8 @@ ST 2046-1) but the slate, which is a strip along the top edge. Type stands on a 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
@@ -25,8 +27,12 @@ SIGNAL: Final = (255, 196, 46, 255)
 
 PAGE_S: Final = 1.6
 """A caption page stands at least this long; what does not fit into the clip ends in an ellipsis."""
+SNAP_S: Final = 0.7
 LOWER_THIRD_S: Final = 4.0
 FADE_S: Final = 0.2
+
+
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)]*\s+")
 
 
 class Overlay(NamedTuple):
@@ -69,8 +75,12 @@ def opacity(title: Title, frame: int, rate: Fraction) -> float:
     return min(1.0, rising, (title.end - frame) / fade)
 
 
-def captions(text: str, size: tuple[int, int], frames: int, rate: Fraction) -> list[Title]:
-    """The text as pages of at most two lines (three in portrait), each on screen for its share of the letters."""
+def captions(text: str, size: tuple[int, int], frames: int, rate: Fraction, cuts: Sequence[int] = ()) -> list[Title]:
+    """The text as pages of at most two lines (three in portrait), each on screen for its share of the letters.
+
+    A page is a sentence where there is time for all of them, else as much as fits. Pages turn with the picture, at one of `cuts`, where
+    one is near.
+    """
     width, height = size
     em = _em(size)
     style = Style(Weight.MEDIUM, em)
@@ -82,19 +92,27 @@ def captions(text: str, size: tuple[int, int], frames: int, rate: Fraction) -> l
     titles, first, seen = [], 0, 0
     for page, share in zip(pages, letters, strict=True):
         seen += share
-        end = round(frames * seen / sum(letters))
+        end = frames if seen == sum(letters) else _near(round(frames * seen / sum(letters)), cuts, round(SNAP_S * rate))
         if end > first:
             titles.append(Title(first, end, _caption(page, style, size)))
-        first = end
+            first = end
     return titles
 
 
+def _near(frame: int, cuts: Sequence[int], reach: int) -> int:
+    nearest = min(cuts, key=lambda cut: abs(cut - frame), default=frame)
+    return nearest if abs(nearest - frame) <= reach else frame
+
+
 def _pages(text: str, style: Style, most: float, lines_a_page: int, count: int) -> list[list[str]]:
-    lines = lettering.wrap(text, style, most)
-    kept = lines[: lines_a_page * count]
-    if len(kept) < len(lines):
-        kept[-1] = lettering.shorten(f"{kept[-1]} {lines[len(kept)]}", style, most)
-    pages = [kept[i : i + lines_a_page] for i in range(0, len(kept), lines_a_page)]
+    sentences = [lettering.balance(sentence, style, most) for sentence in _SENTENCE_END.split(text)]
+    pages = [lines[i : i + lines_a_page] for lines in sentences for i in range(0, len(lines), lines_a_page)]
+    if len(pages) > count:
+        lines = lettering.wrap(text, style, most)
+        kept = lines[: lines_a_page * count]
+        if len(kept) < len(lines):
+            kept[-1] = lettering.shorten(f"{kept[-1]} {lines[len(kept)]}", style, most)
+        pages = [kept[i : i + lines_a_page] for i in range(0, len(kept), lines_a_page)]
     return [lettering.balance(" ".join(page), style, most) for page in pages]
 
 

@@ -1,0 +1,95 @@
+"""For operators and autoscalers: the queues, the dead letters, totals, and what should be looked at."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from movieq.api.auth import caller, path_task_id, task_of
+from movieq.api.state import Api, answered, api, only_query, query_int
+from movieq.contracts import Alert, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
+from movieq.errors import NotFound
+from movieq.settings import Scope
+
+OLDEST_WAITING_S: Final = 3600
+FAILURES_PERCENT: Final = 20.0
+FEWEST_ENDED: Final = 10
+"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends."""
+
+
+async def queues(request: Request) -> Response:
+    """`GET /queues`: what waits, what runs, for how long."""
+    await caller(request, Scope.ADMIN)
+    only_query(request)
+    return answered(QueuesAnswer(await api(request).store.queues()))
+
+
+async def dead_letters(request: Request) -> Response:
+    """`GET /dead-letters`: tasks that were given up, latest first, of the key's projects."""
+    who = await caller(request, Scope.ADMIN)
+    only_query(request, "limit")
+    letters, total = await api(request).store.dead_letters(query_int(request, "limit", 100, 1, 1000))
+    if who.grant.projects is not None:
+        letters = [letter for letter in letters if who.grant.allows(letter.project_id)]
+        total = len(letters)
+    return answered(DeadLettersAnswer(letters, total))
+
+
+async def drop_dead_letter(request: Request) -> Response:
+    """`DELETE /dead-letters/{task_id}`: the task stays failed and is listed no more; 204."""
+    await task_of(request, Scope.ADMIN)
+    task_id = path_task_id(request)
+    if not await api(request).store.drop_dead_letter(task_id):
+        raise NotFound(f"task {task_id} is no dead letter")
+    return Response(status_code=204)
+
+
+async def metrics(request: Request) -> Response:
+    """`GET /tasks/metrics`: totals, rates in percent, average durations."""
+    movieq = api(request)
+    who = await caller(request, Scope.READ)
+    only_query(request)
+    totals = await movieq.store.totals(who.grant.projects)
+    return answered(
+        MetricsAnswer(
+            sum(totals.values()),
+            totals,
+            _percent(totals, TaskStatus.COMPLETED),
+            _percent(totals, TaskStatus.FAILED),
+            _percent(totals, TaskStatus.CANCELLED),
+            await movieq.store.average_durations_s(),
+        )
+    )
+
+
+async def health(request: Request) -> Response:
+    """`GET /tasks/health`: what an operator should look at."""
+    movieq = api(request)
+    who = await caller(request, Scope.READ)
+    only_query(request)
+    alerts = await _alerts(movieq, await movieq.store.totals(who.grant.projects))
+    return answered(TasksHealthAnswer("degraded" if alerts else "healthy", alerts))
+
+
+async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
+    alerts = []
+    served = {kind for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE for kind in row.queues}
+    for queue in await movieq.store.queues():
+        name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
+        if queue.pending_count and name not in served:
+            alerts.append(Alert("no_worker", f"{queue.pending_count} tasks wait in {name}, and no live worker serves it"))
+        if waiting_s > OLDEST_WAITING_S:
+            alerts.append(Alert("long_wait", f"the oldest task of {name} has waited for {waiting_s / 60:.0f} minutes"))
+    failed = _percent(totals, TaskStatus.FAILED)
+    if failed > FAILURES_PERCENT and sum(count for status, count in totals.items() if status.ended) >= FEWEST_ENDED:
+        alerts.append(Alert("failures", f"{failed:.0f} % of the tasks that ended have failed"))
+    if (dead := (await movieq.store.dead_letters(1))[1]) > 0:
+        alerts.append(Alert("dead_letters", f"{dead} tasks were given up after their worker or engine died; see /dead-letters"))
+    return alerts
+
+
+def _percent(totals: dict[TaskStatus, int], of: TaskStatus) -> float:
+    ended = sum(count for status, count in totals.items() if status.ended)
+    return round(100 * totals[of] / ended, 2) if ended else 0.0

@@ -1,0 +1,24 @@
+#!lua flags=allow-oom
+-- Forgets tasks that ended long ago: their hash, definition, log, and every list that names them.
+-- args: age_ms batch
+-- Returns how many; where it is `batch`, there may be more. Files are swept by their own age. Cost: O(batch log n).
+local old = redis.call('ZRANGEBYSCORE', K.ended, '-inf', now - age_ms, 'LIMIT', 0, batch)
+for _, task_id in ipairs(old) do
+  local t = load(task_id)
+  if t then
+    for _, status in ipairs({'', t.status}) do
+      redis.call('ZREM', index(t, status, ''), task_id)
+      redis.call('ZREM', index(t, status, t.task_type), task_id)
+    end
+    redis.call('HINCRBY', K.totals, t.status, -1)
+    if redis.call('EXISTS', index(t, '', '')) == 0 then
+      redis.call('ZREM', K.projects, t.project_id)
+      redis.call('HDEL', K.spent .. t.kind, t.project_id)
+    end
+    for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
+  end
+  redis.call('ZREM', K.ended, task_id)
+  redis.call('ZREM', K.dead, task_id)
+  redis.call('DEL', K.task .. task_id, K.job .. task_id, K.log .. task_id)
+end
+return #old
