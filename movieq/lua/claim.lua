@@ -1,15 +1,23 @@
 #!lua flags=allow-oom
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
--- the task's estimate; every eighth claim takes the oldest task of the kind.
+-- the task's estimate; every eighth claim takes the oldest task of the kind, unless its project is more than a task ahead of its share.
 -- args: worker_id nonce lease_ms weights ...
 --   nonce: random, of this call; the same nonce again gives the same tasks. rest: pairs of kind and free slots; the kind `deliveries` has no tasks, its
 --   idle workers are woken for the outbox. weights: JSON of project -> weight, 1 where it names none.
 -- Returns a list of {task_id, run, job, hash}: the run's token, arq's definition (msgpack), the task's hash as field, value, ...
 -- Appends `started`. A worker with slots left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task.
+local share = cjson.decode(weights)
+
 local function pick(kind)
-  if redis.call('INCR', K.claims .. kind) % 8 == 0 then return redis.call('ZRANGE', K.waiting .. kind, 0, 0)[1] end
-  local project = redis.call('ZRANGE', K.flows .. kind, 0, 0)[1]
-  return project and redis.call('ZRANGE', K.waiting .. kind .. ':' .. project, 0, 0)[1]
+  local project, least = unpack(redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES'))
+  if not project then return nil end
+  if redis.call('INCR', K.claims .. kind) % 8 == 0 then
+    local oldest = redis.call('ZRANGE', K.waiting .. kind, 0, 0)[1]
+    local t = load(oldest)
+    local ahead = redis.call('ZSCORE', K.flows .. kind, t.project_id) - least
+    if ahead <= t.estimate_ms / (share[t.project_id] or 1) then return oldest end -- else its project has had more than its share
+  end
+  return redis.call('ZRANGE', K.waiting .. kind .. ':' .. project, 0, 0)[1]
 end
 
 local function given(task_id, run)
@@ -27,7 +35,6 @@ if last[1] == nonce then
 end
 
 local claimed = {nonce}
-local share = cjson.decode(weights)
 for i = 5, #ARGV, 2 do
   local kind, free = ARGV[i], tonumber(ARGV[i + 1])
   while free > 0 do

@@ -280,15 +280,23 @@ async def test_inside_a_project_high_goes_before_normal_before_low(store: Store)
     assert [c.task.task_id for c in await claim(store, slots=3)] == [task.task_id for task in reversed(tasks)]
 
 
-async def test_every_eighth_claim_takes_the_oldest_task(store: Store) -> None:
-    old = new_task("slow", priority=3, estimate_ms=1)
+async def test_every_eighth_claim_takes_the_oldest_task_whatever_its_priority(store: Store) -> None:
+    old = new_task(priority=3)
     await store.submit(old)
-    await raw(store).zadd(KEYS["flows"] + "cpu_intensive", {"slow": 1e15})
     await asyncio.sleep(0.002)
     for _ in range(20):
-        await store.submit(new_task("fast"))
-    order = [c.task.project_id for c in await claim(store, slots=8)]
-    assert order == ["fast"] * 7 + ["slow"]
+        await store.submit(new_task(priority=1))
+    order = [c.task.task_id for c in await claim(store, slots=8)]
+    assert order.index(old.task_id) == 7
+
+
+async def test_the_eighth_claim_gives_no_more_to_a_project_that_is_ahead_of_its_share(store: Store) -> None:
+    await store.submit(new_task("ahead"))
+    await raw(store).zadd(KEYS["flows"] + "cpu_intensive", {"ahead": 1e6})
+    await asyncio.sleep(0.002)
+    for _ in range(20):
+        await store.submit(new_task("fair"))
+    assert {c.task.project_id for c in await claim(store, slots=16)} == {"fair"}
 
 
 async def test_an_idle_project_comes_back_at_the_virtual_time_of_the_last_claim(store: Store) -> None:

@@ -1,0 +1,226 @@
+"""Who goes next: simulations over the real scripts. Time is simulated by moving a task's start back before it is completed.
+
+Redis's clock gives the order of arrival and nothing else here, so that hours of work pass in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from movieq.contracts import KEYS, Kind, TaskId
+from movieq.embedded import Valkey
+from movieq.store import Claimed, Store, connect
+from tests.arrange import new_task, raw, result
+
+# MOVIEQ_TEST_EXAMPLES=100 for a long look
+EIGHTH = 1 / 8
+"""The share of claims that take the oldest task: a project whose fair share is smaller may get as much as this."""
+
+
+class Farm:
+    """Slots that work on what the scripts give them, on a clock of their own (ms)."""
+
+    def __init__(self, store: Store, slots: int, weights: dict[str, float], durations: Callable[[str], int]) -> None:
+        self.store = store
+        self.slots = slots
+        self.weights = msgspec.json.encode(weights)
+        self.durations = durations
+        self.now_ms = 0
+        self.served_ms: Counter[str] = Counter()
+        self.order: list[str] = []
+        self._busy: list[tuple[int, int, Claimed, int]] = []
+        self._number = itertools.count()
+
+    async def submit(self, project: str, count: int = 1, **fields: Any) -> list[TaskId]:
+        tasks = [new_task(project, **fields) for _ in range(count)]
+        await asyncio.gather(*(self.store.submit(task) for task in tasks))
+        return [task.task_id for task in tasks]
+
+    async def fill(self) -> None:
+        """Every free slot takes what is next."""
+        if (free := self.slots - len(self._busy)) > 0:
+            for claimed in await self.store.claim("farm", f"n{next(self._number)}", {Kind.CPU_INTENSIVE: free}, self.weights):
+                project = claimed.task.project_id
+                duration_ms = self.durations(project)
+                self.order.append(project)
+                heapq.heappush(self._busy, (self.now_ms + duration_ms, next(self._number), claimed, duration_ms))
+
+    async def step(self) -> bool:
+        """The next task ends, and its slot takes another; False where nothing runs."""
+        await self.fill()
+        if not self._busy:
+            return False
+        self.now_ms, _, claimed, duration_ms = heapq.heappop(self._busy)
+        seconds, micros = await self.store.redis.time()
+        started = seconds * 1000 + micros // 1000 - duration_ms
+        await raw(self.store).hset(KEYS["task"] + claimed.task.task_id, "started_at_ms", started)
+        await self.store.complete(claimed.task.task_id, claimed.run, result())
+        self.served_ms[claimed.task.project_id] += duration_ms
+        await self.fill()
+        return True
+
+
+def simulate(server: Valkey, play: Callable[[Store], Awaitable[None]]) -> None:
+    """One play on an empty Valkey."""
+
+    async def run() -> None:
+        client = connect(server.url, patient=True)
+        await client.flushall()
+        store = Store(client)
+        try:
+            await play(store)
+        finally:
+            await store.aclose()
+
+    asyncio.run(run())
+
+
+def assert_shares(served_ms: Counter[str], weights: dict[str, float]) -> None:
+    """Each project got its share of the time within a tenth."""
+    whole, total = sum(served_ms.values()), sum(weights.values())
+    for project, weight in weights.items():
+        fair = weight / total
+        got = served_ms[project] / whole
+        assert 0.9 * fair <= got <= 1.1 * max(fair, EIGHTH), (project, fair, served_ms)
+
+
+SIMULATION = settings(
+    max_examples=int(os.environ.get("MOVIEQ_TEST_EXAMPLES", 4)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+WEIGHTS = st.lists(st.sampled_from([1.0, 1.5, 2.0, 3.0]), min_size=2, max_size=4).map(lambda found: dict(zip("abcd", found, strict=False)))
+
+
+@SIMULATION
+@given(weights=WEIGHTS, slots=st.integers(1, 4), seed=st.integers(0, 2**16), error=st.sampled_from([0.2, 1.0, 5.0]))
+def test_under_backlog_projects_share_the_time_by_weight_whatever_their_priorities_and_estimates(
+    server: Valkey, weights: dict[str, float], slots: int, seed: int, error: float
+) -> None:
+    chance = random.Random(seed)
+    mean_ms = {project: chance.choice([500, 1000, 2000]) for project in weights}
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, slots, weights, lambda project: int(mean_ms[project] * chance.uniform(0.5, 1.5)))
+        for project in weights:
+            for _ in range(12):
+                await farm.submit(project, 50, priority=chance.choice([1, 2, 3]), estimate_ms=int(mean_ms[project] * error), shape=project)
+        while farm.now_ms < 300 * sum(mean_ms.values()) / len(mean_ms) / slots:
+            assert await farm.step()
+        assert_shares(farm.served_ms, weights)
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(used_ms=st.integers(20_000, 200_000), seed=st.integers(0, 2**16))
+def test_who_used_idle_capacity_owes_nothing_for_it_when_another_comes(server: Valkey, used_ms: int, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, 2, {}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        await farm.submit("early", 600, estimate_ms=1000)
+        while farm.now_ms < used_ms:
+            await farm.step()
+        farm.served_ms.clear()
+        await farm.submit("late", 300, estimate_ms=1000)
+        until_ms = farm.now_ms + 90_000
+        while farm.now_ms < until_ms:
+            assert await farm.step()
+        assert_shares(farm.served_ms, {"early": 1, "late": 1})
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(others=st.integers(1, 4), slots=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_a_single_task_waits_behind_no_more_than_one_of_each_other_project_a_slot(
+    server: Valkey, others: int, slots: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, slots, {}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        for number in range(others):
+            await farm.submit(f"p{number}", 200, estimate_ms=1000)
+        for _ in range(chance.randrange(50)):
+            await farm.step()
+        before = len(farm.order)
+        await farm.submit("single")
+        while "single" not in farm.order[before:]:
+            assert await farm.step()
+        waited = Counter(farm.order[before : before + farm.order[before:].index("single")])
+        assert all(count <= slots + 1 for count in waited.values()), waited  # one a slot, and one by the eighth claim
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(seed=st.integers(0, 2**16))
+def test_a_trickling_client_beside_a_bursting_one_gets_what_it_asks_for_at_once(server: Valkey, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, 2, {}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        waits = []
+        for _ in range(4):
+            await farm.submit("burst", 60, estimate_ms=1000)
+            for _ in range(15):
+                before = len(farm.order)
+                await farm.submit("trickle", estimate_ms=1000)
+                while "trickle" not in farm.order[before:]:
+                    await farm.step()
+                waits.append(farm.order[before:].index("trickle"))
+                for _ in range(3):
+                    await farm.step()
+        assert max(waits) <= 3
+        assert sum(waits) / len(waits) <= 1.5
+
+    simulate(server, play)
+
+
+def test_cancelled_thousands_leave_no_mark_on_the_order(server: Valkey) -> None:
+    async def play(store: Store) -> None:
+        farm = Farm(store, 1, {}, lambda _: 1000)
+        gone = await farm.submit("a", 3000, estimate_ms=1000)
+        await asyncio.gather(*(store.cancel(task_id) for task_id in gone))
+        assert await raw(store).zcard(KEYS["flows"] + "cpu_intensive") == 0
+        await farm.submit("a", 100, estimate_ms=1000)
+        await farm.submit("b", 100, estimate_ms=1000)
+        for _ in range(100):
+            await farm.step()
+        assert_shares(farm.served_ms, {"a": 1, "b": 1})
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(seed=st.integers(0, 2**16))
+def test_nothing_waits_for_ever_under_a_flood_of_higher_priority(server: Valkey, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, 1, {"heavy": 10.0}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        low: dict[str, list[TaskId]] = defaultdict(list)
+        for project in ("light", "heavy"):
+            low[project] = await farm.submit(project, 2, priority=3, estimate_ms=1000)
+        waiting = set(itertools.chain.from_iterable(low.values()))
+        for turn in range(120):
+            await farm.submit("heavy", 2, priority=1, estimate_ms=1000)
+            await farm.step()
+            found = [task_id for task_id in waiting if await raw(store).hget(KEYS["task"] + task_id, "status") == b"completed"]
+            waiting.difference_update(found)
+            if not waiting:
+                break
+            assert turn < 100, waiting
+
+    simulate(server, play)
