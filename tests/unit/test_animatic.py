@@ -164,6 +164,21 @@ def test_the_frame_counter_counts(render: Render) -> None:
     assert not changed[:, : 640 * 3 // 4].any()
 
 
+def test_colours_are_those_of_the_still(render: Render, tmp_path: Path) -> None:
+    path = tmp_path / "colours.png"
+    own = [(200, 40, 30), (40, 180, 60), (40, 60, 200), (220, 200, 60), (128, 128, 128)]
+    still = Image.new("RGB", (320, 180))
+    for index, colour in enumerate(own):
+        still.paste(colour, (index * 64, 0, index * 64 + 64, 180))
+    still.save(path)
+    made = render("generate_video", storyboard_images=["c"], inputs={"c": path}, camera_angle="static", captions=False)
+    with av.open(str(output(made))) as container:
+        frame = next(container.decode(video=0)).reformat(format="rgb24", src_colorspace="ITU709", dst_color_range="JPEG").to_ndarray()
+    for index, colour in enumerate(own):
+        shown = frame[85:95, index * 64 + 24 : index * 64 + 40].reshape(-1, 3).mean(axis=0)
+        assert np.abs(shown - colour).max() < 5, (colour, shown)
+
+
 def test_a_clip_without_stills_moves_a_painting(render: Render) -> None:
     shown = frames(render("generate_video", prompt="A city at night", captions=False))
     assert shown[0][20:].std() > 10

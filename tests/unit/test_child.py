@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 from workers import protocol
 from workers.child import __main__ as child_main
 from workers.child.take import STEP_INTERVAL_S, Made, Take
-from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Ready, Run, Step, ToChild
+from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Preview, Ready, Run, Step, ToChild
 
 DEADLINE_S = 20.0
 
@@ -191,6 +192,18 @@ def test_at_most_twenty_steps_a_second_leave_it(child: Child, order: Any) -> Non
     steps = [said for said in child.until_end(run.run) if isinstance(said, Step)]
     allowed = (time.monotonic() - began_s) / STEP_INTERVAL_S + 3  # and the last of each of the two stages
     assert 2 <= len(steps) <= allowed < 600
+
+
+def test_previews_come_where_they_are_asked_for_small_and_seldom(child: Child, order: Any) -> None:
+    run = order("generate_video", prompt="x", duration=4, resolution="640x360", preview=True)
+    began_s = time.monotonic()
+    child.send(run)
+    previews = [said for said in child.until_end(run.run) if isinstance(said, Preview)]
+    assert 1 <= len(previews) <= (time.monotonic() - began_s) / 0.5 + 1
+    for preview in previews:
+        assert len(preview.jpeg) <= 10_000
+        with Image.open(io.BytesIO(preview.jpeg)) as image:
+            assert (image.format, image.size) == ("JPEG", (256, 144))
 
 
 def test_it_ends_within_a_second_when_its_pipe_closes_in_the_middle_of_a_run(own_child: Child, order: Any) -> None:

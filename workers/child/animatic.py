@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -21,9 +22,9 @@ import movieq
 from movieq import params as parameters
 from movieq.errors import InternalFault, UnsupportedParameter
 from movieq.params import AnimationParams, AudioParams, ImageFormat, ImageParams, VideoParams
-from workers.child import camera, card, cutting, figure, grade, loudness, media, puppet, sound, speech, stills, titles
+from workers.child import camera, card, cutting, figure, grade, lettering, loudness, media, puppet, sound, speech, stills, titles
 from workers.child.cutting import Shot
-from workers.child.media import Clip, Planes, Samples, Tags
+from workers.child.media import Clip, Format, Planes, Samples, Tags
 from workers.child.plate import Plate, dissolved
 from workers.child.puppet import Placing, Puppet
 from workers.child.take import Made, Take
@@ -65,13 +66,15 @@ def make(take: Take) -> Made:
 
 
 def _clip(take: Take, params: VideoParams) -> Made:
-    size, rate, frames = parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params)
+    form = Format(parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params))
     references = params.storyboard_images
-    shots = cutting.cut(max(1, len(references)), frames, rate)
+    shots = cutting.cut(max(1, len(references)), form.frames, form.rate)
     if len(shots) < len(references):
-        take.warnings.append(f"{len(references)} storyboard images do not fit into {frames} frames: {len(shots)} are shown")
+        take.warnings.append(f"{len(references)} storyboard images do not fit into {form.frames} frames: {len(shots)} are shown")
     look = _look(take, params.lighting)
     _warn_of_camera(take, params.camera_angle)
+    if params.captions:
+        _warn_of_letters(take, params.description)
     take.plan(
         Stage("storyboard", "processing_storyboard", 0.04 * len(shots)),
         *([Stage("sound", "synthesizing_sound", 0.08)] if params.audio_cues else []),
@@ -81,24 +84,23 @@ def _clip(take: Take, params: VideoParams) -> Made:
         if references:
             stills.check(references[shot.still], take.input(references[shot.still]))
         take.step("storyboard", number, len(shots))
-    track = _sound_track(take, params, shots, frames, rate) if params.audio_cues else None
+    track = _sound_track(take, params, shots, form) if params.audio_cues else None
 
-    over = titles.lower_thirds(params.character_positions, size, frames, rate) if params.captions else []
+    over = titles.lower_thirds(params.character_positions, form) if params.captions else []
     if params.captions and params.description.strip():
-        over += titles.captions(params.description, size, frames, rate, [shot.first for shot in shots[1:]])
-    slate = titles.Slate(size, take.run.project_id, _scene(take), len(shots), frames, rate)
-    cutter = _Cutter(take, params, size, rate, look, shots)
-    return _film(take, size, rate, frames, cutter.frames(), over, slate, track)
+        over += titles.captions(params.description, form, [shot.first for shot in shots[1:]])
+    slate = titles.Slate(form, take.run.project_id, _scene(take), len(shots))
+    pictures = _Cutter(take, params, form, look, shots).frames()
+    return _film(take, form, pictures, over, slate, track)
 
 
 class _Cutter:
     """The pictures of a clip, one after another. At most two plates are in memory: the shot's, and in a dissolve the next one's."""
 
-    def __init__(self, take: Take, params: VideoParams, size: tuple[int, int], rate: Fraction, look: str, shots: list[Shot]) -> None:
+    def __init__(self, take: Take, params: VideoParams, form: Format, look: str, shots: list[Shot]) -> None:
         self._take = take
         self._params = params
-        self._size = size
-        self._rate = rate
+        self._form = form
         self._look = look
         self._shots = shots
 
@@ -117,24 +119,21 @@ class _Cutter:
             before = (shot, plate)
 
     def _plate(self, number: int, shot: Shot) -> Plate:
-        width, height = self._size
         move = camera.move(self._params.camera_angle, number)
         rng = _rng(self._take.seed, f"camera {number}")
-        views = camera.path(move, shot.frames, float(shot.frames / self._rate), width / height, rng)
+        views = camera.path(move, shot.frames, float(shot.frames / self._form.rate), self._form.aspect, rng)
         if references := self._params.storyboard_images:
             reference = references[shot.still]
-            still = stills.load(reference, self._take.input(reference), self._size)
+            still = stills.load(reference, self._take.input(reference), self._form.size)
         else:
             brief = card.Brief(description=self._params.description, pose=None, lighting=None, seed=self._take.seed)
-            still = card.painting(self._size, brief)
-        return Plate(still, self._size, self._look, views)
+            still = card.painting(self._form.size, brief)
+        return Plate(still, self._form.size, self._look, views)
 
 
 def _film(
     take: Take,
-    size: tuple[int, int],
-    rate: Fraction,
-    frames: int,
+    form: Format,
     pictures: Iterator[tuple[int, Planes]],
     over: list[titles.Title],
     slate: titles.Slate,
@@ -143,37 +142,36 @@ def _film(
     """The pictures with titles and slate, as an mp4 with its poster."""
     path, poster_path = take.out_dir / "output.mp4", take.out_dir / "poster.jpg"
     tags = _tags(take)
-    poster_frame = frames // 3
-    with Clip(path, size, rate, tags, track) as clip:
+    poster_frame = form.frames // 3
+    with Clip(path, form, tags, track) as clip:
         for frame, (shot, picture) in enumerate(pictures):
             for title in over:
                 if title.first <= frame < title.end:
-                    titles.lay(picture, title.overlay, titles.opacity(title, frame, rate))
+                    titles.lay(picture, title.overlay, titles.opacity(title, frame, form.rate))
             slate.lay(picture, shot, frame)
             clip.add(picture)
             if frame == poster_frame:
                 media.write_image(poster_path, media.picture(picture), ImageFormat.JPEG, tags)
-            take.preview(lambda picture=picture: media.preview(media.picture(picture)))  # type: ignore[misc]
-            take.step("frames", frame + 1, frames)
-    seconds = float(frames / rate)
-    metadata = _metadata(take, "mp4", size) | {"duration": round(seconds, 3), "fps": _plain(rate)}
-    metadata["generated"] |= {"frames": frames, "fps": _plain(rate)}
+            take.preview(partial(_preview, picture))
+            take.step("frames", frame + 1, form.frames)
+    metadata = _metadata(take, "mp4", form.size) | {"duration": round(form.seconds, 3), "fps": _plain(form.rate)}
+    metadata["generated"] |= {"frames": form.frames, "fps": _plain(form.rate)}
     if track is not None:
         metadata["sample_rate"] = media.CLIP_SAMPLE_RATE
     return Made(
         (
-            Produced(str(path), "output", "video/mp4", *size, seconds),
-            Produced(str(poster_path), "poster", "image/jpeg", *size),
+            Produced(str(path), "output", "video/mp4", *form.size, form.seconds),
+            Produced(str(poster_path), "poster", "image/jpeg", *form.size),
         ),
         metadata,
     )
 
 
-def _sound_track(take: Take, params: VideoParams, shots: list[Shot], frames: int, rate: Fraction) -> Samples:
+def _sound_track(take: Take, params: VideoParams, shots: list[Shot], form: Format) -> Samples:
     """Ambience as long as the clip; where there are several cues it changes with the picture."""
     scenes = [_known_cues(take, text) for text in params.audio_cues]
-    per_frame = media.CLIP_SAMPLE_RATE / rate
-    length = round(frames * per_frame)
+    per_frame = media.CLIP_SAMPLE_RATE / form.rate
+    length = round(form.frames * per_frame)
     changes = [round((shot.first + shot.fade_in / 2) * per_frame) for shot in shots[1:]]
     bed = sound.bed(scenes, length, media.CLIP_SAMPLE_RATE, _rng(take.seed, "sound"), changes)
     take.step("sound", 1, 2)
@@ -195,10 +193,11 @@ def _image(take: Take, params: ImageParams) -> Made:
     if len(params.reference_images) > 1:
         take.warnings.append("a concept card shows the first reference image alone")
     take.step("references", 1, 1)
+    _warn_of_letters(take, params.description)
     look = _look(take, params.lighting)
     brief = card.Brief(description=params.description, pose=params.pose, lighting=look, seed=take.seed, reference=reference, style=style)
     picture = card.card(size, brief)
-    take.preview(lambda: media.preview(picture))
+    take.preview(partial(media.preview, picture))
     take.step("card", 1, 1)
     extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
     path = take.out_dir / f"output.{extension}"
@@ -268,28 +267,26 @@ def _heard(take: Take, params: AudioParams, samples: Samples) -> Made:
 
 
 def _animation(take: Take, params: AnimationParams) -> Made:
-    size, rate, frames = parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params)
+    form = Format(parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params))
     motion = puppet.word(params.motion)
     if params.motion and motion is None:
         take.warnings.append(f"motion {params.motion!r} is not known and was taken as idle; known: {', '.join(puppet.MOTIONS)}")
     if len(params.reference_images) > 1:
         take.warnings.append("one reference image is animated: the first")
     take.plan(Stage("cut_out", "processing_storyboard", 0.15), Stage("frames", "rendering_animation", 1.0))
-    scene = _Puppetry(take, params, size, rate, frames, motion or "idle")
+    scene = _Puppetry(take, params, form, motion or "idle")
     take.step("cut_out", 1, 1)
-    slate = titles.Slate(size, take.run.project_id, _scene(take), 1, frames, rate)
-    return _film(take, size, rate, frames, scene.frames(), [], slate, None)
+    slate = titles.Slate(form, take.run.project_id, _scene(take), 1)
+    return _film(take, form, scene.frames(), [], slate, None)
 
 
 class _Puppetry:
     """The pictures of an animation: a far plane that moves little, the puppet, and with the lay figure a near plane that moves much."""
 
-    def __init__(self, take: Take, params: AnimationParams, size: tuple[int, int], rate: Fraction, frames: int, motion: str) -> None:
-        self._size = size
-        self._motion = motion
-        seconds = float(frames / rate)
-        self._cycles = max(1, round(seconds / puppet.CYCLE_S[motion]))
-        self._placings = puppet.placings(motion, frames, seconds, loop=params.loop)
+    def __init__(self, take: Take, params: AnimationParams, form: Format, motion: str) -> None:
+        size = form.size
+        self._cycles = max(1, round(form.seconds / puppet.CYCLE_S[motion]))
+        self._placings = puppet.placings(motion, form.frames, form.seconds, loop=params.loop)
         brief = card.Brief(description=params.description, pose=None, lighting=None, seed=take.seed)
         views = [camera.View(1.25, across * FAR_SHARE / 1.25) for across, _ in self._placings]
         if params.reference_images:
@@ -329,6 +326,15 @@ def _lay_figures(brief: card.Brief, size: tuple[int, int], ground: float, motion
 
 
 # -- what all of them share
+
+
+def _preview(picture: Planes) -> bytes:
+    return media.preview(media.picture(picture))
+
+
+def _warn_of_letters(take: Take, text: str) -> None:
+    if letters := lettering.missing(text):
+        take.warnings.append(f"no font here has the letters {letters[:20]!r}: they are drawn as boxes")
 
 
 def _look(take: Take, lighting: str | None) -> str:

@@ -17,6 +17,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from workers.child.palette import Colour, Palette, mix
 
+GROUND: Final = 0.93
+
 Rng = np.random.Generator
 Line = npt.NDArray[np.float64]
 """Heights of an outline, one a pixel column, in picture heights from the top."""
@@ -24,7 +26,8 @@ Line = npt.NDArray[np.float64]
 _WORDS: Final = {
     "city": "city street alley rooftop rooftops skyscraper downtown town urban tower traffic bridge neon metropolis market station",
     "forest": "forest woods tree trees jungle park garden pine pines glade leaves",
-    "sea": "sea ocean beach harbour harbor ship boat lighthouse cliff coast island wave waves river lake shore storm sailor pier",
+    "sea": "sea ocean beach harbour harbor ship boat cliff coast island wave waves river lake shore storm sailor pier",
+    "lighthouse": "lighthouse beacon",
     "desert": "desert dune dunes sand canyon mars wasteland dust western savanna",
     "room": "room kitchen office bedroom interior house corridor hall bar cafe café door window table desk library hospital lab cell",
     "hills": "mountain mountains hill hills valley snow field village castle road meadow farm",
@@ -33,19 +36,11 @@ KINDS: Final = tuple(_WORDS)
 _PLACES: Final = {word: place for place, words in _WORDS.items() for word in words.split()}
 
 
-class Layer(msgspec.Struct, frozen=True):
-    """One plane of distance as an RGBA picture; `depth` is 0 at the horizon and 1 at the camera's feet."""
-
-    depth: float
-    picture: Image.Image
-
-
 class Backdrop(msgspec.Struct, frozen=True):
-    """The sky, and the planes before it from far to near."""
+    """The sky as RGB, and the planes of distance before it as RGBA, from far to near."""
 
     sky: Image.Image
-    layers: tuple[Layer, ...]
-    horizon: float
+    planes: tuple[Image.Image, ...]
     ground: float
     """Where a figure stands, in picture heights from the top."""
 
@@ -67,22 +62,25 @@ def paint(size: tuple[int, int], kind: str, palette: Palette, rng: Rng) -> Backd
     light = (float(rng.choice([rng.uniform(0.16, 0.36), rng.uniform(0.64, 0.84)])), float(rng.uniform(0.16, horizon - 0.12)))
     sky = _sky(size, palette, light, rng)
     outline = _OUTLINES[kind]
-    layers = []
+    planes = []
     count = 4
     for number in range(count):
         depth = (number + 1) / count
         line = outline(size[0], horizon, depth, rng)
         brightness = 0.66 - 0.60 * depth**0.8
         colour = mix(palette.at(brightness), palette.light, 0.22 * (1 - depth))
-        layers.append(Layer(depth, _plane(size, line, colour, palette, rng)))
-    return Backdrop(sky, tuple(layers), horizon, 0.93)
+        plane = _plane(size, line, colour, palette, rng)
+        if kind == "lighthouse" and number == 0:
+            _tower(plane, mix(colour, palette.at(0.0), 0.45), palette.light)
+        planes.append(plane)
+    return Backdrop(sky, tuple(planes), GROUND)
 
 
 def flatten(backdrop: Backdrop, upto: int | None = None) -> Image.Image:
     """The sky with its planes, or the first of them, as one RGB picture."""
     picture = backdrop.sky.copy()
-    for layer in backdrop.layers[:upto]:
-        picture.paste(layer.picture, mask=layer.picture.getchannel("A"))
+    for plane in backdrop.planes[:upto]:
+        picture.paste(plane, mask=plane.getchannel("A"))
     return picture
 
 
@@ -158,6 +156,29 @@ def _sea(width: int, horizon: float, depth: float, rng: Rng) -> Line:
     return np.asarray(base - (0.004 + 0.016 * depth**2) * _ridge(width, rng, int(26 - 16 * depth)))
 
 
+def _tower(land: Image.Image, colour: Colour, light: Colour) -> None:
+    """Draws a lighthouse on the headland, in its tone, with its lamp lit; at twice the size for clean edges."""
+    width, height = land.size
+    top_of = np.argmax(np.asarray(land.getchannel("A")) > 128, axis=0)
+    x = round(width * (0.16 if top_of[: width // 4].mean() < top_of[-width // 4 :].mean() else 0.84))
+    foot, tall = int(top_of[x]) + height // 60, height * 0.24
+    layer = Image.new("RGBA", (width * 2, height * 2), (*colour, 0))
+    canvas = ImageDraw.Draw(layer)
+
+    def part(top: float, low: float, wide_top: float, wide_low: float, fill: tuple[int, ...]) -> None:
+        """A storey, in shares of the tower's height, from its upper to its lower edge."""
+        corners = ((-wide_top, top), (wide_top, top), (wide_low, low), (-wide_low, low))
+        canvas.polygon([(2 * (x + dx * tall), 2 * (foot - dy * tall)) for dx, dy in corners], fill=fill)
+
+    ink, lamp = (*colour, 255), (*mix(light, (255, 255, 255), 0.8), 255)
+    part(0.76, 0, 0.065, 0.105, ink)
+    part(0.79, 0.76, 0.10, 0.10, ink)
+    part(0.90, 0.79, 0.052, 0.052, lamp)
+    part(0.96, 0.90, 0.01, 0.068, ink)
+    part(1.03, 0.96, 0.004, 0.008, ink)
+    land.alpha_composite(layer.reduce(2))
+
+
 def _forest(width: int, horizon: float, depth: float, rng: Rng) -> Line:
     base = horizon + (0.95 - horizon) * (depth - 0.25) ** 1.2
     line = base - 0.03 * _noise(width, rng, 4)
@@ -202,6 +223,7 @@ _OUTLINES: Final[dict[str, Callable[[int, float, float, Rng], Line]]] = {
     "hills": _hills,
     "desert": _desert,
     "sea": _sea,
+    "lighthouse": _sea,
     "forest": _forest,
     "city": _city,
 }
@@ -249,7 +271,7 @@ def _room(size: tuple[int, int], palette: Palette, rng: Rng) -> Backdrop:
     soft = ImageChops.lighter(glow, glow.filter(ImageFilter.GaussianBlur(min(size) / 14)))
     wall.paste(light, mask=soft)
     ground.paste((*light, 255), mask=ImageChops.multiply(beam.filter(ImageFilter.GaussianBlur(min(size) / 160)), ground.getchannel("A")))
-    return Backdrop(wall, (Layer(0.9, ground),), floor, 0.93)
+    return Backdrop(wall, (ground,), GROUND)
 
 
 def _cloud(size: tuple[int, int], rng: Rng, octaves: int) -> Image.Image:

@@ -7,6 +7,7 @@ palette as swatches, and the word ANIMATIC. Which composition it is follows the 
 from __future__ import annotations
 
 import hashlib
+from math import floor
 from typing import Final
 
 import msgspec
@@ -20,6 +21,8 @@ from workers.child.stills import fill
 
 Box = tuple[int, int, int, int]
 
+TITLE_LINES: Final = 8
+"""Up to so many lines a text is a title, its lines of even length; more is running text."""
 PAINTED_PIXELS: Final = 2_200_000
 """A place is painted at most this large and enlarged: it is all soft wash, and paint costs a second for each 10 megapixels."""
 
@@ -67,7 +70,7 @@ def stage(size: tuple[int, int], brief: Brief) -> tuple[Image.Image, Image.Image
     rng, colours = brief.rng("painting"), brief.colours()
     place = _place(size, brief, colours, rng)
     far = backdrop.grain(backdrop.flatten(place, -1), rng)
-    near = place.layers[-1].picture
+    near = place.planes[-1]
     return far.resize(size, Image.Resampling.BICUBIC), near.resize(size, Image.Resampling.BICUBIC), place.ground
 
 
@@ -164,15 +167,18 @@ def _fitted(text: str, most: int, height: int, unit: int) -> tuple[Style, list[s
 
     def lines_at(size: int) -> tuple[Style, list[str], int]:
         style = Style(Weight.BLACK if size > unit * 0.055 else Weight.BOLD if size > unit * 0.038 else Weight.REGULAR, size)
-        room = 1 + int((height - size * (CAP_HEIGHT + DESCENT)) / (size * LINE_HEIGHT))
-        return style, lettering.wrap(text, style, most), max(1, room)
+        room = 1 + floor((height - size * (CAP_HEIGHT + DESCENT)) / (size * LINE_HEIGHT))
+        return style, lettering.wrap(text, style, most), room
 
     while low < high:
         size = (low + high + 1) // 2
         style, lines, room = lines_at(size)
-        whole = len(lines) <= room and all(lettering.width(word, style) <= most for word in text.split())
+        whole = len(lines) <= room and lettering.widest_word(text, style) <= most
         low, high = (size, high) if whole else (low, size - 1)
     style, lines, room = lines_at(low)
+    if len(lines) <= TITLE_LINES:
+        lines = lettering.balance(text, style, most)
+    room = max(1, room)
     if len(lines) > room:
         lines = [*lines[: room - 1], lettering.shorten(f"{lines[room - 1]} {lines[room]}", style, most)]
     return style, lines

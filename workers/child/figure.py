@@ -132,6 +132,8 @@ def draw(canvas: ImageDraw.ImageDraw, foot: Point, height: float, pose: Pose, fi
     limb([neck, crown], [0.024, 0.022])
     chin, brow = (at(go(neck, 180 - pose.torso - pose.head, up)) for up in (0.068, 0.105))
     _taper(canvas, chin, brow, 0.038 * height, 0.044 * height, fill)
+    nose = at(go(go(neck, 180 - pose.torso - pose.head, 0.076), 90 - pose.torso - pose.head, 0.046))
+    _taper(canvas, ((chin[0] + brow[0]) / 2, (chin[1] + brow[1]) / 2), nose, 0.022 * height, 0.006 * height, fill)
 
 
 def _taper(canvas: ImageDraw.ImageDraw, a: Point, b: Point, wide: float, narrow: float, fill: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ class Grade(msgspec.Struct, frozen=True, kw_only=True):
 
 
 GRADES: Final = {
-    "neutral": Grade(sky=(0.74, 0.77, 0.78)),
+    "neutral": Grade(vignette=0.0, sky=(0.74, 0.77, 0.78)),
     "noir": Grade(gamma=0.82, contrast=1.75, saturation=0.0, vignette=0.45, sky=(0.80, 0.80, 0.80)),
     "golden hour": Grade(
         gamma=1.06,

@@ -5,13 +5,15 @@ Sizes are pixels of the em square. Text is drawn from its baseline.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from enum import StrEnum
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 import font_roboto
@@ -46,6 +48,9 @@ CAP_HEIGHT: Final = 0.711
 
 DESCENT: Final = 0.22
 
+EVEN_PIECES: Final = 120
+"""Of at most so many words lines are made even; beyond, it is running text."""
+
 
 def width(text: str, style: Style) -> float:
     """Pixels from the first letter's origin to where the next would begin."""
@@ -66,34 +71,54 @@ def draw(canvas: ImageDraw.ImageDraw, x: float, baseline: float, text: str, styl
 
 
 def wrap(text: str, style: Style, most: float) -> list[str]:
-    """Lines at most `most` pixels wide. Line ends in the text are kept; a word that is wider is broken."""
+    """Lines at most `most` pixels wide. Line ends in the text are kept; a word that is wider is broken, Chinese and Japanese anywhere."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split():
-            for piece in _pieces(word, style, most):
-                if line and width(f"{line} {piece}", style) <= most:
-                    line = f"{line} {piece}"
-                else:
-                    if line:
-                        lines.append(line)
-                    line = piece
-        if line:
-            lines.append(line)
-    return lines
+        pieces = [part for piece in _pieces(paragraph) for part in _broken(piece, style, most)]
+        while pieces:
+            count, wide = 0, 0.0
+            while count < len(pieces) and (count == 0 or wide + _estimate(pieces[count].rstrip(), style) <= most):
+                wide += _estimate(pieces[count], style)
+                count += 1
+            while count > 1 and width("".join(pieces[:count]).strip(), style) > most:  # shaping can make a line wider than its letters
+                count -= 1
+            lines.append("".join(pieces[:count]).strip())
+            del pieces[:count]
+    return [line for line in lines if line]
+
+
+def widest_word(text: str, style: Style) -> float:
+    """Pixels of the longest part of the text that a line cannot be broken in."""
+    return max((_estimate(piece.rstrip(), style) for line in text.split("\n") for piece in _pieces(line)), default=0.0)
 
 
 def balance(text: str, style: Style, most: float) -> list[str]:
-    """The fewest lines that `wrap` needs, of lengths as even as can be: nothing hangs alone on the last one."""
-    lines = wrap(text, style, most)
-    low, high = most / max(1, len(lines)) * 0.9, most
-    while high - low > style.size / 4:
-        middle = (low + high) / 2
-        if len(narrower := wrap(text, style, middle)) <= len(lines):
-            lines, high = narrower, middle
-        else:
-            low = middle
+    """As few lines as `wrap` needs, their lengths as even as can be: no word hangs alone at the end. Long texts are wrapped only."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        pieces = [part for piece in _pieces(paragraph) for part in _broken(piece, style, most)]
+        wrapped = wrap(paragraph, style, most)
+        lines += _even(pieces, len(wrapped), style, most) or wrapped if len(pieces) <= EVEN_PIECES else wrapped
     return lines
+
+
+def _even(pieces: list[str], count: int, style: Style, most: float) -> list[str]:
+    """The pieces in that many lines with the least sum of squared space at their ends; none where letter by letter they do not fit."""
+    widths = [_estimate(piece, style) for piece in pieces]
+    start = [0.0, *accumulate(widths)]
+    best = {0: (0.0, [0])}  # pieces set so far -> cost, and where each line ended
+    for _ in range(count):
+        reached: dict[int, tuple[float, list[int]]] = {}
+        for done, (cost, ends) in best.items():
+            for end in range(done + 1, len(pieces) + 1):
+                space = most - (start[end] - start[done])
+                if space < 0:
+                    break
+                if (total := cost + space**2) < reached.get(end, (float("inf"), []))[0]:
+                    reached[end] = (total, [*ends, end])
+        best = reached
+    _, ends = best.get(len(pieces), (0.0, []))
+    return ["".join(pieces[a:b]).strip() for a, b in pairwise(ends)]
 
 
 def shorten(text: str, style: Style, most: float) -> str:
@@ -112,14 +137,39 @@ def missing(text: str) -> str:
     return "".join(dict.fromkeys(c for c in text if not _ignorable(c) and _face_for(c, Weight.REGULAR) is None))
 
 
-def _pieces(word: str, style: Style, most: float) -> Iterator[str]:
-    while len(word) > 1 and width(word, style) > most:
-        count = max(1, int(len(word) * most / width(word, style)))
-        while count > 1 and width(word[:count], style) > most:
-            count -= 1
-        yield word[:count]
-        word = word[count:]
-    yield word
+def _pieces(paragraph: str) -> list[str]:
+    """What a line can be made of: words with the space behind them, and single signs of scripts that are written without spaces."""
+    return _PIECE.findall(" ".join(paragraph.split()))
+
+
+_PIECE: Final = re.compile(
+    r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef] ?|[^ \u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+ ?"
+)
+
+
+def _broken(piece: str, style: Style, most: float) -> Iterator[str]:
+    """The piece, in parts where it alone is wider than a line."""
+    if _estimate(piece.rstrip(), style) <= most:
+        yield piece
+        return
+    part, wide = "", 0.0
+    for letter in piece:
+        advance = _letter_width(letter, style)
+        if part and wide + advance > most:
+            yield part
+            part, wide = "", 0.0
+        part, wide = part + letter, wide + advance
+    yield part
+
+
+def _estimate(text: str, style: Style) -> float:
+    """The width letter by letter, without kerning: what thousands of letters can be measured by."""
+    return sum(_letter_width(letter, style) for letter in text)
+
+
+@lru_cache(maxsize=50_000)
+def _letter_width(letter: str, style: Style) -> float:
+    return width(letter, style)
 
 
 def _runs(text: str, style: Style) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:

@@ -47,6 +47,22 @@ class Planes(NamedTuple):
     v: Image.Image
 
 
+class Format(NamedTuple):
+    """The shape of a clip: its size in pixels, frames a second, and how many frames there are."""
+
+    size: tuple[int, int]
+    rate: Fraction
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        return float(self.frames / self.rate)
+
+    @property
+    def aspect(self) -> float:
+        return self.size[0] / self.size[1]
+
+
 class Tags(msgspec.Struct, frozen=True, kw_only=True):
     """What a file says about itself."""
 
@@ -101,17 +117,17 @@ class Clip:
     Leaving the block with an exception leaves no file.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, tags: Tags, sound: Samples | None = None) -> None:
+    def __init__(self, path: Path, form: Format, tags: Tags, sound: Samples | None = None) -> None:
         """`sound` is stereo at `CLIP_SAMPLE_RATE`, as long as the clip."""
         self._path = path
-        self._rate = rate
+        self._rate = form.rate
         self._sound = sound
         self._waiting: queue.Queue[Planes | None] = queue.Queue(QUEUED_FRAMES)
         self._abandoned = False
         self._fault: BaseException | None = None
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"})
         self._container.metadata.update({"title": tags.title, "description": tags.prompt, "comment": tags.comment})
-        self._video = self._video_stream(size, rate)
+        self._video = self._video_stream(form)
         self._audio = self._audio_stream() if sound is not None else None
         self._thread = threading.Thread(target=self._encode, name="encode")
 
@@ -135,7 +151,7 @@ class Clip:
             raise self._fault
         self._waiting.put(planes)
 
-    def _video_stream(self, size: tuple[int, int], rate: Fraction) -> VideoStream:
+    def _video_stream(self, form: Format) -> VideoStream:
         options = {
             "preset": "veryfast",
             "crf": "20",
@@ -145,12 +161,12 @@ class Clip:
             # mbtree's AVX code reads past its rows: the same pictures gave 30 different files in 40 runs (av 18.1); without it, one
             "x264-params": "mbtree=0",
         }
-        stream = self._container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height = size
+        stream = self._container.add_stream("libx264", rate=form.rate, options=options)
+        stream.width, stream.height = form.size
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
-        codec.time_base = 1 / rate
-        codec.gop_size = max(1, round(2 * rate))
+        codec.time_base = 1 / form.rate
+        codec.gop_size = max(1, round(2 * form.rate))
         codec.flags |= av.codec.context.Flags.bitexact
         codec.color_range = ColorRange.MPEG
         codec.colorspace = Colorspace.ITU709

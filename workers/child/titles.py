@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from workers.child import lettering
 from workers.child.lettering import CAP_HEIGHT, DESCENT, LINE_HEIGHT, Style, Weight
-from workers.child.media import Planes, planes
+from workers.child.media import Format, Planes, planes
 
 SAFE: Final = 0.05
 SCRIM: Final = (10, 10, 12, 178)
@@ -75,26 +75,26 @@ def opacity(title: Title, frame: int, rate: Fraction) -> float:
     return min(1.0, rising, (title.end - frame) / fade)
 
 
-def captions(text: str, size: tuple[int, int], frames: int, rate: Fraction, cuts: Sequence[int] = ()) -> list[Title]:
+def captions(text: str, form: Format, cuts: Sequence[int] = ()) -> list[Title]:
     """The text as pages of at most two lines (three in portrait), each on screen for its share of the letters.
 
     A page is a sentence where there is time for all of them, else as much as fits. Pages turn with the picture, at one of `cuts`, where
     one is near.
     """
-    width, height = size
-    em = _em(size)
+    width, height = form.size
+    em = _em(form.size)
     style = Style(Weight.MEDIUM, em)
     most = min(width * (1 - 2 * SAFE) - em, em * 26)
     lines_a_page = 2 if width >= height else 3
-    count = max(1, int(frames / rate / Fraction(PAGE_S)))
+    count = max(1, int(form.seconds / PAGE_S))
     pages = _pages(" ".join(text.split()), style, most, lines_a_page, count)
     letters = [sum(map(len, page)) + 12 for page in pages]  # 12: the time to notice that there is a new one
     titles, first, seen = [], 0, 0
     for page, share in zip(pages, letters, strict=True):
         seen += share
-        end = frames if seen == sum(letters) else _near(round(frames * seen / sum(letters)), cuts, round(SNAP_S * rate))
+        end = form.frames if seen == sum(letters) else _near(round(form.frames * seen / sum(letters)), cuts, round(SNAP_S * form.rate))
         if end > first:
-            titles.append(Title(first, end, _caption(page, style, size)))
+            titles.append(Title(first, end, _caption(page, style, form.size)))
             first = end
     return titles
 
@@ -139,16 +139,16 @@ def _caption(lines: list[str], style: Style, size: tuple[int, int]) -> Overlay:
     return _overlay(layer)
 
 
-def lower_thirds(positions: list[str | dict[str, Any]], size: tuple[int, int], frames: int, rate: Fraction) -> list[Title]:
+def lower_thirds(positions: list[str | dict[str, Any]], form: Format) -> list[Title]:
     """Who stands where, by `character_positions`: up to three names at a time, each on its side of the frame, four seconds each time."""
     people = [_person(entry) for entry in positions]
     groups = [people[i : i + 3] for i in range(0, len(people), 3)]
     titles = []
     for number, group in enumerate(groups):
-        first = round(Fraction(number * frames, len(groups)))
-        end = min(first + round(Fraction(LOWER_THIRD_S) * rate), round(Fraction((number + 1) * frames, len(groups))))
+        first = round(Fraction(number * form.frames, len(groups)))
+        end = min(first + round(LOWER_THIRD_S * form.rate), round(Fraction((number + 1) * form.frames, len(groups))))
         if end > first:
-            titles.append(Title(first, end, _names(group, size), soft=True))
+            titles.append(Title(first, end, _names(group, form.size), soft=True))
     return titles
 
 
@@ -201,10 +201,10 @@ class Slate:
     A frame too narrow for all of it keeps the word ANIMATIC and drops the rest from the end.
     """
 
-    def __init__(self, size: tuple[int, int], project: str, scene: str, shots: int, frames: int, rate: Fraction) -> None:
-        self._size = size
-        self._rate = rate
-        self._frames = frames
+    def __init__(self, form: Format, project: str, scene: str, shots: int) -> None:
+        size = self._size = form.size
+        self._rate = form.rate
+        self._frames = form.frames
         self._height = max(8, round(min(size) * 0.042) // 2 * 2)
         em = max(5, round(self._height * 0.56))
         self._bold, self._plain = Style(Weight.BOLD, em, 0.12), Style(Weight.MEDIUM, em)
