@@ -47,6 +47,12 @@ check: setup-test  ## Lint and type-check
 test: setup-test  ## Run the tests; PYTEST='-m slow' for the long ones
 	$(BIN)/python -m pytest $(PYTEST)
 
+chaos: setup-test  ## Kill everything while N tasks run, and count what is lost
+	$(BIN)/python -m tests.chaos.run $(or $(N),300) --per-second $(or $(RATE),5)
+
+gallery: setup-test  ## Render a sheet of every camera, grade and card
+	$(BIN)/python -m tests.gallery gallery
+
 bench: setup-test  ## Measure: submit, start, the animatic
 	$(BIN)/python -m tests.bench.bench_submit
 	$(BIN)/python -m tests.bench.bench_start

@@ -142,7 +142,7 @@ class Receiver:
         self.url = ""
         self._came = asyncio.Event()
 
-    async def _handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: web.Request) -> web.Response:
         self.requests.append((dict(request.headers), await request.read()))
         self._came.set()
         return web.Response(status=self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
@@ -160,7 +160,7 @@ class Receiver:
 async def receiver(*answers: int) -> AsyncIterator[Receiver]:
     """A receiver on a free port of this machine."""
     made = Receiver(*answers)
-    async with serving({"/hook": made._handle}, "POST") as url:
+    async with serving({"/hook": made.handle}, "POST") as url:
         made.url = f"{url}/hook"
         yield made
 
