@@ -1,0 +1,228 @@
+"""A client that holds every answer to the contract: its error body, its schema in /openapi.json, its times."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import cache
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import aiohttp
+from jsonschema import Draft202012Validator
+from multidict import CIMultiDictProxy
+
+from movieq.api import openapi
+from movieq.api.state import Api
+from movieq.errors import RequestError
+
+ALL: Final = "all-projects-all-scopes"
+FILM: Final = "one-project-read-and-submit"
+READ: Final = "one-project-read-only"
+SUBMIT: Final = "one-project-submit-only"
+ADMIN: Final = "one-project-admin-only"
+KEYS: Final = (ALL, FILM, READ, SUBMIT, ADMIN)
+
+UNKNOWN: Final = "00000000-0000-4000-8000-000000000000"
+BODY: Final[dict[str, Any]] = {"project_id": "film", "task_type": "generate_image", "task_data": {"prompt": "a lighthouse"}}
+TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
+TIMES: Final = {"timestamp", "time", "created_at", "started_at", "completed_at", "cancelled_at", "last_heartbeat"}
+STATUS_OF: Final = {error.code: error.status for error in RequestError.__subclasses__()}
+DEADLINE_S: Final = 10.0
+"""How long a test waits for what must come."""
+
+
+class Answer(NamedTuple):
+    """An answer, read to its end."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        """The code of an error."""
+        return str(self.json["error"])
+
+    @property
+    def message(self) -> str:
+        return str(self.json["message"])
+
+
+class Event(NamedTuple):
+    """An event of a stream."""
+
+    id: str | None
+    type: str
+    data: Any
+
+
+class Stream:
+    """An open stream: its events one by one, and how it began."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.comments = 0
+        self.retries: list[int] = []
+
+    async def next(self, seconds: float = DEADLINE_S) -> Event | None:
+        """The next event; None where the stream has ended. Raises TimeoutError."""
+        fields: dict[str, str] = {}
+        async with asyncio.timeout(seconds):
+            while line := (await self.response.content.readline()).decode():
+                name, _, value = line.rstrip("\n").partition(": ")
+                if line == "\n" and "event" in fields:
+                    return Event(fields.get("id"), fields["event"], json.loads(fields["data"]))
+                if name == "retry":
+                    self.retries.append(int(value))
+                elif line.startswith(":"):
+                    self.comments += 1
+                elif line != "\n":
+                    fields[name] = value
+        return None
+
+    async def until(self, *types: str) -> list[Event]:
+        """The events up to one of these types."""
+        found: list[Event] = []
+        while (event := await self.next()) is not None:
+            found.append(event)
+            if event.type in types:
+                return found
+        raise AssertionError(f"the stream ended without {types}: {found}")
+
+    async def rest(self) -> list[Event]:
+        """The events up to the end of the stream."""
+        found: list[Event] = []
+        while (event := await self.next()) is not None:
+            found.append(event)
+        return found
+
+
+class Client:
+    """Asks the API. `state` is what its process holds, `signatures` are those it has given out."""
+
+    def __init__(self, url: str, state: Api) -> None:
+        self.url = url
+        self.state = state
+        self.signatures: set[str] = set()
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=60))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self._session.close()
+
+    async def ask(
+        self, method: str, path: str, *, key: str | None = ALL, headers: Mapping[str, str] | None = None, data: Any = None
+    ) -> Answer:
+        """The answer; `path` may be an absolute url. Whatever it is, it keeps what the contract says of every answer."""
+        sent = {**({} if key is None else {"X-API-Key": key}), **(headers or {})}
+        async with self._session.request(method, self._at(path), headers=sent, data=data, allow_redirects=False) as response:
+            answer = Answer(response.status, response.headers, await response.read())
+        self.signatures |= {found.decode() for found in re.findall(rb"signature=([\w-]+)", answer.body)}
+        kept(method, urlsplit(self._at(path)).path, answer)
+        return answer
+
+    async def get(self, path: str, **options: Any) -> Answer:
+        return await self.ask("GET", path, **options)
+
+    async def post(self, path: str, **options: Any) -> Answer:
+        return await self.ask("POST", path, **options)
+
+    async def delete(self, path: str, **options: Any) -> Answer:
+        return await self.ask("DELETE", path, **options)
+
+    async def submit(self, key: str | None = ALL, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
+        """A task is handed in: the plainest there is, with these top-level fields instead."""
+        return await self.submit_bytes(json.dumps({**BODY, **fields}).encode(), key=key, headers=headers)
+
+    async def submit_bytes(self, body: Any, key: str | None = ALL, headers: Mapping[str, str] | None = None) -> Answer:
+        """These bytes, or chunks, are posted as a task."""
+        return await self.post("/api/v1/tasks/submit", key=key, headers={"Content-Type": "application/json", **(headers or {})}, data=body)
+
+    async def status(self, task_id: str) -> Any:
+        """The JSON of a task's status."""
+        answer = await self.get(f"/api/v1/tasks/{task_id}/status")
+        assert answer.status == 200, answer
+        return answer.json
+
+    @asynccontextmanager
+    async def events(self, task_id: str, query: str = "", *, key: str | None = ALL, **headers: str) -> AsyncIterator[Stream]:
+        """The stream of a task, or of an absolute `events_url`; `last_event_id` and `origin` are headers."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()} | ({} if key is None else {"X-API-Key": key})
+        url = task_id if task_id.startswith("http") else f"{self.url}/api/v1/tasks/{task_id}/events{query}"
+        async with self._session.get(url, headers=sent) as response:
+            assert response.status == 200, (response.status, await response.read())
+            yield Stream(response)
+
+    async def raw(self, *parts: bytes) -> bytes:
+        """What comes back when these bytes are sent as they are; the connection is read to its end."""
+        host, port = self.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            for part in parts:
+                writer.write(part)
+            async with asyncio.timeout(DEADLINE_S):
+                return await reader.read()
+        finally:
+            writer.close()
+
+    def _at(self, path: str) -> str:
+        return path if path.startswith("http") else self.url + path
+
+
+def kept(method: str, path: str, answer: Answer) -> None:
+    """Raises AssertionError where an answer breaks what the contract says of every one."""
+    if method == "HEAD" or answer.status in (204, 206):
+        return
+    if answer.status >= 400 and not (path.endswith("/health") and answer.status == 503):
+        assert answer.headers["Content-Type"] == "application/json", answer
+        assert STATUS_OF[answer.error] == answer.status, answer
+        assert len(answer.body) < 4000, "an error repeats at most a little of what was sent"
+        schema("ErrorAnswer").validate(answer.json)
+    elif operation := _operation(method, path):
+        assert answer.headers["Content-Type"] == "application/json", answer
+        ref = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]["$ref"]
+        schema(ref.rpartition("/")[2]).validate(answer.json)
+    if answer.headers.get("Content-Type") == "application/json" and path != "/openapi.json":
+        _times(answer.json)
+
+
+def _times(value: Any) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in TIMES and inner is not None and isinstance(inner, str):
+                assert TIME.fullmatch(inner), f"{name}: {inner}"
+            _times(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _times(inner)
+
+
+@cache
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(json.dumps(openapi.document("http://127.0.0.1")))
+    return document
+
+
+def _operation(method: str, path: str) -> dict[str, Any] | None:
+    for template, item in _document()["paths"].items():
+        if method.lower() in item and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            found: dict[str, Any] = item[method.lower()]
+            return found
+    return None
+
+
+@cache
+def schema(name: str) -> Draft202012Validator:
+    """Validates against a Struct, as /openapi.json has it."""
+    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": _document()["components"]})

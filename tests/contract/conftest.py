@@ -1,0 +1,166 @@
+"""The real API over a real socket, in the test's own loop, on the session's Valkey; keys of every sort; answers held to /openapi.json."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import uvicorn
+from arq.connections import ArqRedis
+
+from movieq import serving
+from movieq.api import app
+from movieq.contracts import RunToken, TaskId, TaskStatus
+from movieq.embedded import Valkey
+from movieq.settings import Settings
+from movieq.store import Store
+from tests.arrange import claim, result
+from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBMIT, Client
+
+
+@asynccontextmanager
+async def served(settings: Settings, send_buffer: int | None = None) -> AsyncIterator[Client]:
+    """A client of the API with these settings. Afterwards the API has ended, in order, with every stream told.
+
+    `send_buffer` is how many bytes the kernel takes of the API for a client that does not read.
+    """
+    listening = serving.listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    url = serving.address(listening)
+    application = app.create(settings, settings.public_url or url)
+    config = serving._Server(application, url).config
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listening])
+    try:
+        async with Client(url, application.state.api) as client:
+            yield client
+    finally:  # as uvicorn's own shutdown, without its naps of a tenth of a second
+        application.state.api.hub.close()
+        for each in server.servers:
+            each.close()
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        async with asyncio.timeout(DEADLINE_S):
+            while server.server_state.connections or server.server_state.tasks:
+                await asyncio.sleep(0.001)
+            await server.lifespan.shutdown()
+
+
+@pytest.fixture
+def settings(server: Valkey, folder: Path) -> Settings:
+    """An installation with a key of each sort."""
+    return Settings(
+        redis_url=server.url,
+        storage=str(folder / "media"),
+        allow_private_urls="10.9.0.0/16",
+        api_keys=f"{ALL},{FILM}=film,{READ}=film/read,{SUBMIT}=film/submit,{ADMIN}=film/admin",
+    )
+
+
+@pytest.fixture
+def quiet_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the first tidy: what Redis is asked, a request or a stream asks."""
+    monkeypatch.setattr(app, "TIDY_S", 3600)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """Everything that is logged, down to debug."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(logging.getLogger("uvicorn.access"), "disabled", True)  # pytest opens the ears that uvicorn has shut
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    yield caplog
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+async def api(settings: Settings, redis: ArqRedis, logged: pytest.LogCaptureFixture) -> AsyncIterator[Client]:
+    """A client of the API on an empty Valkey. In the end nothing was logged as an error, and no key or signature at all."""
+    async with served(settings) as client:
+        yield client
+    assert [record.getMessage() for record in logged.records if record.levelno >= logging.ERROR] == []
+    assert [secret for secret in (*KEYS, *client.signatures) if secret in logged.text] == []
+
+
+@contextmanager
+def stopped(server: Valkey) -> Iterator[None]:
+    """The server hangs: it takes connections and answers nothing."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+class Tasks:
+    """Tasks that were submitted over the API and brought into a state by the verbs of a worker."""
+
+    def __init__(self, api: Client, store: Store) -> None:
+        self._api = api
+        self.store = store
+
+    async def queued(self, **fields: Any) -> TaskId:
+        """A waiting task."""
+        answer = await self._api.submit(**fields)
+        assert answer.status == 201, answer
+        return TaskId(answer.json["task_id"])
+
+    async def processing(self, **fields: Any) -> tuple[TaskId, RunToken]:
+        """A running task, the only one waiting, and its run."""
+        task_id = await self.queued(**fields)
+        return task_id, await self.claim()
+
+    async def claim(self) -> RunToken:
+        """The run of the one waiting task."""
+        (claimed,) = await claim(self.store)
+        return claimed.run
+
+    async def completed(self, **fields: Any) -> TaskId:
+        task_id, run = await self.processing(**fields)
+        await self.store.complete(task_id, run, result())
+        return task_id
+
+    async def failed(self, **fields: Any) -> TaskId:
+        task_id, run = await self.processing(**fields)
+        await self.store.fail(task_id, run, "https://x.example/a.png cannot be had: it answered 404", "input_unavailable")
+        return task_id
+
+    async def cancelled(self, **fields: Any) -> TaskId:
+        task_id = await self.queued(**fields)
+        await self.store.cancel(task_id)
+        return task_id
+
+    async def in_state(self, status: TaskStatus) -> TaskId:
+        """A task in this state."""
+        make: dict[TaskStatus, Callable[[], Awaitable[Any]]] = {
+            TaskStatus.QUEUED: self.queued,
+            TaskStatus.PROCESSING: self.processing,
+            TaskStatus.COMPLETED: self.completed,
+            TaskStatus.FAILED: self.failed,
+            TaskStatus.CANCELLED: self.cancelled,
+        }
+        made = await make[status]()
+        return TaskId(made[0] if isinstance(made, tuple) else made)
+
+
+@pytest.fixture
+def tasks(api: Client, store: Store) -> Tasks:
+    """Tasks in every state."""
+    return Tasks(api, store)

@@ -1,0 +1,142 @@
+"""Redis away, hung or back: 503 within a second and nothing worse, and what is cancelled is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from movieq.contracts import TaskId
+from movieq.embedded import Valkey, valkey
+from movieq.settings import Settings
+from movieq.store import Store
+from tests.arrange import new_task
+from tests.contract.client import BODY, Answer, Client
+from tests.contract.conftest import served, stopped
+from tests.contract.test_uploads import image, stored
+
+
+@pytest.fixture
+def own(folder: Path) -> Iterator[Valkey]:
+    """A Valkey that may be killed."""
+    with valkey(folder / "own") as running:
+        yield running
+
+
+@pytest.fixture
+async def away(own: Valkey, settings: Settings) -> AsyncIterator[Client]:
+    """The API on that Valkey."""
+    async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
+        yield api
+
+
+async def everything(api: Client, task_id: str) -> dict[str, tuple[Answer, float]]:
+    """What every operation answers at this moment, and after how many seconds."""
+
+    async def timed(method: str, path: str, data: bytes | None) -> tuple[Answer, float]:
+        begun = time.monotonic()
+        answer = await api.ask(method, f"/api/v1{path}", data=data, headers={"Content-Type": "application/json"})
+        return answer, time.monotonic() - begun
+
+    asked = [
+        ("POST", "/tasks/submit", json.dumps(BODY).encode()),
+        ("GET", f"/tasks/{task_id}/status", None),
+        ("GET", f"/tasks/{task_id}/status?wait=5", None),
+        ("DELETE", f"/tasks/{task_id}/cancel", None),
+        ("POST", f"/tasks/{task_id}/retry", None),
+        ("GET", f"/tasks/{task_id}/events", None),
+        ("GET", "/projects/film", None),
+        ("GET", "/projects/film/tasks", None),
+        ("POST", "/projects/film/uploads", image("PNG")),
+        ("GET", "/workers/status", None),
+    ]
+    answers = await asyncio.gather(*(timed(*each) for each in asked))
+    return {f"{method} {path}": answer for (method, path, _), answer in zip(asked, answers, strict=True)}
+
+
+def unavailable(answers: dict[str, tuple[Answer, float]], within_s: float) -> None:
+    for operation, (answer, seconds) in answers.items():
+        assert (answer.status, answer.error, answer.json["retryable"]) == (503, "unavailable", True), operation
+        assert int(answer.headers["Retry-After"]) > 0, operation
+        assert seconds < within_s, (operation, seconds)
+
+
+async def test_without_redis_every_operation_is_a_503_within_a_second(own: Valkey, away: Client) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    await asyncio.to_thread(own.kill)
+    unavailable(await everything(away, task_id), within_s=1)
+
+
+async def test_with_a_redis_that_hangs_every_operation_is_a_503_after_a_second(own: Valkey, away: Client) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    with stopped(own):
+        unavailable(await everything(away, task_id), within_s=1.5)
+
+
+async def test_without_redis_health_is_unhealthy_and_says_so_with_a_503(own: Valkey, away: Client) -> None:
+    await asyncio.to_thread(own.kill)
+    begun = time.monotonic()
+    answer = await away.get("/health", key=None)
+    assert (answer.status, answer.json["status"], answer.json["redis_status"]) == (503, "unhealthy", "unavailable")
+    assert answer.json["queue_sizes"].keys() == {"gpu_heavy", "gpu_medium", "cpu_intensive"}
+    assert time.monotonic() - begun < 1
+
+
+async def test_without_redis_what_is_wrong_is_still_refused_for_what_it_is(own: Valkey, away: Client) -> None:
+    await asyncio.to_thread(own.kill)
+    answers = [
+        await away.get("/x"),
+        await away.get("/api/v1/tasks/submit"),
+        await away.get("/api/v1/workers/status", key=None),
+        await away.get("/api/v1/tasks/x/status"),
+        await away.submit_bytes(b"{"),
+    ]
+    assert [answer.status for answer in answers] == [404, 405, 401, 400, 400]
+
+
+async def test_an_upload_that_could_not_be_noted_leaves_no_file(own: Valkey, away: Client, settings: Settings) -> None:
+    await asyncio.to_thread(own.kill)
+    assert (await away.post("/api/v1/projects/film/uploads", data=image("PNG"))).status == 503
+    assert stored(settings) == []
+
+
+async def test_when_redis_is_back_everything_goes_on_and_nothing_accepted_is_lost(own: Valkey, away: Client) -> None:
+    ids = [(await away.submit()).json["task_id"] for _ in range(20)]
+    await asyncio.to_thread(own.kill)
+    assert (await away.submit()).status == 503
+    await asyncio.to_thread(own.start)
+    async with asyncio.timeout(10):
+        while (await away.get("/health")).status != 200:
+            await asyncio.sleep(0.01)
+    assert {(await away.status(task_id))["status"] for task_id in ids} == {"queued"}
+    assert (await away.submit()).status == 201
+
+
+async def test_a_wait_that_redis_leaves_is_answered_with_a_503(own: Valkey, away: Client) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    waiting = asyncio.create_task(away.get(f"/api/v1/tasks/{task_id}/status?wait=1"))
+    async with asyncio.timeout(10):
+        while not away.state.hub.watchers():
+            await asyncio.sleep(0.001)
+    await asyncio.to_thread(own.kill)
+    assert (await waiting).status == 503
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_read_is_cancelled_at_whatever_moment(store: Store, turns: int) -> None:
+    task_id = (await store.submit(new_task())).task_id
+    for read in (store.log_after(task_id, None), store.log_state(task_id), store.tasks([task_id]), store.task(TaskId("x"))):
+        reading = asyncio.ensure_future(read)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled = reading.cancel()
+        await asyncio.wait({reading})
+        assert reading.cancelled() == cancelled
+    task = await store.task(task_id)
+    assert task is not None
+    assert task.task_id == task_id
