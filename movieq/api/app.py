@@ -80,8 +80,8 @@ def create(settings: Settings, public_url: str) -> Starlette:
         exception_handlers={
             RequestError: _refused,
             HTTPException: _framework_error,
-            **dict.fromkeys((RedisError, OSError, TimeoutError), _redis_away),
-            StorageFault: _storage_away,
+            **dict.fromkeys((RedisError, ConnectionError, TimeoutError), _redis_away),
+            **dict.fromkeys((StorageFault, OSError), _storage_away),  # a full disk, say
             ClientDisconnect: _client_gone,
             Exception: _broken,
         },

@@ -14,11 +14,13 @@ from starlette.responses import Response
 from movieq import fetch
 from movieq.api.auth import project_of
 from movieq.api.state import answered, api, only_query, query_int
+from movieq.api.tasks import arriving
 from movieq.contracts import UPLOAD_BYTES, Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Scope
 
+UPLOAD_S: Final = 300.0
 PAGES: Final = 1_000_000
 
 T = TypeVar("T", TaskStatus, TaskType)
@@ -80,11 +82,12 @@ async def upload(request: Request) -> Response:
 
 async def _receive(request: Request, file: IO[bytes]) -> int:
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > UPLOAD_BYTES:
-            raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
-        await asyncio.to_thread(file.write, chunk)
+    async with arriving(UPLOAD_S):
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > UPLOAD_BYTES:
+                raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
+            await asyncio.to_thread(file.write, chunk)
     if size == 0:
         raise ValidationFailed("the upload is empty")
     await asyncio.to_thread(file.flush)

@@ -8,7 +8,8 @@ import math
 import re
 import time
 import uuid
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
 
@@ -40,6 +41,7 @@ BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024
 NESTING: Final = 64
 """How deep lists and objects may lie in each other. Python's own limit hangs on the stack: what can be read here could fail elsewhere."""
+BODY_S: Final = 30.0
 WAIT_S: Final = 60
 WAIT_CHECK_S: Final = 1.0
 """How soon a waiting request is given up whose client has gone."""
@@ -105,7 +107,7 @@ async def retry(request: Request) -> Response:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises PayloadTooLarge, and ValidationFailed for an encoded one or one that is not JSON by its type."""
+    """The body. Raises PayloadTooLarge, and ValidationFailed for an encoded or slow one, or one that is not JSON by its type."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ValidationFailed("Content-Encoding: send the body as it is, not compressed")
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -113,12 +115,23 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ValidationFailed(f"Content-Type: application/json is expected, got {content_type[:80]!r}")
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise PayloadTooLarge(f"the body is over {limit} bytes")
-        chunks.append(chunk)
+    async with arriving(BODY_S):
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise PayloadTooLarge(f"the body is over {limit} bytes")
+            chunks.append(chunk)
     return b"".join(chunks)
+
+
+@asynccontextmanager
+async def arriving(seconds: float) -> AsyncIterator[None]:
+    """Within the block a body arrives. Raises ValidationFailed where it takes longer: who sends a byte a minute holds no connection."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ValidationFailed(f"the body did not arrive within {seconds:g} s") from None
 
 
 def decode(body: bytes) -> SubmitRequest:

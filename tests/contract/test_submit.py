@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 from arq.jobs import Job
 
+from movieq.api import tasks
 from movieq.settings import Settings
 from movieq.store import Store
 from tests.arrange import raw
@@ -213,3 +216,17 @@ async def test_an_idempotency_key_is_visible_ascii_of_bounded_length(api: Client
 
 async def test_an_idempotency_key_of_255_characters_is_accepted(api: Client) -> None:
     assert (await api.submit(headers={"Idempotency-Key": "~" * 255})).status == 201
+
+
+async def test_a_body_that_trickles_in_is_refused_in_time(api: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "BODY_S", 0.2)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"project_id": '
+        await asyncio.sleep(5)
+
+    begun = time.monotonic()
+    answer = await api.submit_bytes(slow())
+    assert (answer.status, answer.json["error"]) == (400, "validation_failed")
+    assert "did not arrive" in answer.json["message"]
+    assert time.monotonic() - begun < 3
