@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test up demo check fmt test bench constraints clean ci
+.PHONY: help setup setup-test up demo check fmt test chaos gallery bench bench-animatic bench-queue constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,9 +53,11 @@ chaos: setup-test  ## Kill everything while N tasks run, and count what is lost
 gallery: setup-test  ## Render a sheet of every camera, grade and card
 	$(BIN)/python -m tests.gallery gallery
 
-bench: setup-test  ## Measure: submit, start, the animatic
+bench: setup-test bench-animatic  ## Measure: the animatic, submit, start
 	$(BIN)/python -m tests.bench.bench_submit
 	$(BIN)/python -m tests.bench.bench_start
+
+bench-animatic: setup-test  ## Measure: seconds and memory of clips, cards and sound
 	$(BIN)/python -m tests.bench.bench_animatic
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed

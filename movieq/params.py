@@ -229,7 +229,12 @@ def frame_rate(fps: float | str) -> Fraction:
 
 def frames(params: VideoParams | AnimationParams) -> int:
     """How many frames the clip has."""
-    return max(1, round(Fraction(params.duration) * frame_rate(params.fps)))
+    return _frames(params.duration, params.fps)
+
+
+@lru_cache(maxsize=256)
+def _frames(duration: float, fps: float | str) -> int:
+    return max(1, round(Fraction(duration) * frame_rate(fps)))
 
 
 def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str, str]]:

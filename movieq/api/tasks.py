@@ -61,8 +61,16 @@ async def submit(request: Request) -> Response:
         raise Forbidden(f"this API key does not belong to project {submitted.project_id}")
     new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"))
     accepted = await movieq.store.submit(new)
-    with logs.bound(task_id=accepted.task_id, project_id=new.project_id):
-        log.info("submit", task_type=new.task_type, model=new.model, kind=new.kind, priority=new.priority, replayed=accepted.replayed)
+    log.info(
+        "submit",
+        task_id=accepted.task_id,
+        project_id=new.project_id,
+        task_type=new.task_type,
+        model=new.model,
+        kind=new.kind,
+        priority=new.priority,
+        replayed=accepted.replayed,
+    )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
     answer = receipt(movieq, accepted, new.project_id, accepted.created_at_ms / 1000)
     return answered(answer, 201, {**headers, "Location": answer.status_url})

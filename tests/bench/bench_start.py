@@ -14,30 +14,34 @@ import tempfile
 import time
 from pathlib import Path
 
-import aiohttp
+import msgspec
 import uvloop
 
 from movieq.contracts import KEYS
 from movieq.embedded import valkey
 from movieq.store import connect
+from tests.bench import load
 from tests.bench.report import percentile, report
 
 KEY = "bench-key-0123456789"
 TASKS, WARM_UP = 300, 20
-BODY = {"project_id": "bench", "task_type": "generate_image", "task_data": {"prompt": "a lamp", "resolution": "64x64"}}
+BODY = msgspec.json.encode(
+    {"project_id": "bench", "task_type": "generate_image", "task_data": {"prompt": "a lamp", "resolution": "64x64"}},
+)
 
 
 async def measure(redis_url: str, url: str) -> list[float]:
     """Seconds from submit to start, of each task."""
     redis = connect(redis_url, patient=True)
     found = []
-    async with aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session, redis.pubsub() as pubsub:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    request = load.post("/api/v1/tasks/submit", BODY, {"X-API-Key": KEY})
+    async with redis.pubsub() as pubsub:
         await pubsub.psubscribe(KEYS["events"] + "*")
         await pubsub.get_message(timeout=5)
         for _ in range(WARM_UP + TASKS):
             begun = time.perf_counter()
-            async with session.post(f"{url}/api/v1/tasks/submit", json=BODY) as answer:
-                assert answer.status == 201, await answer.text()
+            writer.write(request)
             async with asyncio.timeout(30):
                 while True:
                     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=30)
@@ -46,7 +50,11 @@ async def measure(redis_url: str, url: str) -> list[float]:
                         found.append(time.perf_counter() - begun)
                     elif kind in (b"completed", b"failed"):
                         break
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 201"), head
+                await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
             await asyncio.sleep(0.01)  # so that the worker is idle again
+    writer.close()
     await redis.aclose()
     await redis.connection_pool.disconnect()
     return found[WARM_UP:]
