@@ -16,6 +16,7 @@ import pytest
 
 import movieq
 from movieq.settings import Settings, variable
+from workers.child import camera, figure, grade, puppet, sound, speech
 
 ROOT = Path(movieq.__file__).parents[1]
 LEAVES = ["errors", "params", "contracts", "settings", "models", "logs", "signing"]
@@ -135,3 +136,14 @@ def test_every_package_ships() -> None:
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert set(project["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_the_readme_lists_every_word_that_the_animatic_knows() -> None:
+    rows = dict(re.findall(r"^\| (`[a-z_`, ]+`) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    listed = {name: [word.strip() for word in re.split("[,;]", words)] for name, words in rows.items()}
+    assert listed["`camera_angle`"] == [*camera.MOVES, *camera.FRAMINGS]
+    assert listed["`lighting`"] == [*grade.GRADES]
+    assert listed["`audio_cues`, `background_noise`"] == [*sound.SOUNDS]
+    assert listed["`pace`, `emotion`"] == [*speech.PACES, *speech.EMOTIONS]
+    assert listed["`pose`"] == [*figure.POSES]
+    assert listed["`motion`"] == [*puppet.MOTIONS]
