@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -76,10 +77,14 @@ class Valkey:
         )
         log.close()
         end = time.monotonic() + START_S
-        while not self.socket.exists():
+        while not self._takes_connections():
             if self._process.poll() is not None or time.monotonic() > end:
                 raise SettingsError(f"the embedded Valkey does not start; see {self.folder / 'valkey.log'}")
             time.sleep(0.005)
+
+    def _takes_connections(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(str(self.socket)) == 0  # the file alone is there before anybody listens
 
     def alive(self) -> bool:
         """Whether the server's process runs."""

@@ -14,21 +14,23 @@ from typing import Any
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
-from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 from redis.typing import EncodableT
 
 
 class Line:
     """Opened by the first command, and again by the next after it broke. `retry` says how often a command is sent again over a new one.
 
-    A command whose answer was lost may have been done: send only what can be said twice.
+    A command whose answer was lost may have been done: send only what can be said twice. A try may take `timeout_s`, all tries of a command
+    together no more than `patience_s` (and the pause before the last).
     """
 
-    def __init__(self, pool: ConnectionPool, retry: Retry, timeout_s: float) -> None:
+    def __init__(self, pool: ConnectionPool, retry: Retry, timeout_s: float, patience_s: float) -> None:
         # time limits are ours: the connection's own would take a task for each write
         self._make = lambda: pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
         self._retry = retry
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._opening = asyncio.Lock()
         self._connection: AbstractConnection | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -36,39 +38,52 @@ class Line:
 
     async def call(self, *command: EncodableT) -> Any:
         """The answer. Raises redis's ResponseError for a refusal of the server, ConnectionError and TimeoutError where none comes."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._patience_s
 
-        async def failed(_: RedisError) -> None:
-            pass
+        async def failed(error: RedisError) -> None:
+            if loop.time() >= end_s:
+                raise error
 
-        return await self._retry.call_with_retry(lambda: self._call(command), failed)
+        return await self._retry.call_with_retry(lambda: self._call(command, min(loop.time() + self._timeout_s, end_s)), failed)
 
     async def aclose(self) -> None:
         """The connection is closed; commands that still wait fail."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader})
-        await self._drop(ConnectionError("the connection was closed"))
+        reader = self._reader
+        await self._drop(self._connection, ConnectionError("the connection was closed"))
+        if reader is not None:
+            await asyncio.wait({reader})
 
-    async def _call(self, command: tuple[EncodableT, ...]) -> Any:
+    async def _call(self, command: tuple[EncodableT, ...], end_s: float) -> Any:
+        connection: AbstractConnection | None = None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                connection = self._connection
-                if connection is None:
-                    connection = await self._open()
-                answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-                answer.add_done_callback(_seen)
-                self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
-                await connection.send_packed_command(connection.pack_command(*command), check_health=False)
-                return await answer
+            async with asyncio.timeout_at(end_s):
+                connection = self._connection or await self._open()
+                return await self._say(connection, command)
         except builtins.TimeoutError as error:
-            await self._drop(ConnectionError("the connection was given up: Redis did not answer"))
-            raise TimeoutError(f"Redis did not answer within {self._timeout_s:g} s") from error
+            await self._drop(connection, ConnectionError("the connection was given up: Redis did not answer"))
+            raise TimeoutError("Redis did not answer in time") from error
+
+    async def _say(self, connection: AbstractConnection, command: tuple[EncodableT, ...]) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(_seen)
+        self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
+        try:
+            await connection.send_packed_command(connection.pack_command(*command), check_health=False)
+        except BaseException:  # also a cancel half way through: what was written may be no whole command, and redis-py has hung up
+            await self._drop(connection, ConnectionError("the connection broke while it was written to"))
+            raise
+        return await answer
 
     async def _open(self) -> AbstractConnection:
         async with self._opening:
             if self._connection is None:
                 connection = self._make()  # type: ignore[no-untyped-call]  # redis-py leaves its constructors untyped
-                await connection.connect()  # type: ignore[no-untyped-call]  # as above
+                try:
+                    await connection.connect()  # type: ignore[no-untyped-call]  # as above
+                except BaseException:  # a server that hangs takes the connection and answers nothing: the time runs out in here
+                    await connection.disconnect(nowait=True)
+                    raise
                 self._connection = connection
                 self._reader = asyncio.create_task(self._read(connection))
             return self._connection
@@ -81,26 +96,31 @@ class Line:
                     answer = await connection.read_response(disconnect_on_error=False)
                 except ResponseError as refusal:
                     answer = refusal
+                if not self._waiting:
+                    raise ConnectionError(f"Redis said {str(answer)[:80]!r} without being asked")
                 waiting = self._waiting.popleft()
-                if waiting.done():
-                    continue  # its caller was cancelled, or ran out of time
-                if isinstance(answer, ResponseError):
-                    waiting.set_exception(answer)
-                else:
-                    waiting.set_result(answer)
+                if not waiting.done():  # else its caller was cancelled
+                    if isinstance(answer, ResponseError):
+                        waiting.set_exception(answer)
+                    else:
+                        waiting.set_result(answer)
+                if isinstance(answer, ReadOnlyError):  # no longer the primary: a new connection may lead to the one that is
+                    raise ConnectionError(str(answer))
         except (RedisError, OSError) as error:
-            await self._drop(ConnectionError(str(error) or type(error).__name__))
+            await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
 
-    async def _drop(self, error: ConnectionError) -> None:
-        connection, self._connection = self._connection, None
+    async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:
+        """The connection, where it is still the one in use, is closed, and whoever waits for an answer over it is told."""
+        if connection is None or connection is not self._connection:
+            return
+        self._connection = None
         waiting, self._waiting = self._waiting, deque()
         for answer in waiting:
             if not answer.done():
                 answer.set_exception(error)
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._reader.cancel()
-        if connection is not None:
-            await connection.disconnect(nowait=True)
+        await connection.disconnect(nowait=True)
 
 
 def _seen(answer: asyncio.Future[Any]) -> None:

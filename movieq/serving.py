@@ -8,9 +8,10 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from movieq.api import app
-from movieq.errors import SettingsError
+from movieq.errors import SettingsError, ValidationFailed
 from movieq.settings import Settings
 
 SHUTDOWN_S = 5
@@ -49,7 +50,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application,
-                http="httptools",
+                http=_Protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -72,5 +73,15 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, after every stream was told to end: uvicorn waits for them."""
-        self._app.state.api.hub.close()
+        if (api := getattr(self._app.state, "api", None)) is not None:  # it may be still starting
+            api.hub.close()
         super().handle_exit(sig, frame)
+
+
+class _Protocol(HttpToolsProtocol):
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, with the body of every error."""
+        answer = app.error_answer(ValidationFailed("this is not HTTP that can be read: in an address write other than ASCII as %XX"))
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % len(answer.body) + answer.body)
+        self.transport.close()

@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 import msgspec
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, TimeoutError
@@ -60,6 +61,7 @@ OUTAGE_MS: Final = 5_000
 QUIET_MS: Final = 12_000
 FORGET_MS: Final = 300_000
 OFFLINE_MS: Final = 15_000
+ORPHAN_S: Final = 60
 
 _ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
 _REST = "..."
@@ -137,12 +139,12 @@ class LogState(msgspec.Struct, frozen=True):
 def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
     """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command.
 
-    `patient` is for workers: it tries again for about eight seconds. The API fails fast, so that a client hears 503 within a second.
+    `patient` is for workers: it tries again for five seconds. The API fails fast, so that a client hears 503 within a second.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
-        timeout=10 if patient else 1,
+        timeout=5 if patient else 0.9,  # the patience of the store's line too
         socket_connect_timeout=2 if patient else 0.5,
         socket_timeout=5 if patient else 0.9,
         health_check_interval=0,
@@ -150,6 +152,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (ConnectionError,)),
         retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
+    pool.connection_class = _cancellable(pool.connection_class)
     return ArqRedis(
         pool,
         job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
@@ -158,13 +161,32 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
     )
 
 
+def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The connections of this class, without their loss of cancels.
+
+    redis-py writes under `asyncio.wait_for`, which before Python 3.12 drops a cancel that comes while the write ends: a stream whose client
+    has left would be kept for ever.
+    """
+
+    class Cancellable(cls):  # type: ignore[misc, valid-type]  # a base that is a value
+        async def send_packed_command(self, *command: Any, **options: Any) -> None:
+            task = asyncio.current_task()
+            before = task.cancelling() if task else 0
+            await super().send_packed_command(*command, **options)
+            if task and task.cancelling() > before:
+                await self.disconnect(nowait=True)  # nobody waits for its answer
+                raise asyncio.CancelledError
+
+    return Cancellable
+
+
 class Store:
     """The one door to the tasks in Redis."""
 
     def __init__(self, redis: ArqRedis) -> None:
         self.redis = redis
-        pool = redis.connection_pool
-        self._line = Line(pool, pool.connection_kwargs["retry"], pool.connection_kwargs["socket_timeout"])
+        pool = cast("BlockingConnectionPool", redis.connection_pool)
+        self._line = Line(pool, pool.connection_kwargs["retry"], pool.connection_kwargs["socket_timeout"], patience_s=pool.timeout or 0)
         self._scripts = {path.stem: _Script(self._line, path) for path in sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))}
 
     async def aclose(self) -> None:
@@ -262,6 +284,7 @@ class Store:
             steps="" if steps is None else steps,
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
+            lease_ms=LEASE_MS,
         )
         _fenced(answer, task_id)
 
@@ -317,7 +340,7 @@ class Store:
 
     async def leave(self, worker_id: str) -> None:
         """The worker is no longer listed."""
-        await self._verb("leave", worker_id=worker_id)
+        await self._scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
 
     async def tidy(self) -> tuple[int, int, int]:
         """Dead leases, due retries and missed deadlines are acted on: how many of each."""
@@ -503,8 +526,10 @@ class Store:
 
     async def signing_secret(self) -> bytes:
         """The secret of signed urls: made by whoever asks first, kept in Redis."""
-        await self.redis.set(KEYS["secret"], secrets.token_bytes(32), nx=True)
-        return cast("bytes", await self.redis.get(KEYS["secret"]))
+        if (secret := await self.redis.get(KEYS["secret"])) is None:  # a server that takes no writes just now has one already
+            await self.redis.set(KEYS["secret"], secrets.token_bytes(32), nx=True)
+            secret = await self.redis.get(KEYS["secret"])
+        return cast("bytes", secret)
 
     async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:
         """The upload can be referred to, and its file is deleted, seven days from now."""
@@ -519,11 +544,20 @@ class Store:
         blob = await self.redis.get(KEYS["upload"] + upload_id)
         return None if blob is None else msgspec.msgpack.decode(blob, type=Upload)
 
+    async def add_orphan(self, prefix: str) -> None:
+        """What lies under the prefix is deleted in a minute, unless it is committed."""
+        seconds, _ = await self.redis.time()
+        await self.redis.zadd(KEYS["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
+
     async def due_orphans(self, count: int = 100) -> list[str]:
-        """Storage prefixes that are to be deleted now."""
+        """Storage prefixes that are to be deleted now: none of a committed result, whoever listed it."""
         seconds, micros = await self.redis.time()
         found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
-        return [prefix.decode() for prefix in found]
+        committed = await self.redis.zmscore(KEYS["media"], found) if found else []
+        for prefix, at_ms in zip(found, committed, strict=True):
+            if at_ms is not None:
+                await self.redis.zrem(KEYS["orphans"], prefix)
+        return [prefix.decode() for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
 
     async def due_media(self, age_s: float, count: int = 100) -> list[str]:
         """Storage prefixes of results that were committed so long ago."""

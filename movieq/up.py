@@ -15,6 +15,7 @@ from typing import Final
 
 from movieq import logs, serving
 from movieq.embedded import Valkey, leashed
+from movieq.errors import SettingsError
 from movieq.settings import Settings, variable
 
 RESTART_S: Final = 0.2, 10.0
@@ -23,6 +24,7 @@ STEADY_S: Final = 10.0
 """Who lived so long begins with the shortest wait again."""
 API_STOP_S: Final = 10.0
 VALKEY_CHECK_S: Final = 0.2
+VALKEY_AGAIN_S: Final = 2.0
 
 log = logs.get()
 
@@ -116,7 +118,11 @@ async def _keep_valkey(valkey: Valkey) -> None:
         await asyncio.sleep(VALKEY_CHECK_S)
         if not valkey.alive():
             log.error("process_died", process="valkey")
-            await asyncio.to_thread(valkey.start)
+            try:
+                await asyncio.to_thread(valkey.start)
+            except SettingsError as error:  # a full disk, say: whoever makes room should find the rest running
+                log.error("valkey_does_not_start", problem=error.message)
+                await asyncio.sleep(VALKEY_AGAIN_S)
 
 
 def _own_key(folder: Path) -> str:

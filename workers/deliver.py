@@ -12,6 +12,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 from arq import Retry
+from redis.exceptions import RedisError
 
 from movieq import logs, webhooks
 from movieq.contracts import MEDIA_URL_S, Delivery, DeliveryState, TaskStatus, Webhook, utc
@@ -22,6 +23,7 @@ from movieq.store import Store
 
 SCHEDULE_S: Final = (0.0, 5.0, 30.0)
 """Before each try, from the one before."""
+INTERRUPTED_S: Final = 5.0
 DAY_S: Final = 86400
 
 log = logs.get()
@@ -40,14 +42,22 @@ class Outbox(msgspec.Struct, frozen=True):
 
 async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
     """The arq function of a delivery: the receiver has it, or refused it for good, or arq is asked to come again."""
-    outbox: Outbox = ctx["outbox"]
+    try:
+        await _deliver(ctx["outbox"], delivery_id)
+    except (RedisError, OSError, TimeoutError) as error:
+        # to arq any other exception is the end of the job, and the delivery would be lost
+        log.warning("deliver_interrupted", delivery_id=delivery_id, problem=str(error) or type(error).__name__)
+        raise Retry(defer=INTERRUPTED_S) from error
+
+
+async def _deliver(outbox: Outbox, delivery_id: str) -> None:
     delivery = await outbox.store.delivery(delivery_id)
     if delivery is None or delivery.state is not DeliveryState.PENDING:
         return
     body = msgspec.json.encode(webhook(delivery, outbox.storage))
     headers = webhooks.headers(outbox.secrets, delivery_id, int(time.time()), body)
     outcome = await webhooks.send(outbox.session, delivery.url, body, headers)
-    tries = ctx["job_try"]
+    tries = delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
     with logs.bound(task_id=delivery.task_id, project_id=delivery.project_id):
         if outcome.ok:
             await outbox.store.delivered(delivery_id, DeliveryState.DELIVERED, tries, outcome.status, "")

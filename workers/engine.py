@@ -71,6 +71,8 @@ class Child:
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._serves = asyncio.Event()
+        self._killed = False
         self._run: str | None = None
         self._inbox: asyncio.Queue[FromChild | None] = asyncio.Queue()
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
@@ -103,20 +105,25 @@ class Child:
                 log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
             finally:
                 await self._end()
-            wait_s = RESPAWN_S[0] if time.monotonic() - begun > RESPAWN_S[1] else min(wait_s * 2, RESPAWN_S[1])
-            await asyncio.sleep(wait_s)
+            if self._killed or time.monotonic() - begun > RESPAWN_S[1]:
+                wait_s = RESPAWN_S[0]  # it was in order, or is not to blame
+            else:
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, RESPAWN_S[1])
 
     async def run(self, request: Run, on_message: Callable[[Plan | Step | Preview], None]) -> Done:
         """What the child made of this run.
 
         Raises the TaskFault that the engine reports; ChildDied where the child ended, or showed no progress for so long that it was killed.
-        Cancelled, it stops the child between two steps, kills it after a grace, and goes only when the child is free or gone.
+        Waits for the next child where the one that was free has died since: that death was not this run's. Cancelled, it stops the child
+        between two steps, kills it after a grace, and goes only when the child is free or gone.
         """
+        await self._served()
         self._run = request.run
         self._inbox = asyncio.Queue()
         stage: str | None = None
         try:
-            await self._send(request)
+            self._send(request)
             while True:
                 try:
                     async with asyncio.timeout(self._step_timeout_s):
@@ -148,13 +155,30 @@ class Child:
             self._run = None
 
     def kill(self) -> None:
-        """The child, and what it started, is gone."""
+        """The child, and what it started, is gone; the next one starts at once."""
+        self._killed = True
+        self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._ready = None
+            self._gone()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own
 
+    async def _served(self) -> None:
+        try:
+            async with asyncio.timeout(START_S):
+                while self._ready is None:
+                    await self._serves.wait()
+        except TimeoutError:
+            raise InternalFault(f"no engine came back within {START_S:g} s") from None
+
+    def _gone(self) -> None:
+        self._ready = None
+        self._serves.clear()
+
     async def _live(self, on_ready: Callable[[], None]) -> None:
+        self._killed = False
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -178,21 +202,24 @@ class Child:
                 await process.wait()
                 raise OSError(f"it ended with {process.returncode} before it served: {' / '.join(list(self._stderr)[-3:])}")
             self._ready = first
+            self._serves.set()
             log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
             on_ready()
             while (message := await self._receive(process.stdout)) is not None:
                 if not isinstance(message, Ready) and message.run == self._run:
                     self._inbox.put_nowait(message)
-            self._ready = None
+            self._gone()
             self._inbox.put_nowait(None)
-        await process.wait()
+            await process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started goes with it, and lets go of its standard error
         log.warning("child_ended", child=self.name, pid=first.pid, exit_code=process.returncode)
 
     async def _end(self) -> None:
         """No process is left, and nobody waits for it."""
-        self._ready = None
+        self._gone()
         if self._process is not None:
-            self.kill()
+            self._kill()
             await asyncio.shield(self._process.wait())
         self._inbox.put_nowait(None)
 
@@ -205,13 +232,13 @@ class Child:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    async def _send(self, message: ToChild) -> None:
+    def _send(self, message: ToChild) -> None:
+        """Without waiting for room in the pipe: a child that hangs makes none, and what one run sends fits in memory."""
         process = self._process
         if process is None or process.stdin is None or process.returncode is not None:
             return  # the reader says that the child is gone
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, RuntimeError):  # uvloop's word for a closed pipe
             process.stdin.write(frame(message))
-            await process.stdin.drain()
 
     async def _read_stderr(self, stream: asyncio.StreamReader) -> None:
         while line := await stream.readline():
@@ -221,7 +248,7 @@ class Child:
 
     async def _stop(self, run: str) -> None:
         """The child no longer works on the run: it answered, or it is dead."""
-        await self._send(Cancel(run))
+        self._send(Cancel(run))
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
                 while isinstance(await self._inbox.get(), Plan | Step | Preview):

@@ -34,14 +34,18 @@ from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
-from movieq.store import RENEW_S, Claimed, Counts, Store, connect
-from workers.deliver import SCHEDULE_S, Outbox, deliver, sweep
+from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
+from workers.deliver import Outbox, deliver, sweep
 from workers.engine import Child
-from workers.run import Parts, Running, run_task
+from workers.run import Parts, Running, refuse_task, run_task
 
 POLL_S: Final = 1.0
 """The safety net under the wake."""
-DELIVERY_S: Final = 60
+POLL_MOST_S: Final = 5.0
+AWAY_S: Final = 0.5
+"""Between two tries to renew while Redis is away, beside the patience of each."""
+DELIVERY_S: Final = 20
+"""A delivery's own limit; arq gives a job of a dead worker to another ten seconds after it."""
 LAST_S: Final = 5.0
 """What a worker that has to go gives its runs to be handed back, after the drain."""
 
@@ -72,6 +76,9 @@ class Worker(ArqWorker):
         self._weights = msgspec.json.encode(weights)
         self._nonce: str | None = None
         self._wake = asyncio.Event()
+        self._doubt = asyncio.Event()
+        """Set where Redis was away, or this process stood still: leases are renewed at once, and before anything is claimed."""
+        self._renewed_s = time.monotonic()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
         # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
@@ -87,7 +94,7 @@ class Worker(ArqWorker):
             serving = [
                 group.create_task(self._subscriber.run()),
                 group.create_task(self._listen()),
-                group.create_task(self._renew()),
+                group.create_task(self._keep()),
                 *(group.create_task(child.keep(self._wake.set)) for child in self.children),
             ]
             async with asyncio.TaskGroup() as runs:
@@ -119,23 +126,30 @@ class Worker(ArqWorker):
     # ── Taking work ──
 
     async def _work(self, runs: asyncio.TaskGroup) -> None:
-        failures = 0
         while not self._draining.is_set():
             self._wake.clear()
             try:
                 await self._claim(runs)
-                await self._poll_iteration()
-                failures = 0
+                async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
+                    await self._poll_iteration()
             except (RedisError, OSError, TimeoutError) as error:
-                failures += 1
+                self._doubt.set()
                 log.warning("redis_away", problem=str(error) or type(error).__name__)
-            try:
-                async with asyncio.timeout(POLL_S * random.uniform(0.75, 1.25) * min(1 + failures, 3)):  # noqa: S311  # spreads load
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await _set_within(self._wake, POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+
+    async def start_jobs(self, job_ids: list[bytes]) -> None:
+        """As arq's; a job that Redis did not let it start does not count as one that runs."""
+        try:
+            await super().start_jobs(job_ids)
+        except BaseException:
+            await asyncio.sleep(0)  # jobs that ended have counted themselves out
+            for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
+                self._release_sem_dec_counter_on_complete()
+            raise
 
     async def _claim(self, runs: asyncio.TaskGroup) -> None:
+        if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
+            await self._renew()  # what is still ours must not be claimed anew
         free: dict[str, int] = {"deliveries": 1}  # there are no tasks of this kind: an ended task wakes whoever is idle for it
         for child in self.children:
             for kind in child.kinds if child.free else ():
@@ -152,11 +166,15 @@ class Worker(ArqWorker):
         if child is None:
             runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
             return
-        job = msgspec.msgpack.decode(claimed.job)
         running = Running(claimed, child, self._wake.set)
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
+        try:
+            job = msgspec.msgpack.decode(claimed.job)
+            coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
+        except (msgspec.MsgspecError, KeyError, TypeError) as error:  # of a newer movieq, or no job at all
+            log.error("no_such_job", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
+            coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
         self.runs[claimed.run] = running
-        coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
         running.asyncio_task = runs.create_task(coroutine, name=claimed.task.task_id)
         running.asyncio_task.add_done_callback(lambda _: self.runs.pop(claimed.run))
 
@@ -171,33 +189,50 @@ class Worker(ArqWorker):
 
     # ── Keeping it ──
 
-    async def _renew(self) -> None:
+    async def _keep(self) -> None:
         while True:
             try:
-                async with self._leases:
-                    lost, forgotten = await self.store.renew(
-                        self.worker_id,
-                        self.rows(),
-                        [(running.task.task_id, run) for run, running in self.runs.items()],
-                        has_gpu=any(child.device != "cpu" for child in self.children),
-                    )
-                for _, run in lost:
-                    if run in self.runs:
-                        self.runs[run].stop("lost")
-                for task_id, run in forgotten:
-                    log.warning("forgotten_task", task_id=task_id)
-                    await self._hand_back(task_id, run)
+                await self._renew()
                 await self.store.tidy()
             except (RedisError, OSError, TimeoutError) as error:
                 log.warning("renew_failed", problem=str(error) or type(error).__name__)
-            await asyncio.sleep(RENEW_S)
+                await asyncio.sleep(AWAY_S)
+            else:
+                await _set_within(self._doubt, RENEW_S)
+
+    async def _renew(self) -> None:
+        async with self._leases:
+            self._doubt.clear()
+            try:
+                lost, forgotten = await self.store.renew(
+                    self.worker_id,
+                    self.rows(),
+                    [(running.task.task_id, run) for run, running in self.runs.items()],
+                    has_gpu=any(child.device != "cpu" for child in self.children),
+                )
+            except BaseException:
+                self._doubt.set()
+                raise
+            self._renewed_s = time.monotonic()
+            if self._nonce is not None and not self._draining.is_set():
+                forgotten = []  # of a claim whose answer was lost: it is said again, and answers them
+        for _, run in lost:
+            if run in self.runs:
+                self.runs[run].stop("lost")
+        for task_id, run in forgotten:
+            log.warning("forgotten_task", task_id=task_id)
+            await self._hand_back(task_id, run)
 
     async def _listen(self) -> None:
         """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
         with contextlib.suppress(
             RedisError, OSError, TimeoutError
         ):  # it is subscribed as soon as Redis is back; until then the poll serves
-            await self._subscriber.subscribe(KEYS["control"] + self.worker_id, self._on_control, self._wake.set)
+            await self._subscriber.subscribe(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt)
+
+    def _on_doubt(self) -> None:
+        self._doubt.set()  # a cancel may have been missed
+        self._wake.set()
 
     def _on_control(self, message: bytes) -> None:
         verb, *rest = message.decode().split()
@@ -264,6 +299,15 @@ class Worker(ArqWorker):
         return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
 
 
+async def _set_within(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event is set, or the time is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
 async def serve(settings: Settings) -> None:
     """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
     settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
@@ -289,7 +333,7 @@ async def serve(settings: Settings) -> None:
                 weights=settings.weights(),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
-                    func(deliver, name="deliver", max_tries=len(SCHEDULE_S) + 2, keep_result=0),
+                    func(deliver, name="deliver", max_tries=1_000_000, keep_result=0),
                 ],
                 cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=KEYS["deliveries"],

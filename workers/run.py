@@ -68,6 +68,9 @@ class Running:
         self.asyncio_task: asyncio.Task[None] | None = None
         self.reason: str | None = None
         self.abandoned = False
+        self.started = False
+        self.prefix: str | None = None
+        """Where in the storage its files are, once there may be some."""
         self.begun_s = time.monotonic()
         self.progress = 0.0
         self.rendered = False
@@ -78,13 +81,14 @@ class Running:
         """The run ends soon: "cancelled" and "lost" write nothing, "drain" gives the task back uncounted."""
         if self.reason is None and self.asyncio_task is not None:
             self.reason = reason
-            self.asyncio_task.cancel()
+            if self.started:  # a task that is cancelled before its first step never comes to give anything back
+                self.asyncio_task.cancel()
 
     def abandon(self) -> None:
         """The run ends now, even if Redis cannot be told: its lease will be over."""
         self.abandoned = True
         self.stop("drain")
-        if self.asyncio_task is not None:
+        if self.asyncio_task is not None and self.started:
             self.asyncio_task.cancel()
 
     def free_slot(self) -> None:
@@ -109,14 +113,18 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
     parts: Parts = ctx["parts"]
     running: Running = ctx["running"]
     task = running.task
+    running.started = True
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name)
         spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
         try:
+            if running.reason is not None:
+                raise asyncio.CancelledError
             await _make_and_commit(parts, running, task_data, spool)
             log.info("complete", attempt=task.attempt, seconds=round(time.monotonic() - running.begun_s, 3))
         except RunLost:
             log.info("run_lost", attempt=task.attempt)
+            await _disown(parts.store, running)
         except ChildDied as death:
             await _give_back(parts.store, running, Counts.DEATHS, DEATHS_LIMIT, death.message, WorkerLost.code, death)
         except TaskFault as fault:
@@ -127,6 +135,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except asyncio.CancelledError:
             if running.reason in ("cancelled", "lost"):
                 log.info("run_stopped", reason=running.reason, attempt=task.attempt)
+                await _disown(parts.store, running)
             else:
                 await _give_back(parts.store, running, Counts.DRAIN, 0, "its worker was stopped", WorkerLost.code)
                 if running.reason is None:  # not the run but the worker is cancelled
@@ -139,6 +148,18 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         finally:
             running.free_slot()
             await asyncio.to_thread(shutil.rmtree, spool, ignore_errors=True)
+
+
+async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
+    """Instead of `run_task`, for what this worker has no function for: another may have one, until the tries are used up."""
+    parts: Parts = ctx["parts"]
+    running: Running = ctx["running"]
+    running.started = True
+    try:
+        with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
+            await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, problem, InternalFault.code)
+    finally:
+        running.free_slot()
 
 
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
@@ -215,6 +236,7 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
     await insist(
         lambda: parts.store.report(task.task_id, running.run, UPLOAD_AT, "uploading_result", stage="upload", prefix=prefix)
     )  # before the first byte: whatever becomes of the run, its files are known
+    running.prefix = prefix
     keys: dict[str, tuple[str, int]] = {}
     wait_s = RETRY_BASE_S / 2
     for produced in done.files:
@@ -246,6 +268,13 @@ def _stored(output: Produced, key: str, size_bytes: int, media_type: str, poster
         height=output.height,
         duration_s=output.duration_s,
     )
+
+
+async def _disown(store: Store, running: Running) -> None:
+    """What the run stored will be deleted, also what came after the orphans of its end were: it may have stood still for hours."""
+    if running.prefix is not None:
+        prefix = running.prefix
+        await _ended(running, lambda: store.add_orphan(prefix))
 
 
 async def _fail(store: Store, running: Running, error: str, code: str) -> None:
@@ -313,7 +342,7 @@ async def insist(verb: Callable[[], Awaitable[T]]) -> T:
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("redis_away", problem=str(error) or type(error).__name__, again_in_s=wait_s)
         await asyncio.sleep(wait_s)
-        wait_s = min(wait_s * 2, 2.0)
+        wait_s = min(wait_s * 2, 1.0)
 
 
 class _Reporter:

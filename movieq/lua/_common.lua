@@ -152,13 +152,14 @@ local function charge(t, ms)
   end
 end
 
--- While the task waits: the sooner of its deadlines. While it runs: the end of its longest time, or finish_by.
+-- While the task waits: the sooner of its deadlines; start_by no more once it was started, however that run ended. While it runs: the end
+-- of its longest time, or finish_by.
 local function watch_deadline(t)
   local at
   if t.status == 'processing' then
     at = math.min(tonumber(t.started_at_ms) + tonumber(t.max_ms), tonumber(t.finish_by_ms or math.huge))
   else
-    at = math.min(tonumber(t.start_by_ms or math.huge), tonumber(t.finish_by_ms or math.huge))
+    at = math.min(tonumber(tonumber(t.attempt) == 0 and t.start_by_ms or math.huge), tonumber(t.finish_by_ms or math.huge))
   end
   if at < math.huge then
     redis.call('ZADD', K.deadlines, at, t.task_id)
@@ -215,7 +216,7 @@ local function finish(t, status, extra)
 end
 
 local function fail(t, message, code, retryable)
-  set(t, {error = message, error_code = code, retryable = retryable})
+  set(t, {error = message, error_code = code, retryable = retryable, ended_as = 'failed'})
   finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})
 end
 
@@ -225,11 +226,33 @@ local function bury(t, message)
   fail(t, message, 'worker_lost', true)
 end
 
+-- The fence of a run's verbs: whether this run is the present one, also again: a run whose lease was over, and whose task waits since, goes on where
+-- nobody began it anew and what it stored is not about to be deleted. Appends `started` then.
+local function holds(t, run, lease_ms)
+  if present(t, run) then return true end
+  if not t or t.status ~= 'queued' or t.reaped ~= run then return false end
+  if t.orphaned and tonumber(redis.call('ZSCORE', K.orphans, t.orphaned) or 0) <= now then return false end
+  dequeue(t)
+  charge(t, -t.refunded)
+  set(t, {run = run, silences = t.silences - 1})
+  if t.orphaned then
+    redis.call('ZREM', K.orphans, t.orphaned)
+    set(t, {prefix = t.orphaned})
+  end
+  unset(t, 'reaped', 'refunded', 'ended_run', 'ended_as', 'orphaned')
+  move(t, 'processing')
+  redis.call('ZADD', K.running .. t.kind, now + lease_ms, t.task_id)
+  redis.call('SADD', K.held .. t.worker_id, t.task_id)
+  watch_deadline(t)
+  log(t, 'started')
+  return true
+end
+
 -- Back to waiting after a run without a result: at once, or after a while.
 local function put_back(t, delay_ms, message, code)
   release(t, false)
   move(t, 'queued')
-  set(t, {progress = 0, current_step = 'waiting_in_queue', ended_run = t.run})
+  set(t, {progress = 0, current_step = 'waiting_in_queue', ended_run = t.run, ended_as = 'queued'})
   unset(t, 'stage', 'step', 'steps', 'remaining_ms', 'run')
   if delay_ms > 0 then
     redis.call('ZADD', K.delayed, now + delay_ms, t.task_id)

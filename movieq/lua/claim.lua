@@ -50,7 +50,7 @@ for i = 5, #ARGV, 2 do
     redis.call('LPUSH', K.pace .. kind, now)
     redis.call('LTRIM', K.pace .. kind, 0, 99)
     set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-    unset(t, 'ended_run', 'logged', 'remaining_ms', 'reaped', 'orphaned')
+    unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned')
     move(t, 'processing')
     redis.call('ZADD', K.running .. kind, now + lease_ms, task_id)
     redis.call('SADD', K.held .. worker_id, task_id)

@@ -6,7 +6,7 @@
 -- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take. Cost: O(log n).
 local t = load(task_id)
 if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
-if not present(t, run) then return 'lost' end
+if not holds(t, run, 0) then return 'lost' end
 redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms)
 redis.call('LTRIM', K.durations .. t.shape, 0, 20)
 redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)

@@ -4,8 +4,8 @@
 -- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
 -- Appends `failed`; the log expires in 24 h; fills the outbox. Cost: O(log n).
 local t = load(task_id)
-if t and t.status == 'failed' and t.ended_run == run then return 'ok' end
-if not present(t, run) then return 'lost' end
+if t and t.ended_run == run and t.ended_as == 'failed' then return 'ok' end -- also where it was retried meanwhile
+if not holds(t, run, 0) then return 'lost' end
 set(t, {ended_run = run})
 fail(t, error, error_code, false)
 return 'ok'

@@ -13,20 +13,7 @@ for i = 5, #ARGV, 2 do
   local task_id, run = ARGV[i], ARGV[i + 1]
   local t = load(task_id)
   named[task_id] = true
-  if t and t.status == 'queued' and t.reaped == run then
-    dequeue(t)
-    set(t, {run = run, worker_id = worker_id, silences = t.silences - 1})
-    if t.orphaned then
-      redis.call('ZREM', K.orphans, t.orphaned)
-      set(t, {prefix = t.orphaned})
-    end
-    unset(t, 'reaped', 'ended_run', 'orphaned')
-    move(t, 'processing')
-    redis.call('SADD', K.held .. worker_id, task_id)
-    watch_deadline(t)
-    log(t, 'started')
-  end
-  if present(t, run) then
+  if holds(t, run, lease_ms) then
     redis.call('ZADD', K.running .. t.kind, now + lease_ms, task_id)
   else
     redis.call('SREM', K.held .. worker_id, task_id)

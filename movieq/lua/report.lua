@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
 -- Says how far a run is: processing -> processing.
--- args: task_id run progress current_step stage step steps remaining_ms prefix
---   progress: 0 to below 1, never falls; stage, step, steps, remaining_ms, prefix: '' for none; prefix: where the run is about to store its files
+-- args: task_id run progress current_step stage step steps remaining_ms prefix lease_ms
+--   progress: 0 to below 1, never falls; stage, step, steps, remaining_ms, prefix: '' for none; prefix: where the run is about to store its files; lease_ms: of a lease
+--   that is taken back
 -- Returns 'ok', or 'lost' where the run is not the present one.
 -- Publishes `progress`; appends it to the log where it grew by half a percent since the last entry (at most 200 a run). Cost: O(1).
 local t = load(task_id)
-if not present(t, run) then return 'lost' end
+if not holds(t, run, lease_ms) then return 'lost' end
 local fields = {progress = string.format('%.4f', math.max(tonumber(progress), tonumber(t.progress))), current_step = current_step}
 if stage ~= '' then fields.stage = stage end
 if step ~= '' then fields.step, fields.steps = step, steps end

@@ -6,8 +6,9 @@
 -- Returns 'queued' or 'failed', the same when said again by the same run; 'lost' where the run is not the present one.
 -- Appends `retrying`, or `failed`. The task waits delay_ms before it is due. Cost: O(log n).
 local t = load(task_id)
-if t and t.ended_run == run and (t.status == 'queued' or t.status == 'failed') then return t.status end
-if not present(t, run) then return 'lost' end
+-- also where another run has begun meanwhile; not for one whose lease was over: it ends only now
+if t and t.ended_run == run and t.ended_as and t.reaped ~= run then return t.ended_as end
+if not holds(t, run, 0) then return 'lost' end
 if counts ~= 'drain' then
   set(t, {[counts] = t[counts] + 1})
   if exit_code ~= '' then set(t, {dead_exit_code = exit_code}) end

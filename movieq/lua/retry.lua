@@ -14,7 +14,7 @@ if t.status ~= 'failed' then return {'refused', t.status} end
 set(t, {retried = nonce, tries = 0, deaths = 0, silences = 0, progress = 0, current_step = 'waiting_in_queue'})
 redis.call('ZREM', K.dead, task_id)
 redis.call('ZREM', K.ended, task_id)
-unset(t, 'error', 'error_code', 'retryable', 'ended_at_ms', 'stage', 'step', 'steps', 'run', 'ended_run', 'start_by_ms')
+unset(t, 'error', 'error_code', 'retryable', 'ended_at_ms', 'stage', 'step', 'steps', 'run', 'start_by_ms')
 if t.finish_by_ms and tonumber(t.finish_by_ms) <= now then unset(t, 'finish_by_ms') end
 move(t, 'queued')
 enqueue(t)

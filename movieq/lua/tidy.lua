@@ -25,7 +25,7 @@ for _, task_id in ipairs(past) do
     fail(t, finish_by and 'not finished by its deadline' or 'ran for longer than the ' .. t.max_ms / 1000 .. ' s that its type may', 'deadline_exceeded', false)
     redis.call('PUBLISH', K.control .. t.worker_id, 'cancel ' .. task_id .. ' ' .. running)
   else
-    fail(t, 'not started by its deadline', 'deadline_exceeded', false)
+    fail(t, t.attempt == '0' and 'not started by its deadline' or 'not finished by its deadline', 'deadline_exceeded', false)
   end
 end
 
@@ -42,7 +42,7 @@ if not redis.call('GET', K.quiet) then
         if t.stage then set(t, {dead_stage = t.stage}) end
         bury(t, 'its worker fell silent ' .. silences .. ' times')
       else
-        set(t, {reaped = t.run})
+        set(t, {reaped = t.run, refunded = now - t.started_at_ms - t.estimate_ms})
         put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
       end
     end

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def machine() -> dict[str, str | int]:
@@ -28,9 +29,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def report(name: str, rows: Mapping[str, float | int | str]) -> None:
-    """Prints the table and the object."""
+def report(name: str, rows: Mapping[str, float | int | str], details: Mapping[str, Any] | None = None) -> None:
+    """Prints the table and the object; `details` are in the object alone."""
     print(f"\n{name}")
     for label, value in rows.items():
         print(f"  {label:<42} {value:>14,.3f}" if isinstance(value, float) else f"  {label:<42} {value:>14}")
-    print(json.dumps({"bench": name, **rows, **machine()}))
+    print(json.dumps({"bench": name, **rows, **(details or {}), **machine()}))

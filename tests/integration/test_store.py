@@ -155,7 +155,8 @@ async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -
     with pytest.raises(RunLost):
         await store.complete(task_id, zombie, result("zombie"))
     with pytest.raises(RunLost):
-        await store.requeue(task_id, zombie, Counts.TRIES, 3, 0, "x", "network")
+        await store.fail(task_id, zombie, "x", "invalid_input")
+    assert await store.requeue(task_id, zombie, Counts.DRAIN, 0, 0, "drained", "internal") is TaskStatus.QUEUED  # the answer that it had
     assert await everything(store) == before
     await store.complete(task_id, present.run, result("present"))
 

@@ -1,0 +1,152 @@
+"""API processes and workers started one by one, over a Valkey of their own: what `movieq up` would hide by starting it again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from movieq.embedded import Valkey
+from movieq.store import Store, connect
+from tests.service import Service
+
+KEY = "a-key-that-is-long-enough"
+STOP_S = 40
+
+
+class Fleet:
+    """Processes of movieq and the Valkey that they share. `store` goes to it directly."""
+
+    def __init__(self, folder: Path, valkey: Valkey, store: Store) -> None:
+        self.folder = folder
+        self.valkey = valkey
+        self.store = store
+        self.processes: list[Process] = []
+
+    async def api(self, redis_url: str = "", **settings: str) -> Service:
+        """An API process that takes requests, as a client sees it."""
+        process = self._start("api", redis_url, ["--port", "0"], settings)
+        assert process.popen.stdout is not None
+        line = await asyncio.to_thread(process.popen.stdout.readline)
+        assert line.startswith("movieq ready at "), process.log.read_text()
+        return Service(self.folder, process.popen, line.removeprefix("movieq ready at ").strip(), KEY)
+
+    async def worker(self, redis_url: str = "", **settings: str) -> Process:
+        """A worker whose child serves."""
+        process = self._start("worker", redis_url, [], settings)
+        await eventually(lambda: '"child_ready"' in process.log.read_text() or process.popen.poll() is not None, 30)
+        assert process.popen.poll() is None, process.log.read_text()
+        return process
+
+    def _start(self, name: str, redis_url: str, options: list[str], settings: dict[str, str]) -> Process:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
+            "MOVIEQ_REDIS_URL": redis_url or self.valkey.url,
+            "MOVIEQ_API_KEYS": KEY,
+            "MOVIEQ_STORAGE": str(self.folder / "media"),
+            "MOVIEQ_ALLOW_PRIVATE_URLS": "127.0.0.0/8",
+            "MOVIEQ_LOG_FORMAT": "json",
+            **({"MOVIEQ_PUBLIC_URL": "http://127.0.0.1:1"} if name == "worker" else {}),
+            **settings,
+        }
+        log = self.folder / f"{name}{len(self.processes)}.log"
+        with log.open("w") as stderr:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "movieq.cli", name, *options],
+                cwd=self.folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        self.processes.append(Process(popen, log))
+        return self.processes[-1]
+
+
+class Process:
+    """A process of a fleet."""
+
+    def __init__(self, popen: subprocess.Popen[str], log: Path) -> None:
+        self.popen = popen
+        self.log = log
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self.popen.poll() is None
+
+    def child(self) -> psutil.Process:
+        """The engine's process of a worker."""
+        (found,) = [each for each in psutil.Process(self.popen.pid).children() if "workers.child" in each.cmdline()]
+        return found
+
+    def send(self, signum: signal.Signals) -> None:
+        """The process, and nobody else, gets the signal."""
+        self.popen.send_signal(signum)
+
+    async def ended(self, within_s: float = STOP_S) -> int:
+        """Its exit code."""
+        return await asyncio.to_thread(self.popen.wait, within_s)
+
+    def said(self, message: str) -> int:
+        """How often it logged this."""
+        return self.log.read_text().count(f'"{message}"')
+
+
+@asynccontextmanager
+async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator[Fleet]:
+    """A Valkey for the length of a block; whatever was started over it is ended with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    valkey = Valkey(folder / "valkey", appendfsync=appendfsync)
+    valkey.start()
+    store = Store(connect(valkey.url, patient=True))
+    made = Fleet(folder, valkey, store)
+    try:
+        yield made
+    finally:
+        for process in made.processes:
+            if process.alive:
+                process.send(signal.SIGKILL)  # children go with their worker: tests of a graceful end ask for it themselves
+            process.popen.wait()
+            if process.popen.stdout is not None:
+                process.popen.stdout.close()
+        await store.aclose()
+        valkey.stop()
+
+
+async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = 10.0) -> float:
+    """Seconds until it was true; fails where it was not within the time."""
+    begun = time.monotonic()
+    while True:
+        answer = true()
+        if answer if isinstance(answer, bool) else await answer:
+            return time.monotonic() - begun
+        assert time.monotonic() - begun < within_s, f"not within {within_s:g} s"
+        await asyncio.sleep(0.01)
+
+
+async def probe(api: Service, path: str = "/health") -> tuple[int, float]:
+    """Status of an answer, and after how many seconds it came."""
+    begun = time.monotonic()
+    async with (
+        aiohttp.ClientSession(headers={"X-API-Key": api.key}) as session,
+        session.get(f"{api.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=10)) as answer,
+    ):
+        return answer.status, time.monotonic() - begun
+
+
+async def keys(store: Store) -> set[str]:
+    """Every key that there is."""
+    redis: Any = store.redis
+    return {key.decode() for key in await redis.keys("*")}

@@ -1,0 +1,283 @@
+"""Every script's answer lost once on its way: the end is the same as without, no task is held by nobody, and each receiver hears once."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from movieq import store as store_module
+from movieq.contracts import KEYS, EventType, Kind, TaskId, TaskStatus
+from movieq.embedded import Valkey
+from movieq.store import Counts, Store, connect
+from tests.arrange import CPU, new_task, raw, result
+from tests.fleet import Fleet, eventually, fleet
+from tests.proxy import Proxy, proxy, script
+from tests.service import Receiver, receiver
+
+TASK = TaskId("11111111-1111-4111-8111-111111111111")
+HOOK = "http://127.0.0.1:1/hook"
+
+
+async def submit(store: Store, **fields: Any) -> Any:
+    return (await store.submit(new_task(task_id=TASK, callback_url=HOOK, **fields))).queue_position
+
+
+async def begun(store: Store, **fields: Any) -> Any:
+    await submit(store, **fields)
+    (claimed,) = await store.claim("w1", "nonce", CPU)
+    return claimed.run
+
+
+async def report(store: Store) -> Any:
+    await store.report(TASK, await begun(store), 0.5, "generating_image", stage="render", step=1, steps=2, prefix="p")
+
+
+async def complete(store: Store) -> Any:
+    run = await begun(store)
+    await store.report(TASK, run, 0.9, "uploading_result", prefix="p")
+    await store.complete(TASK, run, result())
+
+
+async def fail(store: Store) -> Any:
+    await store.fail(TASK, await begun(store), "no such frame", "invalid_input")
+
+
+async def requeue(store: Store) -> Any:
+    return await store.requeue(TASK, await begun(store), Counts.TRIES, 3, 60_000, "out of memory", "out_of_memory")
+
+
+async def drain(store: Store) -> Any:
+    return await store.requeue(TASK, await begun(store), Counts.DRAIN, 0, 0, "stopped", "worker_lost")
+
+
+async def bury(store: Store) -> Any:
+    return await store.requeue(TASK, await begun(store), Counts.DEATHS, 1, 0, "died", "worker_lost", exit_code=-9, stage="render")
+
+
+async def cancel_queued(store: Store) -> Any:
+    await submit(store)
+    return (await store.cancel(TASK))[0]
+
+
+async def cancel_running(store: Store) -> Any:
+    await begun(store)
+    return (await store.cancel(TASK))[0]
+
+
+async def retry(store: Store) -> Any:
+    await fail(store)
+    return (await store.retry(TASK)).queue_position
+
+
+async def renew(store: Store) -> Any:
+    run = await begun(store)
+    return await store.renew("w1", [], [(TASK, run)], has_gpu=True)
+
+
+async def renew_reaped(store: Store) -> Any:
+    run = await begun(store)
+    await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {TASK: 1})
+    await store.tidy()
+    return await store.renew("w1", [], [(TASK, run)], has_gpu=False)
+
+
+async def leave(store: Store) -> Any:
+    await store.claim("w1", "nonce", CPU)
+    await store.renew("w1", [], [], has_gpu=False)
+    await store.leave("w1")
+
+
+async def tidy_reaps(store: Store) -> Any:
+    await begun(store)
+    await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {TASK: 1})
+    await store.tidy()
+
+
+async def tidy_brings_over(store: Store) -> Any:
+    await requeue(store)
+    await raw(store).zadd(KEYS["delayed"], {TASK: 1})
+    await store.tidy()
+
+
+async def tidy_ends(store: Store) -> Any:
+    await submit(store, start_by_ms=1)
+    await store.tidy()
+
+
+async def sweep(store: Store) -> Any:
+    await complete(store)
+    await raw(store).zadd(KEYS["ended"], {TASK: 1})
+    await store.sweep(1)
+
+
+SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
+    "submit": [submit],
+    "claim": [begun],
+    "report": [report],
+    "complete": [complete],
+    "fail": [fail],
+    "requeue": [requeue, drain, bury],
+    "cancel": [cancel_queued, cancel_running],
+    "retry": [retry],
+    "renew": [renew, renew_reaped],
+    "leave": [leave],
+    "tidy": [tidy_reaps, tidy_brings_over, tidy_ends],
+    "sweep": [sweep],
+}
+
+
+@pytest.mark.parametrize(("name", "scene"), [(name, scene) for name, scenes in SCENES.items() for scene in scenes])
+async def test_redis_holds_the_same_whether_an_answer_was_lost_or_not(
+    store: Store, server: Valkey, name: str, scene: Callable[[Store], Awaitable[Any]]
+) -> None:
+    said = await scene(store)
+    expected = await everything(store)
+    await raw(store).flushall()
+    async with proxy(server.socket) as between:
+        through = Store(connect(between.url, patient=True))
+        between.swallow(script(through, name))
+        again = await scene(through)
+        await through.aclose()
+    assert between.swallowed is not None
+    assert await everything(store) == expected
+    assert again == said
+
+
+def test_every_script_has_a_scene() -> None:
+    assert SCENES.keys() == {path.stem for path in Path(store_module.__file__).with_name("lua").glob("[a-z]*.lua")}
+
+
+async def everything(store: Store) -> dict[str, Any]:
+    """All that Redis holds, without what differs from one second to the next."""
+    redis, found = raw(store), {}
+    for key in sorted(await redis.keys("*")):
+        kind = (await redis.type(key)).decode()
+        value = {
+            "string": redis.get,
+            "hash": redis.hgetall,
+            "set": redis.smembers,
+            "zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+            "list": lambda key: redis.lrange(key, 0, -1),
+            "stream": redis.xrange,
+        }[kind](key)
+        expires = await redis.ttl(key) > 0
+        digits = -3 if key.decode().split(":")[1] in MEASURED else 6
+        found[key.decode()] = _steady(await value, digits), expires
+    return found
+
+
+VOLATILE = {b"retried", b"ended_at_ms", b"generate_image ms"}
+MEASURED = ("flows", "spent", "clock", "durations")
+"""Keys with milliseconds that were measured; to the second they show one estimate more or less."""
+
+
+def _steady(value: Any, digits: int = 6) -> Any:
+    """The value without times of the day, numbers rounded."""
+    match value:
+        case dict():
+            return {key: None if key in VOLATILE else _steady(each, digits) for key, each in value.items()}
+        case list() | tuple():
+            return [_steady(each, digits) for each in value]
+        case bytes() if re.fullmatch(rb"-?\d+(\.\d+)?", value):
+            return _steady(float(value), digits)
+        case bytes():
+            # in JSON, in ids of a log, and packed by MessagePack
+            return re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+Z|\b1\d{12}(-\d+)?\b|\xcf.{8}", b"TIME", value, flags=re.DOTALL)
+        case int() | float():
+            return "TIME" if value > 1e12 else round(value, digits)
+    return value
+
+
+# ── Through the real processes ──
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[tuple[Fleet, Proxy, Receiver]]:
+    """An API on the Valkey itself, a worker to be started through the proxy, a receiver of webhooks."""
+    async with fleet(tmp_path) as made, proxy(made.valkey.socket) as between, receiver() as hook:
+        yield made, between, hook
+
+
+async def ended(store: Store, task_id: str) -> Any:
+    async def over() -> bool:
+        task = await store.task(TaskId(task_id))
+        return task is not None and task.status.ended
+
+    await eventually(over, 30)
+    return await store.task(TaskId(task_id))
+
+
+SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
+LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
+
+
+async def nothing_is_held(store: Store) -> None:
+    redis = raw(store)
+    assert await redis.keys(KEYS["held"] + "*") == []
+    assert await redis.keys(KEYS["running"] + "*") == []
+    assert await redis.keys(KEYS["waiting"] + "*") == []
+
+
+async def test_a_worker_and_an_api_that_lose_any_answer_lose_no_task(house: tuple[Fleet, Proxy, Receiver]) -> None:
+    made, between, hook = house
+    api, worker = await asyncio.gather(made.api(between.url), made.worker(between.url))
+    for count, name in enumerate(("submit", "claim", "report", "complete", "renew", "tidy"), 1):
+        between.swallow(script(made.store, name))
+        task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
+        task = await ended(made.store, task_id)
+        assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1), name
+        await asyncio.wait_for(between.happened.wait(), 5)
+        await hook.wait_for(count)
+    between.swallow(script(made.store, "fail"))
+    task_id = await api.submit("generate_image", {"reference_images": ["upload:none"]}, callback_url=hook.url)
+    assert (await ended(made.store, task_id)).status is TaskStatus.FAILED
+    between.swallow(script(made.store, "retry"))
+    status, receipt = await api.call("POST", f"/tasks/{task_id}/retry")
+    assert (status, receipt["task_id"]) == (201, task_id)
+    assert (await ended(made.store, task_id)).attempt == 2
+    assert len(await hook.wait_for(8)) == 8
+    await nothing_is_held(made.store)
+    assert worker.said("run_lost") == 0
+    between.swallow(script(made.store, "leave"))
+    worker.send(signal.SIGTERM)
+    assert await worker.ended() == 0
+    assert await raw(made.store).exists(KEYS["workers"], KEYS["beats"]) == 0
+
+
+async def test_a_hand_back_whose_answer_is_lost_is_one_hand_back(house: tuple[Fleet, Proxy, Receiver]) -> None:
+    made, between, _ = house
+    api, worker = await asyncio.gather(made.api(), made.worker(between.url, MOVIEQ_DRAIN_S="0"))
+    task_id = await api.submit("generate_video", LONG)
+    await api.until(task_id, "stage", "frames")
+    between.swallow(script(made.store, "requeue", Counts.DRAIN))
+    worker.send(signal.SIGTERM)
+    assert await worker.ended() == 0
+    assert between.swallowed is not None
+    assert worker.said("run_lost") == 0
+    events = [entry.type for entry in await made.store.log_after(TaskId(task_id), None)]
+    assert events.count(EventType.RETRYING) == 1
+    task = await made.store.task(TaskId(task_id))
+    assert task is not None
+    assert task.status is TaskStatus.QUEUED
+    assert await raw(made.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 1
+
+
+async def test_a_claim_that_its_worker_did_not_live_to_hear_of_is_run_by_another(house: tuple[Fleet, Proxy, Receiver]) -> None:
+    made, between, hook = house
+    api, first = await asyncio.gather(made.api(), made.worker(between.url))
+    between.hold(script(made.store, "claim"))
+    task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
+    await api.until(task_id, "event", "started")
+    await asyncio.wait_for(between.happened.wait(), 5)
+    first.send(signal.SIGKILL)
+    await made.worker()
+    task = await ended(made.store, task_id)
+    assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 2)
+    assert len(await hook.wait_for(1)) == 1
+    await nothing_is_held(made.store)

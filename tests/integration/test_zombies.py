@@ -1,0 +1,283 @@
+"""Workers and engines that die, hang, or come back from the dead: nothing is written twice, nothing waits for what does not come."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import psutil
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from movieq.contracts import KEYS, EventType, Kind, TaskId, TaskStatus
+from movieq.settings import Settings
+from movieq.storage import FolderStorage
+from movieq.store import Counts, Store
+from tests.arrange import CPU, new_task, raw, result
+from tests.fleet import Fleet, Process, eventually, fleet
+from tests.proxy import proxy, script
+from tests.service import serving
+from workers.deliver import Outbox, sweep
+
+SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
+LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
+ACTED_S = 2.0
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path) as started:
+        yield started
+
+
+@pytest.mark.parametrize("how", ["stands still", "is cut off"])
+async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_changes_nothing(made: Fleet, how: str) -> None:
+    async with proxy(made.valkey.socket) as between:
+        api, zombie = await asyncio.gather(made.api(), made.worker(between.url))
+        between.hold(script(made.store, "report", "uploading_result"))
+        task_id = TaskId(await api.submit("generate_image", SMALL))
+        await asyncio.wait_for(between.happened.wait(), 20)  # it has said where it stores its file, and is about to
+        if how == "stands still":
+            zombie.send(signal.SIGSTOP)
+        else:
+            between.freeze()
+        between.release()
+        other = await made.worker()
+        status = await api.ended(task_id)
+        assert (status["status"], status["attempt"]) == ("completed", 2)
+        committed = await found(made.store, task_id)
+        log = await made.store.log_after(task_id, None)
+        files = {path: path.read_bytes() for path in stored(made) if str(committed.run) in path.parts}
+        assert {path.stem for path in files} == {"output"}
+        await raw(made.store).delete(KEYS["orphans"])  # as if the cron job had been there already
+        if how == "stands still":
+            zombie.send(signal.SIGCONT)
+        else:
+            between.thaw()
+        await eventually(lambda: zombie.said("run_lost") + zombie.said("run_stopped") > 0)
+        if not only(made, files):
+            await eventually(lambda: has_orphans(made.store))
+        assert await found(made.store, task_id) == committed
+        assert await made.store.log_after(task_id, None) == log
+        for _ in range(4):  # both go on working
+            assert (await api.ended(await api.submit("generate_image", SMALL, project="next")))["status"] == "completed"
+        assert zombie.alive
+        assert other.alive
+        await sweep_at_once(made)
+        assert {path: path.read_bytes() for path in stored(made) if task_id in path.parts} == files
+
+
+async def test_what_a_zombie_stores_after_its_orphans_were_deleted_is_listed_anew_and_nothing_committed_is(made: Fleet) -> None:
+    store = made.store
+    await store.submit(new_task())
+    (claimed,) = await store.claim("w1", "nonce", CPU)
+    task_id, run = claimed.task.task_id, claimed.run
+    await store.report(task_id, run, 0.95, "uploading_result", prefix="projects/film/image/t/kept")
+    await store.complete(task_id, run, result())
+    await store.add_orphan("projects/film/image/t/kept")
+    await store.add_orphan("projects/film/image/t/zombie")
+    await raw(store).zadd(KEYS["orphans"], dict.fromkeys(await raw(store).zrange(KEYS["orphans"], 0, -1), 1))
+    assert await store.due_orphans() == ["projects/film/image/t/zombie"]
+    assert await raw(store).zrange(KEYS["orphans"], 0, -1) == [b"projects/film/image/t/zombie"]
+
+
+async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(made: Fleet) -> None:
+    store = made.store
+    await store.submit(new_task())
+    (claimed,) = await store.claim("w1", "nonce", CPU)
+    task_id, run = claimed.task.task_id, claimed.run
+    await store.report(task_id, run, 0.95, "uploading_result", prefix="prefix")
+    await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
+    assert (await store.tidy())[0] == 1
+    await raw(store).zadd(KEYS["orphans"], {"prefix": 1})
+    assert (await store.renew("w1", [], [(task_id, run)], has_gpu=False))[0] == [(task_id, run)]
+    assert (await found(store, task_id)).status is TaskStatus.QUEUED
+
+
+async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_CPU_SLOTS="2"))
+    task_id = TaskId(await api.submit("generate_video", {**LONG, "duration": 4, "fps": 8, "resolution": "320x180"}))
+    await api.until(task_id, "event", "started")
+    children = [each for each in psutil.Process(worker.popen.pid).children() if "workers.child" in each.cmdline()]
+    worker.send(signal.SIGSTOP)
+    for child in children:
+        child.suspend()
+    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED), 15)
+    for child in children:
+        child.resume()
+    worker.send(signal.SIGCONT)
+    status = await api.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", 1)
+
+
+async def arrange_what_is_due(store: Store) -> list[TaskId]:
+    """A dead lease, a retry and three deadlines, all of which are due in half a second."""
+    ids = [new_task("due") for _ in range(2)]
+    for task in ids:
+        await store.submit(task)
+        (claimed,) = await store.claim("gone", f"nonce {task.task_id}", CPU)
+        assert claimed.task.task_id == task.task_id
+        due = (await raw(store).time())[0] * 1000 + 500
+        await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task.task_id: due})
+    await store.requeue(ids[1].task_id, claimed.run, Counts.TRIES, 3, 500, "x", "network")
+    long = new_task("due", max_ms=500)
+    await store.submit(long)
+    await store.claim("gone", "nonce", CPU)
+    late = [new_task("due", start_by_ms=due), new_task("due", finish_by_ms=due)]
+    for task in late:
+        await store.submit(task)
+    return [task.task_id for task in (*ids, long, *late)]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["no worker at all", "all slots busy"])
+async def test_what_is_due_is_acted_on_within_two_seconds_by_an_api_process(made: Fleet, busy: bool) -> None:
+    api = await made.api()
+
+    async def held(_: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async with serving({"/frame": held}) as url:
+        if busy:
+            worker = await made.worker()
+            running = await api.submit("generate_video", {"storyboard_images": [f"{url}/frame"]})
+            await api.until(running, "event", "started")
+            worker.send(signal.SIGSTOP)  # not even its own renewals help
+        ids = await arrange_what_is_due(made.store)
+        begun = time.monotonic()
+
+        async def acted() -> bool:
+            reaped, retried, *past = [await found(made.store, task_id) for task_id in ids]
+            waiting = await raw(made.store).zscore(KEYS["waiting"] + Kind.CPU_INTENSIVE, retried.task_id)
+            return (
+                reaped.status is TaskStatus.QUEUED and waiting is not None and all(task.error_code == "deadline_exceeded" for task in past)
+            )
+
+        await eventually(acted, 0.5 + ACTED_S)
+        print(f"acted on {time.monotonic() - begun - 0.5:.2f} s after it was due")
+
+
+async def test_a_dead_child_is_noticed_at_once(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    delays = []
+    for _ in range(3):
+        task_id = TaskId(await api.submit("generate_video", LONG))
+        await api.until(task_id, "stage", "frames")
+        async with api.events(task_id) as events:
+            begun = time.monotonic()
+            worker.child().kill()
+            async for event in events:
+                if event["event"] == "retrying":
+                    break
+            delays.append(time.monotonic() - begun)
+        assert "SIGKILL" in event["error"]
+        await api.call("DELETE", f"/tasks/{task_id}")
+        await eventually(lambda: serves(worker), 20)
+    print(f"kill -9 of a child to `retrying`: {', '.join(f'{delay * 1000:.1f}' for delay in delays)} ms")
+    assert sorted(delays)[1] < 0.2
+
+
+def serves(worker: Process) -> bool:
+    return worker.said("child_ready") == worker.said("child_ended") + 1
+
+
+async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(made: Fleet) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(_: web.Request) -> web.Response:
+        asked.set()
+        await go_on.wait()
+        return web.Response(body=png())
+
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    async with serving({"/frame": slow}) as url:
+        task_id = TaskId(await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]}))
+        await asyncio.wait_for(asked.wait(), 10)
+        worker.child().kill()
+        go_on.set()
+        status = await api.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", 1)
+    assert await raw(made.store).hget(KEYS["task"] + task_id, "deaths") == b"0"
+
+
+async def test_a_task_that_kills_its_engine_every_time_becomes_a_dead_letter(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    task_id = TaskId(await api.submit("generate_video", {**LONG, "seed": 7}))
+    attempt = 0
+    async with api.events(task_id) as events:
+        async for event in events:
+            if event.get("stage") == "frames" and event["event"] == "progress" and event["attempt"] > attempt:
+                attempt = event["attempt"]
+                worker.child().kill()
+    status = await api.ended(task_id)
+    assert (status["status"], status["error_code"], status["attempt"], status["retryable"]) == ("failed", "worker_lost", 3, True)
+    _, answer = await api.call("GET", "/dead-letters")
+    (letter,) = answer["dead_letters"]
+    assert (letter["task_id"], letter["exit_code"], letter["last_stage"], letter["attempt"]) == (task_id, -9, "frames", 3)
+    assert letter["task_data"] == {**LONG, "seed": 7}
+    (same,), total = await made.store.dead_letters()
+    assert (same.task_id, total) == (task_id, 1)
+    # the next task is fine
+    assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
+
+
+async def test_a_task_that_this_worker_has_no_function_for_ends_no_worker(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    odd = new_task(kwargs=msgspec.msgpack.encode({"of_a_newer_movieq": 1}))
+    await made.store.submit(odd)
+    await eventually(lambda: has_retried(made.store, odd.task_id))
+    assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
+    assert worker.alive
+
+
+async def has_retried(store: Store, task_id: TaskId) -> bool:
+    return any(entry.type is EventType.RETRYING for entry in await store.log_after(task_id, None))
+
+
+# ── Arranging ──
+
+
+async def found(store: Store, task_id: TaskId) -> Any:
+    task = await store.task(task_id)
+    assert task is not None
+    return task
+
+
+async def is_in(store: Store, task_id: TaskId, status: TaskStatus) -> bool:
+    return (await found(store, task_id)).status is status
+
+
+def stored(made: Fleet) -> list[Path]:
+    return [path for path in (made.folder / "media").rglob("*") if path.is_file()]
+
+
+def only(made: Fleet, files: dict[Path, bytes]) -> bool:
+    return set(stored(made)) == files.keys()
+
+
+async def has_orphans(store: Store) -> bool:
+    return bool(await raw(store).exists(KEYS["orphans"]))
+
+
+async def sweep_at_once(made: Fleet) -> None:
+    """The cron job that deletes what is over has run, for all that is listed."""
+    orphans = await raw(made.store).zrange(KEYS["orphans"], 0, -1)
+    if orphans:
+        await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
+    storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", b"")
+    async with aiohttp.ClientSession() as session:
+        await sweep({"outbox": Outbox(made.store, storage, session, (), Settings())})
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    return buffer.getvalue()
