@@ -120,8 +120,9 @@ end
 
 -- Into the queue of the task's project and kind, at the place that its age and priority give it.
 local function enqueue(t)
-  redis.call('ZADD', queue(t), t.created_at_ms - t.bias_ms, t.task_id)
-  redis.call('ZADD', K.waiting .. t.kind, t.created_at_ms, t.task_id)
+  local created = t.created_at_ms + t.created_us / 1000 -- two of the same millisecond keep their order
+  redis.call('ZADD', queue(t), created - t.bias_ms, t.task_id)
+  redis.call('ZADD', K.waiting .. t.kind, created, t.task_id)
   redis.call('HINCRBY', K.priorities .. t.kind, t.priority, 1)
   if not redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
     local spent = tonumber(redis.call('HGET', K.spent .. t.kind, t.project_id) or 0)

@@ -47,7 +47,7 @@ end
 
 local fields = {
   task_id = task_id, project_id = project_id, task_type = task_type, kind = kind, engine = engine, model = model, shape = shape, priority = priority,
-  bias_ms = bias_ms, created_at_ms = now, estimate_ms = estimate_ms, max_ms = max_ms, warnings = warnings, attempt = 0, tries = 0, deaths = 0,
+  bias_ms = bias_ms, created_at_ms = now, created_us = clock[2] % 1000, estimate_ms = estimate_ms, max_ms = max_ms, warnings = warnings, attempt = 0, tries = 0, deaths = 0,
   silences = 0, progress = 0, current_step = 'waiting_in_queue',
 }
 if metadata ~= '{}' then fields.metadata = metadata end

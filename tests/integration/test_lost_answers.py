@@ -172,7 +172,7 @@ async def everything(store: Store) -> dict[str, Any]:
     return found
 
 
-VOLATILE = {b"retried", b"ended_at_ms", b"generate_image ms"}
+VOLATILE = {b"retried", b"ended_at_ms", b"refunded", b"created_us", b"generate_image ms"}
 MEASURED = ("flows", "spent", "clock", "durations")
 """Keys with milliseconds that were measured; to the second they show one estimate more or less."""
 
