@@ -60,6 +60,9 @@ bench: setup-test bench-animatic  ## Measure: the animatic, submit, start
 bench-animatic: setup-test  ## Measure: seconds and memory of clips, cards and sound
 	$(BIN)/python -m tests.bench.bench_animatic
 
+bench-queue: setup-test  ## Measure: the queue beside arq, SAQ, Taskiq, Celery and BullMQ
+	$(BIN)/python -m tests.bench.bench_queue
+
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \
 	  $(BIN)/python -m pip freeze | grep -v '^movieq\|^-e' | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt

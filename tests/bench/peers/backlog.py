@@ -106,7 +106,7 @@ async def contents(redis: Any) -> dict[str, str]:
                 value = (await redis.get(key))[:-9]  # without the time, which msgpack has last
             case other:
                 raise AssertionError(f"a submit makes no {other}")
-        found[key.decode()] = re.sub(r"\d{13}(\.0)?", "T", str(value))
+        found[key.decode()] = re.sub(r"\d{13}(\.\d+)?|(?<=b'created_us', b')\d+", "T", str(value))
     return found
 
 
