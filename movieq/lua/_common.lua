@@ -1,15 +1,19 @@
--- What the scripts share: the loader puts this, with the key names `K` of contracts.py before it, in front of every one of them.
--- A script checks its arguments and reads what it needs before its first write: Lua is not rolled back.
+-- What the scripts share: the loader puts this in front of every one of them, writes the key names of contracts.py for each `K.name`, and calls `save`
+-- after it. A script checks its arguments and reads what it needs before its first write: Lua is not rolled back.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
+local loaded, changed = {}, {}
+
 -- The task's hash as a table; nil where there is none.
 local function load(task_id)
+  if loaded[task_id] then return loaded[task_id] end
   local flat = redis.call('HGETALL', K.task .. task_id)
   if #flat == 0 then return nil end
   local t = {}
   for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
+  loaded[task_id] = t
   return t
 end
 
@@ -18,19 +22,42 @@ local function present(t, run)
   return t ~= nil and t.status == 'processing' and t.run == run
 end
 
+-- Fields of the hash: the table has them at once, the hash when the script ends, by `save`.
 local function set(t, fields)
-  local flat = {}
+  local names = changed[t] or {}
+  changed[t] = names
   for name, value in pairs(fields) do
     t[name] = tostring(value)
-    flat[#flat + 1] = name
-    flat[#flat + 1] = t[name]
+    names[name] = true
   end
-  redis.call('HSET', K.task .. t.task_id, unpack(flat))
 end
 
 local function unset(t, ...)
-  for _, name in ipairs({...}) do t[name] = nil end
-  redis.call('HDEL', K.task .. t.task_id, ...)
+  local names = changed[t] or {}
+  changed[t] = names
+  for _, name in ipairs({...}) do
+    if t[name] then
+      t[name] = nil
+      names[name] = true
+    end
+  end
+end
+
+-- Writes what was changed, once for each task.
+local function save()
+  for t, names in pairs(changed) do
+    local kept, gone = {}, {}
+    for name in pairs(names) do
+      if t[name] then
+        kept[#kept + 1] = name
+        kept[#kept + 1] = t[name]
+      else
+        gone[#gone + 1] = name
+      end
+    end
+    if #kept > 0 then redis.call('HSET', K.task .. t.task_id, unpack(kept)) end
+    if #gone > 0 then redis.call('HDEL', K.task .. t.task_id, unpack(gone)) end
+  end
 end
 
 -- ── Indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +213,8 @@ end
 -- A plain arq job that runs deliver(delivery_id), with the facts frozen beside it.
 local function deliver(t, event_type)
   if not t.callback_url then return end
-  local id = t.task_id .. '-' .. redis.call('HINCRBY', K.task .. t.task_id, 'deliveries', 1)
+  set(t, {deliveries = (t.deliveries or 0) + 1})
+  local id = t.task_id .. '-' .. t.deliveries
   local facts = {'type', event_type, 'status', t.status, 'url', t.callback_url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending'}
   for _, name in ipairs({'task_id', 'project_id', 'task_type', 'result', 'error', 'error_code', 'started_at_ms', 'ended_at_ms'}) do
     if t[name] and (name ~= 'started_at_ms' or t.run) then -- of the last attempt, where the task did not end while it waited

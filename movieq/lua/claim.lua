@@ -8,20 +8,27 @@
 -- Appends `started`. A worker with slots left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task.
 local share = cjson.decode(weights)
 
+-- The next task of the kind, and the least virtual time.
 local function pick(kind)
   local project, least = unpack(redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES'))
   if not project then return nil end
+  least = tonumber(least)
   if redis.call('INCR', K.claims .. kind) % 8 == 0 then
     local oldest = redis.call('ZRANGE', K.waiting .. kind, 0, 0)[1]
     local t = load(oldest)
     local ahead = redis.call('ZSCORE', K.flows .. kind, t.project_id) - least
-    if ahead <= t.estimate_ms / (share[t.project_id] or 1) then return oldest end -- else its project has had more than its share
+    if ahead <= t.estimate_ms / (share[t.project_id] or 1) then return oldest, least end -- else its project has had more than its share
   end
-  return redis.call('ZRANGE', K.waiting .. kind .. ':' .. project, 0, 0)[1]
+  return redis.call('ZRANGE', K.waiting .. kind .. ':' .. project, 0, 0)[1], least
 end
 
 local function given(task_id, run)
-  return {task_id, run, redis.call('GET', K.job .. task_id), redis.call('HGETALL', K.task .. task_id)}
+  local flat = {}
+  for name, value in pairs(load(task_id)) do
+    flat[#flat + 1] = name
+    flat[#flat + 1] = value
+  end
+  return {task_id, run, redis.call('GET', K.job .. task_id), flat}
 end
 
 local answer = {}
@@ -38,24 +45,22 @@ local claimed = {nonce}
 for i = 5, #ARGV, 2 do
   local kind, free = ARGV[i], tonumber(ARGV[i + 1])
   while free > 0 do
-    local task_id = pick(kind)
+    local task_id, least = pick(kind)
     if not task_id then break end
     local t = load(task_id)
     local run = nonce .. '-' .. #claimed
-    local least = redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES')[2]
-    redis.call('SET', K.clock .. kind, math.max(tonumber(least), tonumber(redis.call('GET', K.clock .. kind) or 0)))
+    if least > tonumber(redis.call('GET', K.clock .. kind) or 0) then redis.call('SET', K.clock .. kind, least) end
     dequeue(t)
     set(t, {weight = share[t.project_id] or 1})
     charge(t, t.estimate_ms)
-    redis.call('LPUSH', K.pace .. kind, now)
-    redis.call('LTRIM', K.pace .. kind, 0, 99)
+    if redis.call('LPUSH', K.pace .. kind, now) > 120 then redis.call('LTRIM', K.pace .. kind, 0, 99) end
     set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
     unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned')
     move(t, 'processing')
     redis.call('ZADD', K.running .. kind, now + lease_ms, task_id)
     redis.call('SADD', K.held .. worker_id, task_id)
     watch_deadline(t)
-    redis.call('PERSIST', K.log .. task_id)
+    if t.attempt ~= '1' then redis.call('PERSIST', K.log .. task_id) end -- a first one has no log yet
     log(t, 'started')
     claimed[#claimed + 1] = task_id .. ' ' .. run
     answer[#answer + 1] = given(task_id, run)

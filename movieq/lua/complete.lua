@@ -7,8 +7,7 @@
 local t = load(task_id)
 if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
 if not holds(t, run, 0) then return 'lost' end
-redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms)
-redis.call('LTRIM', K.durations .. t.shape, 0, 20)
+if redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms) > 42 then redis.call('LTRIM', K.durations .. t.shape, 0, 20) end
 redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
 redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
 redis.call('HINCRBY', K.sums, t.task_type .. ' ms', now - t.started_at_ms)

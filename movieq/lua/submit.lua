@@ -12,7 +12,7 @@ end
 
 -- Milliseconds from one claim of the kind to the next, by the last hundred; half a minute where that is not known.
 local function pace(of)
-  local claims = redis.call('LRANGE', K.pace .. of, 0, -1)
+  local claims = redis.call('LRANGE', K.pace .. of, 0, 99)
   return #claims < 2 and 30000 or math.ceil((now - claims[#claims]) / #claims)
 end
 
@@ -38,7 +38,7 @@ if tonumber(max_queued_all) > 0 then
 end
 
 -- The median of what tasks of this shape took lately, once there are five.
-local past = redis.call('LRANGE', K.durations .. shape, 0, -1)
+local past = redis.call('LRANGE', K.durations .. shape, 0, 20)
 if #past >= 5 then
   for i, ms in ipairs(past) do past[i] = tonumber(ms) end
   table.sort(past)
