@@ -1,4 +1,4 @@
--- What the scripts share: the loader puts this in front of every one of them, writes the key names of contracts.py for each `K.name`, and calls `save`
+-- What the scripts share: the loader puts this in front of every one of them, writes in the key names of contracts.py, which they call by `K`, and calls `save`
 -- after it. A script checks its arguments and reads what it needs before its first write: Lua is not rolled back.
 
 local clock = redis.call('TIME')
