@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test up demo check fmt test chaos gallery bench bench-animatic bench-queue constraints clean ci
+.PHONY: help setup setup-test up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,7 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 .venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
 	$(PIP) torch==2.13.0
 	$(PIP) --group test --editable '.[speech,gpu]'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
 	@touch $@ .venv/.setup
 
 up: setup       ## Run the queue, the API and one worker on this machine
@@ -49,6 +50,9 @@ test: setup-test  ## Run the tests; PYTEST='-m slow' for the long ones
 
 chaos: setup-test  ## Kill everything while N tasks run, and count what is lost
 	$(BIN)/python -m tests.chaos.run $(or $(N),300) --per-second $(or $(RATE),5)
+
+arq-suite: setup-test  ## Run arq's own tests of its worker on ours
+	$(BIN)/python -m tests.arq_suite.run .cache/arq/arq-*.tar.gz
 
 gallery: setup-test  ## Render a sheet of every camera, grade and card
 	$(BIN)/python -m tests.gallery gallery

@@ -11,6 +11,7 @@ import builtins
 from collections import deque
 from typing import Any
 
+import hiredis
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -69,7 +70,7 @@ class Line:
         answer.add_done_callback(_seen)
         self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
         try:
-            await connection.send_packed_command(connection.pack_command(*command), check_health=False)
+            await connection.send_packed_command(hiredis.pack_command(command), check_health=False)  # type: ignore[arg-type]
         except BaseException:  # also a cancel half way through: what was written may be no whole command, and redis-py has hung up
             await self._drop(connection, ConnectionError("the connection broke while it was written to"))
             raise

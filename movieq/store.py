@@ -1,7 +1,7 @@
 """Tasks in Redis: one method per Lua script, and the reads.
 
-A method of a verb is said again safely: after a lost answer the same call answers the same. Verb calls go on when their caller is
-cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`; the API answers 503 to them, the worker waits.
+A method of a verb is said again safely: after a lost answer the same call answers the same. Verb calls but submit go on when their
+caller is cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`; the API answers 503 to them, the worker waits.
 """
 
 from __future__ import annotations
@@ -209,13 +209,10 @@ class Store:
 
     async def submit(self, new: NewTask) -> Accepted:
         """The task waits in its queue. Raises IdempotencyMismatch, QueueFull."""
-        answer = await self._verb(
-            "submit",
-            **{
-                **{name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()},
-                "warnings": msgspec.json.encode(new.warnings),
-            },
-        )
+        arguments = {name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()}
+        arguments["warnings"] = msgspec.json.encode(new.warnings)
+        # not shielded, as no worker hangs on it: a client that has gone submits again, or has changed its mind
+        answer = await self._scripts["submit"]((), **arguments)
         match answer[0]:
             case b"mismatch":
                 raise IdempotencyMismatch("this Idempotency-Key was used with another body: send the same body, or another key")
