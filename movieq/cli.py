@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 import socket
@@ -18,8 +19,8 @@ from redis.exceptions import RedisError
 
 import movieq
 from movieq import logs, models, webhooks
-from movieq.contracts import PROJECT_PATTERN, Priority, TaskStatus
-from movieq.errors import MovieqError, SettingsError
+from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, Priority, TaskStatus
+from movieq.errors import InvalidState, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
 from movieq.store import Store, connect
@@ -230,6 +231,102 @@ def cancel(task_id: str, url: str | None, key: str | None) -> None:
             click.echo((await client.cancel(task_id)).message)
 
     _run(run)
+
+
+@main.group()
+def dead() -> None:
+    """List, retry and drop dead letters: tasks that were given up because their worker or their engine died with them too often.
+
+    \b
+        movieq dead list
+        movieq dead retry 123e4567-e89b-12d3-a456-426614174000
+        movieq dead drop 123e4567-e89b-12d3-a456-426614174000
+
+    `list` and `drop` take a key with the scope admin, `retry` one with submit.
+    """
+
+
+@dead.command("list")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 1000), help="How many to show, latest first.")
+@_server
+def dead_list(limit: int, url: str | None, key: str | None) -> None:
+    """Show the dead letters, latest first: when each was given up, what it died of, where, and the task_data that it was submitted with.
+
+    \b
+        movieq dead list --limit 10
+    """
+
+    async def run() -> DeadLettersAnswer:
+        async with _client(url, key) as client:
+            return await client.dead_letters(limit)
+
+    answer = _run(run)
+    for letter in answer.dead_letters:
+        died = f"{letter.last_stage or 'unknown'}, exit code {'unknown' if letter.exit_code is None else letter.exit_code}"
+        click.echo(f"{letter.task_id}  {letter.project_id}  {letter.task_type}  {letter.failed_at:%Y-%m-%d %H:%M:%S} UTC")
+        click.echo(f"  error       {_plain(letter.error or 'unknown')}, attempt {letter.attempt}")
+        click.echo(f"  last stage  {died}")
+        click.echo(f"  task_data   {_plain(msgspec.json.encode(letter.task_data).decode())}")
+    if not answer.total:
+        click.echo("no dead letters", err=True)
+    elif answer.total > len(answer.dead_letters):
+        click.echo(f"{len(answer.dead_letters)} of {answer.total} dead letters: --limit shows more", err=True)
+
+
+@dead.command("retry")
+@click.argument("task_ids", metavar="ID...", nargs=-1, required=True)
+@_server
+def dead_retry(task_ids: tuple[str, ...], url: str | None, key: str | None) -> None:
+    """Queue dead letters again, each with a new budget of tries. Ends with 1 if one could not be.
+
+    \b
+        movieq dead retry 123e4567-e89b-12d3-a456-426614174000
+    """
+
+    async def retry(client: Client, task_id: str) -> str:
+        return f"waits again, in place {(await client.retry(task_id)).queue_position}"
+
+    _for_each(task_ids, retry, url, key)
+
+
+@dead.command("drop")
+@click.argument("task_ids", metavar="ID...", nargs=-1, required=True)
+@_server
+def dead_drop(task_ids: tuple[str, ...], url: str | None, key: str | None) -> None:
+    """Take dead letters off the list; the tasks stay failed. Ends with 1 if one was none.
+
+    \b
+        movieq dead drop 123e4567-e89b-12d3-a456-426614174000
+    """
+
+    async def drop(client: Client, task_id: str) -> str:
+        await client.drop_dead_letter(task_id)
+        return "dropped"
+
+    _for_each(task_ids, drop, url, key)
+
+
+def _plain(text: str) -> str:
+    """On one line, and with nothing in it that steers a terminal: escaped as in JSON."""
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def _for_each(task_ids: tuple[str, ...], work: Callable[[Client, str], Awaitable[str]], url: str | None, key: str | None) -> None:
+    """Says what became of each task; one that is refused does not keep the others from their turn."""
+
+    async def run() -> bool:
+        refused = False
+        async with _client(url, key) as client:
+            for task_id in task_ids:
+                try:
+                    click.echo(f"{task_id}: {await work(client, task_id)}")
+                except (NotFound, InvalidState, ValidationFailed) as error:
+                    refused = True
+                    click.echo(f"{task_id}: {error.message}", err=True)
+        return refused
+
+    if _run(run):
+        sys.exit(1)
 
 
 @main.command()

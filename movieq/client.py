@@ -34,6 +34,7 @@ from movieq.contracts import (
     TERMINAL_EVENTS,
     UPLOAD_BYTES,
     CancelAnswer,
+    DeadLettersAnswer,
     Deadline,
     ErrorAnswer,
     EventType,
@@ -179,6 +180,15 @@ class Client:
         query |= {name: value for name, value in (("status", status), ("task_type", task_type)) if value is not None}
         return await self._ask(_Call("GET", f"/projects/{_part(project_id)}/tasks", query=query), TaskPage)
 
+    async def dead_letters(self, limit: int = 100) -> DeadLettersAnswer:
+        """The latest tasks that were given up, at most 1000 of them, and how many there are. For admin keys."""
+        return await self._ask(_Call("GET", "/dead-letters", query={"limit": str(limit)}), DeadLettersAnswer)
+
+    async def drop_dead_letter(self, task_id: str) -> None:
+        """The task is listed no more, and stays failed. Raises NotFound where it is none; Unavailable also where the answer was lost."""
+        # not sent again once it may have arrived: the second would not find it
+        await self._body(_Call("DELETE", f"/dead-letters/{_part(task_id)}", repeatable=False))
+
     async def workers(self) -> WorkersAnswer:
         """Every child of every worker heard of in the last five minutes."""
         return await self._ask(_Call("GET", "/workers/status"), WorkersAnswer)
@@ -283,17 +293,18 @@ class Client:
     # ── Requests ──
 
     async def _ask(self, call: _Call, answer: type[T]) -> T:
+        return _decoded(await self._body(call), answer, without_query(str(self._at(call.path))))
+
+    async def _body(self, call: _Call) -> bytes:
         waits = _Waits(self._patience_s, *BACKOFF_S)
         while True:
             try:
-                body = await self._answered(call)
-                break
+                return await self._answered(call)
             except RequestError as error:
                 lost = isinstance(error, _AnswerLost) and not call.repeatable
                 if lost or isinstance(error, Internal) or not call.patient:  # a stream is opened again after a 500, a request is not
                     raise
                 await waits.next(error)
-        return _decoded(body, answer, without_query(str(self._at(call.path))))
 
     async def _answered(self, call: _Call) -> bytes:
         url = self._at(call.path).with_query(call.query)

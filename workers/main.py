@@ -13,7 +13,6 @@ import random
 import secrets
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +35,9 @@ from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
 from workers.deliver import Outbox, deliver, sweep
-from workers.engine import Child
+from workers.engine import CANCEL_GRACE_S, Child
 from workers.run import Parts, Running, refuse_task, run_task
+from workers.spool import spool
 
 POLL_S: Final = 1.0
 """The safety net under the wake."""
@@ -46,8 +46,8 @@ AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
 DELIVERY_S: Final = 20
 """A delivery's own limit; arq gives a job of a dead worker to another ten seconds after it."""
-LAST_S: Final = 5.0
-"""What a worker that has to go gives its runs to be handed back, after the drain."""
+LAST_S: Final = CANCEL_GRACE_S + 2.0
+"""What a worker that has to go gives its runs to be handed back, after the drain: first an engine that does not listen has its grace."""
 
 log = logs.get()
 
@@ -117,6 +117,7 @@ class Worker(ArqWorker):
         """Leaves, and closes what arq opened."""
         try:
             await self.store.leave(self.worker_id)
+            await self.pool.delete(self.health_check_key)
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("leave_failed", problem=str(error))
         if self.on_shutdown:
@@ -135,7 +136,16 @@ class Worker(ArqWorker):
             except (RedisError, OSError, TimeoutError) as error:
                 self._doubt.set()
                 log.warning("redis_away", problem=str(error) or type(error).__name__)
-            await _set_within(self._wake, POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+            else:
+                if self.burst and await self._burst_over():
+                    return
+            await _set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+
+    async def _burst_over(self) -> bool:
+        if not 0 <= self.max_burst_jobs <= self._jobs_started() and await self.pool.zcard(self.queue_name):
+            return False
+        await asyncio.gather(*self.tasks.values())
+        return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
         """As arq's; a job that Redis did not let it start does not count as one that runs."""
@@ -320,9 +330,7 @@ async def serve(settings: Settings) -> None:
     kinds = settings.kinds() or (Kind.CPU_INTENSIVE,)
     children = [Child(f"cpu{number}", kinds, "cpu", step_timeout_s=settings.step_timeout_s) for number in range(settings.cpu_slots)]
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
-    if settings.spool:
-        Path(settings.spool).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="movieq-spool-", dir=settings.spool or None, ignore_cleanup_errors=True) as spool:
+    with spool(Path(settings.spool) if settings.spool else None) as folder:
         async with Fetcher(guard) as fetcher, guard.session() as session:
             worker = Worker(
                 worker_id=worker_id,
@@ -342,7 +350,7 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, Path(spool)),
+                    "parts": Parts(store, storage, fetcher, folder),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -34,6 +35,9 @@ from movieq.storage import FolderStorage
 from movieq.store import TIDY_S, Store, connect
 
 log = logs.get()
+
+_STATES: Final = re.compile(r"(?:^|caused error: \W*)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
+"""How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
 
 _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge}
 
@@ -131,7 +135,7 @@ async def _tidy(store: Store) -> None:
                 log.info("tidy", reaped=reaped, due=due, past_deadline=past)
         except (RedisError, OSError, TimeoutError) as error:
             if not away:
-                log.error("redis_away", problem=str(error) or type(error).__name__)
+                log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=_is_fault(error))
             away = True
         await asyncio.sleep(TIDY_S)
 
@@ -160,9 +164,24 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     return response
 
 
+def _is_fault(error: Exception) -> bool:
+    """Whether Redis could not do what it was asked, a fault of a script of ours, say; else it is away, or in a state that passes."""
+    return (
+        isinstance(error, ResponseError)
+        and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
+        and _STATES.search(str(error)) is None
+    )
+
+
 async def _redis_away(request: Request, error: Exception) -> Response:
+    if _is_fault(error):
+        log.error("request_broke", method=request.method, path=request.scope["path"][:200], exc_info=error)
+        return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
-    return error_answer(Unavailable("Redis is away: nothing was accepted; try again", retry_after_s=2))
+    if isinstance(error, ResponseError):
+        return error_answer(Unavailable("Redis takes no such command just now: nothing was changed; try again", retry_after_s=2))
+    # what a Redis that hangs was sent it may still do
+    return error_answer(Unavailable("Redis is away; try again: with an Idempotency-Key, nothing is accepted twice", retry_after_s=2))
 
 
 async def _storage_away(request: Request, error: Exception) -> Response:
@@ -175,7 +194,8 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return error_answer(Internal("a fault of movieq's own; it is in the log of the API"))  # Starlette raises it again, and uvicorn logs it
+    # where this is the last handler, Starlette raises the error again, and uvicorn logs it
+    return error_answer(Internal("a fault of movieq's own; it is in the log of the API"))
 
 
 class _Cors(CORSMiddleware):

@@ -36,13 +36,13 @@ KEY = "chaos-key-0123456789"
 CANCELLED_SHARE = 0.05
 
 WORK: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("generate_image", {"prompt": "a lamp", "resolution": "512x512"}),
-    ("generate_video", {"prompt": "a lamp", "resolution": "320x180", "duration": 4, "fps": 24}),
-    ("generate_video", {"prompt": "a lamp", "resolution": "480x270", "duration": 8, "fps": 24, "audio_cues": ["sea"]}),
-    ("render_animation", {"prompt": "a gull", "resolution": "320x180", "duration": 2, "fps": 12}),
-    ("process_audio", {"text": "The lamp must not go out."}),
+    ("generate_image", {"prompt": "a lamp", "resolution": "256x256"}),
+    ("generate_video", {"prompt": "a lamp", "resolution": "160x90", "duration": 2, "fps": 12}),
+    ("generate_video", {"prompt": "a lamp", "resolution": "320x180", "duration": 4, "fps": 24, "audio_cues": ["sea"]}),
+    ("render_animation", {"prompt": "a gull", "resolution": "160x90", "duration": 1, "fps": 12}),
+    ("process_audio", {"text": "Land ho."}),
 )
-"""Tiny work of every type; none takes more than a second or two."""
+"""Tiny work of every type; none takes more than half a second."""
 
 
 class Findings(msgspec.Struct):

@@ -1,20 +1,22 @@
-"""Redis away, hung or back: 503 within a second and nothing worse, and what is cancelled is cancelled."""
+"""Redis away, hung, unwilling or back: 503 within a second and nothing worse. A fault of a script is none of these."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from movieq.contracts import TaskId
+from movieq.contracts import KEYS, TaskId
 from movieq.embedded import Valkey, valkey
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.store import Store, connect
 from tests.arrange import new_task
 from tests.contract.client import BODY, Answer, Client
 from tests.contract.conftest import served, stopped
@@ -35,14 +37,15 @@ async def away(own: Valkey, settings: Settings) -> AsyncIterator[Client]:
         yield api
 
 
+async def timed(api: Client, method: str, path: str, data: bytes | None = None) -> tuple[Answer, float]:
+    """An answer, and after how many seconds it came."""
+    begun = time.monotonic()
+    answer = await api.ask(method, f"/api/v1{path}", data=data, headers={"Content-Type": "application/json"})
+    return answer, time.monotonic() - begun
+
+
 async def everything(api: Client, task_id: str) -> dict[str, tuple[Answer, float]]:
     """What every operation answers at this moment, and after how many seconds."""
-
-    async def timed(method: str, path: str, data: bytes | None) -> tuple[Answer, float]:
-        begun = time.monotonic()
-        answer = await api.ask(method, f"/api/v1{path}", data=data, headers={"Content-Type": "application/json"})
-        return answer, time.monotonic() - begun
-
     asked = [
         ("POST", "/tasks/submit", json.dumps(BODY).encode()),
         ("GET", f"/tasks/{task_id}/status", None),
@@ -55,7 +58,7 @@ async def everything(api: Client, task_id: str) -> dict[str, tuple[Answer, float
         ("POST", "/projects/film/uploads", image("PNG")),
         ("GET", "/workers/status", None),
     ]
-    answers = await asyncio.gather(*(timed(*each) for each in asked))
+    answers = await asyncio.gather(*(timed(api, *each) for each in asked))
     return {f"{method} {path}": answer for (method, path, _), answer in zip(asked, answers, strict=True)}
 
 
@@ -76,6 +79,85 @@ async def test_with_a_redis_that_hangs_every_operation_is_a_503_after_a_second(o
     task_id = (await away.submit()).json["task_id"]
     with stopped(own):
         unavailable(await everything(away, task_id), within_s=1.5)
+
+
+@pytest.fixture
+async def direct(own: Valkey) -> AsyncIterator[Any]:
+    """A client of that Valkey."""
+    client = connect(own.url, patient=True)
+    yield client
+    await client.aclose()
+    await client.connection_pool.disconnect()
+
+
+@pytest.mark.parametrize("state", ["out of memory", "without its replica", "read-only", "cannot save"])
+async def test_a_redis_that_takes_no_writes_refuses_them_with_a_503_and_answers_reads(
+    own: Valkey, away: Client, direct: Any, state: str
+) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    match state:
+        case "out of memory":
+            await direct.config_set("maxmemory", 1)
+        case "without its replica":
+            await direct.config_set("min-replicas-to-write", 1)
+        case "read-only":
+            await direct.replicaof("127.0.0.1", 1)
+        case "cannot save":
+            (own.folder / "dump.rdb" / "in the way").mkdir(parents=True)
+            await direct.config_set("save", "3600 1")
+            await direct.bgsave()
+            async with asyncio.timeout(10):
+                while (await direct.info("persistence"))["rdb_last_bgsave_status"] == "ok":
+                    await asyncio.sleep(0.01)
+    writes = {
+        "submit": await timed(away, "POST", "/tasks/submit", json.dumps(BODY).encode()),
+        "retry": await timed(away, "POST", f"/tasks/{task_id}/retry"),
+        "upload": await timed(away, "POST", "/projects/film/uploads", image("PNG")),
+    }
+    unavailable(writes, within_s=1)
+    assert (await away.status(task_id))["status"] == "queued"
+    cancelled = await away.delete(f"/api/v1/tasks/{task_id}/cancel")
+    assert cancelled.status == (200 if state == "out of memory" else 503)  # what ends a task makes room
+    await direct.config_set("maxmemory", 0)
+    await direct.config_set("min-replicas-to-write", 0)
+    await direct.replicaof("NO", "ONE")
+    await direct.config_set("save", "")
+    assert (await away.submit()).status == 201
+
+
+async def test_a_replica_that_has_lost_its_primary_and_answers_nothing_is_a_503(away: Client, direct: Any) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    await direct.config_set("replica-serve-stale-data", "no")
+    await direct.replicaof("127.0.0.1", 1)
+    unavailable(await everything(away, task_id), within_s=1)
+
+
+async def test_a_redis_that_is_busy_with_a_script_is_a_503(away: Client, direct: Any) -> None:
+    task_id = (await away.submit()).json["task_id"]
+    await direct.config_set("busy-reply-threshold", 1)
+    busy = asyncio.create_task(direct.execute_command("EVAL", "while true do end", 0))
+    await asyncio.sleep(0.1)
+    unavailable(await everything(away, task_id), within_s=1)
+    await direct.script_kill()
+    await asyncio.wait({busy}, timeout=5)
+    assert "Script killed" in str(busy.exception())
+    assert (await away.submit()).status == 201
+
+
+async def test_a_fault_of_a_script_is_a_500_and_is_logged_with_its_traceback(
+    away: Client, direct: Any, logged: pytest.LogCaptureFixture
+) -> None:
+    assert (await away.submit()).status == 201
+    await direct.set(KEYS["totals"], "no hash")
+    answer = await away.submit()
+    assert (answer.status, answer.error) == (500, "internal")
+    assert "Retry-After" not in answer.headers
+    (record,) = [record for record in logged.records if "request_broke" in record.getMessage()]
+    assert record.levelno == logging.ERROR
+    assert "Traceback" in record.getMessage()
+    assert "WRONGTYPE" in record.getMessage()
+    await direct.delete(KEYS["totals"])
+    assert (await away.submit()).status == 201
 
 
 async def test_without_redis_health_is_unhealthy_and_says_so_with_a_503(own: Valkey, away: Client) -> None:

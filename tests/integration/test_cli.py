@@ -21,8 +21,10 @@ from PIL import Image
 
 from movieq import cli, serving
 from movieq.embedded import Valkey
-from movieq.store import Store
+from movieq.store import Counts, Store
 from tests.arrange import raw
+from tests.arrange import running as claimed
+from tests.fleet import KEY, fleet
 from tests.service import Service, service
 
 LONG = json.dumps({"prompt": "a long way up the stairs", "duration": 30, "fps": 60})
@@ -165,14 +167,53 @@ def test_a_wrong_use_is_explained(arguments: list[str], word: str) -> None:
     assert (outcome.exit_code, word in outcome.output) == (2, True), outcome.output
 
 
-@pytest.mark.parametrize("command", ["submit", "watch", "cancel"])
+@pytest.mark.parametrize("command", ["submit", "watch", "cancel", "dead", "dead list", "dead retry", "dead drop"])
 def test_help_teaches_by_example(command: str) -> None:
-    assert re.search(rf"^ +movieq {command} \S", CliRunner().invoke(cli.main, [command, "--help"]).output, re.MULTILINE)
+    assert re.search(rf"^ +movieq {command} \S", CliRunner().invoke(cli.main, [*command.split(), "--help"]).output, re.MULTILINE)
 
 
 def test_every_command_has_a_sentence() -> None:
     for name, command in cli.main.commands.items():
         assert command.help, name
+
+
+# ── dead letters ──
+
+
+async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped(folder: Path) -> None:
+    async with fleet(folder) as made:
+        api = await made.api()
+        ids = []
+        for _ in range(2):
+            task_id, run = await claimed(made.store)
+            await made.store.requeue(task_id, run, Counts.DEATHS, 1, 0, "killed\n\x1b[2J", "worker_lost", exit_code=-9, stage="frames")
+            ids.append(task_id)
+
+        async def dead(*arguments: str) -> tuple[int, str, str]:
+            return await movieq("dead", *arguments, folder=folder, MOVIEQ_API_KEYS=KEY, MOVIEQ_PUBLIC_URL=api.url)
+
+        code, out, err = await dead("list")
+        assert (code, err) == (0, "")
+        for task_id in ids:
+            assert re.search(
+                rf"^{task_id}  film  generate_image  20\d\d-\d\d-\d\d [\d:]+ UTC\n"
+                r".*killed\\n\\u001b\[2J, attempt 1\n.*frames, exit code -9\n"
+                r".*\{\"prompt\":\"a lighthouse\"\}$",
+                out,
+                re.MULTILINE,
+            ), out
+        code, out, err = await dead("list", "--limit", "1")
+        assert (code, out.count("exit code"), "1 of 2" in err) == (0, 1, True)
+
+        code, out, _ = await dead("retry", ids[0])
+        assert (code, out) == (0, f"{ids[0]}: waits again, in place 1\n")
+        code, out, err = await dead("drop", ids[0], ids[1])  # the first is one no longer
+        assert (code, out) == (1, f"{ids[1]}: dropped\n")
+        assert f"{ids[0]}: " in err
+        assert await made.store.dead_letters() == ([], 0)
+        assert [(await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] for task_id in ids] == ["queued", "failed"]
+        code, out, err = await dead("list")
+        assert (code, out, err) == (0, "", "no dead letters\n")
 
 
 # ── doctor ──

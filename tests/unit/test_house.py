@@ -22,7 +22,7 @@ ROOT = Path(movieq.__file__).parents[1]
 LEAVES = ["errors", "params", "contracts", "settings", "models", "logs", "signing"]
 ADAPTERS: dict[str, set[str]] = {
     "store": {"arq", "redis", "line"},
-    "line": {"redis"},
+    "line": {"redis", "hiredis"},
     "events": {"redis", "store"},
     "storage": set(),
     "fetch": {"aiohttp", "PIL", "yarl"},

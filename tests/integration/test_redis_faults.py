@@ -1,0 +1,162 @@
+"""Redis restarted, killed, hung, full, read-only or without its replica, while a task runs: what was accepted ends, once.
+
+The API refuses with a 503 meanwhile; workers wait and go on; the run is none the worse for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from movieq.contracts import EventType, TaskId
+from tests.arrange import raw
+from tests.fleet import Fleet, Process, eventually, fleet
+from tests.service import Service, receiver
+
+SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
+RUNNING: dict[str, Any] = {"prompt": "a way up the stairs", "duration": 4, "fps": 24, "resolution": "480x270"}
+"""A task that takes a few seconds."""
+
+
+@asynccontextmanager
+async def busy(folder: Path) -> AsyncIterator[tuple[Fleet, Service, Process, TaskId]]:
+    """An installation whose Redis forgets nothing that it answered; its one worker is in the middle of a task, whose webhook comes too."""
+    async with fleet(folder, appendfsync="always") as made, receiver() as hook:
+        api, worker = await asyncio.gather(made.api(), made.worker())
+        task_id = TaskId(await api.submit("generate_video", RUNNING, callback_url=hook.url))
+        await api.until(task_id, "stage", "frames")
+        yield made, api, worker, task_id
+        ((_, body),) = await hook.wait_for(1)
+        assert (json.loads(body)["task_id"], json.loads(body)["status"]) == (task_id, "completed")
+
+
+async def submitted(api: Service) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Status, headers and body of the answer to a submit that a client says again and again, with one Idempotency-Key."""
+    body = {"project_id": "film", "task_type": "generate_image", "task_data": SMALL}
+    async with (
+        aiohttp.ClientSession(headers={"X-API-Key": api.key, "Idempotency-Key": "the-same"}) as session,
+        session.post(f"{api.url}/api/v1/tasks/submit", json=body, timeout=aiohttp.ClientTimeout(total=5)) as answer,
+    ):
+        return answer.status, dict(answer.headers), await answer.json()
+
+
+async def refused(api: Service) -> None:
+    """That submit is answered with a 503 that says when to come again."""
+    status, headers, answer = await submitted(api)
+    assert (status, answer["error"], answer["retryable"]) == (503, "unavailable", True)
+    assert int(headers["Retry-After"]) > 0
+
+
+async def said_again(api: Service, within_s: float = 5) -> str:
+    """The id that it gets as soon as Redis takes it."""
+    end = time.monotonic() + within_s
+    while True:
+        status, _, answer = await submitted(api)
+        if status in (200, 201):
+            return str(answer["task_id"])
+        assert status == 503, answer
+        assert time.monotonic() < end, answer
+        await asyncio.sleep(0.02)
+
+
+async def accepted(api: Service, count: int = 1) -> list[str]:
+    """Tasks whose receipts a client has."""
+    return [await api.submit("generate_image", SMALL, project=f"other{number}") for number in range(count)]
+
+
+async def all_ended_once(made: Fleet, api: Service, worker: Process, task_ids: list[str]) -> None:
+    """Every task completed in its first attempt, which its log tells once, and nothing else was made."""
+    for task_id in task_ids:
+        status = await api.ended(task_id, within_s=40)
+        assert (status["status"], status["attempt"]) == ("completed", 1), (status, worker.log.read_text()[-2000:])
+        log = await made.store.log_after(TaskId(task_id), None)
+        types = [entry.type for entry in log]
+        assert types.count(EventType.STARTED) == types.count(EventType.COMPLETED) == 1
+        shown = [json.loads(entry.data)["progress"] for entry in log]
+        assert shown == sorted(shown)
+    made_at_all = (await made.store.totals(None)).values()
+    outputs = [path for path in (made.folder / "media").rglob("output.*") if path.is_file()]
+    assert (sum(made_at_all), len(outputs)) == (len(task_ids), len(task_ids))
+    assert worker.alive
+    assert worker.said("child_ready") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=["restarted", "killed"])
+async def test_a_redis_that_ends_and_comes_back_has_lost_nothing_that_was_accepted(folder: Path, signum: signal.Signals) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 5)]
+        assert made.valkey.pid is not None
+        os.kill(made.valkey.pid, signum)
+        await eventually(lambda: not made.valkey.alive())
+        await refused(api)
+        await asyncio.sleep(0.5)
+        await refused(api)
+        await asyncio.to_thread(made.valkey.start)
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
+async def test_a_redis_that_hangs_for_three_seconds_costs_a_running_task_nothing(folder: Path) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 2)]
+        assert made.valkey.pid is not None
+        os.kill(made.valkey.pid, signal.SIGSTOP)
+        try:
+            await refused(api)
+            await asyncio.sleep(2)
+        finally:
+            os.kill(made.valkey.pid, signal.SIGCONT)
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
+async def test_a_redis_that_is_out_of_memory_refuses_new_tasks_only(folder: Path) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 2)]
+        await raw(made.store).config_set("maxmemory", 1)
+        await refused(api)
+        await all_ended_once(made, api, worker, task_ids)  # what is there is still worked off: that makes room
+        await refused(api)
+        await raw(made.store).config_set("maxmemory", 0)
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
+@pytest.mark.parametrize("state", ["read-only", pytest.param("without its replica", marks=pytest.mark.slow)])
+async def test_a_redis_that_takes_no_writes_for_a_while_is_waited_for(folder: Path, state: str) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 2)]
+        redis = raw(made.store)
+        await (redis.replicaof("127.0.0.1", 1) if state == "read-only" else redis.config_set("min-replicas-to-write", 1))
+        await refused(api)
+        await asyncio.sleep(3)  # the worker has missed a renewal
+        await refused(api)
+        assert (await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] == "processing"
+        await (redis.replicaof("NO", "ONE") if state == "read-only" else redis.config_set("min-replicas-to-write", 0))
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["killed", "read-only"])
+async def test_an_outage_that_is_longer_than_a_lease_costs_a_run_nothing(folder: Path, state: str) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 2)]
+        if state == "killed":
+            await asyncio.to_thread(made.valkey.kill)
+        else:
+            await raw(made.store).replicaof("127.0.0.1", 1)
+        for _ in range(15):
+            await refused(api)
+            await asyncio.sleep(1)
+        if state == "killed":
+            await asyncio.to_thread(made.valkey.start)
+        else:
+            await raw(made.store).replicaof("NO", "ONE")
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])

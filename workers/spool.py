@@ -1,0 +1,70 @@
+"""The folder that a worker works in. It goes with its worker; where that was killed, with the next worker that starts.
+
+Which worker lives is known by a lock on the folder, which the kernel takes back however its holder ends. (systemd-tmpfiles heeds it too.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from movieq import logs
+
+PREFIX: Final = "movieq-spool-"
+FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+"""How a folder is opened: in a temporary folder anybody can lay a link to anywhere."""
+
+log = logs.get()
+
+
+@contextmanager
+def spool(parent: Path | None = None) -> Iterator[Path]:
+    """A folder under `parent`, else under the system's temporary folder, for the length of a block. Those of dead workers are gone."""
+    parent = parent or Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead(parent)
+    folder, lock = _made(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _made(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the lock on it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            lock = os.open(folder, FOLDER)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):  # a file system without such locks: nobody else gets one either, and the folder is left alone
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # else a worker that starts beside this one was quicker, and took it for a dead one's
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_dead(parent: Path) -> None:
+    for folder in parent.glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(folder, FOLDER)
+        except OSError:  # not a folder, not ours, or gone
+            continue
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+                log.info("spool_removed", folder=str(folder))
+        except OSError:  # its worker lives
+            pass
+        finally:
+            os.close(lock)
