@@ -1,7 +1,8 @@
 """Tasks in Redis: one method per Lua script, and the reads.
 
 A method of a verb is said again safely: after a lost answer the same call answers the same. Verb calls but submit go on when their
-caller is cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`: the API answers 503 where Redis is away, the worker waits.
+caller is cancelled. Redis's own errors pass through here as `redis.exceptions.RedisError`: where it is away the API answers 503, the worker
+waits.
 """
 
 from __future__ import annotations
