@@ -1,0 +1,308 @@
+"""Cancelling: at once while a task waits, between two steps while it runs, by force where its engine is deaf; in any race one end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from movieq.contracts import KEYS, TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
+from movieq.embedded import Valkey
+from movieq.errors import InvalidState, RunLost
+from movieq.store import Counts, Store, connect
+from tests.arrange import claim as claimed
+from tests.arrange import new_task, raw, result, running
+from tests.fleet import Fleet, Process, eventually, fleet
+from tests.proxy import Proxy, proxy, script
+from tests.service import Receiver, Service, receiver, serving
+from workers.engine import CANCEL_GRACE_S
+
+SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
+LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
+HOOK = "http://127.0.0.1:1/hook"
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path) as started:
+        yield started
+
+
+async def cancel(api: Service, task_id: str) -> tuple[int, Any]:
+    return await api.call("DELETE", f"/tasks/{task_id}/cancel")
+
+
+# ── How soon ──
+
+
+async def test_a_waiting_task_is_cancelled_at_once(made: Fleet) -> None:
+    api = await made.api()
+    took_s = []
+    for _ in range(20):
+        task_id = await api.submit("generate_image", SMALL)
+        begun = time.monotonic()
+        status, answer = await cancel(api, task_id)
+        took_s.append(time.monotonic() - begun)
+        assert (status, answer["previous_state"]) == (200, "queued")
+    print(f"cancel of a waiting task: median {statistics.median(took_s) * 1000:.1f} ms, most {max(took_s) * 1000:.1f} ms")
+    assert statistics.median(took_s) < 0.5
+    assert await claimed(made.store) == []
+
+
+async def test_a_cancel_is_with_the_worker_at_once_and_with_the_engine_between_two_steps(made: Fleet) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(_: web.Request) -> web.Response:
+        asked.set()
+        await go_on.wait()
+        return web.Response()
+
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    child = worker.child()
+    async with serving({"/frame": held}) as url:
+        task_id = await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]})
+        await asyncio.wait_for(asked.wait(), 10)
+        heard_s = await stopped_after(api, worker, task_id)
+        go_on.set()
+    stopped_s = []
+    for _ in range(3):
+        task_id = await api.submit("generate_video", LONG)
+        await api.until(task_id, "stage", "frames")
+        stopped_s.append(await stopped_after(api, worker, task_id))
+    print(f"cancel to the worker: {heard_s * 1000:.1f} ms; until the engine has stopped: {[f'{s * 1000:.1f}' for s in stopped_s]} ms")
+    assert heard_s < 1  # the next renewal would tell too, but only in up to 3 s
+    assert statistics.median(stopped_s) < 1
+    assert worker.child() == child
+    assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
+    assert worker.said("child_killed") == 0
+
+
+async def stopped_after(api: Service, worker: Process, task_id: str) -> float:
+    """Seconds from the request to cancel until the worker has stopped the run."""
+    before, begun = worker.said("run_stopped"), time.monotonic()
+    status, answer = await cancel(api, task_id)
+    assert (status, answer["previous_state"]) == (200, "processing")
+    await eventually(lambda: worker.said("run_stopped") > before)
+    return time.monotonic() - begun
+
+
+async def test_an_engine_that_does_not_listen_is_killed_after_the_grace_and_its_slot_takes_the_next_task(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker())
+    task_id = await api.submit("generate_video", LONG)
+    await api.until(task_id, "stage", "frames")
+    deaf = worker.child()
+    deaf.suspend()
+    begun = time.monotonic()
+    assert (await cancel(api, task_id))[0] == 200
+    following = await api.submit("generate_image", SMALL)
+    await api.until(following, "event", "started")
+    free_s = time.monotonic() - begun
+    print(f"cancel of a task whose engine does not listen: slot free after {free_s:.2f} s, {free_s - CANCEL_GRACE_S:.2f} s after the grace")
+    assert CANCEL_GRACE_S <= free_s < CANCEL_GRACE_S + 3
+    assert worker.said("child_killed") == 1
+    assert not deaf.is_running()
+    status = await api.ended(following)
+    assert (status["status"], status["attempt"]) == ("completed", 1)
+    assert [entry.type for entry in await ends_of(made.store, task_id)] == ["cancelled"]
+
+
+# ── One end ──
+
+
+async def complete(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.complete(task_id, run, result())
+
+
+async def fail(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.fail(task_id, run, "no such frame", "invalid_input")
+
+
+async def requeue(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.requeue(task_id, run, Counts.TRIES, 3, 60_000, "out of memory", "out_of_memory")
+
+
+async def run_out(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.tidy()
+    if (await found(store, task_id)).status is TaskStatus.CANCELLED:
+        raise RunLost(f"{run} was cancelled")
+
+
+@pytest.mark.parametrize("end", [complete, fail, requeue, run_out])
+async def test_a_cancel_and_an_end_at_the_same_time_make_one_end(
+    store: Store, server: Valkey, end: Callable[[Store, TaskId, RunToken], Awaitable[None]]
+) -> None:
+    other = Store(connect(server.url, patient=True))
+    winners: Counter[TaskStatus] = Counter()
+    for number in range(100):
+        task_id, run = await running(store, callback_url=HOOK)
+        await raw(store).zadd(KEYS["deadlines"], {task_id: 1})
+        both: list[Awaitable[object]] = [store.cancel(task_id), end(other, task_id, run)]
+        answers = await asyncio.gather(*(both if number % 2 else reversed(both)), return_exceptions=True)
+        task = await found(store, task_id)
+        assert [entry.type for entry in await ends_of(store, task_id)] == [task.status]
+        assert len(await raw(store).keys(f"{KEYS['delivery']}{task_id}-*")) == 1
+        refused = [type(answer) for answer in answers if isinstance(answer, BaseException)]
+        if end is requeue:
+            assert task.status is TaskStatus.CANCELLED
+            assert set(refused) <= {RunLost}
+        else:
+            assert refused == [RunLost if task.status is TaskStatus.CANCELLED else InvalidState]
+        winners[task.status] += 1
+    await other.aclose()
+    print(f"cancel and {end.__name__} at once: {dict(winners)}")
+    assert len(winners) == (1 if end is requeue else 2)
+    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).exists(KEYS["deadlines"], KEYS["delayed"]) == 0
+
+
+async def test_a_cancel_and_a_claim_at_the_same_time_leave_a_cancelled_task_that_nobody_holds(store: Store, server: Valkey) -> None:
+    other = Store(connect(server.url, patient=True))
+    before: Counter[TaskStatus] = Counter()
+    for number in range(100):
+        task = new_task(callback_url=HOOK)
+        await store.submit(task)
+        both: list[Awaitable[Any]] = [store.cancel(task.task_id), claimed(other)]
+        answers = await asyncio.gather(*(both if number % 2 else reversed(both)))
+        (was, _), got = answers if number % 2 else reversed(answers)
+        assert len(got) == (1 if was is TaskStatus.PROCESSING else 0)
+        assert [entry.type for entry in await ends_of(store, task.task_id)] == ["cancelled"]
+        assert len(await raw(store).keys(f"{KEYS['delivery']}{task.task_id}-*")) == 1
+        before[was] += 1
+    await other.aclose()
+    assert len(before) == 2
+    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).keys(KEYS["running"] + "*") == []
+    assert await raw(store).keys(KEYS["waiting"] + "*") == []
+
+
+@pytest.mark.parametrize("first", ["commit", "cancel"])
+async def test_a_cancel_that_meets_the_commit_of_a_run_makes_one_end_and_one_webhook(made: Fleet, first: str) -> None:
+    async with proxy(made.valkey.socket) as between, receiver() as hook:
+        api, worker = await asyncio.gather(made.api(), made.worker(between.url))
+        for count in range(1, 4):
+            meet = commit_first if first == "commit" else cancel_first
+            task_id = await meet(made, between, api, hook)
+            status = (await found(made.store, task_id)).status
+            assert status == ("completed" if first == "commit" else "cancelled")
+            await are_over(worker, count)
+            assert [entry.type for entry in await ends_of(made.store, task_id)] == [status]
+            _, body = (await hook.wait_for(count))[-1]
+            said = msgspec.json.decode(body)
+            assert (said["task_id"], said["type"]) == (task_id, f"task.{status}")
+            orphans = {prefix.decode() for prefix in await raw(made.store).zrange(KEYS["orphans"], 0, -1)}
+            files = [path for path in (made.folder / "media").rglob("output.*") if task_id in path.parts]
+            assert [any(prefix in str(path) for prefix in orphans) for path in files] == [status == "cancelled"]
+        assert len(hook.requests) == 3
+        assert worker.alive
+
+
+async def commit_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
+    """A task whose commit is done, and whose worker does not know it yet, when the cancel comes."""
+    between.hold(script(made.store, "complete"))
+    task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
+    await asyncio.wait_for(between.happened.wait(), 20)
+    status, answer = await cancel(api, task_id)
+    assert (status, answer["error"]) == (400, "invalid_state")
+    between.release()
+    return task_id
+
+
+async def cancel_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
+    """A task that is cancelled while its commit is on its way to Redis."""
+    between.hold(script(made.store, "report", "uploading_result"))
+    task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
+    await asyncio.wait_for(between.happened.wait(), 20)
+    between.freeze()
+    between.release()
+    await eventually(lambda: any(task_id in path.parts for path in (made.folder / "media").rglob("output.*")))
+    assert (await cancel(api, task_id))[0] == 200
+    between.thaw()
+    return task_id
+
+
+async def are_over(worker: Process, count: int) -> None:
+    """The worker is done with so many runs."""
+    await eventually(lambda: sum(map(worker.said, ("complete", "run_lost", "run_stopped"))) == count)
+
+
+# ── Nothing is left ──
+
+
+async def test_a_cancelled_task_leaves_nothing_behind_that_an_ended_one_does_not(made: Fleet) -> None:
+    async with receiver() as hook:
+        later = await tried_before(made.store, hook.url)
+        api = await made.api()
+        waiting = await api.submit("generate_image", SMALL, callback_url=hook.url)
+        for task_id in (later, waiting):
+            assert (await cancel(api, task_id))[1]["previous_state"] == "queued"
+        spool = made.folder / "spool"
+        worker = await made.worker(MOVIEQ_SPOOL=str(spool))
+        begun = await api.submit("generate_video", LONG, callback_url=hook.url)
+        await api.until(begun, "stage", "frames")
+        assert list(spool.rglob(f"{begun}*")) != []
+        await cancel(api, begun)
+        await eventually(lambda: worker.said("run_stopped") == 1)
+        ended = await api.submit("generate_image", SMALL, callback_url=hook.url)
+        await api.ended(ended)
+        await hook.wait_for(4)
+        await eventually(lambda: has_delivered(made.store))
+        allowed = await places(made.store, ended)
+        await eventually(lambda: no_more_than(made.store, allowed, later, waiting, begun))
+        await eventually(lambda: list(spool.rglob(f"{begun}*")) == [])
+        assert [path for path in (made.folder / "media").rglob("*") if begun in path.parts] == []
+
+
+async def tried_before(store: Store, hook: str) -> TaskId:
+    """A task that waits until its next try is due."""
+    task_id, run = await running(store, callback_url=hook)
+    await requeue(store, task_id, run)
+    await claimed(store)  # the last claim of a worker is kept
+    return task_id
+
+
+async def has_delivered(store: Store) -> bool:
+    return bool(await raw(store).zcard(KEYS["deliveries"]) == 0)
+
+
+async def places(store: Store, task_id: str) -> set[str]:
+    """Every key that names the task or holds it, whatever its id, its end and its worker are."""
+    redis, found = raw(store), set()
+    for key in await redis.keys("*"):
+        read = {
+            b"string": redis.get,
+            b"hash": redis.hgetall,
+            b"set": redis.smembers,
+            b"zset": lambda key: redis.zrange(key, 0, -1),
+            b"list": lambda key: redis.lrange(key, 0, -1),
+            b"stream": redis.xrange,
+            b"none": redis.get,  # it expired meanwhile
+        }[await redis.type(key)]
+        if task_id in key.decode() + repr(await read(key)):
+            name = re.sub(r"\|(completed|cancelled)\|", "|STATE|", key.decode().replace(task_id, "TASK"))
+            name = re.sub(r"\|generate_\w+$", "|TYPE", name)
+            found.add(re.sub(f"^({KEYS['claimed']}).*", r"\1WORKER", name))
+    return found
+
+
+async def no_more_than(store: Store, allowed: set[str], *task_ids: str) -> bool:
+    return all([await places(store, task_id) <= allowed for task_id in task_ids])
+
+
+async def found(store: Store, task_id: TaskId) -> Any:
+    task = await store.task(task_id)
+    assert task is not None
+    return task
+
+
+async def ends_of(store: Store, task_id: str) -> list[Any]:
+    """The terminal entries of a task's log."""
+    return [entry for entry in await store.log_after(TaskId(task_id), None) if entry.type in TERMINAL_EVENTS]

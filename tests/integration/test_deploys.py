@@ -1,0 +1,149 @@
+"""Workers that are stopped, and replaced, as deploys, terminals and systemd do it: tasks go on, and nothing is counted against them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from movieq.contracts import KEYS, EventType, TaskId
+from tests.arrange import raw
+from tests.fleet import Fleet, Process, eventually, fleet
+from tests.proxy import proxy
+from tests.service import Service
+
+CLIP: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 3, "fps": 24}
+"""A clip that takes a few seconds: long enough to be met while it is made."""
+LONG: dict[str, Any] = {**CLIP, "duration": 30, "fps": 60}
+SPEECH: dict[str, Any] = {"text": "The lamp must not go out. " * 40}
+"""A text whose speaker is a process of its own, below the engine's."""
+GRACE = "100"
+Stop = Callable[[Process], None]
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    "deploys", [pytest.param(3, id="three"), pytest.param(20, id="twenty", marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
+)
+async def test_a_task_that_outlasts_many_deploys_completes_with_no_try_used_up(made: Fleet, deploys: int) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S="0"))
+    task_id = await api.submit("generate_video", CLIP)
+    done = 0
+    async with asyncio.timeout(30 + 15 * deploys), api.events(task_id) as events:
+        async for event in events:
+            met = event["event"] == "progress" and event["stage"] == "frames" and event["attempt"] > done
+            if met and done < deploys:
+                done = event["attempt"]
+                worker.send(signal.SIGTERM)
+                code, worker = await asyncio.gather(worker.ended(), made.worker(MOVIEQ_DRAIN_S="0"))
+                assert code == 0
+    status = await api.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", deploys + 1)
+    assert await counted(made, task_id) == (0, 0, 0)
+    events_of = [entry.type for entry in await made.store.log_after(TaskId(task_id), None) if entry.type is not EventType.PROGRESS]
+    assert events_of == [*[EventType.STARTED, EventType.RETRYING] * deploys, EventType.STARTED, EventType.COMPLETED]
+    assert len(list((made.folder / "media").rglob("output.*"))) == 1
+
+
+def ctrl_c(worker: Process) -> None:
+    """As a terminal sends it: to every process of the group in the foreground."""
+    os.killpg(os.getpgid(worker.popen.pid), signal.SIGINT)
+
+
+def stop_unit(worker: Process) -> None:
+    """As systemd stops a unit: every process in it gets the signal."""
+    process = psutil.Process(worker.popen.pid)
+    for each in (*process.children(recursive=True), process):
+        each.terminate()
+
+
+@pytest.mark.parametrize("how", [ctrl_c, stop_unit])
+async def test_a_signal_to_the_whole_group_lets_what_can_end_in_time_end(made: Fleet, how: Stop) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S=GRACE))
+    task_id = await api.submit("generate_video", {**CLIP, "duration": 1})
+    await api.until(task_id, "stage", "frames")
+    how(worker)
+    await ends_undisturbed(made, api, worker, task_id)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="the extra `speech` is not installed")
+async def test_a_speaker_below_the_engine_outlasts_the_signal_to_its_unit(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S=GRACE))
+    task_id = await api.submit("process_audio", SPEECH)
+    await eventually(lambda: speaks(worker))
+    stop_unit(worker)
+    await ends_undisturbed(made, api, worker, task_id)
+
+
+async def ends_undisturbed(made: Fleet, api: Service, worker: Process, task_id: str) -> None:
+    """The task completes in the run that it is in, and then the worker ends, which is no fault."""
+    status = await api.ended(task_id)
+    assert (status["status"], status["attempt"]) == ("completed", 1)
+    assert await counted(made, task_id) == (0, 0, 0)
+    assert await worker.ended() == 0
+    assert worker.said("drain") == 1
+    assert worker.said("child_ended") == 0
+
+
+def speaks(worker: Process) -> bool:
+    """Whether a speaker is at work below the worker."""
+    for process in psutil.Process(worker.popen.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "workers.child.speech" in process.cmdline():
+                return True
+    return False
+
+
+@pytest.mark.parametrize("how", [ctrl_c, stop_unit])
+async def test_a_second_signal_to_the_whole_group_hands_back_at_once_and_counts_nothing(made: Fleet, how: Stop) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S=GRACE))
+    task_id = await api.submit("generate_video", LONG)
+    await api.until(task_id, "stage", "frames")
+    begun = time.monotonic()
+    how(worker)
+    await eventually(lambda: worker.said("drain") == 1)
+    how(worker)
+    assert await worker.ended() == 0
+    assert time.monotonic() - begun < 10
+    assert await counted(made, task_id) == (0, 0, 0)
+    _, status = await api.call("GET", f"/tasks/{task_id}/status")
+    assert (status["status"], status["attempt"], status["queue_position"]) == ("queued", 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("away", [False, True], ids=["Redis is there", "Redis is away"])
+async def test_a_worker_whose_engine_does_not_listen_ends_all_the_same(made: Fleet, away: bool) -> None:
+    async with proxy(made.valkey.socket) as between:
+        api, worker = await asyncio.gather(made.api(), made.worker(between.url, MOVIEQ_DRAIN_S="0"))
+        task_id = await api.submit("generate_video", LONG)
+        await api.until(task_id, "stage", "frames")
+        worker.child().suspend()
+        if away:
+            between.freeze()
+        worker.send(signal.SIGTERM)
+        assert await worker.ended() == 0
+    tries, deaths, silences = await counted(made, task_id)
+    assert (tries, deaths) == (0, 0)
+    if not away:  # else its lease has to end, as after the death of a worker
+        assert silences == 0
+        _, status = await api.call("GET", f"/tasks/{task_id}/status")
+        assert (status["status"], status["attempt"], status["queue_position"]) == ("queued", 1, 1)
+
+
+async def counted(made: Fleet, task_id: str) -> tuple[int, ...]:
+    """What was counted against the task: tries, deaths, silences."""
+    return tuple(map(int, await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths", "silences")))
