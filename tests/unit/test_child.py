@@ -139,7 +139,7 @@ def test_a_cancelled_run_stops_between_two_frames_and_the_child_takes_the_next(c
     child.send(Cancel(run.run), after)
 
     assert isinstance(child.until_end(run.run)[-1], Cancelled)
-    assert time.monotonic() - cancelled_at_s < 2
+    assert time.monotonic() - cancelled_at_s < 5
     assert list(Path(run.out_dir).glob("*.mp4")) == []
     assert isinstance(child.until_end(after.run)[-1], Done)
 
