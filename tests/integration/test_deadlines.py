@@ -54,6 +54,24 @@ async def next_begins_within(api: Service, seconds: float) -> float:
     return begun_s
 
 
+async def test_a_task_may_run_for_as_long_as_its_type_may(made: Fleet) -> None:
+    api = await made.api()
+    asked: dict[str, tuple[dict[str, Any], int]] = {
+        "generate_video": (LONG, 300),
+        "render_animation": ({"prompt": "a gull"}, 300),
+        "generate_image": (SMALL, 30),
+        "process_audio": ({"text": "Who is there?"}, 30),
+    }
+    assert asked.keys() == set(TaskType)
+    for task_type, (task_data, minutes) in asked.items():
+        task_id = await api.submit(task_type, task_data)
+        assert await raw(made.store).hget(KEYS["task"] + task_id, "max_ms") == b"%d" % (minutes * 60_000)
+    _, answer = await api.call("GET", "/task-types")
+    assert {each["task_type"]: each["max_duration_s"] for each in answer["task_types"]} == {
+        task_type: minutes * 60 for task_type, (_, minutes) in asked.items()
+    }
+
+
 @pytest.mark.parametrize("limit", ["max_duration_s", "finish_by"])
 async def test_a_running_task_past_its_time_fails_and_its_slot_takes_the_next_one(made: Fleet, limit: str) -> None:
     api, worker = await asyncio.gather(made.api(), made.worker())
