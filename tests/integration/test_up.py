@@ -72,8 +72,10 @@ def test_a_wrong_setting_is_named_before_anything_starts(tmp_path: Path, name: s
 
 def test_ctrl_c_stops_everything_in_order(tmp_path: Path) -> None:
     with service(tmp_path) as running:
-        started = psutil.Process(running.process.pid).children(recursive=True)
-        assert len(started) >= 4  # Valkey, the API, the worker and its child
+        end = time.monotonic() + 20
+        while len(started := psutil.Process(running.process.pid).children(recursive=True)) < 4:  # Valkey, the API, the worker and its child
+            assert time.monotonic() < end, started
+            time.sleep(0.01)
         os.kill(running.process.pid, signal.SIGINT)
         running.process.wait(30)
         assert running.process.returncode == 0
