@@ -656,7 +656,7 @@ def test_a_speaker_is_killed_when_its_line_is_cancelled(tmp_path: Path) -> None:
     with pytest.raises(TakeCancelled):
         animatic.make(Take(run, lambda message: None, flag))
     assert list(tmp_path.iterdir()) == []
-    assert psutil.Process().children() == before
+    assert set(psutil.Process().children()) <= set(before)
 
 
 @pytest.fixture(autouse=True)
