@@ -202,6 +202,7 @@ async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(m
         task_id = TaskId(await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]}))
         await asyncio.wait_for(asked.wait(), 10)
         worker.child().kill()
+        await eventually(lambda: worker.said("child_ended") == 1)  # else the fetched picture may still go to the dying child
         go_on.set()
         status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 1)
