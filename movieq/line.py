@@ -70,7 +70,8 @@ class Line:
         answer.add_done_callback(_seen)
         self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
         try:
-            await connection.send_packed_command(hiredis.pack_command(command), check_health=False)  # type: ignore[arg-type]
+            packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # typed as a tuple of one
+            await connection.send_packed_command(packed, check_health=False)
         except BaseException:  # also a cancel half way through: what was written may be no whole command, and redis-py has hung up
             await self._drop(connection, ConnectionError("the connection broke while it was written to"))
             raise

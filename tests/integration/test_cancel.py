@@ -7,8 +7,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -21,7 +20,7 @@ from movieq.errors import InvalidState, RunLost
 from movieq.store import Counts, Store, connect
 from tests.arrange import claim as claimed
 from tests.arrange import new_task, raw, result, running
-from tests.fleet import Fleet, Process, eventually, fleet
+from tests.fleet import Fleet, Process, eventually
 from tests.proxy import Proxy, proxy, script
 from tests.service import Receiver, Service, receiver, serving
 from workers.engine import CANCEL_GRACE_S
@@ -29,12 +28,6 @@ from workers.engine import CANCEL_GRACE_S
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
 HOOK = "http://127.0.0.1:1/hook"
-
-
-@pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path) as started:
-        yield started
 
 
 async def cancel(api: Service, task_id: str) -> tuple[int, Any]:

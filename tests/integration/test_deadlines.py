@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +14,7 @@ from aiohttp import web
 from movieq.contracts import KEYS, TaskId
 from movieq.params import TaskType
 from tests.arrange import new_task, raw
-from tests.fleet import Fleet, fleet
+from tests.fleet import Fleet
 from tests.service import Service, serving
 from workers.engine import CANCEL_GRACE_S
 
@@ -24,12 +22,6 @@ SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
 ACTED_S = 2.0
 """How late a missed time is acted on, at most."""
-
-
-@pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path) as started:
-        yield started
 
 
 def moment(at_s: float) -> str:

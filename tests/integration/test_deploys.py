@@ -8,8 +8,7 @@ import importlib.util
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -17,7 +16,7 @@ import pytest
 
 from movieq.contracts import KEYS, EventType, TaskId
 from tests.arrange import raw
-from tests.fleet import Fleet, Process, eventually, fleet
+from tests.fleet import Fleet, Process, eventually
 from tests.proxy import proxy
 from tests.service import Service
 
@@ -28,12 +27,6 @@ SPEECH: dict[str, Any] = {"text": "The lamp must not go out. " * 40}
 """A text whose speaker is a process of its own, below the engine's."""
 GRACE = "100"
 Stop = Callable[[Process], None]
-
-
-@pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path) as started:
-        yield started
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import asyncio
 import io
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import Counts, Store
 from tests.arrange import CPU, new_task, raw, result
-from tests.fleet import Fleet, Process, eventually, fleet
+from tests.fleet import Fleet, Process, eventually
 from tests.proxy import proxy, script
 from tests.service import serving
 from workers.deliver import Outbox, sweep
@@ -30,12 +29,6 @@ from workers.deliver import Outbox, sweep
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
 ACTED_S = 2.0
-
-
-@pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path) as started:
-        yield started
 
 
 @pytest.mark.parametrize("how", ["stands still", "is cut off"])

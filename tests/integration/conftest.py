@@ -1,0 +1,17 @@
+"""What the tests of several processes share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.fleet import Fleet, fleet
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
+    """API processes and workers that a test starts one by one, over a Valkey of their own."""
+    async with fleet(tmp_path) as started:
+        yield started
