@@ -151,7 +151,7 @@ KEYS: Final[Mapping[str, str]] = {
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
     # pub/sub channels
-    "events": "movieq:events:",  # + task: "id\ntype\ndata", or ">" and the id of the entry before where it is not in the log
+    "events": "movieq:events:",  # + task: "id\ntype\ndata"; ">" and the time in ms instead of the id where it is not in the log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
 }
 """Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""

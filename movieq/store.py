@@ -23,7 +23,7 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ResponseError, TimeoutError
 
 from movieq.contracts import (
     KEYS,
@@ -491,22 +491,21 @@ class Store:
 
     # ── The log ──
 
-    async def log_after(self, task_id: TaskId, after: str | None, count: int = 500) -> list[Logged]:
-        """The next entries of the task's log after an id, oldest first; from the beginning for None."""
-        entries = await _answer(self.redis.xrange(KEYS["log"] + task_id, f"({after}" if after else "-", "+", count))
-        return [Logged(id.decode(), EventType(fields[b"type"].decode()), fields[b"data"]) for id, fields in entries]
+    async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
+        """The next entries of a log (by a task's id) after an id, oldest first; from the beginning for None."""
+        entries = await self._line.call("XRANGE", KEYS["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
+        return [Logged(id.decode(), EventType(fields[1].decode()), fields[3]) for id, fields in entries]
 
-    async def log_state(self, task_id: TaskId) -> LogState:
+    async def log_state(self, log: str) -> LogState:
         """What the log holds."""
-        key = KEYS["log"] + task_id
-        async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.xrange(key, "-", "+", 1)
-            pipe.xrevrange(key, "+", "-", 1)
-            first, last = await pipe.execute()
-            if not first:
+        try:
+            info = _pairs(await self._line.call("XINFO", "STREAM", KEYS["log"] + log))
+        except ResponseError as error:
+            if "no such key" in str(error):
                 return LogState(None, None, False)
-        info = await _answer(self.redis.xinfo_stream(key))
-        return LogState(first[0][0].decode(), last[0][0].decode(), info.get("entries-added", info["length"]) > info["length"])
+            raise
+        first, last = (info[name] and info[name][0].decode() for name in (b"first-entry", b"last-entry"))
+        return LogState(first, last, info[b"entries-added"] > info[b"length"])
 
     # ── The outbox ──
 
@@ -611,7 +610,7 @@ async def _answer(call: Awaitable[Any] | Any) -> Any:
     return await call
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+def _pairs(flat: Sequence[Any]) -> dict[bytes, Any]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 

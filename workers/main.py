@@ -26,9 +26,9 @@ from redis.exceptions import RedisError
 
 import movieq
 from movieq import logs, models, webhooks
+from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost
-from movieq.events import Subscriber
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
@@ -235,10 +235,8 @@ class Worker(ArqWorker):
 
     async def _listen(self) -> None:
         """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
-        with contextlib.suppress(
-            RedisError, OSError, TimeoutError
-        ):  # it is subscribed as soon as Redis is back; until then the poll serves
-            await self._subscriber.subscribe(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt)
+        with contextlib.suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
+            await self._subscriber.listen(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt).wait()
 
     def _on_doubt(self) -> None:
         self._doubt.set()  # a cancel may have been missed

@@ -26,9 +26,10 @@ from movieq.api import health, media, openapi, projects, queues, tasks, workers
 from movieq.api.auth import Keys
 from movieq.api.events import TaskEvents
 from movieq.api.state import Api, answered, now
+from movieq.channels import Subscriber
 from movieq.contracts import ErrorAnswer, FieldError
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
-from movieq.events import Hub, Subscriber
+from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
@@ -115,7 +116,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             started_s=time.monotonic(),
         )
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(subscriber.run()), group.create_task(_tidy(store))]
+            running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]
             yield
             state.hub.close()
             for task in running:

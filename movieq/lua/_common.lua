@@ -126,9 +126,9 @@ local function log(t, event_type, extra)
   redis.call('PUBLISH', K.events .. t.task_id, id .. '\n' .. event_type .. '\n' .. data)
 end
 
--- On pub/sub alone: no id, not in the log, but it names the entry that it follows.
+-- On pub/sub alone: not in the log, and instead of an id the time, so that who has read the log knows what is old.
 local function tell(t, event_type, extra)
-  redis.call('PUBLISH', K.events .. t.task_id, '>' .. (t.last_event_id or '') .. '\n' .. event_type .. '\n' .. event(t, event_type, extra))
+  redis.call('PUBLISH', K.events .. t.task_id, '>' .. now .. '\n' .. event_type .. '\n' .. event(t, event_type, extra))
 end
 
 -- ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

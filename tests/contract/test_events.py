@@ -13,9 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from movieq import channels, signing
 from movieq import events as hub_module
-from movieq import signing
-from movieq.api import events as stream_module
 from movieq.contracts import KEYS, ProcessingProgress, RunToken, TaskId, TaskStatus
 from movieq.embedded import Valkey, valkey
 from movieq.settings import Settings
@@ -180,8 +179,8 @@ async def test_head_answers_without_a_stream(api: Client, tasks: Tasks) -> None:
 
 
 async def test_a_comment_is_sent_while_nothing_happens(api: Client, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_module.COMMENT_S == 15
-    monkeypatch.setattr(stream_module, "COMMENT_S", 0.05)
+    assert hub_module.COMMENT_S == 15
+    monkeypatch.setattr(hub_module, "COMMENT_S", 0.05)
     task_id = await tasks.queued()
     async with api.events(task_id) as stream:
         await stream.next()
@@ -449,7 +448,7 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
 
 @pytest.mark.usefixtures("quiet_loop")
 async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store) -> None:
-    assert hub_module.PING_S == 15
+    assert channels.PING_S == 15
     async with served(settings) as api:
         task_id = await Tasks(api, store).queued()
         async with api.events(task_id) as one, api.events(task_id) as other:
@@ -508,8 +507,8 @@ async def test_a_slow_reader_falls_behind_and_still_gets_every_entry_once(settin
 
 
 async def test_a_reader_that_takes_nothing_is_left(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_module.STUCK_S == 30
-    monkeypatch.setattr(stream_module, "STUCK_S", 0.2)
+    assert hub_module.STUCK_S == 30
+    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
     async with served(settings, send_buffer=4096) as api:
         tasks = Tasks(api, store)
         task_id, run = await tasks.processing()
@@ -572,8 +571,8 @@ async def test_through_a_restart_of_redis_nothing_is_missed_or_doubled(
 async def test_a_redis_that_hangs_is_noticed_by_its_silence(
     own: Valkey, own_store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "PING_S", 0.2)
-    monkeypatch.setattr(hub_module, "PONG_S", 0.2)
+    monkeypatch.setattr(channels, "PING_S", 0.2)
+    monkeypatch.setattr(channels, "PONG_S", 0.2)
     async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
         task_id, run = await Tasks(api, own_store).processing()
         async with api.events(task_id) as stream:

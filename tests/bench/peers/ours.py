@@ -24,9 +24,9 @@ import msgspec
 from arq import func
 
 from movieq import logs
+from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, TaskId
 from movieq.errors import TaskFault
-from movieq.events import Subscriber
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import LogFormat, LogLevel
