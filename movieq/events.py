@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -164,9 +165,12 @@ class SocketWatcher(Watcher, asyncio.Protocol):
     def end(self, data: bytes, linger_s: float) -> None:
         self._transport.write((chunk(data) if data else b"") + b"0\r\n\r\n")
         self._transport.close()
-        self._lingering = asyncio.get_running_loop().call_later(linger_s, self._transport.abort)
+        self._lingering = asyncio.get_running_loop().call_later(linger_s, self.drop)
 
     def drop(self) -> None:
+        if (sock := self._transport.get_extra_info("socket")) is not None:
+            # a reset: else the kernel would go on offering what the client does not take
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     async def drained(self) -> bool:

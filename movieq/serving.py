@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import weakref
 from functools import partial
@@ -20,6 +21,8 @@ from movieq.events import SocketWatcher
 from movieq.settings import Settings
 
 SHUTDOWN_S = 5
+OPEN_FILES = 65_536
+"""How many the process may have open, where it is allowed that many: each stream is one."""
 READY = "movieq ready at "
 
 
@@ -44,8 +47,19 @@ def address(sock: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
+def allow_open_files() -> int:
+    """The process may have as many files open as it is allowed to, up to `OPEN_FILES`: how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
 async def serve(settings: Settings, sock: socket.socket) -> None:
     """Serves the API until a signal ends it; prints the ready line when it takes requests."""
+    allow_open_files()
     public_url = settings.public_url.rstrip("/") or address(sock)
     await _Server(app.create(settings, public_url), public_url).serve([sock])
 

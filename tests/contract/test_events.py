@@ -483,8 +483,9 @@ class Slow:
         """Everything, to the end of the stream or of the connection."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(DEADLINE_S):
-            while not self.found.endswith(b"\r\n0\r\n\r\n") and (part := await loop.sock_recv(self.sock, 65536)):
-                self.found += part
+            with contextlib.suppress(ConnectionResetError):
+                while not self.found.endswith(b"\r\n0\r\n\r\n") and (part := await loop.sock_recv(self.sock, 65536)):
+                    self.found += part
         self.sock.close()
         return re.sub(r"\r\n[0-9a-f]+\r\n", "", self.found.decode())
 
@@ -506,7 +507,9 @@ async def test_a_slow_reader_falls_behind_and_still_gets_every_entry_once(settin
         assert told == await log_of(store, task_id)
 
 
-async def test_a_reader_that_takes_nothing_is_left(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_that_takes_nothing_is_left_and_loses_its_socket(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert hub_module.STUCK_S == 30
     monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
     async with served(settings, send_buffer=4096) as api:
@@ -517,7 +520,39 @@ async def test_a_reader_that_takes_nothing_is_left(settings: Settings, store: St
         for step in range(900):
             await store.report(task_id, run, step / 1000, "generating_image")
         await soon(lambda: api.state.hub.watchers() == 0)
+        await soon(lambda: slow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)  # it was reset, and took nothing before
         assert not (await slow.read()).endswith("\r\n0\r\n\r\n")
+
+
+async def test_the_end_of_a_stream_waits_no_longer_for_a_reader_that_takes_nothing(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
+    async with served(settings, send_buffer=4096) as api:
+        tasks = Tasks(api, store)
+        task_id, run = await tasks.processing()
+        slow = Slow(api, task_id)
+        await soon(lambda: api.state.hub.watchers() == 1)
+        for step in range(40):
+            await store.report(task_id, run, step / 100, "generating_image")
+        await store.complete(task_id, run, result())
+        await soon(lambda: slow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)
+        slow.sock.close()
+
+
+async def test_a_broadcast_passes_a_reader_that_takes_nothing(settings: Settings, store: Store) -> None:
+    async with served(settings, send_buffer=4096) as api:
+        tasks = Tasks(api, store)
+        task_id, run = await tasks.processing()
+        slow = Slow(api, task_id)
+        await soon(lambda: api.state.hub.watchers() == 1)
+        for step in range(500):
+            await store.report(task_id, run, step / 1000, "generating_image")
+        async with api.events(task_id, last_event_id=(await log_of(store, task_id))[-1]) as stream:
+            await soon(lambda: api.state.hub.watchers() == 2)
+            await store.complete(task_id, run, result())
+            assert types(await stream.rest()) == ["completed"]
+        slow.sock.close()
 
 
 async def test_when_the_server_goes_every_stream_says_goodbye(api: Client, tasks: Tasks) -> None:
