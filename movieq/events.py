@@ -23,7 +23,7 @@ from redis import exceptions
 
 from movieq import logs
 from movieq.channels import Channel, Subscriber
-from movieq.contracts import KEYS, TERMINAL_EVENTS, EventType, TaskId
+from movieq.contracts import KEYS, TERMINAL_EVENTS, EventType, ProjectId, TaskId
 from movieq.store import Logged, Store
 
 COMMENT_S: Final = 15.0
@@ -89,6 +89,21 @@ class Source(msgspec.Struct, frozen=True):
         """The log of a task."""
         return cls(task_id, True, {"task_id": task_id})
 
+    @classmethod
+    def of_project(cls, project_id: ProjectId) -> Source:
+        """The log of a project: the last thousand changes of state of its tasks, for a day after the last. Their progress comes live."""
+        return cls(f"project:{project_id}", False, {"project_id": project_id})
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a watcher can choose by."""
+
+    task_type: str
+    status: str
+
+
+_facts = msgspec.json.Decoder(Facts)
+
 
 class Event(msgspec.Struct, frozen=True):
     """An event on its way out. `at` is its id; for one that is not in the log (`logged` False) the time it was made."""
@@ -96,7 +111,8 @@ class Event(msgspec.Struct, frozen=True):
     at: Id
     logged: bool
     type: EventType
-    bytes: bytes
+    data: bytes
+    chunk: bytes
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -109,9 +125,11 @@ class Opening(msgspec.Struct, frozen=True):
 class Watcher:
     """Somebody who follows a log. What it is told it has taken, unless it is `blocked`."""
 
-    __slots__ = ("blocked", "comments", "reading", "since", "topic")
+    __slots__ = ("blocked", "comments", "reading", "since", "topic", "wants")
 
-    def __init__(self) -> None:
+    def __init__(self, wants: Callable[[Facts], bool] | None = None) -> None:
+        self.wants = wants
+        """Which events of the log and its channel it gets; None for all."""
         self.blocked = False
         self.since: Id = START
         """Up to where it was told from the log: messages of what was before come late."""
@@ -141,8 +159,8 @@ class SocketWatcher(Watcher, asyncio.Protocol):
 
     __slots__ = ("_connections", "_gone", "_lingering", "_taken", "_transport")
 
-    def __init__(self, gone: Callable[[Watcher], None]) -> None:
-        super().__init__()
+    def __init__(self, gone: Callable[[Watcher], None], wants: Callable[[Facts], bool] | None = None) -> None:
+        super().__init__(wants)
         self._gone = gone
         self._connections: set[Any] = set()
         self._lingering: asyncio.TimerHandle | None = None
@@ -328,16 +346,20 @@ class Hub:
         event_type, id = EventType(name.decode()), head.decode()
         if topic.live:
             sent = frame(event_type, self._render(event_type, data), id if logged else None)
-            self._tell(topic, Event(pair(id.removeprefix(">")), logged, event_type, chunk(sent)))
+            self._tell(topic, Event(pair(id.removeprefix(">")), logged, event_type, data, chunk(sent)))
         elif logged:
             topic.newest = pair(id)
 
     def _tell(self, topic: _Topic, event: Event) -> None:
         """Every live watcher that has not had it from the log gets the event, or, where it is blocked, goes back to the log."""
-        at, data = event.at, event.bytes
+        at, data, facts = event.at, event.chunk, None
         behind = []
         for watcher in topic.live:
             if at > watcher.since:
+                if watcher.wants is not None:
+                    facts = facts or _facts.decode(event.data)
+                    if not watcher.wants(facts):
+                        continue
                 if watcher.blocked:
                     behind.append(watcher)
                 else:
@@ -370,7 +392,7 @@ class Hub:
                 heard = topic.heard
                 entries = await self._log_after(topic, topic.newest)
                 for entry in entries or ():
-                    self._tell(topic, Event(pair(entry.id), True, entry.type, chunk(self._frame(entry))))
+                    self._tell(topic, Event(pair(entry.id), True, entry.type, entry.data, chunk(self._frame(entry))))
                 if entries is None:
                     await asyncio.sleep(AWAY_S)
                 elif len(entries) < ENTRIES and heard == topic.heard:
@@ -435,7 +457,9 @@ class Hub:
                 continue
             if entries:
                 position, last = pair(entries[-1].id), entries[-1].type
-                watcher.tell(chunk(b"".join(self._frame(entry) for entry in entries)))
+                wanted = entries if watcher.wants is None else [each for each in entries if watcher.wants(_facts.decode(each.data))]
+                if wanted:
+                    watcher.tell(chunk(b"".join(self._frame(entry) for entry in wanted)))
             if len(entries) == ENTRIES or heard != topic.heard:
                 continue
             if topic.source.ends and last in _LAST:

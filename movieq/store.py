@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, cast
@@ -363,6 +364,13 @@ class Store:
         rank = await self._line.call("ZRANK", f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
         return None if rank is None else rank + 1
 
+    async def positions(self, tasks: Sequence[Task]) -> list[int | None]:
+        """The same of many."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for task in tasks:
+                pipe.zrank(f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
+            return [None if rank is None else rank + 1 for rank in await pipe.execute()]
+
     async def page(
         self, project_id: ProjectId, status: TaskStatus | None, task_type: TaskType | None, page: int, limit: int
     ) -> tuple[list[Task], int]:
@@ -382,6 +390,28 @@ class Store:
                 pipe.zcard(f"{KEYS['index']}{project_id}|{status}|")
             created, *counts = await pipe.execute()
         return None if created is None else Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)))
+
+    async def active(
+        self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
+    ) -> list[tuple[Task, int | None]]:
+        """The project's tasks that run, and then those that wait, the oldest of each first, with their places in the queue.
+
+        At most `limit`, and of these types and states alone where there are any.
+        """
+        wanted = [status for status in (TaskStatus.PROCESSING, TaskStatus.QUEUED) if not statuses or status in statuses]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for status in wanted:
+                for task_type in task_types or ("",):
+                    pipe.zrange(f"{KEYS['index']}{project_id}|{status}|{task_type}", 0, limit - 1, withscores=True)
+            found = await pipe.execute()
+        width = len(task_types) or 1
+        ids = [
+            task_id.decode()
+            for start in range(0, len(found), width)
+            for task_id, _ in sorted(itertools.chain(*found[start : start + width]), key=lambda pair: pair[1])
+        ]
+        tasks = await self.tasks(ids[:limit])
+        return list(zip(tasks, await self.positions(tasks), strict=True))
 
     async def queue_sizes(self) -> dict[Kind, int]:
         """How many tasks wait in each of the three queues."""
@@ -492,7 +522,7 @@ class Store:
     # ── The log ──
 
     async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
-        """The next entries of a log (by a task's id) after an id, oldest first; from the beginning for None."""
+        """The next entries of a log (of a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None."""
         entries = await self._line.call("XRANGE", KEYS["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
         return [Logged(id.decode(), EventType(fields[1].decode()), fields[3]) for id, fields in entries]
 

@@ -322,8 +322,8 @@ async def serve(settings: Settings) -> None:
     models.load(settings.models)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
-    secret = settings.signing_secret.encode() or await store.signing_secret()
-    storage = FolderStorage(Path(settings.storage), settings.public_url, secret)
+    signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
+    storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
     guard = Guard(settings.private_networks())
     kinds = settings.kinds() or (Kind.CPU_INTENSIVE,)
     children = [Child(f"cpu{number}", kinds, "cpu", step_timeout_s=settings.step_timeout_s) for number in range(settings.cpu_slots)]

@@ -294,6 +294,28 @@ async def test_when_the_log_is_gone_its_newest_id_still_means_nothing_more(api: 
         assert types(await stream.rest()) == ["gap", "snapshot", "completed"]
 
 
+async def test_an_id_of_a_log_that_expired_is_a_gap_also_when_a_retry_has_begun_another(api: Client, tasks: Tasks, store: Store) -> None:
+    task_id = await tasks.failed()
+    first, _ = await log_of(store, task_id)
+    await raw(store).delete(KEYS["log"] + task_id)
+    await api.post(f"/api/v1/tasks/{task_id}/retry")
+    async with api.events(task_id, last_event_id=first) as stream:
+        assert types(await stream.until("queued")) == ["gap", "snapshot", "queued"]
+
+
+async def test_a_log_is_kept_for_a_day_after_the_end_and_holds_about_the_last_two_thousand(tasks: Tasks, store: Store) -> None:
+    task_id, run = await tasks.processing()
+    for _ in range(12):
+        for step in range(200):
+            await store.report(task_id, run, step / 200, "generating_image")
+        await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+        run = await tasks.claim()
+    assert await raw(store).ttl(KEYS["log"] + task_id) == -1
+    assert 2000 <= len(await log_of(store, task_id)) < 2200
+    await store.complete(task_id, run, result())
+    assert 86_000 < await raw(store).ttl(KEYS["log"] + task_id) <= 86_400
+
+
 @pytest.mark.parametrize(
     "text", ["abc", "1", "1-", "-1", "1-1-1", "1-a", " ", "1 -1", "\u0663-\u0661", "1" * 19 + "-1", "x" * 5000, "$", "+"]
 )
@@ -367,7 +389,7 @@ async def test_an_events_url_without_its_whole_signature_is_forbidden(api: Clien
 
 async def test_an_events_url_that_has_expired_is_forbidden_and_says_so(api: Client, ended: TaskId) -> None:
     expires = int(time.time()) - 1
-    signature = signing.sign(api.state.signing_secret, "events", ended, expires)
+    signature = signing.sign(api.state.signing_secrets[0], "events", ended, expires)
     answer = await api.get(f"/api/v1/tasks/{ended}/events?expires={expires}&signature={signature}", key=None)
     assert (answer.status, answer.error) == (403, "forbidden")
     assert "expired" in answer.message
