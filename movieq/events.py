@@ -241,7 +241,7 @@ class EndWatcher(Watcher):
 class _Topic:
     """A log that is followed, and by whom."""
 
-    __slots__ = ("channel", "heard", "live", "newest", "recovering", "source", "watchers")
+    __slots__ = ("channel", "heard", "live", "newest", "recovering", "since", "source", "watchers")
 
     channel: Channel
 
@@ -251,6 +251,8 @@ class _Topic:
         self.live: set[Watcher] = set()
         """Those who have been told everything up to `newest`."""
         self.newest: Id = START
+        self.since: Id = START
+        """Up to where they were told from the log after a doubt."""
         self.heard = 0
         """How many entries, and doubts, were announced: a log that was read while it did not change is read to its end."""
         self.recovering: asyncio.Task[None] | None = None
@@ -344,11 +346,14 @@ class Hub:
         if topic.recovering is not None:
             return  # the log will tell
         event_type, id = EventType(name.decode()), head.decode()
+        at = pair(id.removeprefix(">"))
+        if at <= topic.since:
+            return
         if topic.live:
             sent = frame(event_type, self._render(event_type, data), id if logged else None)
-            self._tell(topic, Event(pair(id.removeprefix(">")), logged, event_type, data, chunk(sent)))
+            self._tell(topic, Event(at, logged, event_type, data, chunk(sent)))
         elif logged:
-            topic.newest = pair(id)
+            topic.newest = at
 
     def _tell(self, topic: _Topic, event: Event) -> None:
         """Every live watcher that has not had it from the log gets the event, or, where it is blocked, goes back to the log."""
@@ -396,6 +401,7 @@ class Hub:
                 if entries is None:
                     await asyncio.sleep(AWAY_S)
                 elif len(entries) < ENTRIES and heard == topic.heard:
+                    topic.since = topic.newest
                     return
         except Exception:
             log.exception("stream_broke")
