@@ -279,7 +279,7 @@ class Worker(ArqWorker):
     async def _drain(self) -> None:
         """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
         for running in list(self.runs.values()):
-            if running.remaining_s() > self._drain_s:
+            if running.pace.remaining_s() > self._drain_s:
                 running.stop("drain")
         await self._ended_within(self._drain_s, unless=self._hurry)
         for running in list(self.runs.values()):

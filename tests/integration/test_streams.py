@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import psutil
 import pytest
 
-from movieq.contracts import KEYS
+from movieq.client import Client, Preview
+from movieq.contracts import KEYS, ProcessingProgress, ProjectId, TaskId
+from movieq.events import Source
 from tests.arrange import new_task, raw, running
 from tests.bench.sse_reader import Readers
 from tests.fleet import KEY, Fleet, eventually, fleet
@@ -73,3 +77,34 @@ async def test_a_process_with_five_thousand_streams_ends_within_five_seconds_and
     assert await asyncio.to_thread(api.process.wait, 10) in (0, -signal.SIGTERM)  # uvicorn ends by the signal, after all is done
     assert time.monotonic() - begun < 5
     assert ended == {"count": 5000, "goodbyes": 5000, "left": 0}
+
+
+async def test_previews_reach_whoever_watches_the_task_and_nobody_else(made: Fleet, api: Service) -> None:
+    await made.worker()
+    picture = {"prompt": "a lighthouse", "duration": 6, "resolution": "640x360", "preview": True}
+    begun = time.monotonic()
+    task_id = await api.submit("render_animation", picture)
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [event async for event in events]
+    previews = [event for event in told if isinstance(event.data, Preview)]
+    assert 1 <= len(previews) <= (time.monotonic() - begun) / 0.5 + 1
+    for event in previews:
+        assert isinstance(event.data, Preview)
+        head, _, body = event.data.image.partition(",")
+        jpeg = base64.b64decode(body)
+        assert (event.id, head, jpeg[:2]) == (None, "data:image/jpeg;base64", b"\xff\xd8")
+        assert len(jpeg) <= 10_000
+    for log in (Source.of_task(TaskId(task_id)).log, Source.of_project(ProjectId("film")).log):
+        assert "preview" not in [entry.type for entry in await made.store.log_after(log, None)]
+
+
+async def test_a_run_says_how_long_it_will_take_and_its_progress_never_falls(made: Fleet, api: Service) -> None:
+    await made.worker()
+    task_id = await api.submit("generate_video", {"prompt": "a lighthouse", "duration": 3, "resolution": "640x360", "audio_cues": ["sea"]})
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [event.data async for event in events if isinstance(event.data, ProcessingProgress)]
+    running = [state for state in told if state.status == "processing" and state.stage is not None]
+    assert {"sound", "frames", "upload"} <= {state.stage for state in running}
+    assert [state.progress for state in told] == sorted(state.progress for state in told)
+    assert all(state.estimated_remaining is not None and state.estimated_remaining > 0 for state in running)
+    assert told[-1].progress == 1
