@@ -318,7 +318,7 @@ class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
     result: Result | None = None
     error: str | None = None
     error_code: str | None = None
-    task_type: TaskType | None = None  # not in logs of before version 0.2
+    task_type: TaskType | None = None
 
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
