@@ -173,9 +173,9 @@ class SocketWatcher(Watcher, asyncio.Protocol):
         connections.add(self)
         transport.set_write_buffer_limits(high=BUFFER_BYTES)
         transport.set_protocol(self)
-        if (sock := transport.get_extra_info("socket")) is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
             # a client that has lost its network says nothing: the kernel notices that comments are not acknowledged
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_S * 1000))
+            self._option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_S * 1000))
 
     def tell(self, chunk: bytes) -> None:
         self._transport.write(chunk)
@@ -186,10 +186,13 @@ class SocketWatcher(Watcher, asyncio.Protocol):
         self._lingering = asyncio.get_running_loop().call_later(linger_s, self.drop)
 
     def drop(self) -> None:
-        if (sock := self._transport.get_extra_info("socket")) is not None:
-            # a reset: else the kernel would go on offering what the client does not take
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # a reset: else the kernel would go on offering what the client does not take
+        self._option(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
+
+    def _option(self, level: int, name: int, value: int | bytes) -> None:
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._transport.get_extra_info("socket").setsockopt(level, name, value)
 
     async def drained(self) -> bool:
         while self.blocked:
@@ -345,9 +348,13 @@ class Hub:
         topic.heard += logged
         if topic.recovering is not None:
             return  # the log will tell
-        event_type, id = EventType(name.decode()), head.decode()
-        at = pair(id.removeprefix(">"))
+        id, at = head.decode(), pair(head.decode().removeprefix(">"))
         if at <= topic.since:
+            return
+        try:
+            event_type = EventType(name.decode())
+        except ValueError:  # of a worker that is newer than this process
+            log.warning("event_unknown", type=name.decode())
             return
         if topic.live:
             sent = frame(event_type, self._render(event_type, data), id if logged else None)
