@@ -111,7 +111,7 @@ KEYS: Final[Mapping[str, str]] = {
     # tasks
     "job": "arq:job:",  # + task or delivery: string, arq's definition (msgpack)
     "task": "movieq:task:",  # + task: hash, the fields of Task
-    "log": "movieq:log:",  # + task: stream of {type, data}
+    "log": "movieq:log:",  # + task, or project:PROJECT: stream of {type, data}
     "index": "movieq:index:",  # + project|status|type, either empty: zset task -> created
     "projects": "movieq:projects",  # zset project -> first task's time
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
@@ -151,7 +151,7 @@ KEYS: Final[Mapping[str, str]] = {
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
     # pub/sub channels
-    "events": "movieq:events:",  # + task: "id\ntype\ndata", or ">" and the id of the entry before where it is not in the log
+    "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
 }
 """Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""
@@ -318,6 +318,7 @@ class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
     result: Result | None = None
     error: str | None = None
     error_code: str | None = None
+    task_type: TaskType | None = None
 
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -387,6 +388,22 @@ class TaskState(msgspec.Struct, frozen=True):
 class Snapshot(TaskState, frozen=True):
     """The status that begins a stream; events up to `last_event_id` are history."""
 
+    last_event_id: str | None
+
+
+class ProjectState(Project, frozen=True):
+    """A project as clients see it; the `snapshot` of its stream has more."""
+
+    events_url: str
+
+
+class ProjectSnapshot(ProjectState, frozen=True):
+    """What begins the stream of a project; events up to `last_event_id` are in it.
+
+    `active`: the tasks that run, and then those that wait, the oldest first, at most a hundred that the filters of the stream let through.
+    """
+
+    active: list[TaskState]
     last_event_id: str | None
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import resource
 import socket
+import weakref
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from movieq.api import app
+from movieq.api.events import HAND_OVER
 from movieq.errors import SettingsError, ValidationFailed
+from movieq.events import SocketWatcher
 from movieq.settings import Settings
 
 SHUTDOWN_S = 5
+OPEN_FILES = 65_536
+"""How many the process may have open, where it is allowed that many: each stream is one."""
 READY = "movieq ready at "
 
 
@@ -39,8 +47,19 @@ def address(sock: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
+def allow_open_files() -> int:
+    """The process may have as many files open as it is allowed to, up to `OPEN_FILES`: how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
 async def serve(settings: Settings, sock: socket.socket) -> None:
     """Serves the API until a signal ends it; prints the ready line when it takes requests."""
+    allow_open_files()
     public_url = settings.public_url.rstrip("/") or address(sock)
     await _Server(app.create(settings, public_url), public_url).serve([sock])
 
@@ -65,6 +84,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, and then the ready line."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             gc.collect()
@@ -74,14 +94,31 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, after every stream was told to end: uvicorn waits for them."""
         if (api := getattr(self._app.state, "api", None)) is not None:  # it may be still starting
-            api.hub.close()
+            self._loop.call_soon_threadsafe(api.hub.close)  # a signal may come in the middle of a broadcast
         super().handle_exit(sig, frame)
 
 
 class _Protocol(HttpToolsProtocol):
+    def on_headers_complete(self) -> None:
+        """As uvicorn's, with a way for the application to take the connection."""
+        super().on_headers_complete()
+        self.scope["extensions"] = {HAND_OVER: {"to": partial(_hand_over, weakref.ref(self), weakref.ref(self.cycle))}}
+
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, with the body of every error."""
         answer = app.error_answer(ValidationFailed("this is not HTTP that can be read: in an address write other than ASCII as %XX"))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(answer.body) + answer.body)
         self.transport.close()
+
+
+def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestResponseCycle], watcher: SocketWatcher) -> bool:
+    """The connection is the watcher's, as uvicorn gives one to a websocket, and the request is over; False where the client has gone."""
+    giving, request = protocol(), cycle()
+    if giving is None or request is None or request.disconnected:
+        return False
+    request.disconnected = True  # uvicorn waits for the rest of the answer no more
+    giving.flow.resume_reading()  # else nobody hears the client leave
+    giving.connections.discard(giving)
+    watcher.adopt(giving.transport, giving.connections)
+    return True

@@ -58,7 +58,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
     ] = ""
     api_keys: Annotated[str, Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` makes one")] = ""
-    signing_secret: Annotated[str, Meta(description="Signs event and media urls; unset: made once, kept in Redis")] = ""
+    signing_secret: Annotated[
+        str, Meta(description="Signs event and media urls; two, comma-separated, while rotating, new first; unset: one is kept in Redis")
+    ] = ""
     webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (
         ""
     )
@@ -88,6 +90,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return tuple(ip_network(part, strict=False) for part in _parts(self.allow_private_urls))
         except ValueError as error:
             raise SettingsError(f"{PREFIX}ALLOW_PRIVATE_URLS: {error}; it takes networks such as 127.0.0.0/8, 10.1.2.3") from None
+
+    def signing_secrets(self) -> tuple[bytes, ...]:
+        """The secrets of `signing_secret`: the first signs, each verifies."""
+        return tuple(part.encode() for part in _parts(self.signing_secret))
 
     def kinds(self) -> tuple[Kind, ...]:
         """The queues of `queues`. Raises SettingsError."""

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final, TypeVar
 
@@ -69,10 +69,10 @@ class FolderStorage:
     None. The work is done in threads: a cancelled caller goes at once, the file operation runs to its end.
     """
 
-    def __init__(self, root: Path, public_url: str, signing_key: bytes) -> None:
+    def __init__(self, root: Path, public_url: str, signing_secrets: Sequence[bytes]) -> None:
         self._root = root
         self._public_url = public_url.rstrip("/")
-        self._signing_key = signing_key
+        self._signing_secrets = signing_secrets
 
     async def put(self, key: str, source: Path, content_type: str) -> int:
         """The bytes of `source` are on disk under `key`; returns how many there are.
@@ -108,7 +108,7 @@ class FolderStorage:
 
     def url(self, key: str, expires_at_s: int) -> str:
         """An address that anyone can open until `expires_at_s`, a Unix time."""
-        signature = signing.sign(self._signing_key, "media", checked_key(key), expires_at_s)
+        signature = signing.sign(self._signing_secrets[0], "media", checked_key(key), expires_at_s)
         return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
 
     def result(self, stored: StoredResult, expires_at_s: int) -> Result:
@@ -130,7 +130,7 @@ class FolderStorage:
 
     def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
         """Return if these are the parts of an address that `url` gave and that still holds; raises Forbidden, see `signing.verify`."""
-        signing.verify(self._signing_key, "media", key, expires, signature, now_s)
+        signing.verify(self._signing_secrets, "media", key, expires, signature, now_s)
 
     async def _in_thread(self, verb: str, key: str, work: Callable[[], T]) -> T:
         try:

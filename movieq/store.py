@@ -8,11 +8,13 @@ waits.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import itertools
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, cast
@@ -23,7 +25,7 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ResponseError, TimeoutError
 
 from movieq.contracts import (
     KEYS,
@@ -286,6 +288,11 @@ class Store:
         )
         _fenced(answer, task_id)
 
+    async def preview(self, task_id: TaskId, run: RunToken, jpeg: bytes) -> None:
+        """Whoever watches the task sees the picture; it is kept nowhere. Raises RunLost."""
+        image = b"data:image/jpeg;base64," + base64.b64encode(jpeg)
+        _fenced(await self._scripts["preview"]((), task_id=task_id, run=run, image=image), task_id)
+
     async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult) -> None:
         """The result is committed and its deliveries are in the outbox. Raises RunLost."""
         _fenced(await self._verb("complete", task_id=task_id, run=run, result=msgspec.json.encode(result)), task_id)
@@ -363,6 +370,13 @@ class Store:
         rank = await self._line.call("ZRANK", f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
         return None if rank is None else rank + 1
 
+    async def positions(self, tasks: Sequence[Task]) -> list[int | None]:
+        """The same of many."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for task in tasks:
+                pipe.zrank(f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
+            return [None if rank is None else rank + 1 for rank in await pipe.execute()]
+
     async def page(
         self, project_id: ProjectId, status: TaskStatus | None, task_type: TaskType | None, page: int, limit: int
     ) -> tuple[list[Task], int]:
@@ -382,6 +396,28 @@ class Store:
                 pipe.zcard(f"{KEYS['index']}{project_id}|{status}|")
             created, *counts = await pipe.execute()
         return None if created is None else Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)))
+
+    async def active(
+        self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
+    ) -> list[tuple[Task, int | None]]:
+        """The project's tasks that run, and then those that wait, the oldest of each first, with their places in the queue.
+
+        At most `limit`, and of these types and states alone where there are any.
+        """
+        wanted = [status for status in (TaskStatus.PROCESSING, TaskStatus.QUEUED) if not statuses or status in statuses]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for status in wanted:
+                for task_type in task_types or ("",):
+                    pipe.zrange(f"{KEYS['index']}{project_id}|{status}|{task_type}", 0, limit - 1, withscores=True)
+            found = await pipe.execute()
+        width = len(task_types) or 1
+        ids = [
+            task_id.decode()
+            for start in range(0, len(found), width)
+            for task_id, _ in sorted(itertools.chain(*found[start : start + width]), key=lambda pair: pair[1])
+        ]
+        tasks = await self.tasks(ids[:limit])
+        return list(zip(tasks, await self.positions(tasks), strict=True))
 
     async def queue_sizes(self) -> dict[Kind, int]:
         """How many tasks wait in each of the three queues."""
@@ -491,22 +527,21 @@ class Store:
 
     # ── The log ──
 
-    async def log_after(self, task_id: TaskId, after: str | None, count: int = 500) -> list[Logged]:
-        """The next entries of the task's log after an id, oldest first; from the beginning for None."""
-        entries = await _answer(self.redis.xrange(KEYS["log"] + task_id, f"({after}" if after else "-", "+", count))
-        return [Logged(id.decode(), EventType(fields[b"type"].decode()), fields[b"data"]) for id, fields in entries]
+    async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
+        """The next entries of a log (of a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None."""
+        entries = await self._line.call("XRANGE", KEYS["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
+        return [Logged(id.decode(), EventType(fields[1].decode()), fields[3]) for id, fields in entries]
 
-    async def log_state(self, task_id: TaskId) -> LogState:
+    async def log_state(self, log: str) -> LogState:
         """What the log holds."""
-        key = KEYS["log"] + task_id
-        async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.xrange(key, "-", "+", 1)
-            pipe.xrevrange(key, "+", "-", 1)
-            first, last = await pipe.execute()
-            if not first:
+        try:
+            info = _pairs(await self._line.call("XINFO", "STREAM", KEYS["log"] + log))
+        except ResponseError as error:
+            if "no such key" in str(error):
                 return LogState(None, None, False)
-        info = await _answer(self.redis.xinfo_stream(key))
-        return LogState(first[0][0].decode(), last[0][0].decode(), info.get("entries-added", info["length"]) > info["length"])
+            raise
+        first, last = (info[name] and info[name][0].decode() for name in (b"first-entry", b"last-entry"))
+        return LogState(first, last, info[b"entries-added"] > info[b"length"])
 
     # ── The outbox ──
 
@@ -611,7 +646,7 @@ async def _answer(call: Awaitable[Any] | Any) -> Any:
     return await call
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+def _pairs(flat: Sequence[Any]) -> dict[bytes, Any]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 

@@ -26,9 +26,9 @@ from redis.exceptions import RedisError
 
 import movieq
 from movieq import logs, models, webhooks
+from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost
-from movieq.events import Subscriber
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
@@ -235,10 +235,8 @@ class Worker(ArqWorker):
 
     async def _listen(self) -> None:
         """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
-        with contextlib.suppress(
-            RedisError, OSError, TimeoutError
-        ):  # it is subscribed as soon as Redis is back; until then the poll serves
-            await self._subscriber.subscribe(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt)
+        with contextlib.suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
+            await self._subscriber.listen(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt).wait()
 
     def _on_doubt(self) -> None:
         self._doubt.set()  # a cancel may have been missed
@@ -281,7 +279,7 @@ class Worker(ArqWorker):
     async def _drain(self) -> None:
         """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
         for running in list(self.runs.values()):
-            if running.remaining_s() > self._drain_s:
+            if running.pace.remaining_s() > self._drain_s:
                 running.stop("drain")
         await self._ended_within(self._drain_s, unless=self._hurry)
         for running in list(self.runs.values()):
@@ -324,8 +322,8 @@ async def serve(settings: Settings) -> None:
     models.load(settings.models)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
-    secret = settings.signing_secret.encode() or await store.signing_secret()
-    storage = FolderStorage(Path(settings.storage), settings.public_url, secret)
+    signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
+    storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
     guard = Guard(settings.private_networks())
     kinds = settings.kinds() or (Kind.CPU_INTENSIVE,)
     children = [Child(f"cpu{number}", kinds, "cpu", step_timeout_s=settings.step_timeout_s) for number in range(settings.cpu_slots)]

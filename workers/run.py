@@ -27,13 +27,12 @@ from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import FolderStorage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store
 from workers.engine import Child, ChildDied
-from workers.protocol import Done, Plan, Preview, Produced, Run, Stage, Step
+from workers.pace import UPLOAD_AT, Pace
+from workers.protocol import Done, Plan, Preview, Produced, Run, Step
 
-FETCH_SHARE: Final = 0.02
-ENGINE_SHARE: Final = 0.93
-UPLOAD_AT: Final = FETCH_SHARE + ENGINE_SHARE
-"""How much of the bar the inputs and the engine have; the upload has the rest, and the commit makes it 1."""
 REPORT_INTERVAL_S: Final = 0.1
+PREVIEW_INTERVAL_S: Final = 0.5
+PREVIEW_BYTES: Final = 10_000
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
 
@@ -72,7 +71,7 @@ class Running:
         self.prefix: str | None = None
         """Where in the storage its files are, once there may be some."""
         self.begun_s = time.monotonic()
-        self.progress = 0.0
+        self.pace = Pace(self.task.estimate_ms / 1000)
         self.rendered = False
         self._on_free = on_free
         child.task_id = claimed.task.task_id
@@ -96,13 +95,6 @@ class Running:
         if self.child.task_id == self.task.task_id:
             self.child.task_id = None
             self._on_free()
-
-    def remaining_s(self) -> float:
-        """How long the run may still take, by its progress or, early on, by the estimate."""
-        elapsed_s = time.monotonic() - self.begun_s
-        if self.progress > 0.1:
-            return elapsed_s * (1 - self.progress) / self.progress
-        return max(self.task.estimate_ms / 1000 - elapsed_s, 0.0)
 
 
 async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
@@ -167,7 +159,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
     parsed = params.convert(task.task_type, task_data)
     reporter = _Reporter(parts.store, running)
     async with reporter:
-        reporter.say(0.0, "fetching_inputs" if parsed.references else "starting", stage="fetch")
+        reporter.say("fetching_inputs" if parsed.references else "starting", stage="fetch")
         inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
         out_dir = spool / "out"
         out_dir.mkdir()
@@ -234,7 +226,15 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
     folder, media_type = MEDIA[task.task_type]
     prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
     await insist(
-        lambda: parts.store.report(task.task_id, running.run, UPLOAD_AT, "uploading_result", stage="upload", prefix=prefix)
+        lambda: parts.store.report(
+            task.task_id,
+            running.run,
+            UPLOAD_AT,
+            "uploading_result",
+            stage="upload",
+            remaining_ms=int(running.pace.remaining_s() * 1000),
+            prefix=prefix,
+        )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
     keys: dict[str, tuple[str, int]] = {}
@@ -351,9 +351,10 @@ class _Reporter:
     def __init__(self, store: Store, running: Running) -> None:
         self._store = store
         self._running = running
-        self._stages: tuple[Stage, ...] = ()
         self._news = asyncio.Event()
-        self._latest: tuple[float, str, str, int | None, int | None] | None = None
+        self._latest: tuple[str, str, int | None, int | None] | None = None
+        self._preview: bytes | None = None
+        self._preview_due_s = 0.0
 
     async def __aenter__(self) -> None:
         self._task = asyncio.create_task(self._tell())
@@ -362,51 +363,53 @@ class _Reporter:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def say(self, progress: float, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
-        self._running.progress = progress
-        self._latest = progress, current_step, stage, step, steps
+    def say(self, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
+        self._latest = current_step, stage, step, steps
         self._news.set()
 
     def on_message(self, message: Plan | Step | Preview) -> None:
+        pace = self._running.pace
         match message:
             case Plan():
-                self._stages = message.stages
-                if message.stages:
-                    first = message.stages[0]
-                    self.say(FETCH_SHARE, first.step_name, stage=first.name)
+                if (stage := pace.plan(message.stages)) is not None:
+                    self.say(stage.step_name, stage=stage.name)
             case Step():
-                done = 0.0
-                for stage in self._stages:
-                    if stage.name == message.stage:
-                        done += stage.weight * message.step / max(message.steps, 1)
-                        total = sum(each.weight for each in self._stages)
-                        progress = FETCH_SHARE + ENGINE_SHARE * done / total
-                        self.say(progress, stage.step_name, stage=stage.name, step=message.step, steps=message.steps)
-                        return
-                    done += stage.weight
+                if (stage := pace.step(message.stage, message.step, message.steps)) is not None:
+                    self.say(stage.step_name, stage=stage.name, step=message.step, steps=message.steps)
             case Preview():
-                pass  # shown when the economy of previews is settled
+                if len(message.jpeg) <= PREVIEW_BYTES:
+                    self._preview = message.jpeg
+                    self._news.set()
 
     async def _tell(self) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
-            assert self._latest is not None
-            progress, current_step, stage, step, steps = self._latest
             try:
-                await self._store.report(
-                    self._running.task.task_id,
-                    self._running.run,
-                    progress,
-                    current_step,
-                    stage=stage,
-                    step=step,
-                    steps=steps,
-                    remaining_ms=int(self._running.remaining_s() * 1000),
-                )
+                if self._latest is not None:
+                    await self._report(*self._latest)
+                if self._preview is not None and time.monotonic() >= self._preview_due_s:
+                    self._preview_due_s = time.monotonic() + PREVIEW_INTERVAL_S
+                    jpeg, self._preview = self._preview, None
+                    await self._store.preview(self._running.task.task_id, self._running.run, jpeg)
             except RunLost:
                 self._running.stop("lost")
                 return
             except (RedisError, OSError, TimeoutError) as error:
                 log.warning("report_failed", problem=str(error) or type(error).__name__)
             await asyncio.sleep(REPORT_INTERVAL_S)
+            if self._preview is not None:  # one that came too soon after the last
+                self._news.set()
+
+    async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None) -> None:
+        self._latest = None
+        await self._store.report(
+            self._running.task.task_id,
+            self._running.run,
+            self._running.pace.progress,
+            current_step,
+            stage=stage,
+            step=step,
+            steps=steps,
+            remaining_ms=int(self._running.pace.remaining_s() * 1000),
+        )

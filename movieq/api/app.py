@@ -24,11 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from movieq import logs, models
 from movieq.api import health, media, openapi, projects, queues, tasks, workers
 from movieq.api.auth import Keys
-from movieq.api.events import TaskEvents
+from movieq.api.events import ProjectEvents, TaskEvents
 from movieq.api.state import Api, answered, now
+from movieq.channels import Subscriber
 from movieq.contracts import ErrorAnswer, FieldError
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
-from movieq.events import Hub, Subscriber
+from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
@@ -59,6 +60,7 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/api/v1/tasks/{task_id}", tasks.cancel, methods=["DELETE"]),
         Route("/api/v1/projects/{project_id}", projects.project),
         Route("/api/v1/projects/{project_id}/tasks", projects.tasks),
+        Route("/api/v1/projects/{project_id}/events", ProjectEvents(), methods=["GET"]),
         Route("/api/v1/projects/{project_id}/uploads", projects.upload, methods=["POST"]),
         Route("/api/v1/workers/status", workers.status),
         Route("/api/v1/task-types", health.task_types),
@@ -99,9 +101,9 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
     redis = connect(settings.redis_url, patient=False)
     store = Store(redis)
     try:
-        secret = settings.signing_secret.encode() or await store.signing_secret()
+        secrets = settings.signing_secrets() or (await store.signing_secret(),)
         subscriber = Subscriber(settings.redis_url)
-        storage = FolderStorage(Path(settings.storage), public_url, secret)
+        storage = FolderStorage(Path(settings.storage), public_url, secrets)
         app.state.api = state = Api(
             settings=settings,
             public_url=public_url,
@@ -111,11 +113,11 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             hub=Hub(store, subscriber, lambda event_type, data: state.render(event_type, data)),
             keys=Keys(settings.keys(), store),
             guard=Guard(settings.private_networks()),
-            signing_secret=secret,
+            signing_secrets=secrets,
             started_s=time.monotonic(),
         )
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(subscriber.run()), group.create_task(_tidy(store))]
+            running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]
             yield
             state.hub.close()
             for task in running:

@@ -42,6 +42,8 @@ _PAGE: Final[dict[str, dict[str, Any]]] = {
 _WAIT: Final = {"type": "integer", "minimum": 0, "maximum": 60, "default": 0}
 _SIGNED: Final[dict[str, dict[str, Any]]] = {"expires": {"type": "integer"}, "signature": {"type": "string"}}
 
+_MANY: Final = {"type": "string", "description": "one or more, comma-separated"}
+
 OPERATIONS: Final = (
     Operation("get", "/health", "Is it there, and does it work?", c.HealthAnswer, errors=(), also={503: c.HealthAnswer}),
     Operation("post", "/tasks/submit", "Accept a task", c.Receipt, 201, c.SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
@@ -61,7 +63,15 @@ OPERATIONS: Final = (
         answer_type="text/event-stream",
         also={204: None},
     ),
-    Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", c.Project),
+    Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", c.ProjectState),
+    Operation(
+        "get",
+        "/projects/{project_id}/events",
+        "The changes of a project's tasks, and their progress",
+        None,
+        query={"after": {"type": "string"}, "task_type": _MANY, "status": _MANY, **_SIGNED},
+        answer_type="text/event-stream",
+    ),
     Operation(
         "post",
         "/projects/{project_id}/uploads",
@@ -95,7 +105,7 @@ async def openapi(request: Request) -> Response:
 @cache
 def document(public_url: str) -> dict[str, Any]:
     """The whole API as OpenAPI 3.1."""
-    structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.Snapshot, c.Webhook, *PARAMS.values()}
+    structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.ProjectSnapshot, c.Snapshot, c.Webhook, *PARAMS.values()}
     structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}
     ordered = sorted(structs, key=lambda struct: struct.__name__)
     refs, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")

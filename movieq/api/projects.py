@@ -6,14 +6,14 @@ import asyncio
 import secrets
 import tempfile
 from pathlib import Path
-from typing import IO, Final, TypeVar
+from typing import IO, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq import fetch
 from movieq.api.auth import project_of
-from movieq.api.state import answered, api, only_query, query_int
+from movieq.api.state import answered, api, only_query, query_choice, query_int
 from movieq.api.tasks import arriving
 from movieq.contracts import UPLOAD_BYTES, Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
@@ -23,17 +23,16 @@ from movieq.settings import Scope
 UPLOAD_S: Final = 300.0
 PAGES: Final = 1_000_000
 
-T = TypeVar("T", TaskStatus, TaskType)
-
 
 async def project(request: Request) -> Response:
     """`GET /projects/{project_id}`."""
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request)
-    found = await api(request).store.project(project_id)
+    movieq = api(request)
+    found = await movieq.store.project(project_id)
     if found is None:
         raise NotFound(f"no project {project_id}")
-    return answered(found)
+    return answered(movieq.project_state(found))
 
 
 async def tasks(request: Request) -> Response:
@@ -42,7 +41,7 @@ async def tasks(request: Request) -> Response:
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request, "status", "task_type", "page", "limit")
     page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
-    status, task_type = _choice(request, "status", TaskStatus), _choice(request, "task_type", TaskType)
+    status, task_type = query_choice(request, "status", TaskStatus), query_choice(request, "task_type", TaskType)
     found, total = await movieq.store.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [
@@ -102,13 +101,3 @@ def _media_type(path: Path) -> str:
     if media_type.startswith("image/") and (problem := fetch.image_problem(path)):
         raise ValidationFailed(f"the upload cannot be used: {problem}")
     return media_type
-
-
-def _choice(request: Request, name: str, values: type[T]) -> T | None:
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    try:
-        return values(text)
-    except ValueError:
-        raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}") from None

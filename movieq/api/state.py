@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 from starlette.requests import HTTPConnection
@@ -16,6 +16,9 @@ from movieq.contracts import (
     MEDIA_URL_S,
     EventType,
     ProcessingProgress,
+    Project,
+    ProjectSnapshot,
+    ProjectState,
     Snapshot,
     StoredResult,
     Task,
@@ -25,6 +28,7 @@ from movieq.contracts import (
     utc,
 )
 from movieq.errors import ValidationFailed
+from movieq.params import TaskType
 
 if TYPE_CHECKING:
     from movieq.api.auth import Keys
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from movieq.store import Store
 
 GPU_KNOWN_S = 5.0
+
+Choice = TypeVar("Choice", TaskStatus, TaskType)
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
 _stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -53,7 +59,7 @@ class Api(msgspec.Struct, kw_only=True):
     hub: Hub
     keys: Keys
     guard: Guard
-    signing_secret: bytes
+    signing_secrets: tuple[bytes, ...]
     started_s: float
     gpu_seen: bool = False
     gpu_asked_s: float = 0.0
@@ -71,8 +77,20 @@ class Api(msgspec.Struct, kw_only=True):
     def events_url(self, task_id: TaskId, from_s: float | None = None) -> str:
         """The signed address of a task's stream, good for a day from `from_s` (default: now)."""
         expires = int(from_s or time.time()) + EVENTS_URL_S
-        signature = signing.sign(self.signing_secret, "events", task_id, expires)
+        signature = signing.sign(self.signing_secrets[0], "events", task_id, expires)
         return self.url(f"/tasks/{task_id}/events?expires={expires}&signature={signature}")
+
+    def project_state(self, project: Project) -> ProjectState:
+        """The project as clients see it, with the signed address of its stream, good for a day."""
+        expires = int(time.time()) + EVENTS_URL_S
+        signature = signing.sign(self.signing_secrets[0], "project-events", project.project_id, expires)
+        url = self.url(f"/projects/{project.project_id}/events?expires={expires}&signature={signature}")
+        return ProjectState(project.project_id, project.created_at, project.tasks, url)
+
+    def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None) -> bytes:
+        """The data of the `snapshot` event of a project."""
+        state = msgspec.structs.asdict(self.project_state(project))
+        return encode(ProjectSnapshot(**state, active=[self._state(*each) for each in active], last_event_id=last_event_id))
 
     def media_expiry_s(self) -> int:
         """Until when a media url made now is good: the same for all made within an hour, so that caches can work."""
@@ -94,6 +112,7 @@ class Api(msgspec.Struct, kw_only=True):
             ProcessingProgress(
                 task_id=task.task_id,
                 project_id=task.project_id,
+                task_type=task.task_type,
                 type=EventType(task.status),
                 time=utc(task.ended_at_ms),
                 attempt=task.attempt,
@@ -180,3 +199,22 @@ def query_int(request: HTTPConnection, name: str, default: int, least: int, most
     if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
         raise ValidationFailed(f"{name}: a whole number of {least} to {most} is allowed, got {text[:40]!r}")
     return int(text)
+
+
+def query_choice(request: HTTPConnection, name: str, values: type[Choice]) -> Choice | None:
+    """One of these values. Raises ValidationFailed."""
+    text = request.query_params.get(name)
+    return None if text is None else _chosen(name, text, values)
+
+
+def query_choices(request: HTTPConnection, name: str, values: type[Choice]) -> frozenset[Choice]:
+    """Any number of these values, comma-separated. Raises ValidationFailed."""
+    text = request.query_params.get(name)
+    return frozenset() if text is None else frozenset(_chosen(name, part.strip(), values) for part in text.split(","))
+
+
+def _chosen(name: str, text: str, values: type[Choice]) -> Choice:
+    try:
+        return values(text)
+    except ValueError:
+        raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}") from None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
 
@@ -27,11 +28,13 @@ from movieq.contracts import (
     ProjectId,
     Receipt,
     SubmitRequest,
+    Task,
     TaskId,
     TaskStatus,
     utc,
 )
 from movieq.errors import Forbidden, PayloadTooLarge, ValidationFailed
+from movieq.events import START, EndWatcher, Opening, Source, pair
 from movieq.fetch import UrlRefused
 from movieq.params import MAX_DURATION_S, TaskType
 from movieq.settings import Scope
@@ -83,15 +86,27 @@ async def status(request: Request) -> Response:
     only_query(request, "wait")
     wait_s = query_int(request, "wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
-        try:
-            async with asyncio.timeout(wait_s), aclosing(movieq.hub.follow(task.task_id, task.last_event_id, WAIT_CHECK_S)) as events:
-                async for event in events:
-                    if event is None and await request.is_disconnected():
-                        break
-        except TimeoutError:
-            pass
+        await _ended(request, task, time.monotonic() + wait_s)
         task = await movieq.store.task(task.task_id) or task
     return answered(await movieq.task_state(task))
+
+
+async def _ended(request: Request, task: Task, until_s: float) -> None:
+    """The task has ended, the time is over, or the client or the server is going."""
+    hub, watcher = api(request).hub, EndWatcher()
+    position = START if task.last_event_id is None else pair(task.last_event_id)
+
+    async def opening() -> Opening:
+        return Opening(b"", position)
+
+    hub.follow(Source.of_task(task.task_id), watcher, opening)
+    try:
+        while not watcher.ended.is_set() and (left_s := until_s - time.monotonic()) > 0 and not await request.is_disconnected():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, WAIT_CHECK_S)):
+                    await watcher.ended.wait()
+    finally:
+        hub.part(watcher)
 
 
 async def cancel(request: Request) -> Response:

@@ -110,7 +110,8 @@ end
 local function event(t, event_type, extra)
   local remaining = t.remaining_ms and string.format('%.1f', t.remaining_ms / 1000) or 'null'
   local parts = {
-    '"task_id":' .. json(t.task_id), '"project_id":' .. json(t.project_id), '"type":' .. json(event_type), '"time":"' .. rfc3339(now) .. '"',
+    '"task_id":' .. json(t.task_id), '"project_id":' .. json(t.project_id), '"task_type":' .. json(t.task_type), '"type":' .. json(event_type),
+    '"time":"' .. rfc3339(now) .. '"',
     '"attempt":' .. t.attempt, '"status":' .. json(t.status), '"progress":' .. t.progress, '"current_step":' .. json(t.current_step),
     '"stage":' .. json(t.stage), '"step":' .. number(t.step), '"steps":' .. number(t.steps), '"estimated_remaining":' .. remaining,
   }
@@ -118,17 +119,33 @@ local function event(t, event_type, extra)
   return '{' .. table.concat(parts, ',') .. '}'
 end
 
--- An entry of the log, and the same on pub/sub.
-local function log(t, event_type, extra)
-  local data = event(t, event_type, extra)
-  local id = redis.call('XADD', K.log .. t.task_id, '*', 'type', event_type, 'data', data)
-  set(t, {last_event_id = id})
-  redis.call('PUBLISH', K.events .. t.task_id, id .. '\n' .. event_type .. '\n' .. data)
+-- To whoever listens: `name` is a task, or project:PROJECT; `id` that of the log's entry, or '>' and the time where it is in no log, so that who has read the log
+-- knows what is old.
+local function publish(name, id, event_type, data)
+  redis.call('PUBLISH', K.events .. name, id .. '\n' .. event_type .. '\n' .. data)
 end
 
--- On pub/sub alone: no id, not in the log, but it names the entry that it follows.
+-- An entry of the project's log, which holds the last thousand changes of state (or a few more: whole nodes are trimmed), for a day after the last.
+local function log_in_project(t, event_type, data)
+  local name = 'project:' .. t.project_id
+  publish(name, redis.call('XADD', K.log .. name, 'MAXLEN', '~', 1000, '*', 'type', event_type, 'data', data), event_type, data)
+  redis.call('EXPIRE', K.log .. name, 86400)
+end
+
+-- An entry of the task's log, of which the last two thousand are kept, and, unless it is progress, of its project's; the same on pub/sub.
+local function log(t, event_type, extra)
+  local data = event(t, event_type, extra)
+  local id = redis.call('XADD', K.log .. t.task_id, 'MAXLEN', '~', 2000, '*', 'type', event_type, 'data', data)
+  set(t, {last_event_id = id})
+  publish(t.task_id, id, event_type, data)
+  if event_type == 'progress' then publish('project:' .. t.project_id, '>' .. now, event_type, data) else log_in_project(t, event_type, data) end
+end
+
+-- On pub/sub alone.
 local function tell(t, event_type, extra)
-  redis.call('PUBLISH', K.events .. t.task_id, '>' .. (t.last_event_id or '') .. '\n' .. event_type .. '\n' .. event(t, event_type, extra))
+  local data = event(t, event_type, extra)
+  publish(t.task_id, '>' .. now, event_type, data)
+  publish('project:' .. t.project_id, '>' .. now, event_type, data)
 end
 
 -- ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,8 @@
 --   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
 --   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
--- Keeps the idempotency key for 24 h. The event `queued` is made from the hash: an empty stream costs 4 KB. Cost: O(log n).
+-- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's begins with `started`. Keeps the idempotency key for 24 h.
+-- Cost: O(log n).
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
 end
@@ -70,5 +71,6 @@ local ahead = redis.call('ZRANK', queue(t), task_id)
 local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
 local position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.flows .. kind) - 1))
 set(t, {queued_position = position})
+log_in_project(t, 'queued', event(t, 'queued'))
 if idempotency ~= '' then redis.call('SET', K.idempotency .. idempotency, body_hash .. ' ' .. task_id, 'EX', 86400) end
 return receipt('ok', t)

@@ -19,8 +19,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError
 
+from movieq.channels import Subscriber
 from movieq.embedded import Valkey, valkey
-from movieq.events import Subscriber
 from movieq.store import Store, connect
 from workers.main import Worker
 

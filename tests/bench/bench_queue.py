@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import statistics
@@ -29,12 +28,11 @@ import redis
 import uvloop
 
 from movieq.embedded import Valkey, valkey
+from tests.bench import environments
 from tests.bench.peers import backlog
 from tests.bench.peers.backlog import Backlog
 from tests.bench.report import machine, percentile, report
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENTS = ROOT / ".cache" / "bench"
 FSYNC = ("everysec", "always")
 CONCURRENCY = (32, 1)
 SPARE = 50
@@ -210,7 +208,7 @@ class Bench:
         with self._log(peer).open("w") as log:
             return subprocess.Popen(
                 [_python(peer), "-m", f"tests.bench.peers.{peer.name}", role],
-                cwd=ROOT, env={**os.environ, **place}, stdout=stdout, stderr=log, text=True,
+                cwd=environments.ROOT, env={**os.environ, **place}, stdout=stdout, stderr=log, text=True,
             )  # fmt: skip
 
     def _log(self, peer: Peer) -> Path:
@@ -240,7 +238,7 @@ class Bench:
 
 
 def _python(peer: Peer) -> str:
-    return str(ENVIRONMENTS / peer.name / "bin" / "python") if peer.packages else sys.executable
+    return environments.python(peer.name) if peer.packages else sys.executable
 
 
 @contextmanager
@@ -262,17 +260,8 @@ def _ended(processes: list[subprocess.Popen[str]]) -> Iterator[list[subprocess.P
 def make_environments() -> None:
     """Every peer has its environment with just these packages."""
     for peer in PEERS:
-        folder = ENVIRONMENTS / peer.name
-        stamp = folder / "packages"
-        if not peer.packages or (stamp.exists() and stamp.read_text().split() == list(peer.packages)):
-            continue
-        print(f"making {folder.relative_to(ROOT)}: {' '.join(peer.packages)}", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run(
-            [_python(peer), "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *peer.packages], check=True
-        )
-        stamp.write_text(" ".join(peer.packages))
+        if peer.packages:
+            environments.make(peer.name, peer.packages)
 
 
 def rates(bench: Bench, size: Size) -> dict[tuple[str, int], list[Rate]]:

@@ -196,7 +196,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path) -> Fi
             committed |= {key for key in (media_of.key, media_of.poster_key) if key}
             found.wrong_bytes += not right_bytes(task, media, task_data)
     found.doubled += sum(count - 1 for count in Counter(task.metadata["number"] for task in tasks.values()).values())
-    storage = FolderStorage(media, "http://unused", b"unused")
+    storage = FolderStorage(media, "http://unused", (b"unused",))
     for prefix, _ in await store.redis.zrange(KEYS["orphans"], 0, -1, withscores=True):
         await storage.delete_prefix(prefix.decode())
         await store.forget_orphan(prefix.decode())

@@ -157,9 +157,10 @@ class Client:
 
     @asynccontextmanager
     async def events(self, task_id: str, query: str = "", *, key: str | None = ALL, **headers: str) -> AsyncIterator[Stream]:
-        """The stream of a task, or of an absolute `events_url`; `last_event_id` and `origin` are headers."""
+        """The stream of a task, of `projects/PROJECT`, or of an absolute `events_url`; `last_event_id` and `origin` are headers."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()} | ({} if key is None else {"X-API-Key": key})
-        url = task_id if task_id.startswith("http") else f"{self.url}/api/v1/tasks/{task_id}/events{query}"
+        what = task_id if "/" in task_id else f"tasks/{task_id}"
+        url = task_id if task_id.startswith("http") else f"{self.url}/api/v1/{what}/events{query}"
         async with self._session.get(url, headers=sent) as response:
             assert response.status == 200, (response.status, await response.read())
             yield Stream(response)

@@ -13,9 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from movieq import channels, signing
 from movieq import events as hub_module
-from movieq import signing
-from movieq.api import events as stream_module
 from movieq.contracts import KEYS, ProcessingProgress, RunToken, TaskId, TaskStatus
 from movieq.embedded import Valkey, valkey
 from movieq.settings import Settings
@@ -180,8 +179,8 @@ async def test_head_answers_without_a_stream(api: Client, tasks: Tasks) -> None:
 
 
 async def test_a_comment_is_sent_while_nothing_happens(api: Client, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_module.COMMENT_S == 15
-    monkeypatch.setattr(stream_module, "COMMENT_S", 0.05)
+    assert hub_module.COMMENT_S == 15
+    monkeypatch.setattr(hub_module, "COMMENT_S", 0.05)
     task_id = await tasks.queued()
     async with api.events(task_id) as stream:
         await stream.next()
@@ -295,6 +294,28 @@ async def test_when_the_log_is_gone_its_newest_id_still_means_nothing_more(api: 
         assert types(await stream.rest()) == ["gap", "snapshot", "completed"]
 
 
+async def test_an_id_of_a_log_that_expired_is_a_gap_also_when_a_retry_has_begun_another(api: Client, tasks: Tasks, store: Store) -> None:
+    task_id = await tasks.failed()
+    first, _ = await log_of(store, task_id)
+    await raw(store).delete(KEYS["log"] + task_id)
+    await api.post(f"/api/v1/tasks/{task_id}/retry")
+    async with api.events(task_id, last_event_id=first) as stream:
+        assert types(await stream.until("queued")) == ["gap", "snapshot", "queued"]
+
+
+async def test_a_log_is_kept_for_a_day_after_the_end_and_holds_about_the_last_two_thousand(tasks: Tasks, store: Store) -> None:
+    task_id, run = await tasks.processing()
+    for _ in range(12):
+        for step in range(200):
+            await store.report(task_id, run, step / 200, "generating_image")
+        await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+        run = await tasks.claim()
+    assert await raw(store).ttl(KEYS["log"] + task_id) == -1
+    assert 2000 <= len(await log_of(store, task_id)) < 2200
+    await store.complete(task_id, run, result())
+    assert 86_000 < await raw(store).ttl(KEYS["log"] + task_id) <= 86_400
+
+
 @pytest.mark.parametrize(
     "text", ["abc", "1", "1-", "-1", "1-1-1", "1-a", " ", "1 -1", "\u0663-\u0661", "1" * 19 + "-1", "x" * 5000, "$", "+"]
 )
@@ -368,7 +389,7 @@ async def test_an_events_url_without_its_whole_signature_is_forbidden(api: Clien
 
 async def test_an_events_url_that_has_expired_is_forbidden_and_says_so(api: Client, ended: TaskId) -> None:
     expires = int(time.time()) - 1
-    signature = signing.sign(api.state.signing_secret, "events", ended, expires)
+    signature = signing.sign(api.state.signing_secrets[0], "events", ended, expires)
     answer = await api.get(f"/api/v1/tasks/{ended}/events?expires={expires}&signature={signature}", key=None)
     assert (answer.status, answer.error) == (403, "forbidden")
     assert "expired" in answer.message
@@ -449,7 +470,7 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
 
 @pytest.mark.usefixtures("quiet_loop")
 async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store) -> None:
-    assert hub_module.PING_S == 15
+    assert channels.PING_S == 15
     async with served(settings) as api:
         task_id = await Tasks(api, store).queued()
         async with api.events(task_id) as one, api.events(task_id) as other:
@@ -484,8 +505,9 @@ class Slow:
         """Everything, to the end of the stream or of the connection."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(DEADLINE_S):
-            while not self.found.endswith(b"\r\n0\r\n\r\n") and (part := await loop.sock_recv(self.sock, 65536)):
-                self.found += part
+            with contextlib.suppress(ConnectionResetError):
+                while not self.found.endswith(b"\r\n0\r\n\r\n") and (part := await loop.sock_recv(self.sock, 65536)):
+                    self.found += part
         self.sock.close()
         return re.sub(r"\r\n[0-9a-f]+\r\n", "", self.found.decode())
 
@@ -507,9 +529,11 @@ async def test_a_slow_reader_falls_behind_and_still_gets_every_entry_once(settin
         assert told == await log_of(store, task_id)
 
 
-async def test_a_reader_that_takes_nothing_is_left(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stream_module.STUCK_S == 30
-    monkeypatch.setattr(stream_module, "STUCK_S", 0.2)
+async def test_a_reader_that_takes_nothing_is_left_and_loses_its_socket(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub_module.STUCK_S == 30
+    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
     async with served(settings, send_buffer=4096) as api:
         tasks = Tasks(api, store)
         task_id, run = await tasks.processing()
@@ -518,7 +542,39 @@ async def test_a_reader_that_takes_nothing_is_left(settings: Settings, store: St
         for step in range(900):
             await store.report(task_id, run, step / 1000, "generating_image")
         await soon(lambda: api.state.hub.watchers() == 0)
+        await soon(lambda: slow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)  # it was reset, and took nothing before
         assert not (await slow.read()).endswith("\r\n0\r\n\r\n")
+
+
+async def test_the_end_of_a_stream_waits_no_longer_for_a_reader_that_takes_nothing(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
+    async with served(settings, send_buffer=4096) as api:
+        tasks = Tasks(api, store)
+        task_id, run = await tasks.processing()
+        slow = Slow(api, task_id)
+        await soon(lambda: api.state.hub.watchers() == 1)
+        for step in range(40):
+            await store.report(task_id, run, step / 100, "generating_image")
+        await store.complete(task_id, run, result())
+        await soon(lambda: slow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)
+        slow.sock.close()
+
+
+async def test_a_broadcast_passes_a_reader_that_takes_nothing(settings: Settings, store: Store) -> None:
+    async with served(settings, send_buffer=4096) as api:
+        tasks = Tasks(api, store)
+        task_id, run = await tasks.processing()
+        slow = Slow(api, task_id)
+        await soon(lambda: api.state.hub.watchers() == 1)
+        for step in range(500):
+            await store.report(task_id, run, step / 1000, "generating_image")
+        async with api.events(task_id, last_event_id=(await log_of(store, task_id))[-1]) as stream:
+            await soon(lambda: api.state.hub.watchers() == 2)
+            await store.complete(task_id, run, result())
+            assert types(await stream.rest()) == ["completed"]
+        slow.sock.close()
 
 
 async def test_when_the_server_goes_every_stream_says_goodbye(api: Client, tasks: Tasks) -> None:
@@ -572,8 +628,8 @@ async def test_through_a_restart_of_redis_nothing_is_missed_or_doubled(
 async def test_a_redis_that_hangs_is_noticed_by_its_silence(
     own: Valkey, own_store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "PING_S", 0.2)
-    monkeypatch.setattr(hub_module, "PONG_S", 0.2)
+    monkeypatch.setattr(channels, "PING_S", 0.2)
+    monkeypatch.setattr(channels, "PONG_S", 0.2)
     async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
         task_id, run = await Tasks(api, own_store).processing()
         async with api.events(task_id) as stream:

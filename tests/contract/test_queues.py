@@ -135,6 +135,7 @@ async def test_what_ended_long_ago_is_forgotten_with_every_trace_and_the_rest_st
     assert {key for key in left if key.startswith((KEYS["task"], KEYS["job"], KEYS["log"]))} == {
         KEYS["task"] + kept.task_id,
         KEYS["job"] + kept.task_id,
+        KEYS["log"] + "project:film",
     }
     assert not {key for key in left if key.startswith((KEYS["delivery"], KEYS["dead"], KEYS["ended"]))}
     assert {key for key in left if key.startswith(KEYS["index"])} == {

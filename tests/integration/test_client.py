@@ -131,9 +131,9 @@ class Proxy:
         finally:
             for each in both:
                 each.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
             for each_writer in (writer, up_writer):
                 each_writer.close()
+            await asyncio.gather(*both, return_exceptions=True)  # last: the end of the test may cancel it
 
 
 @asynccontextmanager

@@ -38,6 +38,10 @@ async def report(store: Store) -> Any:
     await store.report(TASK, await begun(store), 0.5, "generating_image", stage="render", step=1, steps=2, prefix="p")
 
 
+async def preview(store: Store) -> Any:
+    await store.preview(TASK, await begun(store), b"jpeg")
+
+
 async def complete(store: Store) -> Any:
     run = await begun(store)
     await store.report(TASK, run, 0.9, "uploading_result", prefix="p")
@@ -120,6 +124,7 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "submit": [submit],
     "claim": [begun],
     "report": [report],
+    "preview": [preview],
     "complete": [complete],
     "fail": [fail],
     "requeue": [requeue, drain, bury],

@@ -266,7 +266,7 @@ async def sweep_at_once(made: Fleet) -> None:
     orphans = await raw(made.store).zrange(KEYS["orphans"], 0, -1)
     if orphans:
         await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
-    storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", b"")
+    storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", (b"",))
     async with aiohttp.ClientSession() as session:
         await sweep({"outbox": Outbox(made.store, storage, session, (), Settings())})
 

@@ -23,7 +23,8 @@ LEAVES = ["errors", "params", "contracts", "settings", "models", "logs", "signin
 ADAPTERS: dict[str, set[str]] = {
     "store": {"arq", "redis", "line"},
     "line": {"redis", "hiredis"},
-    "events": {"redis", "store"},
+    "channels": {"redis"},
+    "events": {"redis", "store", "channels"},
     "storage": set(),
     "fetch": {"aiohttp", "PIL", "yarl"},
     "webhooks": {"aiohttp"},

@@ -55,7 +55,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def storage(root: Path) -> FolderStorage:
-    return FolderStorage(root, "https://m.example/", b"key")
+    return FolderStorage(root, "https://m.example/", (b"key",))
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ async def test_no_method_takes_what_is_not_a_key(storage: FolderStorage, root: P
 
 @given(st.text(alphabet=st.sampled_from("a.b/\\%~\0 \n-_:e\u0301\uff0e"), max_size=30))
 def test_every_key_lies_inside_the_root(text: str) -> None:
-    storage = FolderStorage(Path("/srv/media"), "https://m.example", b"key")
+    storage = FolderStorage(Path("/srv/media"), "https://m.example", (b"key",))
     try:
         path = storage.local_path(text)
     except ValueError:
@@ -239,7 +239,7 @@ def test_an_address_opens_nothing_else(storage: FolderStorage, address: tuple[st
         with pytest.raises(Forbidden, match="does not fit"):
             storage.verify(key, expires, signature, now_s=0)
     with pytest.raises(Forbidden, match="does not fit"):
-        FolderStorage(Path("/x"), "https://m.example", b"another key").verify(*address, now_s=0)
+        FolderStorage(Path("/x"), "https://m.example", (b"another key",)).verify(*address, now_s=0)
 
 
 @pytest.mark.parametrize(

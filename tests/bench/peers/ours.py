@@ -24,9 +24,9 @@ import msgspec
 from arq import func
 
 from movieq import logs
+from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, TaskId
 from movieq.errors import TaskFault
-from movieq.events import Subscriber
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import LogFormat, LogLevel
@@ -143,7 +143,7 @@ async def through_child(order: peer.Order) -> None:
             await store.submit(task(kwargs=PICTURE))
         with tempfile.TemporaryDirectory() as folder:
             async with Fetcher(Guard(())) as fetcher:
-                parts = Parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", b"secret"), fetcher, Path(folder))
+                parts = Parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", (b"secret",)), fetcher, Path(folder))
                 working = asyncio.create_task(worker(order, store, [child], counted, {"parts": parts}).async_run())
                 waiting = asyncio.create_task(ended.wait())
                 await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)  # the worker first, where it broke

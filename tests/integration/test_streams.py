@@ -1,0 +1,110 @@
+"""Streams by the thousand at an API process of its own: what they leave behind, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from movieq.client import Client, Preview
+from movieq.contracts import KEYS, ProcessingProgress, ProjectId, TaskId
+from movieq.events import Source
+from tests.arrange import new_task, raw, running
+from tests.bench.sse_reader import Readers
+from tests.fleet import KEY, Fleet, eventually, fleet
+from tests.service import Service
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+async def made(folder: Path) -> AsyncIterator[Fleet]:
+    """A fleet."""
+    async with fleet(folder / "fleet") as made:
+        yield made
+
+
+@pytest.fixture
+async def api(made: Fleet) -> Service:
+    """Its API process."""
+    return await made.api(MOVIEQ_LOG_LEVEL="warning")
+
+
+def opened(api: Service, task_ids: Sequence[str]) -> Readers:
+    """An open stream of each task."""
+    readers = Readers()
+    port = int(api.url.rpartition(":")[2])
+    readers.open(port, [f"/api/v1/tasks/{task_id}/events" for task_id in task_ids], f"X-API-Key: {KEY}\r\n", 60)
+    return readers
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
+async def test_streams_that_came_and_went_leave_nothing_behind(made: Fleet, api: Service, rounds: int) -> None:
+    task_ids = [(await made.store.submit(new_task())).task_id for _ in range(100)] * 5
+    process = psutil.Process(api.process.pid)
+
+    async def nobody_listens() -> bool:
+        return not await raw(made.store).pubsub_channels(KEYS["events"] + "?*")
+
+    async def come_and_go(rounds: int) -> None:
+        for _ in range(rounds):
+            readers = await asyncio.to_thread(opened, api, task_ids)
+            assert len(await raw(made.store).pubsub_channels(KEYS["events"] + "?*")) == 100
+            readers.close()
+            await eventually(nobody_listens)
+
+    await come_and_go(4)
+    before = process.memory_info().rss, process.num_fds(), process.num_threads()
+    await come_and_go(rounds)
+    after = process.memory_info().rss, process.num_fds(), process.num_threads()
+    assert after[0] - before[0] < 2 * MIB
+    assert after[1:] == before[1:]
+
+
+async def test_a_process_with_five_thousand_streams_ends_within_five_seconds_and_says_goodbye_to_each(made: Fleet, api: Service) -> None:
+    task_id, _ = await running(made.store)
+    readers = await asyncio.to_thread(opened, api, [task_id] * 5000)
+    begun = time.monotonic()
+    api.process.send_signal(signal.SIGTERM)
+    ended = await asyncio.to_thread(readers.ended, 10)
+    assert await asyncio.to_thread(api.process.wait, 10) in (0, -signal.SIGTERM)  # uvicorn ends by the signal, after all is done
+    assert time.monotonic() - begun < 5
+    assert ended == {"count": 5000, "goodbyes": 5000, "left": 0}
+
+
+async def test_previews_reach_whoever_watches_the_task_and_nobody_else(made: Fleet, api: Service) -> None:
+    await made.worker()
+    picture = {"prompt": "a lighthouse", "duration": 6, "resolution": "640x360", "preview": True}
+    begun = time.monotonic()
+    task_id = await api.submit("render_animation", picture)
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [event async for event in events]
+    previews = [event for event in told if isinstance(event.data, Preview)]
+    assert 1 <= len(previews) <= (time.monotonic() - begun) / 0.5 + 1
+    for event in previews:
+        assert isinstance(event.data, Preview)
+        head, _, body = event.data.image.partition(",")
+        jpeg = base64.b64decode(body)
+        assert (event.id, head, jpeg[:2]) == (None, "data:image/jpeg;base64", b"\xff\xd8")
+        assert len(jpeg) <= 10_000
+    for log in (Source.of_task(TaskId(task_id)).log, Source.of_project(ProjectId("film")).log):
+        assert "preview" not in [entry.type for entry in await made.store.log_after(log, None)]
+
+
+async def test_a_run_says_how_long_it_will_take_and_its_progress_never_falls(made: Fleet, api: Service) -> None:
+    await made.worker()
+    task_id = await api.submit("generate_video", {"prompt": "a lighthouse", "duration": 3, "resolution": "640x360", "audio_cues": ["sea"]})
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [event.data async for event in events if isinstance(event.data, ProcessingProgress)]
+    running = [state for state in told if state.status == "processing" and state.stage is not None]
+    assert {"sound", "frames", "upload"} <= {state.stage for state in running}
+    assert [state.progress for state in told] == sorted(state.progress for state in told)
+    assert all(state.estimated_remaining is not None and state.estimated_remaining > 0 for state in running)
+    assert told[-1].progress == 1
