@@ -25,7 +25,15 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ResponseError, TimeoutError
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
 
 from movieq.contracts import (
     KEYS,
@@ -65,6 +73,9 @@ QUIET_MS: Final = 12_000
 FORGET_MS: Final = 300_000
 OFFLINE_MS: Final = 15_000
 ORPHAN_S: Final = 60
+
+_STATES: Final = re.compile(r"(?:^|caused error: \W*)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
+"""How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
 
 _ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
 _REST = "..."
@@ -181,6 +192,15 @@ def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
                 raise asyncio.CancelledError
 
     return Cancellable
+
+
+def is_fault(error: Exception) -> bool:
+    """Whether Redis could not do what it was asked, a fault of a script of ours, say; else it is away, or in a state that passes."""
+    return (
+        isinstance(error, ResponseError)
+        and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
+        and _STATES.search(str(error)) is None
+    )
 
 
 class Store:

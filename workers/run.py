@@ -7,17 +7,18 @@ rendering again: the run keeps its lease, frees its slot and goes on trying.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from movieq import fetch, logs, params
 from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
@@ -25,7 +26,7 @@ from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault
 from movieq.fetch import Fetcher
 from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import FolderStorage
-from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store
+from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Plan, Preview, Produced, Run, Step
@@ -270,20 +271,29 @@ def _stored(output: Produced, key: str, size_bytes: int, media_type: str, poster
     )
 
 
+@contextlib.contextmanager
+def _the_last_word() -> Iterator[None]:
+    """The run is over whatever its last verb meets: it is named in no renewal, so that its task is handed back."""
+    try:
+        yield
+    except RunLost:
+        log.info("run_lost")
+    except ResponseError:
+        log.exception("ending_broke")
+
+
 async def _disown(store: Store, running: Running) -> None:
     """What the run stored will be deleted, also what came after the orphans of its end were: it may have stood still for hours."""
     if running.prefix is not None:
         prefix = running.prefix
-        await _ended(running, lambda: store.add_orphan(prefix))
+        with _the_last_word():
+            await _ended(running, lambda: store.add_orphan(prefix))
 
 
 async def _fail(store: Store, running: Running, error: str, code: str) -> None:
-    try:
+    with _the_last_word():
         await _ended(running, lambda: store.fail(running.task.task_id, running.run, error, code))
-    except RunLost:
-        log.info("run_lost")
-        return
-    log.info("fail", error_code=code, error=error)
+        log.info("fail", error_code=code, error=error)
 
 
 async def _give_back(
@@ -306,12 +316,9 @@ async def _give_back(
             stage=death.stage if death else None,
         )
 
-    try:
+    with _the_last_word():
         await _ended(running, say)
-    except RunLost:
-        log.info("run_lost")
-        return
-    log.warning("requeue" if status is TaskStatus.QUEUED else "fail", counts=counts, error_code=code, error=error, delay_ms=delay_ms)
+        log.warning("requeue" if status is TaskStatus.QUEUED else "fail", counts=counts, error_code=code, error=error, delay_ms=delay_ms)
 
 
 def retry_delay_ms(attempt: int) -> int:
@@ -334,12 +341,14 @@ async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
 
 
 async def insist(verb: Callable[[], Awaitable[T]]) -> T:
-    """The answer of a verb, however long Redis is away; said twice it does no harm. Raises what the store raises on purpose."""
+    """The answer of a verb, however long Redis is away; said twice it does no harm. Raises what the store raises on purpose, and faults."""
     wait_s = 0.1
     while True:
         try:
             return await verb()
         except (RedisError, OSError, TimeoutError) as error:
+            if is_fault(error):
+                raise
             log.warning("redis_away", problem=str(error) or type(error).__name__, again_in_s=wait_s)
         await asyncio.sleep(wait_s)
         wait_s = min(wait_s * 2, 1.0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -33,12 +32,9 @@ from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
-from movieq.store import TIDY_S, Store, connect
+from movieq.store import TIDY_S, Store, connect, is_fault
 
 log = logs.get()
-
-_STATES: Final = re.compile(r"(?:^|caused error: \W*)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
-"""How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
 
 _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge}
 
@@ -137,7 +133,7 @@ async def _tidy(store: Store) -> None:
                 log.info("tidy", reaped=reaped, due=due, past_deadline=past)
         except (RedisError, OSError, TimeoutError) as error:
             if not away:
-                log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=_is_fault(error))
+                log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=is_fault(error))
             away = True
         await asyncio.sleep(TIDY_S)
 
@@ -166,17 +162,8 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     return response
 
 
-def _is_fault(error: Exception) -> bool:
-    """Whether Redis could not do what it was asked, a fault of a script of ours, say; else it is away, or in a state that passes."""
-    return (
-        isinstance(error, ResponseError)
-        and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
-        and _STATES.search(str(error)) is None
-    )
-
-
 async def _redis_away(request: Request, error: Exception) -> Response:
-    if _is_fault(error):
+    if is_fault(error):
         log.error("request_broke", method=request.method, path=request.scope["path"][:200], exc_info=error)
         return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)

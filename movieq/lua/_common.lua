@@ -60,6 +60,11 @@ local function save()
   end
 end
 
+-- When the task was accepted, in milliseconds with their fraction: two of the same millisecond keep their order.
+local function created(t)
+  return t.created_at_ms + t.created_us / 1000
+end
+
 -- ── Indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 local function index(t, status, task_type)
@@ -73,8 +78,8 @@ local function move(t, status)
     redis.call('ZREM', index(t, t.status, t.task_type), t.task_id)
     redis.call('HINCRBY', K.totals, t.status, -1)
   end
-  redis.call('ZADD', index(t, status, ''), t.created_at_ms, t.task_id)
-  redis.call('ZADD', index(t, status, t.task_type), t.created_at_ms, t.task_id)
+  redis.call('ZADD', index(t, status, ''), created(t), t.task_id)
+  redis.call('ZADD', index(t, status, t.task_type), created(t), t.task_id)
   redis.call('HINCRBY', K.totals, status, 1)
   set(t, {status = status})
 end
@@ -164,9 +169,8 @@ end
 
 -- Into the queue of the task's project and kind, at the place that its age and priority give it.
 local function enqueue(t)
-  local created = t.created_at_ms + t.created_us / 1000 -- two of the same millisecond keep their order
-  redis.call('ZADD', queue(t), created - t.bias_ms, t.task_id)
-  redis.call('ZADD', K.waiting .. t.kind, created, t.task_id)
+  redis.call('ZADD', queue(t), created(t) - t.bias_ms, t.task_id)
+  redis.call('ZADD', K.waiting .. t.kind, created(t), t.task_id)
   redis.call('HINCRBY', K.priorities .. t.kind, t.priority, 1)
   if not redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
     local spent = tonumber(redis.call('HGET', K.spent .. t.kind, t.project_id) or 0)

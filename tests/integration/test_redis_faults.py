@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from movieq.contracts import EventType, TaskId
+from movieq.contracts import KEYS, EventType, TaskId
 from tests.arrange import raw
 from tests.fleet import Fleet, Process, eventually, fleet
 from tests.service import Service, receiver
@@ -127,6 +127,16 @@ async def test_a_redis_that_is_out_of_memory_refuses_new_tasks_only(folder: Path
         await refused(api)
         await raw(made.store).config_set("maxmemory", 0)
         await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
+async def test_a_fault_of_a_script_costs_a_try_and_holds_no_task(folder: Path) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        await raw(made.store).set(KEYS["media"], "no sorted set")
+        await api.until(task_id, "event", "retrying")
+        await raw(made.store).delete(KEYS["media"])
+        done = await api.until(task_id, "status", "completed")
+        assert done["attempt"] == 2
+        assert worker.alive
 
 
 @pytest.mark.parametrize("state", ["read-only", pytest.param("without its replica", marks=pytest.mark.slow)])
