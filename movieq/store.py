@@ -481,12 +481,18 @@ class Store:
         sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", KEYS["sums"])).items()}
         return {each: sums[f"{each} ms"] / sums[f"{each} tasks"] / 1000 for each in TaskType if f"{each} tasks" in sums}
 
-    async def dead_letters(self, count: int = 100) -> tuple[list[DeadLetter], int]:
-        """The latest dead letters, and how many there are."""
+    async def dead_letters(self, count: int = 100, projects: Collection[str] | None = None) -> tuple[list[DeadLetter], int]:
+        """The latest dead letters, of these projects where any are named, and how many there are."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.zrevrange(KEYS["dead"], 0, count - 1, withscores=True)
-            pipe.zcard(KEYS["dead"])
-            found, total = await pipe.execute()
+            if projects is None:
+                pipe.zrevrange(KEYS["dead"], 0, count - 1, withscores=True)
+                pipe.zcard(KEYS["dead"])
+                found, total = await pipe.execute()
+            else:
+                for project_id in projects:  # what a project has among them: when each was given up
+                    pipe.zinter({KEYS["dead"]: 1, f"{KEYS['index']}{project_id}|{TaskStatus.FAILED}|": 0}, withscores=True)
+                all_found = sorted(itertools.chain(*await pipe.execute()), key=lambda letter: letter[1], reverse=True)
+                found, total = all_found[:count], len(all_found)
             for task_id, _ in found:
                 pipe.hgetall(KEYS["task"] + task_id.decode())
                 pipe.get(KEYS["job"] + task_id.decode())

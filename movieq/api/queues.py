@@ -17,8 +17,6 @@ OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
 """When health raises an alert: a task that waits for so long; so many failures among at least so many ends."""
-MOST_LETTERS: Final = 10_000
-"""How far back those of one project are looked for."""
 
 
 async def queues(request: Request) -> Response:
@@ -33,12 +31,7 @@ async def dead_letters(request: Request) -> Response:
     who = await caller(request, Scope.ADMIN)
     only_query(request, "limit")
     limit = query_int(request, "limit", 100, 1, 1000)
-    if who.grant.projects is None:
-        letters, total = await api(request).store.dead_letters(limit)
-    else:  # there is one list for all projects
-        everybodys, _ = await api(request).store.dead_letters(MOST_LETTERS)
-        letters = [letter for letter in everybodys if who.grant.allows(letter.project_id)]
-        letters, total = letters[:limit], len(letters)
+    letters, total = await api(request).store.dead_letters(limit, who.grant.projects)
     return answered(DeadLettersAnswer(letters, total))
 
 

@@ -129,6 +129,17 @@ async def test_a_redis_that_is_out_of_memory_refuses_new_tasks_only(folder: Path
         await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
 
 
+async def test_connections_that_are_cut_again_and_again_cost_a_running_task_nothing(folder: Path) -> None:
+    async with busy(folder) as (made, api, worker, task_id):
+        task_ids = [task_id, *await accepted(api, 2)]
+        redis = raw(made.store)
+        for _ in range(10):
+            for kind in ("normal", "pubsub"):
+                await redis.client_kill_filter(_type=kind, skipme=True)
+            await asyncio.sleep(0.2)
+        await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
+
+
 async def test_a_fault_of_a_script_costs_a_try_and_holds_no_task(folder: Path) -> None:
     async with busy(folder) as (made, api, worker, task_id):
         await raw(made.store).set(KEYS["media"], "no sorted set")

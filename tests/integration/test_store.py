@@ -241,11 +241,12 @@ async def test_renew_says_what_is_lost_and_what_was_not_mentioned(store: Store) 
     assert unmentioned == [(forgotten, forgotten_run)]
 
 
-async def test_nothing_is_reaped_after_an_outage(store: Store, short_lease: None) -> None:
+@pytest.mark.parametrize("ago_s", [pytest.param(60, id="outage"), pytest.param(-60, id="clock-back")])
+async def test_nothing_is_reaped_after_an_outage_or_when_the_clock_went_back(store: Store, short_lease: None, ago_s: int) -> None:
     await running(store)
     await asyncio.sleep(0.01)
     seconds, _ = await raw(store).time()
-    await raw(store).set(KEYS["heard"], (seconds - 60) * 1000)
+    await raw(store).set(KEYS["heard"], (seconds - ago_s) * 1000)
     assert (await store.tidy())[0] == 0
     await raw(store).delete(KEYS["quiet"])
     assert (await store.tidy())[0] == 1
