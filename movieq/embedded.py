@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -41,7 +43,10 @@ class Valkey:
         self.appendfsync = appendfsync
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.socket = Path(tempfile.mkdtemp(prefix="movieq-")) / "valkey.sock"
+        # not in the folder: its path may be too long for a socket, or its file system have none. One place for each folder: what a server
+        # that was killed leaves there, the next one takes away
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+        self.socket = Path(tempfile.gettempdir()) / f"movieq-{os.getuid()}-{name}" / "valkey.sock"
         if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES:
             raise SettingsError(f"TMPDIR is too long for a unix socket: {self.socket}")
 
@@ -59,6 +64,9 @@ class Valkey:
         """The server takes commands."""
         self._lock = self._lock or self._held()
         self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+        found = self.socket.parent.lstat()
+        if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
+            raise SettingsError(f"{self.socket.parent} is not this user's own: remove it, or name another folder for it in TMPDIR")
         self.socket.unlink(missing_ok=True)
         log = (self.folder / "valkey.log").open("ab")
         options = {

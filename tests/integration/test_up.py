@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from movieq.embedded import Valkey
+from movieq.errors import SettingsError
 from tests.service import service
 
 
@@ -101,3 +103,15 @@ def test_kill_9_of_up_leaves_no_process_behind(tmp_path: Path) -> None:
         time.sleep(0.05)
     with service(tmp_path, data=tmp_path / ".movieq"):
         pass  # the folder is free again
+
+
+def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(tmp_path: Path) -> None:
+    server = Valkey(tmp_path / "data")
+    assert server.socket == Valkey(tmp_path / "." / "data").socket != Valkey(tmp_path / "other").socket
+    server.socket.parent.mkdir(mode=0o755)  # as somebody else might have, to be in between
+    try:
+        with pytest.raises(SettingsError, match="not this user's own"):
+            server.start()
+    finally:
+        server.stop()
+    assert not server.socket.parent.exists()
