@@ -24,10 +24,11 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 	@touch $@
 
 # torch by its exact version and first: a bare `torch` of a dependency would bring gigabytes of CUDA
-.venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
+.venv/.setup-test: pyproject.toml constraints.txt tests/browser/node/package.json | .venv/.pip
 	$(PIP) torch==2.13.0
 	$(PIP) --group test --editable '.[speech,gpu]'
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
+	npm install --prefix tests/browser/node --no-package-lock --no-audit --no-fund --silent
 	@touch $@ .venv/.setup
 
 up: setup       ## Run the queue, the API and one worker on this machine

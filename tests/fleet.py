@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,9 +34,9 @@ class Fleet:
         self.store = store
         self.processes: list[Process] = []
 
-    async def api(self, redis_url: str = "", **settings: str) -> Service:
+    async def api(self, redis_url: str = "", port: int = 0, **settings: str) -> Service:
         """An API process that takes requests, as a client sees it."""
-        process = self._start("api", redis_url, ["--port", "0"], settings)
+        process = self._start("api", redis_url, ["--port", str(port)], settings)
         assert process.popen.stdout is not None
         line = await asyncio.to_thread(process.popen.stdout.readline)
         assert line.startswith("movieq ready at "), process.log.read_text()
@@ -123,6 +124,14 @@ async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator
                 process.popen.stdout.close()
         await store.aclose()
         valkey.stop()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = 10.0) -> float:

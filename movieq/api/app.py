@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from movieq import logs, models
-from movieq.api import health, media, openapi, projects, queues, tasks, workers
+from movieq.api import health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.auth import Keys
 from movieq.api.events import ProjectEvents, TaskEvents
 from movieq.api.state import Api, answered, now
@@ -62,6 +62,8 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/api/v1/task-types", health.task_types),
         Route("/openapi.json", openapi.openapi),
         Route("/media/{key:path}", media.media),
+        Route("/movieq.js", web.script),
+        Route("/movieq.d.ts", web.script_types),
     ]
     middleware = [Middleware(_Log)]
     if settings.origins():

@@ -13,9 +13,10 @@ nobody would read another request.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -26,7 +27,7 @@ from movieq import signing
 from movieq.api.auth import project_of, task_of
 from movieq.api.state import Api, api, encode, only_query, query_choices
 from movieq.contracts import EventType, ProjectId, Task, TaskId, TaskStatus
-from movieq.errors import NotFound, ValidationFailed
+from movieq.errors import NotFound, RequestError, ValidationFailed
 from movieq.events import START, Facts, Opening, SocketWatcher, Source, chunk, frame, pair, retry
 from movieq.params import TaskType
 from movieq.settings import Scope as KeyScope
@@ -53,8 +54,9 @@ class TaskEvents:
         """Answers with the stream. Raises what makes an error answer before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
-        task = await (_signed_task(movieq, request) if _signed(request) else _keyed_task(request))
-        after = _resume_point(request)
+        with _told_to_any_origin(request):
+            task = await (_signed_task(movieq, request) if _signed(request) else _keyed_task(request))
+            after = _resume_point(request)
         if after is not None and task.status.ended and after == task.last_event_id:
             await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
             await send({"type": "http.response.body", "body": b""})
@@ -69,12 +71,13 @@ class ProjectEvents:
         """Answers with the stream. Raises what makes an error answer before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
-        project_id = _signed_project(movieq, request) if _signed(request) else (await project_of(request, KeyScope.READ))[0]
-        only_query(request, "after", "task_type", "status", "expires", "signature")
-        after = _resume_point(request)
-        wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", TaskStatus))
-        if await movieq.store.project(project_id) is None:
-            raise NotFound(f"no project {project_id}")
+        with _told_to_any_origin(request):
+            project_id = _signed_project(movieq, request) if _signed(request) else (await project_of(request, KeyScope.READ))[0]
+            only_query(request, "after", "task_type", "status", "expires", "signature")
+            after = _resume_point(request)
+            wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", TaskStatus))
+            if await movieq.store.project(project_id) is None:
+                raise NotFound(f"no project {project_id}")
         source = Source.of_project(project_id)
         wants = wanted if wanted.task_types or wanted.statuses else None
         await _stream(request, send, source, lambda: _project_opening(movieq, project_id, after, wanted), wants)
@@ -167,6 +170,17 @@ def _signed(request: HTTPConnection) -> bool:
 
 def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
     return [*_HEADERS, (b"access-control-allow-origin", b"*")] if _signed(request) else _HEADERS
+
+
+@contextlib.contextmanager
+def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
+    """A refusal of a signed address can be read by the page that asked, whatever its origin: movieq.js tells the page why it ends."""
+    try:
+        yield
+    except RequestError as error:
+        if _signed(request):
+            error.headers = {**error.headers, "Access-Control-Allow-Origin": "*"}
+        raise
 
 
 async def _keyed_task(request: HTTPConnection) -> Task:

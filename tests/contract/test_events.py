@@ -395,6 +395,12 @@ async def test_an_events_url_that_has_expired_is_forbidden_and_says_so(api: Clie
     assert "expired" in answer.message
 
 
+async def test_a_refused_events_url_can_be_read_as_such_by_a_page_of_any_origin(api: Client, signed: str) -> None:
+    for url, status in [(f"{signed}x", 403), (f"{signed}&after=x", 400)]:
+        answer = await api.get(url, key=None, headers={"Origin": "https://anywhere.example"})
+        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, "*")
+
+
 async def test_an_events_url_opens_its_own_task_only(api: Client, tasks: Tasks, signed: str, ended: TaskId) -> None:
     assert (await api.get(signed.replace(ended, await tasks.queued()), key=None)).status == 403
 

@@ -1,0 +1,259 @@
+"""movieq.js in Chromium, on a page of another origin: what handlers are told, through restarts, refusals and the 502 of a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Page
+
+from movieq import signing
+from movieq.contracts import TaskId
+from tests.arrange import claim, new_task, result, running
+from tests.browser.conftest import NODE, ROOT, Nginx, listens, nginx, program
+from tests.browser.test_clients import work
+from tests.fleet import Fleet, eventually, free_port
+from tests.service import Service
+
+FOLLOW = """async ([script, method, url, options, handlers]) => {
+    const movieq = await import(script);
+    window.told = [];
+    const named = handlers.map((name) => [name, (event) => told.push([name, event])]);
+    window.watching = movieq[method](url, {...options, ...Object.fromEntries(named)});
+}"""
+
+
+class Watching:
+    """A watch on a page: what its handlers were told."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+
+    async def told(self, *handlers: str) -> list[Any]:
+        """What these handlers were told so far."""
+        told: list[tuple[str, Any]] = await self._page.evaluate("told")
+        return [event for name, event in told if name in handlers]
+
+    async def until(self, condition: str, within_s: float = 15) -> None:
+        """A condition of `told` and `watching` holds."""
+        await self._page.wait_for_function(condition, timeout=within_s * 1000)
+
+    async def last_id(self) -> str:
+        """Where another watch would continue."""
+        return str(await self._page.evaluate("watching.lastEventId"))
+
+
+async def watch(page: Page, api_url: str, method: str, url: str, **options: Any) -> Watching:
+    """Begins a watch with every handler."""
+    handlers = ["onSnapshot", "onProgress", "onChange", "onPreview", "onDone", "onGap", "onError"]
+    await page.evaluate(FOLLOW, [f"{api_url}/movieq.js", method, url, options, handlers])
+    return Watching(page)
+
+
+@pytest.fixture
+async def api(made: Fleet) -> Service:
+    """Its API process."""
+    return await made.api()
+
+
+async def events_url(api: Service, path: str) -> str:
+    """The signed address in an answer."""
+    _, answer = await api.call("GET", path)
+    return str(answer["events_url"])
+
+
+async def test_a_task_is_followed_to_its_end_and_its_end_is_told_once(made: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(made.store)
+    await work(made.store, task_id, run, range(1, 10))
+    watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
+    await watching.until("told.length > 0")
+    await work(made.store, task_id, run, range(10, 20))
+    await made.store.preview(task_id, run, b"\xff\xd8")
+    await watching.until("told.some(([name]) => name === 'onPreview')")
+    await made.store.complete(task_id, run, result())
+    await watching.until("watching.closed")
+
+    # the snapshot stands for all of before, and the log before it is not told again
+    assert [event["progress"] for event in await watching.told("onProgress")] == [0.09, *(step / 100 for step in range(10, 20))]
+    (preview,) = await watching.told("onPreview")
+    assert preview["image"] == "data:image/jpeg;base64,/9g="
+    (done,) = await watching.told("onDone")
+    assert done["status"] == "completed"
+    assert done["result"]["media_url"].startswith(api.url)
+    assert await watching.told("onError", "onGap") == []
+
+
+async def test_the_page_of_the_readme_follows_a_task(made: Fleet, api: Service, page: Page) -> None:
+    (script,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    task_id, run = await running(made.store)
+    await page.evaluate(
+        """(events_url) => {
+            const picture = {}, seen = {};
+            const show = (...shown) => seen.shown = shown, play = (url) => seen.played = url, say = (text) => seen.said = text;
+            Object.assign(window, {events_url, picture, seen, show, play, say});
+        }""",
+        await events_url(api, f"/tasks/{task_id}/status"),
+    )
+    await page.add_script_tag(type="module", content=script.replace("http://127.0.0.1:8001", api.url))
+    await made.store.report(task_id, run, 0.5, "generating_image", remaining_ms=2000)
+    await page.wait_for_function("seen.shown?.[0] === 0.5")
+    assert await page.evaluate("seen.shown") == [0.5, "generating_image", 2]
+    await made.store.preview(task_id, run, b"\xff\xd8")
+    await page.wait_for_function("picture.src?.startsWith('data:image/jpeg')")
+    await made.store.complete(task_id, run, result())
+    await page.wait_for_function("seen.played")
+    assert not await page.evaluate("seen.said")
+
+
+async def test_a_task_that_has_ended_is_done_at_once(made: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(made.store)
+    await made.store.fail(task_id, run, "there is no such picture", "input_unavailable")
+    watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
+    await watching.until("watching.closed")
+    (done,) = await watching.told("onDone")
+    assert (done["status"], done["error_code"]) == ("failed", "input_unavailable")
+
+
+async def test_a_watch_continues_where_another_stopped(made: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(made.store)
+    url = await events_url(api, f"/tasks/{task_id}/status")
+    watching = await watch(page, api.url, "watchTask", url)
+    await work(made.store, task_id, run, range(1, 10))
+    await watching.until("told.at(-1)[1].progress === 0.09")
+    last = await watching.last_id()
+    await page.evaluate("watching.close()")
+    await work(made.store, task_id, run, range(10, 20))
+    watching = await watch(page, api.url, "watchTask", url, after=last)
+    await watching.until("told.at(-1)?.[1].progress === 0.19")
+    assert [event["progress"] for event in await watching.told("onProgress")] == [step / 100 for step in range(10, 20)]
+    assert await watching.told("onGap") == []
+
+
+@pytest.mark.parametrize("change", ["expired", "changed"])
+async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made: Fleet, api: Service, page: Page, change: str) -> None:
+    task_id, _ = await running(made.store)
+    if change == "expired":
+        expires = int(time.time()) - 1
+        signature = signing.sign(await made.store.signing_secret(), "events", task_id, expires)
+        url = f"{api.url}/api/v1/tasks/{task_id}/events?expires={expires}&signature={signature}"
+    else:
+        url = f"{await events_url(api, f'/tasks/{task_id}/status')}x"
+    watching = await watch(page, api.url, "watchTask", url)
+    await watching.until("watching.closed")
+    (refused,) = await watching.told("onError")
+    assert (refused["status"], refused["error"]) == (403, "forbidden")
+    assert ("expired" in refused["message"]) == (change == "expired")
+
+
+async def test_a_task_that_is_not_there_any_more_is_told_as_such(made: Fleet, api: Service, page: Page) -> None:
+    url = (await events_url(api, f"/tasks/{(await running(made.store))[0]}/status")).split("/api/")[0]
+    gone, expires = TaskId("00000000-0000-4000-8000-000000000000"), int(time.time()) + 60
+    signature = signing.sign(await made.store.signing_secret(), "events", gone, expires)
+    watching = await watch(page, api.url, "watchTask", f"{url}/api/v1/tasks/{gone}/events?expires={expires}&signature={signature}")
+    await watching.until("watching.closed")
+    assert [refused["status"] for refused in await watching.told("onError")] == [404]
+
+
+async def test_a_project_is_followed_change_by_change_through_the_death_of_the_api(made: Fleet, page: Page) -> None:
+    port = free_port()
+    api = await made.api(port=port)
+    task_id, run = await running(made.store)
+    watching = await watch(page, api.url, "watchProject", await events_url(api, "/projects/film"))
+    await watching.until("told.length === 1")
+    (snapshot,) = await watching.told("onSnapshot")
+    assert [task["task_id"] for task in snapshot["active"]] == [task_id]
+    await made.store.report(task_id, run, 0.5, "generating_image")
+    await watching.until("told.some(([name]) => name === 'onProgress')")
+
+    api.process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(api.process.wait)
+    await made.store.complete(task_id, run, result())
+    await made.store.submit(new_task())
+    await made.api(port=port)
+    (claimed,) = await claim(made.store)
+    await watching.until("told.at(-1)[1].type === 'started'")
+    changes = [(event["type"], event["task_id"]) for event in await watching.told("onChange")]
+    assert changes == [("completed", task_id), ("queued", claimed.task.task_id), ("started", claimed.task.task_id)]
+    assert len(await watching.told("onSnapshot")) == 1, "it continued at its place"
+
+
+# ── Behind nginx ──
+
+
+@pytest.fixture
+async def proxied(made: Fleet, folder: Path) -> AsyncIterator[tuple[Nginx, int]]:
+    """An nginx, and the port at which it looks for the API."""
+    port, api_port = free_port(), free_port()
+    with nginx(folder / "nginx", port, api_port) as running_nginx:
+        await listens(port)
+        yield running_nginx, api_port
+
+
+async def test_events_pass_nginx_one_by_one(made: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
+    proxy, api_port = proxied
+    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(made.store)
+    url = await events_url(api, f"/tasks/{task_id}/status")
+    assert url.startswith(proxy.url)
+    watching = await watch(page, proxy.url, "watchTask", url)
+    await watching.until("told.length > 0")
+    for percent in range(1, 6):
+        await work(made.store, task_id, run, range(percent, percent + 1))
+        await watching.until(f"told.at(-1)[1].progress === {percent / 100}", 2)  # before the next is made: nothing keeps it back
+    await made.store.complete(task_id, run, result())
+    await watching.until("watching.closed")
+
+
+async def test_the_502_of_a_restart_is_survived_by_movieq_js_though_not_by_an_eventsource(
+    made: Fleet, proxied: tuple[Nginx, int], page: Page
+) -> None:
+    proxy, api_port = proxied
+    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(made.store)
+    url = await events_url(api, f"/tasks/{task_id}/status")
+    watching = await watch(page, proxy.url, "watchTask", url)
+    await page.evaluate("(url) => { window.plain = new EventSource(url); }", url)
+    await work(made.store, task_id, run, range(1, 10))
+    await watching.until("told.at(-1)?.[1].progress === 0.09")
+    before = len(await watching.told("onProgress"))
+
+    api.process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(api.process.wait)
+    await eventually(lambda: proxy.log.count(" 502 ") >= 2, 20)
+    await work(made.store, task_id, run, range(10, 20))
+    await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    await watching.until("told.at(-1)[1].progress === 0.19", 30)
+    told = await watching.told("onProgress")
+    assert [event["progress"] for event in told[before:]] == [step / 100 for step in range(10, 20)]
+    assert await page.evaluate("plain.readyState === EventSource.CLOSED")
+    await made.store.complete(task_id, run, result())
+    await watching.until("watching.closed")
+    assert len(await watching.told("onDone")) == 1
+
+
+async def test_nginx_writes_no_signature_into_its_log(made: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
+    proxy, api_port = proxied
+    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(made.store)
+    await made.store.complete(task_id, run, result())
+    watching = await watch(page, proxy.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
+    await watching.until("watching.closed")
+    await eventually(lambda: f"GET /api/v1/tasks/{task_id}/events" in proxy.log)
+    assert "signature" not in proxy.log
+
+
+# ── The declarations ──
+
+
+def test_a_page_in_typescript_passes_the_compiler() -> None:
+    options = ["--noEmit", "--strict", "--target", "es2022", "--module", "nodenext", "--lib", "es2022,dom"]
+    compiler = NODE / "node_modules" / "typescript" / "bin" / "tsc"
+    done = subprocess.run([program("node", "nodejs"), compiler, *options, NODE / "page.ts"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,150 @@
+"""Clients that come and go at random, while API processes and Redis are killed and come back: each hears the whole log, once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import aiohttp
+import pytest
+from redis.exceptions import RedisError
+
+from movieq.contracts import ProjectId
+from movieq.events import Source
+from movieq.store import Counts, Store
+from tests.arrange import CPU, new_task, result
+from tests.fleet import KEY, Fleet, fleet, free_port
+from tests.service import Service
+
+TASKS = 12
+QUIET_S = 8.0
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def insist(verb: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs) -> T:
+    """The answer, however often Redis is away."""
+    while True:
+        try:
+            return await verb(*args, **options)
+        except (RedisError, OSError, TimeoutError):
+            await asyncio.sleep(0.05)
+
+
+class Reader:
+    """A client that hangs up at random and continues after the last id that it heard, at any of the processes."""
+
+    def __init__(self, source: Source, ports: Sequence[int]) -> None:
+        self.ids: list[str] = []
+        self.connects = 0
+        self.odd: list[str] = []
+        """What it was told and must not be told: a gap, a refusal."""
+        self._source = source
+        self._ports = ports
+        ((name, value),) = source.name.items()
+        self._path = f"/api/v1/{name.removesuffix('_id')}s/{value}/events"
+
+    async def follow(self, session: aiohttp.ClientSession, over: asyncio.Event) -> None:
+        """Until nothing more comes, and nothing more will."""
+        while True:
+            self.connects += 1
+            headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
+            url = f"http://127.0.0.1:{random.choice(self._ports)}{self._path}"
+            patience_s = QUIET_S if over.is_set() else random.uniform(0, 3)
+            try:
+                async with asyncio.timeout(patience_s), session.get(url, headers=headers) as answer:
+                    if answer.status == 204:
+                        return
+                    if answer.status == 200:
+                        await self._read(answer)
+                    elif answer.status != 503:
+                        self.odd.append(f"{answer.status} {await answer.text()}")
+            except TimeoutError:
+                if patience_s == QUIET_S and not self._source.ends:
+                    return  # the stream of a project has no end: after this silence there is nothing more
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(random.uniform(0, 0.2))
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> None:
+        id = ""
+        async for raw in answer.content:
+            line = raw.decode().rstrip("\n")
+            if line.startswith("id: "):
+                id = line[4:]
+            elif line == "event: gap":
+                self.odd.append("a gap")
+            elif not line and id:  # an event counts when it is whole
+                self.ids.append(id)
+                id = ""
+
+
+async def runs(store: Store, worker: str, over: asyncio.Event) -> None:
+    """A worker's life: its runs report, keep their lease, are given back now and then, and end when the time is over."""
+    for nonce in itertools.count():
+        (claimed,) = await insist(store.claim, worker, f"{worker}-{nonce}", CPU)
+        task_id, run = claimed.task.task_id, claimed.run
+        for step in range(1, 80):
+            if over.is_set():
+                await insist(store.complete, task_id, run, result())
+                return
+            await insist(store.renew, worker, [], [(task_id, run)], has_gpu=False)
+            await insist(store.report, task_id, run, step / 100, "generating_image", stage="denoise")
+            await asyncio.sleep(0.1)
+        await insist(store.requeue, task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+
+
+async def kills(made: Fleet, apis: dict[int, Service], over: asyncio.Event, counts: dict[str, int]) -> None:
+    """An API process is killed every two seconds, Redis every five; each comes back at its place."""
+    for turn in itertools.count(1):
+        await asyncio.sleep(1)
+        if over.is_set():
+            return
+        if turn % 2 == 0:
+            port = random.choice([*apis])
+            apis[port].process.send_signal(random.choice([signal.SIGKILL, signal.SIGTERM]))
+            await asyncio.to_thread(apis[port].process.wait)
+            apis[port] = await made.api(port=port)
+            counts["api"] += 1
+        if turn % 5 == 0:
+            await asyncio.to_thread(made.valkey.kill)
+            await asyncio.sleep(random.uniform(0, 2))
+            await asyncio.to_thread(made.valkey.start)
+            counts["redis"] += 1
+
+
+@pytest.mark.parametrize(
+    ("clients", "seconds"), [(40, 12), pytest.param(300, 90, marks=[pytest.mark.slow, pytest.mark.timeout(240)])], ids=["small", "whole"]
+)
+async def test_clients_that_come_and_go_hear_the_whole_log_once_through_every_death(folder: Path, clients: int, seconds: int) -> None:
+    over, counts = asyncio.Event(), {"api": 0, "redis": 0}
+    async with fleet(folder / "fleet", appendfsync="always") as made:
+        apis = {port: await made.api(port=port) for port in (free_port(), free_port())}
+        task_ids = [(await made.store.submit(new_task())).task_id for _ in range(TASKS)]
+        sources = [Source.of_task(task_ids[number % TASKS]) for number in range(clients * 9 // 10)]
+        sources += [Source.of_project(ProjectId("film"))] * (clients - len(sources))
+        readers = [(Reader(source, [*apis]), source) for source in sources]
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, headers={"X-API-Key": KEY}) as session, asyncio.TaskGroup() as group:
+            for number in range(TASKS):
+                group.create_task(runs(made.store, f"w{number}", over))
+            for reader, _ in readers:
+                group.create_task(reader.follow(session, over))
+            killing = group.create_task(kills(made, apis, over, counts))
+            await asyncio.sleep(seconds)
+            over.set()
+            await killing
+        logs = {source.log: [entry.id for entry in await made.store.log_after(source.log, None, 10_000)] for source in sources}
+    assert counts["api"] >= seconds // 5
+    assert counts["redis"] >= seconds // 12
+    assert [reader.odd for reader, _ in readers if reader.odd] == []
+    for reader, source in readers:
+        log = logs[source.log]
+        # the stream of a project begins at its snapshot
+        assert reader.ids == (log if source.ends else log[log.index(reader.ids[0]) :]), source.log
+    print(f"{len(readers)} clients, {sum(reader.connects for reader, _ in readers)} connections, {counts} killed")
