@@ -73,7 +73,7 @@ bench-sse: setup-test  ## Measure: thousands of open streams, beside sse-starlet
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \
-	  $(BIN)/python -m pip freeze | grep -v '^movieq\|^-e' | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
+	  $(BIN)/python -m pip freeze | grep -v '^movieq\|^-e\|^#' | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
 
 clean:          ## Remove what was built and made here
 	rm -rf .venv .movieq demo-out gallery build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
