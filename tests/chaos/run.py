@@ -180,6 +180,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path) -> Fi
     tasks = {task.task_id: task for task in await store.tasks(list(driver.accepted))}
     states = Counter(task.status for task in tasks.values())
     found.completed, found.failed, found.cancelled = states[TaskStatus.COMPLETED], states[TaskStatus.FAILED], states[TaskStatus.CANCELLED]
+    print("failed as", dict(Counter(task.error_code for task in tasks.values() if task.status is TaskStatus.FAILED)))
     committed: set[str] = set()
     for task_id, task_data in driver.accepted.items():
         task = tasks.get(task_id)
