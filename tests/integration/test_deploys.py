@@ -52,6 +52,29 @@ async def test_a_task_that_outlasts_many_deploys_completes_with_no_try_used_up(m
     assert len(list((made.folder / "media").rglob("output.*"))) == 1
 
 
+async def test_what_cannot_end_within_the_grace_is_handed_back_at_once(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S="6"))
+    task_id = await api.submit("generate_video", LONG)
+    await api.until(task_id, "stage", "frames")
+    worker.send(signal.SIGTERM)
+    assert await worker.ended(4) == 0
+    _, status = await api.call("GET", f"/tasks/{task_id}/status")
+    assert status["status"] == "queued"
+
+
+async def test_a_worker_that_drains_takes_nothing_new(made: Fleet) -> None:
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S=GRACE, MOVIEQ_CPU_SLOTS="2"))
+    await eventually(lambda: worker.said("child_ready") == 2)
+    clip = await api.submit("generate_video", CLIP)
+    await api.until(clip, "stage", "frames")
+    worker.send(signal.SIGTERM)
+    await eventually(lambda: worker.said("drain") == 1)
+    late = await api.submit("generate_image", {"prompt": "a lamp", "resolution": "256x256"})
+    assert await worker.ended() == 0
+    found = [(await api.call("GET", f"/tasks/{task_id}/status"))[1] for task_id in (clip, late)]
+    assert [(each["status"], each["attempt"]) for each in found] == [("completed", 1), ("queued", 0)]
+
+
 def ctrl_c(worker: Process) -> None:
     """As a terminal sends it: to every process of the group in the foreground."""
     os.killpg(os.getpgid(worker.popen.pid), signal.SIGINT)

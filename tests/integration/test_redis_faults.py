@@ -143,7 +143,8 @@ async def test_connections_that_are_cut_again_and_again_cost_a_running_task_noth
 async def test_a_fault_of_a_script_costs_a_try_and_holds_no_task(folder: Path) -> None:
     async with busy(folder) as (made, api, worker, task_id):
         await raw(made.store).set(KEYS["media"], "no sorted set")
-        await api.until(task_id, "event", "retrying")
+        retrying = await api.until(task_id, "event", "retrying")
+        assert 1.5 <= retrying["retry_in"] <= 2.5
         await raw(made.store).delete(KEYS["media"])
         done = await api.until(task_id, "status", "completed")
         assert done["attempt"] == 2

@@ -182,7 +182,19 @@ async def test_a_drained_task_goes_back_uncounted(store: Store) -> None:
     await store.complete(task_id, run, result())
 
 
-async def test_retry_gives_a_failed_task_a_new_budget_and_its_attempts_count_on(store: Store) -> None:
+@pytest.mark.parametrize("counts", [Counts.TRIES, Counts.DEATHS])
+async def test_retry_gives_a_failed_task_a_new_budget(store: Store, counts: Counts) -> None:
+    task_id, run = await running(store)
+    for _ in range(2):
+        for expected in (TaskStatus.QUEUED, TaskStatus.QUEUED, TaskStatus.FAILED):
+            assert await store.requeue(task_id, run, counts, 3, 0, "x", "network") is expected
+            if expected is TaskStatus.FAILED:
+                await store.retry(task_id)
+            (claimed,) = await claim(store)
+            run = claimed.run
+
+
+async def test_after_a_retry_attempts_count_on_and_the_log_goes_on(store: Store) -> None:
     task_id, run = await running(store)
     await store.fail(task_id, run, "bad", "invalid_input")
     await store.retry(task_id)
@@ -219,6 +231,29 @@ async def test_a_dead_lease_is_returned_by_tidy_and_counted_apart_from_tries(sto
     (claimed,) = await claim(store, "w2")
     assert (claimed.task.task_id, claimed.task.attempt) == (task_id, 2)
     assert await raw(store).hmget(KEYS["task"] + task_id, "tries", "silences") == [b"0", b"1"]
+
+
+async def test_a_task_whose_workers_fall_silent_waits_longer_each_time_and_is_a_dead_letter_after_the_tenth(store: Store) -> None:
+    task_id = (await store.submit(new_task())).task_id
+    waits = []
+    for _ in range(10):
+        (claimed,) = await claim(store)
+        await store.report(task_id, claimed.run, 0.1, "rendering_video", stage="frames")
+        await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
+        assert (await store.tidy())[0] == 1
+        waits.append(msgspec.json.decode((await store.log_after(task_id, None, 1000))[-1].data).get("retry_in"))
+        if waits[-1]:
+            assert await claim(store) == []
+            await raw(store).zadd(KEYS["delayed"], {task_id: 1})
+            await store.tidy()
+    assert waits == [0, 10, *[30] * 7, None]
+    task = await store.task(task_id)
+    assert task is not None
+    assert (task.status, task.error_code, task.retryable) == (TaskStatus.FAILED, "worker_lost", True)
+    (letter,), total = await store.dead_letters()
+    assert (letter.task_id, letter.last_stage, total) == (task_id, "frames", 1)
+    await store.retry(task_id)
+    assert await raw(store).hget(KEYS["task"] + task_id, "silences") == b"0"
 
 
 async def test_renew_takes_back_what_was_reaped_but_not_begun_anew(store: Store, short_lease: None) -> None:
@@ -308,6 +343,16 @@ async def test_an_idle_project_comes_back_at_the_virtual_time_of_the_last_claim(
     await store.submit(new_task("late"))
     late = await raw(store).zscore(KEYS["flows"] + "cpu_intensive", "late")
     assert late == float(await raw(store).get(KEYS["clock"] + "cpu_intensive") or 0) > 0
+
+
+async def test_a_project_that_is_ahead_of_its_share_does_not_shed_that_by_going_idle(store: Store) -> None:
+    await store.submit(new_task("ahead", estimate_ms=2000))
+    await store.submit(new_task("busy", estimate_ms=10))
+    assert len(await claim(store, slots=2)) == 2
+    owed = float(await raw(store).hget(KEYS["spent"] + Kind.CPU_INTENSIVE, "ahead"))
+    assert owed > float(await raw(store).get(KEYS["clock"] + Kind.CPU_INTENSIVE) or 0)
+    await store.submit(new_task("ahead"))
+    assert await raw(store).zscore(KEYS["flows"] + Kind.CPU_INTENSIVE, "ahead") == owed
 
 
 async def test_a_submit_wakes_one_idle_worker_and_skips_those_that_have_gone(store: Store) -> None:

@@ -97,18 +97,31 @@ async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(made: F
 
 async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made: Fleet) -> None:
     api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_CPU_SLOTS="2"))
+    await eventually(lambda: worker.said("child_ready") == 2)  # so that it has a slot to claim for, when it goes on
     task_id = TaskId(await api.submit("generate_video", {**LONG, "duration": 4, "fps": 8, "resolution": "320x180"}))
     await api.until(task_id, "event", "started")
     children = [each for each in psutil.Process(worker.popen.pid).children() if "workers.child" in each.cmdline()]
-    worker.send(signal.SIGSTOP)
     for child in children:
         child.suspend()
-    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED), 15)
+    beat = await beats(made.store)
+
+    async def beats_again() -> bool:
+        return await beats(made.store) != beat
+
+    await eventually(beats_again)
+    await asyncio.sleep(0.3)  # its next claim is due before its next renewal
+    worker.send(signal.SIGSTOP)
+    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED), 20)
     for child in children:
         child.resume()
     worker.send(signal.SIGCONT)
     status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 1)
+
+
+async def beats(store: Store) -> list[Any]:
+    """When each worker renewed its leases last."""
+    return list(await raw(store).zrange(KEYS["beats"], 0, -1, withscores=True))
 
 
 async def arrange_what_is_due(store: Store) -> list[TaskId]:
