@@ -174,7 +174,7 @@ async def test_an_outage_that_is_longer_than_a_lease_costs_a_run_nothing(folder:
             await asyncio.to_thread(made.valkey.kill)
         else:
             await raw(made.store).replicaof("127.0.0.1", 1)
-        for _ in range(15):
+        for _ in range(30 if state == "killed" else 15):
             await refused(api)
             await asyncio.sleep(1)
         if state == "killed":
