@@ -18,9 +18,9 @@ import uvloop
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs, models, webhooks
+from movieq import logs, models, plugins, webhooks, weights
 from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, Priority, TaskStatus
-from movieq.errors import InvalidState, MovieqError, NotFound, SettingsError, ValidationFailed
+from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
 from movieq.store import Store, connect
@@ -60,6 +60,10 @@ def main() -> None:
 
     Settings are environment variables (or lines of `.env`) that begin with MOVIEQ_; `movieq doctor` checks them against the real servers.
     """
+    try:
+        plugins.load()
+    except SettingsError as error:
+        _refuse(error.message)
 
 
 @main.command()
@@ -107,13 +111,16 @@ def api(host: str, port: int, fd: int | None) -> None:
 
 
 @main.command()
-def worker() -> None:
+@click.option("--devices", help="GPUs to use: auto, cpu, or a list such as cuda:0,cuda:1; left out: as MOVIEQ_DEVICES has it.")
+def worker(devices: str | None) -> None:
     """Run one worker for this machine, against the server of MOVIEQ_REDIS_URL.
 
     SIGTERM or Ctrl-C drains it: no new tasks, those that can end within MOVIEQ_DRAIN_S do, the others are handed back. A second signal
     hands back at once.
     """
     settings = _settings()
+    if devices is not None:
+        settings = msgspec.structs.replace(settings, devices=devices)
     if not settings.public_url:
         _refuse(f"{variable('public_url')} is not set: webhooks carry addresses under it, such as https://movieq.example")
 
@@ -134,7 +141,7 @@ def _server(command: F) -> F:
 
 
 @main.command()
-@click.argument("task_type", type=click.Choice([each.value for each in TaskType]), metavar="TASK_TYPE")
+@click.argument("task_type", callback=lambda context, parameter, value: _known(value), metavar="TASK_TYPE")
 @click.option("--project", required=True, help="Project that the task belongs to: letters, digits, _ and -.")
 @click.option("--data", "data_text", metavar="JSON|@FILE|-", default="{}", help="task_data as JSON, from a file, or from standard input.")
 @click.option(
@@ -363,6 +370,13 @@ def demo(out: Path, folder: Path | None) -> None:
     _run(lambda: story.run(out, folder, Console()))
 
 
+def _known(task_type: str) -> str:
+    """A task type, of a plug-in too."""
+    if task_type not in list(TaskType):
+        raise click.BadParameter(f"{task_type!r} is not one of {', '.join(TaskType)}.")
+    return task_type
+
+
 def _task_data(task_type: TaskType, text: str, pairs: tuple[str, ...], draft: bool) -> dict[str, Any]:
     """What --data, --set and --draft say together."""
     name = text
@@ -430,6 +444,86 @@ async def _watch(client: Client, task_id: str, name: str, url: str | None) -> Ta
 def _exit(status: TaskStatus | None) -> None:
     if status not in (None, TaskStatus.COMPLETED):
         sys.exit(1)
+
+
+@main.group("models")
+def models_group() -> None:
+    """The models of the table: which there are, whether they are on this machine, and getting them there."""
+
+
+@models_group.command("list")
+def models_list() -> None:
+    """List the models, what they make, and whether they are here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "makes", "GPU memory", "licence", "here", box=None, pad_edge=False)
+    for name, model in models.load(_settings().models).items():
+        makes = ", ".join(model.tasks) + (f" ({', '.join(model.languages)})" if model.languages else "")
+        memory = f"{model.gpu_memory_gb:g} GB" if model.gpu_memory_gb else "-"
+        sources = weights.sources(model)
+        here = "no" if any(map(_missing, sources)) else "yes" if model.verified or not sources else "yes, not yet tried on a GPU"
+        table.add_row(name, makes, memory, model.licence or "-", here)
+    Console().print(table)
+
+
+@models_group.command("show")
+@click.argument("name")
+def models_show(name: str) -> None:
+    """Show the entry of a model, and where its weights are."""
+    model = _named_model(name)
+    click.echo(msgspec.json.format(msgspec.json.encode(model)).decode())
+    for source in weights.sources(model):
+        click.echo(_missing(source) or f"{source.repository}: {weights.find(source)}")
+
+
+@models_group.command("check")
+@click.argument("names", nargs=-1)
+def models_check(names: tuple[str, ...]) -> None:
+    """Say of each model (of all, where none is named) whether it can be loaded here, and what is missing."""
+    problems = 0
+    for name in names or models.load(_settings().models):
+        found = [problem for source in weights.sources(_named_model(name)) if (problem := _missing(source))]
+        problems += len(found)
+        takes = f", takes {_named_model(name).gpu_memory_gb:g} GB of a GPU" if _named_model(name).gpu_memory_gb else ""
+        click.echo(f"{name}: {'; '.join(found) or f'ok{takes}'}")
+    if problems and names:
+        sys.exit(1)
+
+
+@models_group.command("pull")
+@click.argument("names", nargs=-1, required=True)
+def models_pull(names: tuple[str, ...]) -> None:
+    """Get models from the hub, check every file, and go on where an earlier pull stopped. HF_TOKEN, HF_HOME and HF_ENDPOINT are heeded."""
+    for name in names:
+        model = _named_model(name)
+        if model.licence:
+            click.echo(f"{name}: licence {model.licence}", err=True)
+        try:
+            total = sum(weights.pull(source) for source in weights.sources(model))
+        except ImportError:
+            _refuse("this needs huggingface_hub: pip install 'movieq[gpu]'")
+        except ModelUnavailable as error:
+            _refuse(error.message)
+        click.echo(f"{name}: {total / 1e9:.1f} GB, checked")
+
+
+def _named_model(name: str) -> models.Model:
+    table = models.load(_settings().models)
+    if name not in table:
+        _refuse(f"there is no model {name!r}; there are: {', '.join(table)}")
+    return table[name]
+
+
+def _missing(source: models.Weights) -> str | None:
+    """Why the weights cannot be loaded here; None where they can."""
+    try:
+        weights.find(source)
+    except ModelUnavailable as error:
+        return error.message
+    except ImportError:
+        return "huggingface_hub is not installed: pip install 'movieq[gpu]'"
+    return None
 
 
 @main.group()

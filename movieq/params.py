@@ -31,12 +31,27 @@ LANGUAGES: Final = frozenset(
 
 
 class TaskType(StrEnum):
-    """What can be asked for."""
+    """What can be asked for: these, and what plug-ins add (`movieq.plugins`)."""
 
     GENERATE_VIDEO = "generate_video"
     GENERATE_IMAGE = "generate_image"
     PROCESS_AUDIO = "process_audio"
     RENDER_ANIMATION = "render_animation"
+
+    @classmethod
+    def _missing_(cls, value: object) -> TaskType | None:
+        member = cls._member_map_.get(str(value))  # decoders that were made before a plug-in came ask here
+        return member if isinstance(member, TaskType) else None
+
+    @classmethod
+    def add(cls, value: str) -> TaskType:
+        """The member of this value, which is there from now on."""
+        if value not in cls._value2member_map_:
+            member = str.__new__(cls, value)
+            member._name_, member._value_ = value, value
+            cls._member_map_[value] = cls._value2member_map_[value] = member
+            cls._member_names_.append(value)
+        return cls(value)
 
 
 class ImageFormat(StrEnum):
@@ -189,6 +204,14 @@ MAX_DURATION_S: Final[dict[TaskType, int]] = {
     TaskType.RENDER_ANIMATION: 300 * 60,
 }
 """The longest that one run of a task may take."""
+
+PRODUCTS: Final[dict[TaskType, tuple[str, str]]] = {
+    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
+    TaskType.GENERATE_IMAGE: ("image", "character_design"),
+    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
+    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
+}
+"""Folder of the storage and `media_type` of what each task type makes."""
 
 
 def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[str]]:

@@ -71,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         EngineChoice.AUTO
     )
     queues: Annotated[str, Meta(description="Queues that a worker serves, comma-separated; unset: those that its machine fits")] = ""
+    devices: Annotated[str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1")] = "auto"
     cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
     drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
     step_timeout_s: Annotated[float, Meta(ge=1, description="An engine that shows no progress for so long is killed, seconds")] = 600.0

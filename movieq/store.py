@@ -291,8 +291,9 @@ class Store:
         steps: int | None = None,
         remaining_ms: int | None = None,
         prefix: str = "",
+        keep: bool = False,
     ) -> None:
-        """The task's progress is published, and logged where it grew by half a percent. Raises RunLost."""
+        """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost."""
         answer = await self._verb(
             "report",
             task_id=task_id,
@@ -304,6 +305,7 @@ class Store:
             steps="" if steps is None else steps,
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
+            keep="1" if keep else "",
             lease_ms=LEASE_MS,
         )
         _fenced(answer, task_id)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from movieq import logs, serving
+from movieq.contracts import Kind
 from movieq.embedded import Valkey, leashed
 from movieq.errors import SettingsError
 from movieq.settings import Settings, variable
@@ -48,6 +49,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
         if not settings.api_keys:
             environment[variable("api_keys")] = key = _own_key(folder)
             print(f"API key: {key}", flush=True)  # noqa: T201  # shown to whoever starts it, once a start
+        environment.setdefault(variable("queues"), ",".join(Kind))  # its one worker serves them all
         environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
         environment[variable("public_url")] = settings.public_url.rstrip("/") or serving.address(sock)
         async with asyncio.TaskGroup() as group:

@@ -126,6 +126,11 @@ async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator
         valkey.stop()
 
 
+def python_path(folder: Path) -> str:
+    """What PYTHONPATH is to be for a process that finds this folder's modules first."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as sock:

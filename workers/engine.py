@@ -24,12 +24,14 @@ from movieq.contracts import Kind, TaskId
 from movieq.errors import TASK_FAULTS, InternalFault, MovieqError, TaskFault
 from movieq.settings import PREFIX
 from workers.protocol import (
+    EXIT_UNFIT,
     HEADER,
     MAX_FRAME_BYTES,
     Cancel,
     Done,
     Failed,
     FromChild,
+    Note,
     Plan,
     Preview,
     Ready,
@@ -46,8 +48,17 @@ CANCEL_GRACE_S: Final = 5.0
 RESPAWN_S: Final = 0.1, 30.0
 """Shortest and longest wait before a child that died is started again; long lives reset it."""
 STDERR_LINES: Final = 40
+OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
+"""What an engine must not do, whoever started the worker: fetch models, or run code that comes with them."""
+
+Progress = Plan | Step | Note | Preview
+"""What a child says of a run before its end."""
 
 log = logs.get()
+
+
+class ChildUnfit(MovieqError):
+    """A child said that it cannot work here: a GPU that is not there, a library that is missing. Another would say the same."""
 
 
 class ChildDied(MovieqError):
@@ -68,6 +79,8 @@ class Child:
         self.device = device
         self.task_id: TaskId | None = None
         self.tasks_completed = 0
+        self.models: list[str] = []
+        """Those in its memory."""
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -95,13 +108,17 @@ class Child:
             return 0
 
     async def keep(self, on_ready: Callable[[], None]) -> None:
-        """Starts the child, again whenever it ended, and ends it when cancelled. `on_ready` is called each time that it serves."""
+        """Starts the child, again whenever it ended, and ends it when cancelled. `on_ready` is called each time that it serves.
+
+        Raises ChildUnfit.
+        """
         wait_s = RESPAWN_S[0]
         while True:
             begun = time.monotonic()
             try:
                 await self._live(on_ready)
-            except (OSError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
+            except* (OSError, TimeoutError, ValueError, msgspec.MsgspecError) as group:  # its reader's come in a group
+                error = group.exceptions[0]
                 log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
             finally:
                 await self._end()
@@ -111,7 +128,7 @@ class Child:
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RESPAWN_S[1])
 
-    async def run(self, request: Run, on_message: Callable[[Plan | Step | Preview], None]) -> Done:
+    async def run(self, request: Run, on_message: Callable[[Progress], None]) -> Done:
         """What the child made of this run.
 
         Raises the TaskFault that the engine reports; ChildDied where the child ended, or showed no progress for so long that it was killed.
@@ -132,13 +149,16 @@ class Child:
                     self.kill()
                     raise ChildDied(f"the engine showed no progress for {self._step_timeout_s:g} s and was killed", None, stage) from None
                 match message:
-                    case Plan() | Step() | Preview():
+                    case Plan() | Step() | Note() | Preview():
                         stage = message.stage if isinstance(message, Step) else stage
                         on_message(message)
                     case Done():
                         self.tasks_completed += 1
+                        self.models = list(message.models)
                         return message
                     case Failed():
+                        if message.broken:
+                            self._gone()  # it ends by itself: nothing must be sent to it any more
                         raise self._fault(message)
                     case None:
                         raise ChildDied(*await self._obituary(stage))
@@ -175,6 +195,7 @@ class Child:
 
     def _gone(self) -> None:
         self._ready = None
+        self.models = []
         self._serves.clear()
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
@@ -190,7 +211,7 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=1024 * 1024,
-            env={name: value for name, value in os.environ.items() if not name.startswith(PREFIX)},
+            env={**{name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}, **OFFLINE},
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -198,22 +219,27 @@ class Child:
             group.create_task(self._read_stderr(process.stderr))
             async with asyncio.timeout(START_S):
                 first = await self._receive(process.stdout)
-            if not isinstance(first, Ready):
-                await process.wait()
-                raise OSError(f"it ended with {process.returncode} before it served: {' / '.join(list(self._stderr)[-3:])}")
-            self._ready = first
-            self._serves.set()
-            log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
-            on_ready()
-            while (message := await self._receive(process.stdout)) is not None:
-                if not isinstance(message, Ready) and message.run == self._run:
-                    self._inbox.put_nowait(message)
-            self._gone()
-            self._inbox.put_nowait(None)
+            if isinstance(first, Ready):
+                self._ready = first
+                self.models = list(first.models)
+                self._serves.set()
+                log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
+                on_ready()
+                while (message := await self._receive(process.stdout)) is not None:
+                    if not isinstance(message, Ready) and message.run == self._run:
+                        self._inbox.put_nowait(message)
+                self._gone()
+                self._inbox.put_nowait(None)
             await process.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it started goes with it, and lets go of its standard error
-        log.warning("child_ended", child=self.name, pid=first.pid, exit_code=process.returncode)
+        if isinstance(first, Ready):
+            log.warning("child_ended", child=self.name, pid=first.pid, exit_code=process.returncode)
+            return
+        said = " / ".join(list(self._stderr)[-3:])
+        if process.returncode == EXIT_UNFIT:
+            raise ChildUnfit(f"{self.name}: {said}")
+        raise OSError(f"it ended with {process.returncode} before it served: {said}")
 
     async def _end(self) -> None:
         """No process is left, and nobody waits for it."""
@@ -251,7 +277,7 @@ class Child:
         self._send(Cancel(run))
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
-                while isinstance(await self._inbox.get(), Plan | Step | Preview):
+                while isinstance(await self._inbox.get(), Progress):
                     pass
         except TimeoutError:
             log.warning("child_killed", child=self.name, reason="it did not stop within the grace", grace_s=CANCEL_GRACE_S)

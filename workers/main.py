@@ -28,14 +28,15 @@ import movieq
 from movieq import logs, models, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
-from movieq.errors import RunLost
+from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
+from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
-from workers.engine import CANCEL_GRACE_S, Child
+from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
 
@@ -74,6 +75,7 @@ class Worker(ArqWorker):
         self._subscriber = subscriber
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
+        self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
         self._doubt = asyncio.Event()
@@ -211,6 +213,9 @@ class Worker(ArqWorker):
                 await _set_within(self._doubt, RENEW_S)
 
     async def _renew(self) -> None:
+        for child in self.children:
+            if child.device != "cpu" and (reading := await asyncio.to_thread(gpus.read, child.device)) is not None:
+                self._readings[child.device] = reading
         async with self._leases:
             self._doubt.clear()
             try:
@@ -252,27 +257,30 @@ class Worker(ArqWorker):
     def rows(self) -> list[WorkerStatus]:
         """This worker's rows in the workers' status: one for each child."""
         taking = not self._draining.is_set()
-        return [
-            WorkerStatus(
-                worker_id=f"{self.worker_id}/{child.name}",
-                worker_type=min(child.kinds, key=list(Kind).index),
-                status=WorkerState.BUSY if child.task_id else WorkerState.IDLE,
-                current_task_id=child.task_id,
-                gpu_utilization=0.0,
-                memory_usage=child.memory_bytes(),
-                tasks_completed=child.tasks_completed,
-                last_heartbeat=utc(int(time.time() * 1000)),
-                queues=list(child.kinds) if taking else [],
-                device=child.device,
-                memory_total=int(psutil.virtual_memory().total),
-                temperature=None,
-                power=None,
-                models=["animatic"] if child.free or child.task_id else [],
-                host=socket.gethostname(),
-                version=movieq.__version__,
+        rows = []
+        for child in self.children:
+            gpu = self._readings.get(child.device)
+            rows.append(
+                WorkerStatus(
+                    worker_id=f"{self.worker_id}/{child.name}",
+                    worker_type=min(child.kinds, key=list(Kind).index),
+                    status=WorkerState.BUSY if child.task_id else WorkerState.IDLE,
+                    current_task_id=child.task_id,
+                    gpu_utilization=gpu.utilization if gpu else 0.0,
+                    memory_usage=gpu.memory_used if gpu else child.memory_bytes(),
+                    tasks_completed=child.tasks_completed,
+                    last_heartbeat=utc(int(time.time() * 1000)),
+                    queues=list(child.kinds) if taking else [],
+                    device=child.device,
+                    memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
+                    temperature=gpu.temperature if gpu else None,
+                    power=gpu.power if gpu else None,
+                    models=child.models if child.free or child.task_id else [],
+                    host=socket.gethostname(),
+                    version=movieq.__version__,
+                )
             )
-            for child in self.children
-        ]
+        return rows
 
     # ── Ending ──
 
@@ -319,14 +327,13 @@ async def _set_within(event: asyncio.Event, seconds: float) -> None:
 async def serve(settings: Settings) -> None:
     """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
     settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
-    models.load(settings.models)
+    table = models.load(settings.models)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
     storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
     guard = Guard(settings.private_networks())
-    kinds = settings.kinds() or (Kind.CPU_INTENSIVE,)
-    children = [Child(f"cpu{number}", kinds, "cpu", step_timeout_s=settings.step_timeout_s) for number in range(settings.cpu_slots)]
+    children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with spool(Path(settings.spool) if settings.spool else None) as folder:
         async with Fetcher(guard) as fetcher, guard.session() as session:
@@ -348,11 +355,33 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder),
+                    "parts": Parts(store, storage, fetcher, folder, table),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )
             try:
                 await worker.async_run()
+            except BaseExceptionGroup as group:
+                if (unfit := group.subgroup(ChildUnfit)) is None:
+                    raise
+                raise SettingsError(f"an engine cannot work on this machine: {_first(unfit)}") from None
             finally:
                 await worker.close()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Of a group, or of one in it."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _children(settings: Settings) -> list[Child]:
+    """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
+    devices = gpus.devices(settings.devices)
+    on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.kinds() or list(Kind) if kind is not Kind.CPU_INTENSIVE)
+    on_cpu = settings.kinds() or (Kind.CPU_INTENSIVE,)
+    if devices:
+        on_cpu = tuple(kind for kind in on_cpu if kind is Kind.CPU_INTENSIVE)
+    places = [(device.replace("cuda:", "gpu"), on_gpu, device) for device in devices]
+    places += [(f"cpu{number}", on_cpu, "cpu") for number in range(settings.cpu_slots)]
+    return [Child(name, kinds, device, step_timeout_s=settings.step_timeout_s) for name, kinds, device in places if kinds]

@@ -1,7 +1,8 @@
 """What a worker and its child say to each other over two pipes.
 
 A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child answers
-`Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s and `Preview`s, and exactly one of `Done`, `Failed` and `Cancelled`.
+`Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s, `Note`s and `Preview`s, and exactly one of `Done`, `Failed` and
+`Cancelled`.
 End of file on the child's input tells it to end at once; on its output, that the child is dead.
 """
 
@@ -12,14 +13,21 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from movieq.models import Model
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+EXIT_UNFIT = 78
+"""Of a child that cannot work here at all (EX_CONFIG of sysexits.h): its standard error says why, and another would fare no better."""
+EXIT_BROKEN = 70
+"""Of a child whose device is beyond repair for this process: the next one starts afresh."""
 HEADER = struct.Struct(">I")
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
     """Do this task. `inputs` maps each reference in `params` (a url, `upload:ID`, ...) to the local file it was fetched to.
 
-    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one.
+    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one. `entry` is that of `model` in the worker's table,
+    `sound` the name and the entry of what makes sound under a picture; None where the table has none.
     """
 
     run: str
@@ -33,6 +41,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     inputs: dict[str, str]
     seed: int
     out_dir: str
+    entry: Model | None = None
+    sound: tuple[str, Model] | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -47,6 +57,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     pid: int
     device: str
     device_name: str
+    models: tuple[str, ...] = ()
+    """Those in memory."""
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -73,6 +85,13 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     steps: int
 
 
+class Note(msgspec.Struct, frozen=True, tag="note"):
+    """Something that whoever reads the log of the task should know, a fall-back, say."""
+
+    run: str
+    text: str
+
+
 class Preview(msgspec.Struct, frozen=True, tag="preview"):
     """A JPEG of at most 10 kB of what is being made."""
 
@@ -97,6 +116,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     run: str
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
+    models: tuple[str, ...] = ()
+    """Those in memory now, the one used last at the end."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -106,6 +127,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     code: str
     message: str
     traceback: str = ""
+    broken: bool = False
+    """Whether the child ends now, since whatever it would do next would fail too."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
@@ -115,7 +138,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
 
 
 ToChild = Run | Cancel
-FromChild = Ready | Plan | Step | Preview | Done | Failed | Cancelled
+FromChild = Ready | Plan | Step | Note | Preview | Done | Failed | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()
 to_child_decoder: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)

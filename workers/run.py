@@ -13,6 +13,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,30 +21,23 @@ from typing import Any, Final, TypeVar
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
-from movieq import fetch, logs, params
+from movieq import fetch, logs, models, params
 from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
 from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault, TaskFault, WorkerLost
 from movieq.fetch import Fetcher
-from movieq.params import AudioParams, Params, TaskType
+from movieq.models import Model
+from movieq.params import AudioParams, Params
 from movieq.storage import FolderStorage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
-from workers.engine import Child, ChildDied
+from workers.engine import Child, ChildDied, Progress
 from workers.pace import UPLOAD_AT, Pace
-from workers.protocol import Done, Plan, Preview, Produced, Run, Step
+from workers.protocol import Done, Note, Plan, Preview, Produced, Run, Step
 
 REPORT_INTERVAL_S: Final = 0.1
 PREVIEW_INTERVAL_S: Final = 0.5
 PREVIEW_BYTES: Final = 10_000
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
-
-MEDIA: Final = {
-    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
-    TaskType.GENERATE_IMAGE: ("image", "character_design"),
-    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
-    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
-}
-"""Folder of the storage and `media_type` of what each task type makes."""
 
 T = TypeVar("T")
 log = logs.get()
@@ -56,6 +50,7 @@ class Parts(msgspec.Struct, frozen=True):
     storage: FolderStorage
     fetcher: Fetcher
     spool: Path
+    models: dict[str, Model] = {}
 
 
 class Running:
@@ -176,6 +171,8 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             inputs=inputs,
             seed=secrets.randbits(32) if parsed.seed is None else parsed.seed,
             out_dir=str(out_dir),
+            entry=parts.models.get(task.model),
+            sound=models.sound(parts.models),
         )
         done = await running.child.run(request, reporter.on_message)
     running.rendered = True
@@ -224,7 +221,7 @@ async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, ref
 async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
     """The files are in the storage. Goes on trying for as long as the run holds its lease."""
     task = running.task
-    folder, media_type = MEDIA[task.task_type]
+    folder, media_type = params.PRODUCTS[task.task_type]
     prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
     await insist(
         lambda: parts.store.report(
@@ -362,6 +359,8 @@ class _Reporter:
         self._running = running
         self._news = asyncio.Event()
         self._latest: tuple[str, str, int | None, int | None] | None = None
+        self._stage = ""
+        self._notes: deque[str] = deque()
         self._preview: bytes | None = None
         self._preview_due_s = 0.0
 
@@ -374,9 +373,10 @@ class _Reporter:
 
     def say(self, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
         self._latest = current_step, stage, step, steps
+        self._stage = stage
         self._news.set()
 
-    def on_message(self, message: Plan | Step | Preview) -> None:
+    def on_message(self, message: Progress) -> None:
         pace = self._running.pace
         match message:
             case Plan():
@@ -385,6 +385,10 @@ class _Reporter:
             case Step():
                 if (stage := pace.step(message.stage, message.step, message.steps)) is not None:
                     self.say(stage.step_name, stage=stage.name, step=message.step, steps=message.steps)
+            case Note():
+                log.info("engine_note", text=message.text)
+                self._notes.append(message.text)
+                self._news.set()
             case Preview():
                 if len(message.jpeg) <= PREVIEW_BYTES:
                     self._preview = message.jpeg
@@ -395,8 +399,12 @@ class _Reporter:
             await self._news.wait()
             self._news.clear()
             try:
+                while self._notes:
+                    await self._report(self._notes[0], self._stage, None, None, keep=True)
+                    self._notes.popleft()
                 if self._latest is not None:
-                    await self._report(*self._latest)
+                    latest, self._latest = self._latest, None
+                    await self._report(*latest)
                 if self._preview is not None and time.monotonic() >= self._preview_due_s:
                     self._preview_due_s = time.monotonic() + PREVIEW_INTERVAL_S
                     jpeg, self._preview = self._preview, None
@@ -410,8 +418,7 @@ class _Reporter:
             if self._preview is not None:  # one that came too soon after the last
                 self._news.set()
 
-    async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None) -> None:
-        self._latest = None
+    async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None, keep: bool = False) -> None:
         await self._store.report(
             self._running.task.task_id,
             self._running.run,
@@ -421,4 +428,5 @@ class _Reporter:
             step=step,
             steps=steps,
             remaining_ms=int(self._running.pace.remaining_s() * 1000),
+            keep=keep,
         )

@@ -51,7 +51,7 @@ async def task_types(request: Request) -> Response:
                 task_type,
                 (cls.__doc__ or "").partition(": ")[2],
                 [name for name, model in movieq.models.items() if task_type in model.tasks],
-                default or models.default(movieq.models, Engine.ANIMATIC, task_type),
+                default or next((name for name, model in movieq.models.items() if task_type in model.tasks), None),
                 MAX_DURATION_S[task_type],
                 _inlined(msgspec.json.schema(cls)),
             )

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- Says how far a run is: processing -> processing.
--- args: task_id run progress current_step stage step steps remaining_ms prefix lease_ms
---   progress: 0 to below 1, never falls; stage, step, steps, remaining_ms, prefix: '' for none; prefix: where the run is about to store its files; lease_ms: of a lease
---   that is taken back
+-- args: task_id run progress current_step stage step steps remaining_ms prefix keep lease_ms
+--   progress: 0 to below 1, never falls; stage, step, steps, remaining_ms, prefix: '' for none; prefix: where the run is about to store its files; keep: '1' for what
+--   belongs in the log whatever the progress; lease_ms: of a lease that is taken back
 -- Returns 'ok', or 'lost' where the run is not the present one.
--- Publishes `progress`; appends it to the log where it grew by half a percent since the last entry (at most 200 a run). Cost: O(1).
+-- Publishes `progress`; appends it to the log where it grew by half a percent since the last entry (at most 200 a run), or is kept. Cost: O(1).
 local t = load(task_id)
 if not holds(t, run, lease_ms) then return 'lost' end
 local fields = {progress = string.format('%.4f', math.max(tonumber(progress), tonumber(t.progress))), current_step = current_step}
@@ -12,7 +12,7 @@ if stage ~= '' then fields.stage = stage end
 if step ~= '' then fields.step, fields.steps = step, steps end
 if remaining_ms ~= '' then fields.remaining_ms = remaining_ms end
 if prefix ~= '' then fields.prefix = prefix end
-local logged = fields.progress - (t.logged or 0) >= 0.00499 -- half a percent, less what binary fractions lose
+local logged = keep == '1' or fields.progress - (t.logged or 0) >= 0.00499 -- half a percent, less what binary fractions lose
 if logged then fields.logged = fields.progress end
 set(t, fields)
 if logged then log(t, 'progress') else tell(t, 'progress') end

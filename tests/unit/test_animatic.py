@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from movieq.errors import EngineUnavailable, InputUnavailable, InvalidInput, UnsupportedParameter
 from tests.bench import bench_animatic
 from workers.child import animatic, loudness, puppet, stills
-from workers.child.take import Made, Take, TakeCancelled
+from workers.child.take import Flag, Made, Take, TakeCancelled
 from workers.protocol import FromChild, Plan, Run, Step
 
 Pixels = npt.NDArray[np.uint8]
@@ -47,7 +47,7 @@ def render(tmp_path: Path) -> Render:
             params = {"duration": 1, "resolution": "320x180"} | params
         paths = {reference: str(path) for reference, path in (inputs or {}).items()}
         run = Run("run", "task-1", "project", task_type, "animatic", "animatic", params, metadata or {}, paths, seed, str(out_dir))
-        return animatic.make(Take(run, lambda message: None, threading.Event()))
+        return animatic.make(Take(run, lambda message: None, Flag()))
 
     return render
 
@@ -620,7 +620,7 @@ def test_every_motion_moves(render: Render, motion: str) -> None:
 
 
 def test_a_cancelled_take_leaves_no_clip(tmp_path: Path) -> None:
-    flag = threading.Event()
+    flag = Flag()
     said: list[FromChild] = []
 
     def hear(message: FromChild) -> None:
@@ -649,7 +649,7 @@ def test_a_cancelled_take_leaves_no_clip(tmp_path: Path) -> None:
 
 @speaks
 def test_a_speaker_is_killed_when_its_line_is_cancelled(tmp_path: Path) -> None:
-    flag = threading.Event()
+    flag = Flag()
     flag.set()
     before = psutil.Process().children()
     run = Run("run", "t", "p", "process_audio", "animatic", "animatic", {"text": "word " * 900}, {}, {}, 1, str(tmp_path))

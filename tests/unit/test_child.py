@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from movieq.models import ENGINES
 from workers import protocol
 from workers.child import __main__ as child_main
-from workers.child.take import STEP_INTERVAL_S, Made, Take
+from workers.child.take import STEP_INTERVAL_S, Flag, Made, Take
 from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Preview, Ready, Run, Step, ToChild
 
 DEADLINE_S = 20.0
@@ -267,7 +267,7 @@ def engine_that(act: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType(name)
     module.make = act  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(child_main.ENGINES, name, name)
+    monkeypatch.setitem(ENGINES, name, name)
 
 
 def test_running_out_of_memory_may_pass_and_says_so(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_running_out_of_memory_may_pass_and_says_so(order: Any, monkeypatch: pyt
         raise AssertionError("this machine has an exabyte of memory")
 
     engine_that(greedy, "greedy", monkeypatch)
-    answer = child_main.perform(order(engine="greedy", prompt="x"), lambda message: None, threading.Event())
+    answer = child_main.perform(order(engine="greedy", prompt="x"), lambda message: None, Flag())
     assert isinstance(answer, Failed)
     assert answer.code == "out_of_memory"
 
@@ -287,8 +287,31 @@ def test_a_bug_of_an_engine_is_internal_and_brings_its_traceback(order: Any, mon
         raise AssertionError("Pillow no longer checks")
 
     engine_that(broken, "broken", monkeypatch)
-    answer = child_main.perform(order(engine="broken", prompt="x"), lambda message: None, threading.Event())
+    answer = child_main.perform(order(engine="broken", prompt="x"), lambda message: None, Flag())
     assert isinstance(answer, Failed)
     assert answer.code == "internal"
     assert "IndexError" in answer.message
     assert "getpixel" in answer.traceback
+
+
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_after_a_cuda_error_the_child_says_that_it_is_beyond_repair(
+    order: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception, broken: bool
+) -> None:
+    def make(take: Take) -> Made:
+        try:
+            raise fault
+        except RuntimeError as error:
+            raise ValueError("the decoder failed") from error
+
+    engine_that(make, "sick", monkeypatch)
+    answer = child_main.perform(order(engine="sick", prompt="a lamp"), lambda message: None, Flag())
+    assert isinstance(answer, Failed)
+    assert (answer.code, answer.broken) == ("internal", broken)

@@ -19,7 +19,7 @@ from movieq.settings import Settings, variable
 from workers.child import camera, figure, grade, puppet, sound, speech
 
 ROOT = Path(movieq.__file__).parents[1]
-LEAVES = ["errors", "params", "contracts", "settings", "models", "logs", "signing"]
+LEAVES = ["errors", "params", "contracts", "settings", "models", "plugins", "logs", "signing"]
 ADAPTERS: dict[str, set[str]] = {
     "store": {"arq", "redis", "line"},
     "line": {"redis", "hiredis"},
@@ -28,6 +28,7 @@ ADAPTERS: dict[str, set[str]] = {
     "storage": set(),
     "fetch": {"aiohttp", "PIL", "yarl"},
     "webhooks": {"aiohttp"},
+    "weights": {"huggingface_hub"},
 }
 
 

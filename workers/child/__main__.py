@@ -19,26 +19,26 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
+from movieq import plugins
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
+from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
-from workers.child.take import Made, Take, TakeCancelled
+from workers.child.take import Flag, Made, Take, TakeCancelled
 from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Ready, Run
-
-ENGINES: Final = {"animatic": "workers.child.animatic"}
-"""Engine -> the module with its `make`. Imported when first asked for; a CPU child has the animatic at hand before it says `Ready`."""
 
 
 class Child:
     """The two ends of the pipe, and the runs between `Run` and its answer, each with its cancel flag."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def __init__(self, source: BinaryIO, sink: BinaryIO, device: str) -> None:
+        self._device = device
         self._source = source
         self._sink = sink
         self._runs: queue.SimpleQueue[Run] = queue.SimpleQueue()
-        self._flags: dict[str, threading.Event] = {}
+        self._flags: dict[str, Flag] = {}
 
     def listen(self) -> None:
         """Reads frames until the input ends; then the process ends at once, with nothing to tidy: the worker owns all that it wrote."""
@@ -48,8 +48,10 @@ class Child:
                 if isinstance(message, Cancel):
                     if flag := self._flags.get(message.run):
                         flag.set()
+                        if flag.deaf:
+                            os._exit(0)
                 else:
-                    self._flags[message.run] = threading.Event()
+                    self._flags[message.run] = Flag()
                     self._runs.put(message)
         except BaseException:
             traceback.print_exc()
@@ -68,15 +70,17 @@ class Child:
         """Does one run after another, for ever."""
         while True:
             run = self._runs.get()
-            answer = perform(run, self.send, self._flags[run.run])
+            answer = perform(run, self.send, self._flags[run.run], self._device)
             del self._flags[run.run]
             self.send(answer)
+            if isinstance(answer, Failed) and answer.broken:
+                os._exit(protocol.EXIT_BROKEN)
 
 
-def perform(run: Run, send: Callable[[FromChild], None], cancelled: threading.Event) -> Done | Failed | Cancelled:
+def perform(run: Run, send: Callable[[FromChild], None], cancelled: Flag, device: str = "cpu") -> Done | Failed | Cancelled:
     """The answer to a run: every outcome of an engine as the one frame that ends it."""
     try:
-        take = Take(run, send, cancelled)
+        take = Take(run, send, cancelled, device)
         take.check()
         made = engine(run.engine)(take)
         take.check()
@@ -87,18 +91,41 @@ def perform(run: Run, send: Callable[[FromChild], None], cancelled: threading.Ev
     except MemoryError:
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
-        return Failed(
-            run.run, InternalFault.code, f"the {run.engine} engine failed: {type(error).__name__}: {error}", traceback.format_exc()
-        )
-    return Done(run.run, made.files, made.metadata)
+        said = f"the {run.engine} engine failed: {type(error).__name__}: {error}"
+        return Failed(run.run, InternalFault.code, said, traceback.format_exc(), broken=_beyond_repair(error))
+    return Done(run.run, made.files, made.metadata, resident())
+
+
+def _beyond_repair(error: BaseException | None) -> bool:
+    """Whether this or what caused it is a fault of CUDA's other than memory: after one, every call of the process fails."""
+    while error is not None:
+        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def resident() -> tuple[str, ...]:
+    """The models in memory: the animatic needs none, and is always there."""
+    shelf = sys.modules.get("workers.child.shelf")
+    return ("animatic", *(shelf.names() if shelf else ()))
 
 
 def engine(name: str) -> Callable[[Take], Made]:
-    """The engine's `make`. Raises EngineUnavailable where this child has no such engine."""
+    """The engine's `make`, imported when first asked for. Raises EngineUnavailable where this child has no such engine."""
     if name not in ENGINES:
         raise EngineUnavailable(f"engine {name!r} is not in this child; it has {', '.join(ENGINES)}")
     make: Callable[[Take], Made] = importlib.import_module(ENGINES[name]).make
     return make
+
+
+def fit(device: str) -> None:
+    """The GPU can be used, and what uses it is in memory. Raises where not."""
+    import torch
+
+    torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+    engine("diffusers")
 
 
 def private_pipe() -> tuple[BinaryIO, BinaryIO]:
@@ -117,12 +144,19 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m workers.child", description="The process of one device; started by the worker.")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda:N")
     device: str = parser.parse_args().device
-    child = Child(*private_pipe())
+    child = Child(*private_pipe(), device)
+    try:
+        plugins.load()
+        engine("animatic")
+        if device != "cpu":
+            fit(device)
+    except Exception as error:
+        print(f"this child cannot work on {device}: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201  # for the worker's log
+        sys.exit(protocol.EXIT_UNFIT)
     threading.Thread(target=child.listen, name="listen", daemon=True).start()
-    engine("animatic")
-    child.send(Ready(os.getpid(), device, platform.processor() or platform.machine()))
+    child.send(Ready(os.getpid(), device, platform.processor() or platform.machine(), resident()))
     child.work()
 
 

@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from fractions import Fraction
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image
 
-import movieq
 from movieq import params as parameters
 from movieq.errors import InternalFault, UnsupportedParameter
 from movieq.params import AnimationParams, AudioParams, ImageFormat, ImageParams, VideoParams
-from workers.child import camera, card, cutting, figure, grade, lettering, loudness, media, puppet, sound, speech, stills, titles
+from workers.child import about, camera, card, cutting, figure, grade, lettering, loudness, media, puppet, sound, speech, stills, titles
 from workers.child.cutting import Shot
-from workers.child.media import Clip, Format, Planes, Samples, Tags
+from workers.child.media import Clip, Format, Planes, Samples
 from workers.child.plate import Plate, dissolved
 from workers.child.puppet import Placing, Puppet
 from workers.child.take import Made, Take
 from workers.protocol import Produced, Stage
-
-NAME: Final = "animatic"
 
 SPEECH_LUFS: Final = -16.0
 AMBIENCE_LUFS: Final = -18.0
@@ -141,7 +137,7 @@ def _film(
 ) -> Made:
     """The pictures with titles and slate, as an mp4 with its poster."""
     path, poster_path = take.out_dir / "output.mp4", take.out_dir / "poster.jpg"
-    tags = _tags(take)
+    tags = about.tags(take, "Animatic")
     poster_frame = form.frames // 3
     with Clip(path, form, tags, track) as clip:
         for frame, (shot, picture) in enumerate(pictures):
@@ -154,8 +150,8 @@ def _film(
                 media.write_image(poster_path, media.picture(picture), ImageFormat.JPEG, tags)
             take.preview(partial(_preview, picture))
             take.step("frames", frame + 1, form.frames)
-    metadata = _metadata(take, "mp4", form.size) | {"duration": round(form.seconds, 3), "fps": _plain(form.rate)}
-    metadata["generated"] |= {"frames": form.frames, "fps": _plain(form.rate)}
+    metadata = about.metadata(take, "mp4", form.size) | {"duration": round(form.seconds, 3), "fps": about.plain(form.rate)}
+    metadata["generated"] |= {"frames": form.frames, "fps": about.plain(form.rate)}
     if track is not None:
         metadata["sample_rate"] = media.CLIP_SAMPLE_RATE
     return Made(
@@ -201,9 +197,9 @@ def _image(take: Take, params: ImageParams) -> Made:
     take.step("card", 1, 1)
     extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
     path = take.out_dir / f"output.{extension}"
-    content_type = media.write_image(path, picture, params.format, _tags(take))
+    content_type = media.write_image(path, picture, params.format, about.tags(take, "Animatic"))
     take.step("encode", 1, 1)
-    return Made((Produced(str(path), "output", content_type, *size),), _metadata(take, str(params.format), size))
+    return Made((Produced(str(path), "output", content_type, *size),), about.metadata(take, str(params.format), size))
 
 
 # -- process_audio
@@ -253,9 +249,11 @@ def _ambience(take: Take, params: AudioParams) -> Made:
 def _heard(take: Take, params: AudioParams, samples: Samples) -> Made:
     path = take.out_dir / f"output.{params.output_format}"
     rate = params.sample_rate
-    content_type = media.write_sound(path, samples, rate, params.output_format, _tags(take), lambda done, of: take.step("encode", done, of))
+    content_type = media.write_sound(
+        path, samples, rate, params.output_format, about.tags(take, "Animatic"), lambda done, of: take.step("encode", done, of)
+    )
     seconds = len(samples) / rate
-    metadata = _metadata(take, str(params.output_format), None) | {
+    metadata = about.metadata(take, str(params.output_format), None) | {
         "duration": round(seconds, 3),
         "sample_rate": rate,
         "channels": samples.shape[1],
@@ -376,31 +374,3 @@ def _faded(samples: Samples, rate: int) -> Samples:
     out[:n] *= ramp
     out[len(out) - n :] *= ramp[::-1]
     return out
-
-
-def _tags(take: Take) -> Tags:
-    return Tags(
-        title="Animatic",
-        prompt=take.params.description,
-        seed=take.seed,
-        engine=NAME,
-        model=NAME,
-        version=movieq.__version__,
-        task=take.run.task_id,
-    )
-
-
-def _metadata(take: Take, kind: str, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What every result says; the worker adds the file's size."""
-    metadata: dict[str, Any] = {"engine": NAME, "model": NAME, "seed": take.seed, "format": kind}
-    if size:
-        metadata["resolution"] = f"{size[0]}x{size[1]}"
-        metadata["generated"] = {"resolution": metadata["resolution"], "frames": 1, "fps": None}
-    if take.warnings:
-        metadata["warnings"] = take.warnings
-    return metadata
-
-
-def _plain(rate: Fraction) -> int | float:
-    """24 or 23.976: what people read; the file has the fraction."""
-    return int(rate) if rate.denominator == 1 else round(float(rate), 3)

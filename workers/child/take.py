@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgspec
 
 from movieq.errors import InputUnavailable
 from movieq.params import Params, TaskType, convert
-from workers.protocol import FromChild, Plan, Preview, Produced, Run, Stage, Step
+from workers.protocol import FromChild, Note, Plan, Preview, Produced, Run, Stage, Step
 
 STEP_INTERVAL_S = 1 / 20
 PREVIEW_INTERVAL_S = 0.5
@@ -25,6 +26,12 @@ PREVIEW_INTERVAL_S = 0.5
 
 class TakeCancelled(BaseException):
     """The run was cancelled. Not an Exception, so that no engine's `except Exception` swallows it."""
+
+
+class Flag(threading.Event):
+    """Set, from another thread, when the run is to stop. While it is `deaf`, as while a model loads, nobody looks: the process ends."""
+
+    deaf = False
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -40,8 +47,9 @@ class Take:
     `send` carries reports to the worker, `cancelled` is set from another thread when the run is to stop.
     """
 
-    def __init__(self, run: Run, send: Callable[[FromChild], None], cancelled: threading.Event) -> None:
+    def __init__(self, run: Run, send: Callable[[FromChild], None], cancelled: Flag, device: str = "cpu") -> None:
         self.run = run
+        self.device = device
         self.params: Params = convert(TaskType(run.task_type), run.params)
         self.seed = run.seed
         self.out_dir = Path(run.out_dir)
@@ -66,12 +74,32 @@ class Take:
             self._step_due_s = now_s + STEP_INTERVAL_S
             self._send(Step(self.run.run, stage, step, steps))
 
+    def note(self, text: str) -> None:
+        """Goes into the log of the task, and into the result's warnings."""
+        self.warnings.append(text)
+        self._send(Note(self.run.run, text))
+
+    def begin(self, stage: str) -> None:
+        """Says that a stage begins, which may take its first step late."""
+        self.check()
+        self._send(Step(self.run.run, stage, 0, 1))
+
     def preview(self, draw: Callable[[], bytes]) -> None:
         """Sends what `draw` returns, a JPEG of at most 10 kB, where the task asked for previews; it is called at most twice a second."""
         now_s = time.monotonic()
         if self.params.preview and now_s >= self._preview_due_s:
             self._preview_due_s = now_s + PREVIEW_INTERVAL_S
             self._send(Preview(self.run.run, draw()))
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within, nothing looks whether the run is to stop: if it is, the process ends. For what nobody can stop half way."""
+        self._cancelled.deaf = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._cancelled.deaf = False
 
     def check(self) -> None:
         """Raises TakeCancelled where the run is to stop."""

@@ -34,9 +34,9 @@ from movieq.storage import FolderStorage
 from movieq.store import NewTask, Store, connect
 from tests import arrange
 from tests.bench.peers import peer
-from workers.engine import Child
+from workers.engine import Child, Progress
 from workers.main import DELIVERY_S, Worker
-from workers.protocol import Done, Plan, Preview, Run, Step
+from workers.protocol import Done, Run
 from workers.run import Parts, Running, run_task
 
 KWARGS = msgspec.msgpack.encode(peer.PAYLOAD)
@@ -120,7 +120,7 @@ class Clocked(Child):
         super().__init__(*args, **kwargs)
         self.runs_ns: list[tuple[int, int]] = []
 
-    async def run(self, request: Run, on_message: Callable[[Plan | Step | Preview], None]) -> Done:
+    async def run(self, request: Run, on_message: Callable[[Progress], None]) -> Done:
         """As the real one."""
         begun_ns = time.monotonic_ns()
         done = await super().run(request, on_message)

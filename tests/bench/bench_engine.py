@@ -1,0 +1,161 @@
+"""What serving costs beside a bare pipeline, on the CPU with tiny weights: `python -m tests.bench.bench_engine`.
+
+The same calls in turn, bare in this process and served by a child: the same class, weights, steps, size and threads. Then the lag of the
+worker's event loop while the child works, how soon a cancel takes effect in each stage, how soon a killed child is back, and the child's
+memory after twenty and after two hundred tasks. Prints a table and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from PIL import Image
+
+from movieq.contracts import Kind
+from movieq.models import Model
+from tests.bench.report import percentile, report
+from tests.engines import tiny
+from workers.child import media, shelf
+from workers.child.media import Tags
+from workers.engine import Child, Progress
+from workers.protocol import Run, Step
+
+CALLS: Final = 30
+STEPS: Final = 20
+SIDE: Final = 192
+TASKS: Final = 20, 200
+
+
+class Bench:
+    """A child, a bare pipeline, and runs for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        torch.manual_seed(0)
+        tiny.sd(folder / "model")
+        fields = {
+            "engine": "diffusers", "kind": "cpu_intensive", "tasks": {"generate_image": 1.0},
+            "pipeline": "StableDiffusionPipeline",
+            "weights": {"repository": str(folder / "model")},
+            "defaults": {"steps": STEPS}, "limits": {"sides": 8, "pixels": [1, SIDE * SIDE]},
+        }  # fmt: skip
+        self.entry = msgspec.convert(fields, Model)
+        self.child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=120)
+        self.ready = asyncio.Event()
+        self._count = 0
+
+    def run(self, **given: Any) -> Run:
+        """A picture of `SIDE` x `SIDE`."""
+        self._count += 1
+        out = self._folder / f"out{self._count}"
+        out.mkdir()
+        params = {"prompt": "a lighthouse in a storm", "resolution": f"{SIDE}x{SIDE}", **given}
+        return Run(f"run{self._count}", "task", "bench", "generate_image", "diffusers", "tiny", params, {}, {}, 1, str(out), self.entry)
+
+    async def served(self, **given: Any) -> float:
+        """Seconds from the order to the file."""
+        begun = time.perf_counter()
+        await self.child.run(self.run(**given), lambda message: None)
+        return time.perf_counter() - begun
+
+    def bare(self, pipe: Any) -> float:
+        """Seconds of the same call and the same file, without anything of ours around it."""
+        begun = time.perf_counter()
+        generator = torch.Generator("cpu").manual_seed(1)
+        call = pipe(prompt="a lighthouse in a storm.", width=SIDE, height=SIDE, num_inference_steps=STEPS, generator=generator)
+        picture: Image.Image = call.images[0]
+        tags = Tags(title="Image", prompt="", seed=1, engine="", model="", version="", task="")
+        media.write_image(self._folder / "bare.jpg", picture, "jpeg", tags)  # type: ignore[arg-type]
+        return time.perf_counter() - begun
+
+    async def cancelled(self, stage: str) -> float:
+        """Seconds from the cancel, said as soon as a stage is heard of, until the child is free."""
+        entered = asyncio.Event()
+
+        def hear(message: Progress) -> None:
+            if isinstance(message, Step) and message.stage == stage:
+                entered.set()
+
+        running = asyncio.create_task(self.child.run(self.run(steps=100), hear))
+        await entered.wait()
+        begun = time.perf_counter()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return time.perf_counter() - begun
+
+
+async def lag(over: asyncio.Event) -> list[float]:
+    """By how many milliseconds the loop came late, again and again."""
+    found = []
+    while not over.is_set():
+        begun = time.perf_counter()
+        await asyncio.sleep(0.005)
+        found.append((time.perf_counter() - begun - 0.005) * 1000)
+    return found
+
+
+async def measure(folder: Path) -> None:
+    bench = Bench(folder)
+    keeping = asyncio.create_task(bench.child.keep(bench.ready.set))
+    await bench.ready.wait()
+    pipe = shelf.class_of("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    pairs = [(bench.bare(pipe), await bench.served()) for _ in range(CALLS + 3)][3:]
+    bare, served = (statistics.median(each) for each in zip(*pairs, strict=True))
+
+    over = asyncio.Event()
+    lagging = asyncio.create_task(lag(over))
+    for _ in range(10):
+        await bench.served()
+    over.set()
+    lags = await lagging
+
+    cancels = {stage: [await bench.cancelled(stage) for _ in range(10)] for stage in ("encode", "denoise", "decode")}
+
+    memory = []
+    for count in range(TASKS[1]):
+        await bench.served(steps=2)
+        if count + 1 in TASKS:
+            memory.append(bench.child.memory_bytes())
+
+    bench.ready.clear()
+    begun = time.perf_counter()
+    bench.child.kill()
+    await bench.ready.wait()
+    back = time.perf_counter() - begun
+    first = await bench.served()
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    report(
+        "engine",
+        {
+            "bare_s": bare,
+            "served_s": served,
+            "served_to_bare": served / bare,
+            "served_to_bare_aim": 1.02,
+            "overhead_ms": (served - bare) * 1000,
+            "overhead_ms_aim": 50.0,
+            "loop_lag_p99_ms": percentile(lags, 0.99),
+            "loop_lag_p99_ms_aim": 15.0,
+            **{f"cancel_in_{stage}_p50_ms": statistics.median(each) * 1000 for stage, each in cancels.items()},
+            **{f"cancel_in_{stage}_most_ms": max(each) * 1000 for stage, each in cancels.items()},
+            "respawn_s": back,
+            "first_task_of_a_new_child_s": first,
+            "memory_after_20_mb": memory[0] / 1e6,
+            "memory_after_200_to_20": memory[1] / memory[0],
+            "memory_after_200_to_20_aim": 1.05,
+        },
+        {"threads": torch.get_num_threads(), "torch": str(torch.__version__)},
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(measure(Path(folder)))

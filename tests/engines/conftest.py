@@ -1,0 +1,175 @@
+"""Tiny pipelines with random weights, saved as real ones are, and the engine that loads them, in this process: a test can look in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from movieq.models import Model
+from tests.engines import tiny
+from workers.child import diffusion, shelf
+from workers.child.take import Flag, Made, Take
+from workers.protocol import FromChild, Run, Step
+
+PICTURE = {"sides": 16, "pixels": [1, 4096]}
+CLIP = {"sides": 32, "pixels": [1, 4096], "frame_step": 8, "frame_first": 1, "frames": 17, "fps": 12}
+WAN = {**CLIP, "sides": 16, "frame_step": 4, "frames": 13}
+
+ENTRIES: dict[str, dict[str, Any]] = {
+    "sd": {"pipeline": "StableDiffusionPipeline", "image_pipeline": "StableDiffusionImg2ImgPipeline", "limits": PICTURE},
+    "sd3": {"pipeline": "StableDiffusion3Pipeline", "image_pipeline": "StableDiffusion3Img2ImgPipeline", "limits": PICTURE},
+    "flux": {"pipeline": "FluxPipeline", "image_pipeline": "FluxImg2ImgPipeline", "limits": PICTURE},
+    "z_image": {"pipeline": "ZImagePipeline", "image_pipeline": "ZImageImg2ImgPipeline", "limits": PICTURE},
+    "ltx": {"pipeline": "LTXPipeline", "limits": CLIP},
+    "ltx_condition": {"pipeline": "LTXConditionPipeline", "image_pipeline": "LTXConditionPipeline", "limits": CLIP},
+    "wan": {"pipeline": "WanPipeline", "limits": WAN},
+    "wan_i2v": {"image_pipeline": "WanImageToVideoPipeline", "limits": WAN, "defaults": {"steps": 4, "guidance": 20}},
+    "animatediff": {"pipeline": "AnimateDiffPipeline", "limits": {"sides": 8, "pixels": [1, 4096], "frames": 16, "fps": 8}},
+    "stable_audio": {"pipeline": "StableAudioPipeline", "limits": {"seconds": 10}, "defaults": {"steps": 4, "guidance": 100}},
+    "vits": {"pipeline": "VitsModel", "languages": ["en"]},
+}
+"""Every model of `tiny`, as an entry of the table."""
+
+IMAGES = {"sd", "sd3", "flux", "z_image"}
+ANIMATIONS = {"animatediff"}
+SOUNDS = {"stable_audio", "vits"}
+
+
+def task_of(name: str) -> str:
+    """What the model makes."""
+    return (
+        "generate_image"
+        if name in IMAGES
+        else "render_animation"
+        if name in ANIMATIONS
+        else "process_audio"
+        if name in SOUNDS
+        else "generate_video"
+    )
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, which is made when it is first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            torch.manual_seed(0)
+            tiny.BUILDERS[name](root / name)
+        return root / name
+
+    return folder
+
+
+class Result(NamedTuple):
+    """What came of a task, and what was said on the way."""
+
+    made: Made
+    said: list[FromChild]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.made.files[0].path)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages as they were entered."""
+        return [stage for stage, _ in itertools.groupby(each.stage for each in self.said if isinstance(each, Step))]
+
+    @property
+    def decoded(self) -> npt.NDArray[np.float32]:
+        """The pictures or samples of the file, 0 to 1 or -1 to 1."""
+        return decoded(self.path)
+
+
+class Studio:
+    """Runs tasks by tiny models."""
+
+    def __init__(self, folders: Callable[[str], Path], folder: Path) -> None:
+        self._folders = folders
+        self._folder = folder
+        self._count = itertools.count()
+        self.flag = Flag()
+
+    def entry(self, name: str, **changes: Any) -> Model:
+        """The model's entry, with other fields instead."""
+        fields = {
+            "engine": "diffusers",
+            "kind": "gpu_heavy",
+            "tasks": {task_of(name): 1.0},
+            "weights": {"repository": str(self._folders(name))},
+            "defaults": {"steps": 4, "strength": 0.75},
+            **ENTRIES[name],
+            **changes,
+        }
+        return msgspec.convert(fields, Model)
+
+    def take(self, name: str, said: Callable[[FromChild], None], inputs: dict[str, Path] | None = None, **given: Any) -> Take:
+        """A run of a task by the model; `entry`, `seed` and `sound` beside its parameters."""
+        out = self._folder / f"out{next(self._count)}"
+        out.mkdir()
+        self.flag = Flag()
+        entry, seed, sound = given.pop("entry", None) or self.entry(name), given.pop("seed", 1), given.pop("sound", None)
+        paths = {reference: str(path) for reference, path in (inputs or {}).items()}
+        run = Run("run", "task", "film", task_of(name), "diffusers", name, given, {}, paths, seed, str(out), entry, sound)
+        return Take(run, said, self.flag)
+
+    def make(self, name: str, inputs: dict[str, Path] | None = None, **given: Any) -> Result:
+        """The result of a task."""
+        said: list[FromChild] = []
+        return Result(diffusion.make(self.take(name, said.append, inputs, **given)), said)
+
+
+@pytest.fixture
+def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
+    """An engine with nothing in memory."""
+    shelf.evict("")
+    yield Studio(folders, folder)
+    shelf.evict("")
+
+
+@pytest.fixture
+def stills(folder: Path) -> dict[str, Path]:
+    """Two references and their files: a light disc on dark, and the other way round."""
+    found = {}
+    for number, (ground, ink) in enumerate([("#202028", "#f0e0c0"), ("#e8e0d0", "#302018")]):
+        still = Image.new("RGB", (320, 180), ground)
+        ImageDraw.Draw(still).ellipse((90 + 40 * number, 30, 210, 150), fill=ink)
+        still.save(folder / f"still{number}.png")
+        found[f"https://a.example/{number}.png"] = folder / f"still{number}.png"
+    return found
+
+
+def decoded(path: Path) -> npt.NDArray[np.float32]:
+    """The pictures (n, h, w, 3), 0 to 1, or the samples (n, channels), of a file."""
+    if path.suffix in (".jpg", ".png", ".webp"):
+        return _unit([np.asarray(Image.open(path).convert("RGB"))])
+    with av.open(str(path)) as container:
+        if container.streams.video:
+            return _unit([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        plain = av.AudioResampler("fltp")
+        frames = [each for frame in (*container.decode(audio=0), None) for each in plain.resample(frame)]
+        return np.concatenate([frame.to_ndarray() for frame in frames], axis=1).T.astype(np.float32)
+
+
+def _unit(pictures: list[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = np.stack(pictures).astype(np.float32)
+    found /= 255
+    return found
+
+
+def difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
+    """The mean distance of two results of one shape."""
+    n = min(len(left), len(right))
+    return float(np.abs(left[:n] - right[:n]).mean())

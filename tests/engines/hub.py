@@ -1,0 +1,98 @@
+"""A hub of models on this machine: the routes of Hugging Face's that a pull goes through, over a folder, and what can go wrong there."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
+LARGE: Final = ".safetensors"
+
+
+class Hub:
+    """Serves a repository, `team/model`, from a folder. `url` is what HF_ENDPOINT is set to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = ""
+        self.cut: int | None = None
+        """After so many bytes of a large file the connection breaks, once."""
+        self.changed = False
+        """Large files arrive with another byte at their end."""
+        self.asked: list[tuple[str, str]] = []
+        """Method and Range of each request for a large file."""
+
+    async def info(self, request: web.Request) -> web.Response:
+        """What is in the repository."""
+        if request.match_info["revision"] != COMMIT:
+            raise web.HTTPNotFound
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        siblings = [self._sibling(path) for path in files]
+        return web.json_response({"id": "team/model", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+
+    def _sibling(self, path: Path) -> dict[str, Any]:
+        name, size = str(path.relative_to(self.folder)), path.stat().st_size
+        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": blob(path)}
+        if name.endswith(LARGE):
+            found["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 130}
+        return found
+
+    async def file(self, request: web.Request) -> web.StreamResponse:
+        """A file, or its end from a byte on."""
+        path = self.folder / request.match_info["name"]
+        if request.match_info["revision"] != COMMIT or not path.is_file():
+            raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound"})
+        data = path.read_bytes()
+        large = path.name.endswith(LARGE)
+        headers = {"ETag": f'"{sha256(path) if large else blob(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if large:
+            self.asked.append((request.method, request.headers.get("Range", "")))
+            data = data[:-1] + bytes([data[-1] ^ 1]) if self.changed else data
+        start = request.http_range.start or 0
+        status = 206 if start else 200
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        response = web.StreamResponse(status=status, headers={**headers, "Content-Length": str(len(data) - start)})
+        await response.prepare(request)
+        if request.method == "GET":
+            if large and self.cut is not None:
+                await response.write(data[start : start + self.cut])
+                self.cut = None
+                await asyncio.sleep(0.5)  # until the client has taken it
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await response.write(data[start:])
+        return response
+
+
+@asynccontextmanager
+async def hub(folder: Path) -> AsyncIterator[Hub]:
+    """A hub over a folder, on a free port."""
+    made = Hub(folder)
+    application = web.Application()
+    application.router.add_get("/api/models/team/model/revision/{revision}", made.info)
+    application.router.add_get("/team/model/resolve/{revision}/{name:.+}", made.file)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield made
+    finally:
+        await runner.cleanup()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def blob(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,310 @@
+"""Every kind of pipeline makes what was asked for, the same for a seed, another for another prompt; it stops anywhere, without a trace."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from movieq.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnsupportedParameter
+from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, Result, Studio, difference, task_of
+from workers import protocol
+from workers.child import diffusion, loudness, shelf
+from workers.child.take import TakeCancelled
+from workers.protocol import Done, FromChild, Note, Step
+
+pytestmark = [
+    # of libraries, about each other
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SECOND = "https://a.example/1.png"
+FIRST = "https://a.example/0.png"
+
+
+def asked(name: str, prompt: str = "a lighthouse in a storm") -> dict[str, Any]:
+    """A small task for the model."""
+    match task_of(name):
+        case "generate_image":
+            return {"prompt": prompt, "resolution": "96x64", "format": "png"}
+        case "process_audio":
+            return {"text": f"{prompt}. All hands!", "output_format": "wav"} if name == "vits" else {
+                "prompt": prompt, "duration": 2, "output_format": "wav"
+            }  # fmt: skip
+        case _:
+            return {"prompt": prompt, "duration": 1, "resolution": "96x64", "fps": 24}
+
+
+def with_images(name: str) -> dict[str, Any]:
+    """The same, for a model that cannot do without an image."""
+    return {"storyboard_images": [FIRST]} if "pipeline" not in ENTRIES[name] else {}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_file_is_just_what_was_asked_for_and_says_what_was_made(studio: Studio, stills: dict[str, Path], name: str) -> None:
+    result = studio.make(name, stills, **asked(name), **with_images(name))
+    metadata = result.made.metadata
+    assert (metadata["engine"], metadata["model"], metadata["seed"], metadata["device"]) == ("diffusers", name, 1, "cpu")
+    assert metadata["versions"]["torch"] == torch.__version__
+    done = Done("run", result.made.files, metadata)
+    assert protocol.from_child_decoder.decode(protocol.frame(done)[protocol.HEADER.size :]) == done, "plain data crosses the pipe"
+    if name in SOUNDS:
+        assert metadata["sample_rate"] == 44100
+        assert abs(len(result.decoded) / 44100 - metadata["duration"]) < 0.01
+        if name == "stable_audio":
+            assert metadata["duration"] == 2
+        return
+    if name in IMAGES:
+        assert result.decoded.shape == (1, 64, 96, 3)
+        assert metadata["generated"] == {"resolution": "80x48", "frames": 1, "fps": None}
+        return
+    with av.open(str(result.path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.width, stream.height, stream.frames) == (Fraction(24), 96, 64, 24)
+        assert stream.codec_context.pix_fmt == "yuv420p"
+    generated = metadata["generated"]
+    width, height = map(int, generated["resolution"].split("x"))
+    limits = studio.entry(name).limits
+    assert width % limits.sides == height % limits.sides == 0
+    assert width * height <= 4096
+    assert generated["frames"] >= limits.fps
+    assert generated["fps"] == limits.fps
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_seed_gives_the_same_bytes_and_another_prompt_another_result(studio: Studio, stills: dict[str, Path], name: str) -> None:
+    first, again, other, seeded = (
+        studio.make(name, stills, **asked(name, prompt), **with_images(name), seed=seed)
+        for prompt, seed in [
+            ("a lighthouse", 1),
+            ("a lighthouse", 1),
+            ("12 ZEBRAS JUMP; QUIZ! (90%) & more xylophones, jazz, waltz", 1),
+            ("a lighthouse", 2),
+        ]
+    )
+    assert first.path.read_bytes() == again.path.read_bytes()
+    assert difference(first.decoded, other.decoded) >= 2 / 255
+    assert difference(first.decoded, seeded.decoded) >= 2 / 255
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills: dict[str, Path], name: str) -> None:
+    result = studio.make(name, stills, **asked(name), **with_images(name))
+    stages = ["load", "denoise", "mux"] if name == "vits" else ["load", "encode", "denoise", "decode", "mux"]
+    assert result.stages == stages
+    again = studio.make(name, stills, **asked(name), **with_images(name))
+    assert again.stages == stages[1:], "it is in memory already"
+    for stage in stages:
+        steps = [each.step / each.steps for each in result.said if isinstance(each, Step) and each.stage == stage]
+        assert steps == sorted(steps)
+    assert [each.step == each.steps for each in result.said if isinstance(each, Step) and each.stage == "denoise"][-1]
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "ltx_condition", "wan", "animatediff", "stable_audio"])
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_a_run_that_is_cancelled_in_any_stage_stops_there_and_the_next_is_clean(studio: Studio, name: str, stage: str) -> None:
+    fresh = studio.make(name, **asked(name))
+    said: list[FromChild] = []
+
+    def hear(message: FromChild) -> None:
+        said.append(message)
+        if isinstance(message, Step) and message.stage == stage:
+            studio.flag.set()
+
+    with pytest.raises(TakeCancelled):
+        diffusion.make(studio.take(name, hear, **asked(name, "something else")))
+    heard = [each.stage for each in said if isinstance(each, Step)]
+    assert heard[-1] == stage
+    assert heard.count(stage) == 1, "it stopped before the next step"
+    assert studio.make(name, **asked(name)).path.read_bytes() == fresh.path.read_bytes()
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_what_a_step_cache_kept_of_a_cancelled_run_does_not_reach_the_next(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, cleaned: bool
+) -> None:
+    entry = studio.entry("flux", first_block_cache=1e9)
+    fresh = studio.make("flux", entry=entry, **asked("flux"))
+    if not cleaned:  # the check can fail
+        monkeypatch.setattr("workers.child.watch.forget", lambda pipe: None)
+
+    def hear(message: FromChild) -> None:
+        if isinstance(message, Step) and message.stage == "denoise" and message.step:
+            studio.flag.set()
+
+    with pytest.raises(TakeCancelled):
+        diffusion.make(studio.take("flux", hear, entry=entry, **asked("flux", "something else"), seed=9))
+    after = studio.make("flux", entry=entry, **asked("flux"))
+    assert (after.path.read_bytes() == fresh.path.read_bytes()) is cleaned
+    assert after.made.metadata["lossy"] == ["first_block_cache 1e+09"]
+
+
+# ── Images, windows, sound ──
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "z_image"])
+def test_a_reference_image_shows_in_the_result(studio: Studio, stills: dict[str, Path], name: str) -> None:
+    without = studio.make(name, **asked(name))
+    first, second = (studio.make(name, stills, **asked(name), reference_images=[each]) for each in (FIRST, SECOND))
+    assert difference(first.decoded, without.decoded) >= 2 / 255
+    assert difference(first.decoded, second.decoded) >= 0.5 / 255
+
+
+def test_storyboard_images_stand_at_their_times(studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = seen_calls(monkeypatch)
+    studio.make("ltx_condition", stills, **asked("ltx_condition"), storyboard_images=[FIRST, SECOND])
+    assert [call["frame_index"] for call in given] == [[0, 8]]
+    given.clear()
+    result = studio.make("wan_i2v", stills, **asked("wan_i2v"), storyboard_images=[FIRST, SECOND])
+    assert [(call["num_frames"], sorted(call.keys() & {"image", "last_image"})) for call in given] == [
+        (5, ["image", "last_image"]),
+        (9, ["image"]),
+    ]
+    assert given[0]["last_image"].tobytes() == given[1]["image"].tobytes(), "from the first to the second, and on from there"
+    assert result.made.metadata["generated"]["frames"] == 13
+
+
+def seen_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What pipelines are called with, which goes on to them."""
+    given: list[dict[str, Any]] = []
+    called = diffusion._called
+
+    def seen(take: Any, loaded: Any, images: bool, options: dict[str, Any], part: tuple[int, int] = (0, 1)) -> Any:
+        given.append(options)
+        return called(take, loaded, images, options, part)
+
+    monkeypatch.setattr(diffusion, "_called", seen)
+    return given
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "wan_i2v"])
+def test_a_clip_longer_than_a_window_goes_on_from_the_last_picture(
+    studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    given = seen_calls(monkeypatch)
+    task = {**asked(name), "duration": 3, "storyboard_images": [FIRST]}
+    result = studio.make(name, stills, **task)
+    generated = result.made.metadata["generated"]
+    assert generated["windows"] == len(given) == 3
+    assert generated["frames"] >= 36
+    assert result.decoded.shape[0] == 72
+    assert all("image" in call for call in given)
+    assert result.stages == ["load", "encode", "denoise", "decode", "mux"]
+    assert result.path.read_bytes() == studio.make(name, stills, **task).path.read_bytes()
+
+
+def test_sound_cues_are_made_by_the_sound_model_and_mixed_under_the_picture(studio: Studio, folder: Path) -> None:
+    sound = ("stable_audio", studio.entry("stable_audio"))
+    modelled, other = (
+        studio.make("ltx", **asked("ltx"), audio_cues=cues, sound=sound) for cues in (["sea", "gulls"], ["a train", "bells"])
+    )
+    assert "warnings" not in modelled.made.metadata
+    assert modelled.stages[-2:] == ["sound", "mux"]
+    for result in (modelled, other):
+        with av.open(str(result.path)) as container:
+            (audio,) = container.streams.audio
+            samples = np.concatenate([frame.to_ndarray() for frame in container.decode(audio)], axis=1)
+        assert abs(samples.shape[1] / 48_000 - 1) < 0.05
+        assert abs(loudness.lufs(samples.T, 48_000) - diffusion.BED_LUFS) < 3
+    absent = studio.entry("stable_audio", weights={"repository": str(folder / "nothing")})
+    synthesized = studio.make("ltx", **asked("ltx"), audio_cues=["sea"], sound=("absent", absent))
+    assert synthesized.made.metadata["warnings"] == ["the sound is the animatic's: no model for sound is on this worker's machine"]
+
+
+# ── What cannot be had ──
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("ltx", {"storyboard_images": [FIRST]}, "ltx takes no images"),
+        ("animatediff", {"reference_images": [FIRST]}, "animatediff takes no images"),
+        ("wan_i2v", {}, "wan_i2v needs an image"),
+        ("ltx", {"duration": 3}, "at most 1.4 s at a time"),
+        ("stable_audio", {"duration": 11}, "at most 10 s"),
+        ("vits", {"character_voice_profile": FIRST}, "cannot take on that of a sample"),
+        ("vits", {"language": "de"}, "speaks en, got 'de'"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_by_name_before_anything_is_loaded(
+    studio: Studio, stills: dict[str, Path], name: str, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UnsupportedParameter, match=said):
+        studio.make(name, stills, **{**asked(name), **given})
+    assert not shelf.ready(name)
+
+
+def test_a_line_without_a_letter_that_the_model_knows_is_refused(studio: Studio) -> None:
+    with pytest.raises(InvalidInput, match="knows none of its letters"):
+        studio.make("vits", text="\u4f60\u597d", output_format="wav")
+
+
+@pytest.mark.parametrize("change", [{"weights": {"repository": "/nowhere"}}, {"pipeline": "NoSuchPipeline"}, {"pipeline": "FluxPipeline"}])
+def test_a_model_that_cannot_be_loaded_says_why(studio: Studio, change: dict[str, Any]) -> None:
+    with pytest.raises(ModelUnavailable):
+        studio.make("sd", entry=studio.entry("sd", image_pipeline=None, **change), **asked("sd"))
+
+
+def test_weights_that_are_no_safetensors_are_refused(studio: Studio, folder: Path, folders: Any) -> None:
+    import shutil
+
+    shutil.copytree(folders("sd"), folder / "pickled")
+    for file in (folder / "pickled" / "unet").glob("*.safetensors"):
+        torch.save({}, file.with_name("diffusion_pytorch_model.bin"))
+        file.unlink()
+    with pytest.raises(ModelUnavailable, match="safetensors"):
+        studio.make("sd", entry=studio.entry("sd", weights={"repository": str(folder / "pickled")}), **asked("sd"))
+
+
+# ── Memory ──
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """The decoder runs out of memory so often, and works then."""
+    from diffusers import AutoencoderKL
+
+    left = [times]
+    decode = AutoencoderKL.decode
+
+    def decoded(self: Any, *args: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decoded)
+    return left
+
+
+def notes(result: Result) -> list[str]:
+    return [each.text for each in result.said if isinstance(each, Note)]
+
+
+def test_out_of_memory_goes_down_the_ladder_and_makes_what_was_asked_for(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    studio.make("ltx", **asked("ltx"))
+    whole = studio.make("sd", **asked("sd"))
+    failing(monkeypatch, 2)
+    result = studio.make("sd", **asked("sd"))
+    assert notes(result) == ["out of memory: other models were unloaded", "out of memory: pictures are decoded in tiles"]
+    assert not shelf.ready("ltx")
+    assert result.decoded.shape == whole.decoded.shape
+    assert difference(result.decoded, whole.decoded) < 0.02
+    assert result.made.metadata["warnings"] == notes(result)
+
+
+def test_when_no_rung_holds_the_task_fails_as_out_of_memory_and_the_next_can_be_made(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = studio.make("sd", **asked("sd"))
+    left = failing(monkeypatch, 9)
+    with pytest.raises(OutOfMemory, match="tried to allocate"):
+        studio.make("sd", **asked("sd"))
+    left[0] = 0
+    assert difference(studio.make("sd", **asked("sd")).decoded, whole.decoded) < 0.02

@@ -1,0 +1,97 @@
+"""Between what is asked for and what a model can make: sizes, windows, moments, and the way back."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from movieq.models import Limits
+from workers.child import fit
+
+SIDES = st.integers(32, 1920).map(lambda half: half * 2)
+LIMITS = st.builds(
+    lambda sides, fewest, more: Limits(sides=sides, pixels=(fewest, fewest + more)),
+    st.sampled_from([1, 8, 16, 32, 64]),
+    st.integers(65_536, 400_000),
+    st.integers(200_000, 2_000_000),
+)
+
+
+@given(LIMITS, SIDES, SIDES)
+def test_a_size_is_one_that_the_model_makes_and_near_the_aspect(limits: Limits, width: int, height: int) -> None:
+    across, down = fit.size(limits, (width, height))
+    assert across % limits.sides == down % limits.sides == 0
+    assert across * down <= limits.pixels[1]
+    # a step of either side is the coarsest that the aspect can be off, and twice that where sides are small
+    off = max(across / down / (width / height), width / height / (across / down))
+    assert off <= (1 + limits.sides / across) * (1 + limits.sides / down) * 1.1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sides", "pixels", "made"),
+    [
+        ((1920, 1080), 32, (147_456, 921_600), (1280, 704)),
+        ((1024, 1024), 16, (262_144, 2_097_152), (1024, 1024)),
+        ((64, 64), 8, (262_144, 1_048_576), (512, 512)),
+        ((1080, 1920), 16, (230_400, 921_600), (720, 1280)),
+        ((640, 360), 8, (1, 2_000_000), (640, 360)),
+    ],
+)
+def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: tuple[int, int], made: tuple[int, int]) -> None:
+    assert fit.size(Limits(sides=sides, pixels=pixels), wanted) == made
+
+
+@given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.sampled_from([8.0, 16.0, 24.0, 23.976]), st.floats(1, 30))
+def test_windows_cover_the_clip_and_share_a_picture(step: int, first: int, most: int, fps: float, seconds: float) -> None:
+    limits = Limits(frame_step=step, frame_first=first, frames=most, fps=fps)
+    windows = fit.windows(limits, seconds)
+    for window in windows:
+        assert window.frames <= most
+        assert (window.frames - first) % step == 0
+    for before, after in itertools.pairwise(windows):
+        assert after.first == before.first + before.frames - 1, "its first picture is the last one of the window before"
+    assert windows[-1].first + windows[-1].frames >= seconds * fps - 0.001
+    if len(windows) > 1:
+        assert windows[-2].first + windows[-2].frames < seconds * fps + 1, "no window too many"
+
+
+def test_seven_seconds_as_two_models_make_them() -> None:
+    assert fit.windows(Limits(frame_step=8, frame_first=1, frames=257, fps=24), 7) == [(0, 169)]
+    assert fit.windows(Limits(frame_step=4, frame_first=1, frames=81, fps=16), 7) == [(0, 81), (80, 33)]
+
+
+def test_a_window_ends_at_each_cut_and_the_next_begins_there() -> None:
+    limits = Limits(frame_step=4, frame_first=1, frames=13, fps=12)
+    assert fit.windows(limits, 3, [0, 12, 24]) == [(0, 13), (12, 13), (24, 13)]
+    assert fit.windows(limits, 1, [0, 4]) == [(0, 5), (4, 9)]
+    assert fit.windows(limits, 4, [0, 24]) == [(0, 13), (12, 13), (24, 13), (36, 13)]
+
+
+@given(st.integers(1, 32), st.integers(1, 300), st.integers(1, 8))
+def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count: int, frames: int, step: int) -> None:
+    moments = fit.moments(count, frames, step)
+    assert moments == sorted(moments)
+    assert moments[0] == 0
+    assert all(moment < frames and moment % step == 0 for moment in moments)
+
+
+@given(st.integers(1, 300), st.sampled_from([8.0, 16.0, 24.0]), st.integers(1, 300), st.sampled_from([Fraction(24), Fraction(24000, 1001)]))
+def test_each_frame_shows_the_picture_of_its_moment(made: int, fps: float, wanted: int, rate: Fraction) -> None:
+    picked = fit.picked(made, fps, wanted, rate)
+    assert len(picked) == wanted
+    assert picked == sorted(picked)
+    for frame, picture in enumerate(picked):
+        assert picture == made - 1 or picture <= float(frame / rate) * fps + 1e-6 < picture + 1
+
+
+def test_a_picture_is_cut_evenly_to_the_aspect_and_never_stretched() -> None:
+    picture = Image.new("RGB", (80, 40), "red")
+    picture.paste("blue", (30, 0, 50, 40))
+    scaled = fit.scaled(picture, (40, 40))
+    assert scaled.size == (40, 40)
+    assert [scaled.getpixel((x, 20)) for x in (2, 20, 37)] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]

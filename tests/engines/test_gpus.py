@@ -1,0 +1,73 @@
+"""What NVIDIA's library tells becomes a worker's rows; where tests run there is none, so it is played here, as it is documented."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from movieq.errors import SettingsError
+from workers import gpus
+
+
+class Nvml(SimpleNamespace):
+    """Two cards, of which the second does not tell its power."""
+
+    NVML_TEMPERATURE_GPU = 0
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return SimpleNamespace(used=10 + handle, total=100)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return SimpleNamespace(gpu=87, memory=3)
+
+    def nvmlDeviceGetTemperature(self, handle: int, kind: int) -> int:
+        return 61
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        if handle == 1:
+            raise RuntimeError("Not Supported")
+        return 312_500
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two GPUs."""
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+
+
+@pytest.mark.usefixtures("two")
+def test_a_reading_has_every_figure_that_the_card_tells() -> None:
+    assert gpus.read("cuda:0") == gpus.Reading(0.87, 10, 100, 61.0, 312.5)
+    assert gpus.read("cuda:1") == gpus.Reading(0.87, 11, 100, 61.0, None)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(("setting", "found"), [("auto", ["cuda:0", "cuda:1"]), ("cpu", []), ("cuda:1", ["cuda:1"])])
+def test_a_worker_uses_all_gpus_or_those_that_are_named(setting: str, found: list[str]) -> None:
+    assert gpus.devices(setting) == found
+
+
+@pytest.mark.usefixtures("two")
+def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(SettingsError, match="'cuda:2' is not there; this machine has cuda:0, cuda:1"):
+        gpus.devices("cuda:0,cuda:2")
+
+
+def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpus.devices("auto") == []
+    assert gpus.read("cuda:0") is None
+    with pytest.raises(SettingsError, match="no GPU that NVIDIA's driver knows"):
+        gpus.devices("cuda:0")

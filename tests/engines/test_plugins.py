@@ -1,0 +1,101 @@
+"""A package of somebody else's adds a task type, by an engine of its own: installed as a user would, and run from POST to file."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.engines.test_served import body
+from tests.fleet import python_path
+from tests.service import Service, service
+
+EXAMPLE = Path(__file__).with_name("palettes")
+
+
+def installed(folder: Path, *names: tuple[str, str]) -> Path:
+    """A place with packages that consist of a module each, which says this, and is a plug-in by its name."""
+    for name, module in names:
+        (folder / f"{name}.py").write_text(module)
+        (folder / f"{name}-1.0.dist-info").mkdir()
+        (folder / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(f"[movieq.plugins]\n{name} = {name}:plugin\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service on a machine where the example is installed."""
+    folder = tmp_path_factory.mktemp("plugged")
+    source = folder / "source"
+    source.mkdir()
+    for file in EXAMPLE.iterdir():
+        if file.is_file():
+            (source / file.name).write_bytes(file.read_bytes())
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
+    subprocess.run(pip, check=True, timeout=100)
+    with service(folder, PYTHONPATH=python_path(folder / "site")) as made:
+        yield made
+
+
+def test_the_example_is_less_than_forty_lines() -> None:
+    lines = (EXAMPLE / "movieq_palettes.py").read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) < 40
+
+
+async def test_a_task_of_a_new_type_becomes_a_file_and_is_known_everywhere(running: Service) -> None:
+    task_id = await running.submit("make_palette", {"prompt": "a lighthouse at dusk", "colours": 3, "seed": 4})
+    ended = await running.ended(task_id)
+    assert ended["status"] == "completed", ended
+    (media,) = ended["result"]["media"]
+    assert media["media_type"] == "palette"
+    assert f"/media/projects/film/palettes/{task_id}/" in media["url"]
+    assert Image.open(io.BytesIO(await body(media["url"]))).size == (192, 64)
+    _, types = await running.call("GET", "/task-types")
+    (new,) = [each for each in types["task_types"] if each["task_type"] == "make_palette"]
+    assert (new["default_model"], new["task_data"]["properties"]["colours"]["maximum"]) == ("palettes", 16)
+    _, page = await running.call("GET", "/projects/film/tasks?task_type=make_palette")
+    assert [row["task_id"] for row in page["tasks"]] == [task_id]
+
+
+async def test_its_parameters_are_checked_as_those_of_any_type(running: Service) -> None:
+    body = {"project_id": "film", "task_type": "make_palette", "task_data": {"prompt": "x", "colours": 99}}
+    status, answer = await running.call("POST", "/tasks/submit", json=body)
+    assert (status, answer["errors"][0]["path"]) == (400, "task_data.colours")
+    body["task_data"] = {"prompt": "x", "draft": True}
+    status, answer = await running.call("POST", "/tasks/submit", json=body)
+    assert status == 400
+    assert "no animatic of make_palette" in answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("raise RuntimeError('out of paint')", "cannot be loaded: RuntimeError: out of paint"),
+        ("plugin = 3", "is no movieq.plugins.Plugin"),
+        ("from movieq.plugins import Plugin\nplugin = Plugin(engines={'Not A Name': 'x'})", "'Not A Name' is no name"),
+        ("from movieq.plugins import *\nfrom movieq.params import *\n"
+         "plugin = Plugin(task_types={'generate_image': NewTaskType(params=VideoParams)})", "there is a task type generate_image already"),
+        ("from movieq.plugins import Plugin\nplugin = Plugin(models={'x': {'engine': 'candle', 'kind': 'gpu_heavy', 'tasks': {}}})",
+         "x: engine 'candle' is not there"),
+    ],
+)  # fmt: skip
+async def test_a_plug_in_that_cannot_be_used_is_named_at_the_start(folder: Path, module: str, said: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "movieq.cli", "models", "list"),
+        env={**os.environ, "PYTHONPATH": python_path(installed(folder, ("sick", module)))},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 1
+    assert "sick" in err.decode()
+    assert said in " ".join(err.decode().split())
+    assert "Traceback" not in err.decode()

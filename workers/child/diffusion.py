@@ -1,0 +1,334 @@
+"""The engine of real models: diffusers for pictures, clips and sound, transformers for speech, by the entries of the model table.
+
+One way for all classes: the table says what to load, the signature of a pipeline's call says what it takes, hooks say how far it is
+(`watch`). A model makes the nearest size and the next number of frames that it can; the result is scaled, cut and re-timed to exactly what
+was asked for, and says what was made. What a model cannot do at all is refused by name; nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from movieq import params as parameters
+from movieq.errors import InternalFault, ModelUnavailable, UnsupportedParameter
+from movieq.models import Model
+from movieq.params import AnimationParams, AudioParams, ImageFormat, ImageParams, VideoParams
+from workers.child import about, fit, ladder, loudness, media, prompts, shelf, sound, speaking, stills
+from workers.child.media import Clip, Format, Samples
+from workers.child.shelf import Loaded
+from workers.child.take import Made, Take
+from workers.child.watch import Watch
+from workers.protocol import Produced, Stage
+
+SOUND_LUFS: Final = -18.0
+BED_LUFS: Final = -24.0
+"""Of sound that is the whole result, and of sound under a picture."""
+
+_SHARES: Final = {"load": 4.0, "encode": 0.5, "denoise": 10.0, "decode": 1.5, "sound": 2.0, "mux": 1.0}
+"""Of the time, until a task of the model was measured."""
+_SAID: Final = {
+    "load": "loading_models",
+    "encode": "reading_prompt",
+    "decode": "decoding",
+    "sound": "synthesizing_sound",
+    "mux": "encoding",
+}
+
+
+def make(take: Take) -> Made:
+    """The files of a task of any type. Raises a TaskFault that names what the model cannot do, or what is missing."""
+    entry = take.run.entry
+    if entry is None:
+        raise ModelUnavailable(f"{take.run.model} is not in this worker's table of models (MOVIEQ_MODELS)")
+    match take.params:
+        case ImageParams() as params:
+            return _image(take, entry, params)
+        case VideoParams() as params:
+            return _clip(take, entry, params, params.storyboard_images)
+        case AnimationParams() as params:
+            return _clip(take, entry, params, params.reference_images)
+        case AudioParams() as params:
+            return _speech(take, entry, params) if params.text is not None else _sound(take, entry, params)
+    raise InternalFault(f"no model makes {take.run.task_type}")
+
+
+# ── Pictures ──
+
+
+def _image(take: Take, entry: Model, params: ImageParams) -> Made:
+    wanted = parameters.size(params.resolution)
+    made = fit.size(entry.limits, wanted)
+    images = _images(take, entry, params.reference_images[:1], made)
+    if len(params.reference_images) > 1:
+        take.warnings.append(f"{take.run.model} takes one reference image: the first")
+    if params.style_guide:
+        take.warnings.append(f"style_guide is not used: {take.run.model} takes no style from an image")
+    loaded = _load(take, entry, "generating_image", "mux")
+    given = _arguments(take, entry) | {"width": made[0], "height": made[1]}
+    if images:
+        given |= {"image": images[0], "strength": _strength(take, entry)}
+    picture = _called(take, loaded, bool(images), given)[0]
+    take.begin("mux")
+    picture = fit.scaled(picture.convert("RGB"), wanted)
+    extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
+    path = take.out_dir / f"output.{extension}"
+    content_type = media.write_image(path, picture, params.format, about.tags(take, "Image"))
+    take.step("mux", 1, 1)
+    metadata = _metadata(take, loaded, str(params.format), wanted)
+    metadata["generated"] = {"resolution": f"{made[0]}x{made[1]}", "frames": 1, "fps": None}
+    return Made((Produced(str(path), "output", content_type, *wanted),), metadata)
+
+
+def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, references: list[str]) -> Made:
+    form = Format(parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params))
+    made = fit.size(entry.limits, form.size)
+    images = _images(take, entry, references, made)
+    windows = fit.windows(entry.limits, form.seconds)
+    if len(windows) > 1 and entry.image_pipeline is None:
+        most = entry.limits.frames / entry.limits.fps
+        raise UnsupportedParameter(
+            f"task_data.duration: {take.run.model} makes at most {most:.1f} s at a time, and takes no image to go on from; "
+            f"ask for {most:.1f} s, or for a model that takes images"
+        )
+    cues = params.audio_cues if isinstance(params, VideoParams) else []
+    loaded = _load(take, entry, "generating_video", *(["sound"] if cues else []), "mux")
+    pictures: list[Image.Image] = []
+    at = dict(zip(fit.moments(len(images), windows[-1].first + windows[-1].frames, entry.limits.frame_step), images, strict=True))
+    if images and "frame_index" not in inspect.signature(loaded.image_pipe.__call__).parameters:
+        windows = fit.windows(entry.limits, form.seconds, list(at))  # so that each image is at an end of one
+    generator = _generator(take.seed)
+    for number, window in enumerate(windows):
+        here = {moment - window.first: image for moment, image in at.items() if window.first <= moment < window.first + window.frames}
+        goes_on = bool(pictures) and 0 not in here
+        if goes_on:
+            here = {0: pictures[window.first], **here}
+        given = _arguments(take, entry) | {"width": made[0], "height": made[1], "num_frames": window.frames, "generator": generator}
+        given |= _conditions(take, _pipe(take, loaded, bool(here)), here, window.frames)
+        found = _called(take, loaded, bool(here), given, (number, len(windows)))[0]
+        pictures[window.first + goes_on :] = found[goes_on:]
+    track = _sound_track(take, cues, form) if cues else None
+    take.begin("mux")
+    files = _encoded(take, pictures, entry.limits.fps, form, track)
+    metadata = _metadata(take, loaded, "mp4", form.size) | {"duration": round(form.seconds, 3), "fps": about.plain(form.rate)}
+    metadata["generated"] = {
+        "resolution": f"{made[0]}x{made[1]}",
+        "frames": len(pictures),
+        "fps": entry.limits.fps,
+        "windows": len(windows),
+    }
+    if track is not None:
+        metadata["sample_rate"] = media.CLIP_SAMPLE_RATE
+    return Made(files, metadata)
+
+
+def _encoded(take: Take, pictures: list[Image.Image], fps: float, form: Format, track: Samples | None) -> tuple[Produced, ...]:
+    """The pictures as an mp4 with its poster, each at its moment."""
+    path, poster_path = take.out_dir / "output.mp4", take.out_dir / "poster.jpg"
+    tags = about.tags(take, "Clip")
+    order = fit.picked(len(pictures), fps, form.frames, form.rate)
+    with Clip(path, form, tags, track) as clip:
+        planes, last = None, -1
+        for frame, number in enumerate(order):
+            if planes is None or number != last:
+                planes, last = media.planes(fit.scaled(pictures[number].convert("RGB"), form.size)), number
+            clip.add(planes)
+            if frame == form.frames // 3:
+                media.write_image(poster_path, media.picture(planes), ImageFormat.JPEG, tags)
+            take.step("mux", frame + 1, form.frames)
+    return (
+        Produced(str(path), "output", "video/mp4", *form.size, form.seconds),
+        Produced(str(poster_path), "poster", "image/jpeg", *form.size),
+    )
+
+
+def _images(take: Take, entry: Model, references: list[str], size: tuple[int, int]) -> list[Image.Image]:
+    """The images of the task at the model's size. Raises UnsupportedParameter where the model takes none, or cannot do without."""
+    if references and entry.image_pipeline is None:
+        raise UnsupportedParameter(f"task_data: {take.run.model} takes no images; leave them out, or ask for a model that does")
+    if not references and entry.pipeline is None:
+        raise UnsupportedParameter(f"task_data: {take.run.model} needs an image to begin with; give one, or ask for another model")
+    return [fit.scaled(stills.load(each, take.input(each), size), size) for each in references]
+
+
+def _conditions(take: Take, pipe: Any, at: dict[int, Image.Image], frames: int) -> dict[str, Any]:
+    """The images of a window as the pipeline takes them: each at its picture, or at both ends, or the first, and the rest follows."""
+    if not at:
+        return {}
+    takes = inspect.signature(pipe.__call__).parameters
+    if "frame_index" in takes:
+        return {"image": list(at.values()), "frame_index": list(at)}
+    if "last_image" in takes and frames - 1 in at and len(at) > 1:
+        return {"image": at[0], "last_image": at[frames - 1]}
+    return {"image": at[0]}
+
+
+# ── Sound ──
+
+
+def _sound(take: Take, entry: Model, params: AudioParams) -> Made:
+    if entry.limits.seconds is not None and params.duration > entry.limits.seconds:
+        raise UnsupportedParameter(
+            f"task_data.duration: {take.run.model} makes at most {entry.limits.seconds:g} s, got {params.duration:g}"
+        )
+    loaded = _load(take, entry, "synthesizing_sound", "mux")
+    samples, rate = _heard(take, loaded, _arguments(take, entry), params.duration)
+    take.begin("mux")
+    samples = loudness.at(media.resampled(samples, rate, params.sample_rate), params.sample_rate, SOUND_LUFS)
+    return _audio_file(take, loaded, params, samples)
+
+
+def _heard(take: Take, loaded: Loaded, given: dict[str, Any], seconds: float) -> tuple[Samples, int]:
+    """What a sound model makes of the arguments: samples and their rate."""
+    takes = inspect.signature(loaded.pipe.__call__).parameters
+    length = next(name for name in ("audio_end_in_s", "audio_length_in_s") if name in takes)
+    found = _called(take, loaded, False, given | {length: seconds, "output_type": "pt"})[0]
+    samples = found.float().cpu().numpy().reshape(-1, found.shape[-1]).T
+    rate = int(getattr(loaded.pipe.vae, "sampling_rate", None) or loaded.pipe.vocoder.config.sampling_rate)
+    return np.ascontiguousarray(samples[: round(seconds * rate), :2], np.float32), rate
+
+
+def _sound_track(take: Take, cues: list[str], form: Format) -> Samples:
+    """The cues under a picture, one after another; by the sound model where this machine has one, else as the animatic makes them."""
+    take.begin("sound")
+    length = round(form.frames * media.CLIP_SAMPLE_RATE / form.rate)
+    made = _modelled(take, cues, form.seconds / len(cues)) if take.run.sound else None
+    if made is None:
+        take.warnings.append("the sound is the animatic's: no model for sound is on this worker's machine")
+        scenes = [sound.cues(cue) or ("room",) for cue in cues]
+        made = sound.bed(scenes, length, media.CLIP_SAMPLE_RATE, np.random.default_rng([take.seed, 1]))
+    bed = np.zeros((length, 2), np.float32)
+    bed[: len(made)] = made[:length]
+    take.step("sound", 1, 1)
+    return loudness.at(bed, media.CLIP_SAMPLE_RATE, BED_LUFS)
+
+
+def _modelled(take: Take, cues: list[str], seconds: float) -> Samples | None:
+    assert take.run.sound is not None
+    name, entry = take.run.sound
+    try:
+        loaded = shelf.get(take, name, entry, take.device)
+    except ModelUnavailable:
+        return None
+    parts = []
+    for number, cue in enumerate(cues):
+        given = _arguments(take, entry) | {"prompt": cue, "generator": _generator(take.seed + number)}
+        samples, rate = _heard(take, loaded, given, min(seconds, entry.limits.seconds or seconds))
+        parts.append(media.resampled(np.repeat(samples, 2, axis=1) if samples.shape[1] == 1 else samples, rate, media.CLIP_SAMPLE_RATE))
+    return np.concatenate(parts)
+
+
+def _speech(take: Take, entry: Model, params: AudioParams) -> Made:
+    speaking.check(take, entry, params)
+    loaded = _load(take, entry, "synthesizing_speech", "mux")
+    samples, rate = speaking.speak(take, loaded, params)
+    take.begin("mux")
+    line = loudness.at(media.resampled(samples, rate, params.sample_rate), params.sample_rate, speaking.LUFS)
+    return _audio_file(take, loaded, params, line)
+
+
+def _audio_file(take: Take, loaded: Loaded, params: AudioParams, samples: Samples) -> Made:
+    path = take.out_dir / f"output.{params.output_format}"
+    rate = params.sample_rate
+    tags = about.tags(take, "Sound")
+    content_type = media.write_sound(path, samples, rate, params.output_format, tags, lambda done, of: take.step("mux", done, of))
+    seconds = len(samples) / rate
+    metadata = _metadata(take, loaded, str(params.output_format), None)
+    metadata |= {"duration": round(seconds, 3), "sample_rate": rate, "channels": samples.shape[1]}
+    return Made((Produced(str(path), "output", content_type, duration_s=seconds),), metadata)
+
+
+# ── What all of them share ──
+
+
+def _load(take: Take, entry: Model, said: str, *after: str) -> Loaded:
+    """The stages are announced, and the model is in memory."""
+    loaded = shelf.ready(take.run.model)
+    stages = [*([] if loaded else ["load"]), *(["denoise"] if entry.languages else ["encode", "denoise", "decode"]), *after]
+    shares = _SHARES | shelf.seconds(take.run.model)
+    take.plan(*(Stage(each, said if each == "denoise" else _SAID[each], max(shares[each], 0.001)) for each in stages))
+    if not loaded:
+        take.begin("load")
+    return shelf.get(take, take.run.model, entry, take.device)
+
+
+def _pipe(take: Take, loaded: Loaded, with_images: bool) -> Any:
+    pipe = loaded.image_pipe if with_images else loaded.pipe
+    if pipe is None:
+        raise InternalFault(f"{take.run.model} has no pipeline {'with' if with_images else 'without'} images")
+    return pipe
+
+
+def _arguments(take: Take, entry: Model) -> dict[str, Any]:
+    """What a call is given whatever it makes: the task's own words first, then the model's defaults."""
+    params = take.params
+    steps = params.steps if params.steps is not None else entry.defaults.steps
+    guidance = params.guidance_scale if params.guidance_scale is not None else entry.defaults.guidance
+    return {
+        "prompt": prompts.prompt(params),
+        "generator": _generator(take.seed),
+        **({"negative_prompt": params.negative_prompt} if params.negative_prompt else {}),
+        **({} if steps is None else {"num_inference_steps": steps}),
+        **({} if guidance is None else {"guidance_scale": guidance}),
+        **entry.call,
+    }
+
+
+def _strength(take: Take, entry: Model) -> float:
+    return entry.defaults.strength or 0.6
+
+
+def _generator(seed: int) -> torch.Generator:
+    """On the CPU whatever the device: so that a seed means the same noise everywhere."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _called(take: Take, loaded: Loaded, with_images: bool, given: dict[str, Any], part: tuple[int, int] = (0, 1)) -> Any:
+    """What the pipeline makes, and nothing left behind in it. Raises OutOfMemory where no rung of the ladder held."""
+    pipe = _pipe(take, loaded, with_images)
+    takes = inspect.signature(pipe.__call__).parameters
+    unknown = sorted(given.keys() - takes.keys() - {"negative_prompt", *(("width", "height") if "image" in given else ())})
+    if unknown:
+        raise InternalFault(f"{type(pipe).__name__} takes no {', '.join(unknown)}: the entry of {take.run.model} is wrong")
+    if "negative_prompt" in given and "negative_prompt" not in takes:
+        take.warnings.append(f"negative_prompt is not used: {take.run.model} takes none")
+    if "frame_rate" in takes:
+        given["frame_rate"] = loaded.entry.limits.fps
+    options = {name: value for name, value in given.items() if name in takes}
+    if "output_type" in takes and "output_type" not in options:
+        options["output_type"] = "pil"
+    state = options["generator"].get_state()
+
+    def call() -> Any:
+        options["generator"].set_state(state)
+        with Watch(take, pipe, part) as watch:
+            answer = pipe(**options, return_dict=False)
+        loaded.seconds |= watch.seconds
+        return answer[0]
+
+    return ladder.climb(take, take.run.model, pipe, call)
+
+
+def _metadata(take: Take, loaded: Loaded, kind: str, size: tuple[int, int] | None) -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    entry = loaded.entry
+    found = about.metadata(take, kind, size)
+    found |= {
+        "revision": entry.weights.revision if entry.weights else None,
+        "licence": entry.licence,
+        "device": take.device,
+        "dtype": "float32" if take.device == "cpu" else str(entry.dtype),
+        "batch_size": 1,
+        "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+    }
+    if entry.first_block_cache is not None:
+        found["lossy"] = [f"first_block_cache {entry.first_block_cache:g}"]
+    if steps := _arguments(take, entry).get("num_inference_steps"):
+        found["steps"] = steps
+    return found
