@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine constraints clean ci
+.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,12 +24,19 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 	@touch $@
 
 # torch by its exact version and first: a bare `torch` of a dependency would bring gigabytes of CUDA
-.venv/.setup-test: pyproject.toml constraints.txt tests/browser/node/package.json | .venv/.pip
+.venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
 	$(PIP) torch==2.13.0
 	$(PIP) --group test --editable '.[speech,gpu]'
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
-	npm install --prefix tests/browser/node --no-package-lock --no-audit --no-fund --silent
 	@touch $@ .venv/.setup
+
+.venv/.setup-browser: tests/browser/node/package.json | .venv/.pip
+	npm install --prefix tests/browser/node --no-package-lock --no-audit --no-fund --silent
+	@touch $@
+
+setup-system:   ## Install the programs that tests of browsers and proxies run (Debian, as root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium curl nginx-light
 
 up: setup       ## Run the queue, the API and one worker on this machine
 	$(BIN)/movieq up
@@ -46,7 +53,7 @@ check: setup-test  ## Lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup-test  ## Run the tests; PYTEST='-m slow' for the long ones
+test: setup-test .venv/.setup-browser  ## Run the tests; PYTEST='-m slow' for the long ones
 	$(BIN)/python -m pytest $(PYTEST)
 
 chaos: setup-test  ## Kill everything while N tasks run, and count what is lost

@@ -63,11 +63,15 @@ class Valkey:
     def start(self) -> None:
         """The server takes commands."""
         self._lock = self._lock or self._held()
-        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
-        found = self.socket.parent.lstat()
-        if found.st_uid != os.getuid() or found.st_mode != stat.S_IFDIR | 0o700:
-            raise SettingsError(f"{self.socket.parent} is not this user's own: remove it, or name another folder for it in TMPDIR")
-        self.socket.unlink(missing_ok=True)
+        try:
+            self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+            found = self.socket.parent.lstat()
+            own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+            self.socket.unlink(missing_ok=True)
+        except OSError:
+            own = False
+        if not own:
+            raise SettingsError(f"{self.socket.parent} is not a folder of this user's alone: name another place in TMPDIR, or remove it")
         log = (self.folder / "valkey.log").open("ab")
         options = {
             "port": "0", "unixsocket": str(self.socket), "unixsocketperm": "700", "dir": str(self.folder.resolve()),
@@ -107,8 +111,8 @@ class Valkey:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        shutil.rmtree(self.socket.parent, ignore_errors=True)
-        if self._lock is not None:
+        if self._lock is not None:  # else the socket is that of the server which holds the folder
+            shutil.rmtree(self.socket.parent, ignore_errors=True)
             self._lock.close()
             self._lock = None
 

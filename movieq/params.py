@@ -40,7 +40,7 @@ class TaskType(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> TaskType | None:
-        member = cls._member_map_.get(str(value))  # decoders that were made before a plug-in came ask here
+        member = cls._value2member_map_.get(value)  # decoders that were made before a plug-in came ask here
         return member if isinstance(member, TaskType) else None
 
     @classmethod

@@ -36,7 +36,7 @@ export interface Gap {
 /** The address is refused for good: it has expired, say. Fetch a fresh `events_url` and watch again with `after: lastEventId`. */
 export interface Refused {
   status: number;
-  error: string | null;
+  error: string;
   message: string;
 }
 
@@ -55,11 +55,13 @@ interface Common {
 }
 
 export interface TaskHandlers extends Common {
-  /** The state at first, and each change until the end. */
+  /** The state at first (not where the watch continues after an id), and each change until the end. */
   onProgress?(event: TaskEvent): void;
   onPreview?(preview: Preview): void;
   /** Once: the task is completed, failed or cancelled. */
   onDone?(event: Ended): void;
+  /** The task had ended, and its result has become more: the id of its document in the CMS, say. */
+  onUpdate?(event: Ended): void;
 }
 
 export interface ProjectHandlers extends Common {

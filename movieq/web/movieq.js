@@ -1,33 +1,37 @@
 // Follows tasks and projects of movieq in a browser. An ES module without dependencies; the types are in movieq.d.ts.
 //
 // An EventSource reconnects by itself after a broken connection, and continues at the last id that it saw. It gives up for good at any answer
-// but 200, also at the 502 of a proxy whose API restarts. Then a new one is made here, after a while, with that id as `?after=`: so nothing is
-// missed, and nothing is told twice.
+// but 200, also at the 502 of a proxy whose API restarts. Then a new one is made here, after a while, with that id as `?after=`: so nothing of
+// the log is missed, and nothing is told twice. What has no id (previews, a project's progress) is told to whoever is there.
 
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 30_000;
+const ASKING_MS = 30_000;
 const FINAL = new Set([400, 401, 403, 404]);
 const ENDS = ["completed", "failed", "cancelled"];
-const STARTS = ["queued", "started", "retrying"];
-const CHANGES = [...STARTS, ...ENDS, "updated"];
+const CHANGES = ["queued", "started", "retrying", ...ENDS, "updated"];
 
 /** Follows a task by its `events_url` to its end. */
-export function watchTask(url, { after = null, onProgress, onPreview, onDone, onGap, onError } = {}) {
-  let history = null; // what is told up to this id was before the snapshot
+export function watchTask(url, { after = null, onProgress, onPreview, onDone, onUpdate, onGap, onError } = {}) {
+  let snapshot = null; // what is told up to its last_event_id was before it
+  const isHistory = (id) => snapshot?.last_event_id && id !== null && !isAfter(id, snapshot.last_event_id);
   const stream = new Stream(url, after, onError);
   stream.on("snapshot", (event) => {
-    history = event.last_event_id;
+    snapshot = event;
     onProgress?.(event);
   });
-  for (const type of [...STARTS, "progress"]) {
+  for (const type of ["queued", "started", "retrying", "progress"]) {
     stream.on(type, (event, id) => {
-      if (history === null || id === null || isAfter(id, history)) onProgress?.(event);
+      if (!isHistory(id)) onProgress?.(event);
     });
   }
   stream.on("preview", (event) => onPreview?.(event));
+  stream.on("updated", (event) => onUpdate?.(event));
   stream.on("gap", (event) => onGap?.(event));
   for (const type of ENDS) {
-    stream.on(type, (event) => {
+    stream.on(type, (event, id) => {
+      // a failure from before a retry is no end
+      if (isHistory(id) && (event.status !== snapshot.status || event.attempt !== snapshot.attempt)) return;
       stream.close();
       onDone?.(event);
     });
@@ -64,7 +68,8 @@ class Stream {
   constructor(url, after, onError) {
     this.#url = new URL(url, globalThis.location?.href);
     this.#onError = onError;
-    this.lastEventId = after;
+    this.lastEventId = after ?? this.#url.searchParams.get("after");
+    this.#url.searchParams.delete("after");
     this.closed = false;
   }
 
@@ -125,25 +130,27 @@ class Stream {
 
   // An EventSource does not say what the answer was: an address that has expired is refused for ever, a proxy's 502 passes.
   async #again() {
-    this.#asking = new AbortController();
-    let answer = null;
+    const asking = (this.#asking = new AbortController());
+    const limit = setTimeout(() => asking.abort(), ASKING_MS);
+    let status = 0;
     try {
-      answer = await fetch(this.#continued(), { signal: this.#asking.signal, cache: "no-store" });
-      if (FINAL.has(answer.status)) {
-        const { message, error } = await answer.json().catch(() => ({ message: `answered with ${answer.status}`, error: null }));
-        if (this.closed) return;
+      const answer = await fetch(this.#continued(), { signal: asking.signal, cache: "no-store" });
+      status = answer.status;
+      // only movieq's own word is final: a proxy that has no backend may say 404 too
+      const refusal = FINAL.has(status) ? await answer.json().catch(() => null) : null;
+      if (!this.closed && typeof refusal?.error === "string") {
         this.close();
-        this.#onError?.({ status: answer.status, error, message });
-        return;
+        this.#onError?.({ status, error: refusal.error, message: refusal.message });
       }
     } catch {
       // away, or closed meanwhile
     } finally {
-      this.#asking.abort();
+      clearTimeout(limit);
+      asking.abort();
     }
     if (this.closed) return;
-    if (answer?.status === 204) this.close(); // all of it was told
-    else if (answer?.status === 200) this.open();
+    if (status === 204) this.lastEventId = null; // the end was told to somebody else: from the beginning, for its sake
+    if (status === 200 || status === 204) this.open();
     else this.#failed();
   }
 }

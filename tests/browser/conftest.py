@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from playwright.async_api import Page, async_playwright
 
+from movieq import store
 from tests.fleet import Fleet, eventually, fleet
 from tests.service import serving
 
@@ -37,6 +38,12 @@ def program(name: str, package: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert found, f"these tests need {name}: apt install {package}, or deselect them with --ignore=tests/browser"
     return found
+
+
+@pytest.fixture(autouse=True)
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of the test's own outlasts every wait."""
+    monkeypatch.setattr(store, "LEASE_MS", 300_000)
 
 
 @pytest.fixture
@@ -76,6 +83,11 @@ class Nginx:
         """What it wrote of the requests that have ended."""
         return (self._folder / "access.log").read_text()
 
+    @property
+    def errors(self) -> str:
+        """What it wrote of what went wrong."""
+        return "".join((self._folder / name).read_text() for name in ("error.log", "site-error.log"))
+
 
 @contextmanager
 def nginx(folder: Path, port: int, api_port: int) -> Iterator[Nginx]:
@@ -86,6 +98,7 @@ def nginx(folder: Path, port: int, api_port: int) -> Iterator[Nginx]:
         (r"listen 80;", f"listen 127.0.0.1:{port};"),
         (r"server 127\.0\.0\.1:8001;", f"server 127.0.0.1:{api_port};"),
         (r"/var/log/nginx/movieq\.log", str(folder / "access.log")),
+        (r"/var/log/nginx/movieq-error\.log", str(folder / "site-error.log")),
     ]:
         site, found = re.subn(written, here, site)
         assert found == 1, written

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from playwright.async_api import Page
 
 from movieq import signing
@@ -121,12 +122,62 @@ async def test_a_task_that_has_ended_is_done_at_once(made: Fleet, api: Service, 
     assert (done["status"], done["error_code"]) == ("failed", "input_unavailable")
 
 
+async def test_a_failure_from_before_a_retry_is_not_the_end(made: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(made.store)
+    await made.store.fail(task_id, run, "there is no such picture", "input_unavailable")
+    await made.store.retry(task_id)
+    (claimed,) = await claim(made.store)
+    watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
+    await work(made.store, task_id, claimed.run, range(1, 10))
+    await watching.until("told.at(-1)?.[1].progress === 0.09")
+    assert await watching.told("onDone") == []
+    await made.store.complete(task_id, claimed.run, result())
+    await watching.until("watching.closed")
+    assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
+
+
+async def test_a_watch_that_continues_after_the_end_is_told_the_end(made: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(made.store)
+    await made.store.complete(task_id, run, result())
+    last = (await made.store.log_after(task_id, None))[-1].id
+    url = await events_url(api, f"/tasks/{task_id}/status")
+    watching = await watch(page, api.url, "watchTask", url, after=last)
+    await watching.until("watching.closed")
+    assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
+    watching = await watch(page, api.url, "watchTask", f"{url}&after={last}")
+    await watching.until("watching.closed")
+    assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
+
+
+async def test_a_404_of_a_proxy_is_no_reason_to_give_up(made: Fleet, page: Page, folder: Path) -> None:
+    port = free_port()
+
+    async def nobody(request: web.Request) -> web.Response:
+        return web.Response(status=404, text="no backend", headers={"Access-Control-Allow-Origin": "*"})
+
+    balancer = web.AppRunner(web.Application(middlewares=[]))
+    balancer.app.router.add_get("/{path:.*}", nobody)
+    api = await made.api()
+    task_id, run = await running(made.store)
+    url = (await events_url(api, f"/tasks/{task_id}/status")).replace(api.url, f"http://127.0.0.1:{port}")
+    await balancer.setup()
+    await web.TCPSite(balancer, "127.0.0.1", port).start()
+    watching = await watch(page, api.url, "watchTask", url)
+    await asyncio.sleep(2)
+    assert await watching.told("onError") == []
+    await balancer.cleanup()
+    await made.api(port=port)
+    await made.store.complete(task_id, run, result())
+    await watching.until("watching.closed", 30)
+    assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
+
+
 async def test_a_watch_continues_where_another_stopped(made: Fleet, api: Service, page: Page) -> None:
     task_id, run = await running(made.store)
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, api.url, "watchTask", url)
     await work(made.store, task_id, run, range(1, 10))
-    await watching.until("told.at(-1)[1].progress === 0.09")
+    await watching.until("told.at(-1)?.[1].progress === 0.09")
     last = await watching.last_id()
     await page.evaluate("watching.close()")
     await work(made.store, task_id, run, range(10, 20))
@@ -149,6 +200,10 @@ async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made:
     await watching.until("watching.closed")
     (refused,) = await watching.told("onError")
     assert (refused["status"], refused["error"]) == (403, "forbidden")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    await asyncio.sleep(2)
+    assert asked == []
     assert ("expired" in refused["message"]) == (change == "expired")
 
 
@@ -243,10 +298,15 @@ async def test_nginx_writes_no_signature_into_its_log(made: Fleet, proxied: tupl
     api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
     task_id, run = await running(made.store)
     await made.store.complete(task_id, run, result())
-    watching = await watch(page, proxy.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
+    url = await events_url(api, f"/tasks/{task_id}/status")
+    watching = await watch(page, proxy.url, "watchTask", url)
     await watching.until("watching.closed")
     await eventually(lambda: f"GET /api/v1/tasks/{task_id}/events" in proxy.log)
-    assert "signature" not in proxy.log
+    api.process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(api.process.wait)
+    await page.evaluate("(url) => { new EventSource(url); }", url)
+    await eventually(lambda: " 502 " in proxy.log)
+    assert "signature" not in proxy.log + proxy.errors
 
 
 # ── The declarations ──

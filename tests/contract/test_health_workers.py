@@ -156,7 +156,9 @@ async def test_the_schema_of_a_type_refuses_what_submit_refuses(api: Client, tas
 
 async def test_an_engine_that_no_model_serves_is_refused_by_its_setting(settings: Settings, store: Store) -> None:
     async with served(msgspec.structs.replace(settings, engine=EngineChoice.DIFFUSERS)) as api:
-        answer, draft = await api.submit(), await api.submit(task_data={"prompt": "x", "draft": True})
+        line = {"text": "Land ho."}  # which no model that ships speaks
+        answer = await api.submit(task_type="process_audio", task_data=line)
+        draft = await api.submit(task_type="process_audio", task_data={**line, "draft": True})
     assert (answer.status, "MOVIEQ_ENGINE" in answer.message, draft.status) == (400, True, 201)
 
 

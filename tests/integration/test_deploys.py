@@ -53,11 +53,11 @@ async def test_a_task_that_outlasts_many_deploys_completes_with_no_try_used_up(m
 
 
 async def test_what_cannot_end_within_the_grace_is_handed_back_at_once(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S="6"))
+    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_DRAIN_S="8"))
     task_id = await api.submit("generate_video", LONG)
     await api.until(task_id, "stage", "frames")
     worker.send(signal.SIGTERM)
-    assert await worker.ended(4) == 0
+    assert await worker.ended(6) == 0
     _, status = await api.call("GET", f"/tasks/{task_id}/status")
     assert status["status"] == "queued"
 

@@ -42,6 +42,8 @@ def test_a_second_up_in_one_folder_is_refused_and_the_first_goes_on(tmp_path: Pa
         assert ended.returncode == 1
         assert "another movieq holds" in ended.stderr
         assert first.process.poll() is None
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(Valkey(tmp_path / "data").socket))  # its Valkey still takes connections
 
 
 @pytest.mark.parametrize("folder", ["/proc/movieq", "/dev/null/movieq"])
@@ -108,10 +110,13 @@ def test_kill_9_of_up_leaves_no_process_behind(tmp_path: Path) -> None:
 def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(tmp_path: Path) -> None:
     server = Valkey(tmp_path / "data")
     assert server.socket == Valkey(tmp_path / "." / "data").socket != Valkey(tmp_path / "other").socket
-    server.socket.parent.mkdir(mode=0o755)  # as somebody else might have, to be in between
-    try:
-        with pytest.raises(SettingsError, match="not this user's own"):
+    place = server.socket.parent
+    for arrange in (lambda: place.mkdir(mode=0o755), place.touch):  # as somebody else might have
+        arrange()
+        with pytest.raises(SettingsError, match="not a folder of this user's alone"):
             server.start()
-    finally:
         server.stop()
-    assert not server.socket.parent.exists()
+    place.unlink()
+    server.start()
+    server.stop()
+    assert not place.exists()
