@@ -29,7 +29,7 @@ from workers.protocol import Run, Step
 
 CALLS: Final = 30
 STEPS: Final = 20
-SIDE: Final = 192
+SIDE: Final = 64
 TASKS: Final = 20, 200
 
 
