@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -111,7 +112,8 @@ def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(
     server = Valkey(tmp_path / "data")
     assert server.socket == Valkey(tmp_path / "." / "data").socket != Valkey(tmp_path / "other").socket
     place = server.socket.parent
-    for arrange in (lambda: place.mkdir(mode=0o755), place.touch):  # as somebody else might have
+    others: list[Callable[[], object]] = [lambda: place.mkdir(mode=0o755), place.touch]
+    for arrange in others:
         arrange()
         with pytest.raises(SettingsError, match="not a folder of this user's alone"):
             server.start()
