@@ -7,7 +7,7 @@ beside it what it has checked, and nothing is loaded that it did not write down.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,7 +103,7 @@ def _best(variant: str | None, folder: str, files: list[Wanted]) -> str:
     return variant if variant in here and variant is not None else ""
 
 
-def pull(weights: Weights, told: Callable[[Wanted], None] = lambda _: None) -> int:
+def pull(weights: Weights) -> int:
     """Every file of the weights is here, whole, and what the revision says: how many bytes. Goes on with what was begun before.
 
     Raises ModelUnavailable where the hub cannot be reached, or sends something else.
@@ -115,7 +115,6 @@ def pull(weights: Weights, told: Callable[[Wanted], None] = lambda _: None) -> i
         return 0
     known: dict[str, _Checked] = {}
     for file in listing(weights):
-        told(file)
         try:
             path = Path(hf_hub_download(weights.repository, file.name, revision=weights.revision))
         except Exception as error:

@@ -241,6 +241,22 @@ def test_what_a_model_cannot_do_is_refused_by_name_before_anything_is_loaded(
     assert not shelf.ready(name)
 
 
+def test_what_a_model_does_not_read_is_named_in_the_warnings(
+    studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(name: str, **given: Any) -> list[str]:
+        return list(studio.make(name, stills, **asked(name), **given).made.metadata["warnings"])
+
+    assert warned("animatediff", loop=True) == ["loop is not used: animatediff makes no loops"]
+    assert len(warned("vits", emotion="sad", pace="slow", background_noise="rain")) == 3
+    assert warned("ltx_condition", storyboard_images=[FIRST, SECOND, FIRST]) == ["3 images do not fit into the clip: 2 are used"]
+    given = seen_calls(monkeypatch)
+    sound = ("stable_audio", studio.entry("stable_audio"))
+    studio.make("ltx", **asked("ltx"), audio_cues=["sea"], sound=sound, steps=1, negative_prompt="fog")
+    assert [call["num_inference_steps"] for call in given[-2:]] == [1, 4], "steps are the picture's, and not the sound's"
+    assert "negative_prompt" not in given[-1]
+
+
 def test_a_line_without_a_letter_that_the_model_knows_is_refused(studio: Studio) -> None:
     with pytest.raises(InvalidInput, match="knows none of its letters"):
         studio.make("vits", text="\u4f60\u597d", output_format="wav")

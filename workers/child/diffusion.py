@@ -96,9 +96,13 @@ def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, refer
             f"ask for {most:.1f} s, or for a model that takes images"
         )
     cues = params.audio_cues if isinstance(params, VideoParams) else []
+    if isinstance(params, AnimationParams) and params.loop:
+        take.warnings.append(f"loop is not used: {take.run.model} makes no loops")
     loaded = _load(take, entry, "generating_video", *(["sound"] if cues else []), "mux")
     pictures: list[Image.Image] = []
     at = dict(zip(fit.moments(len(images), windows[-1].first + windows[-1].frames, entry.limits.frame_step), images, strict=True))
+    if len(at) < len(images):
+        take.warnings.append(f"{len(images)} images do not fit into the clip: {len(at)} are used")
     if images and "frame_index" not in inspect.signature(loaded.image_pipe.__call__).parameters:
         windows = fit.windows(entry.limits, form.seconds, list(at))  # so that each image is at an end of one
     generator = _generator(take.seed)
@@ -216,7 +220,7 @@ def _modelled(take: Take, cues: list[str], seconds: float) -> Samples | None:
         return None
     parts = []
     for number, cue in enumerate(cues):
-        given = _arguments(take, entry) | {"prompt": cue, "generator": _generator(take.seed + number)}
+        given = _defaults(entry) | {"prompt": cue, "generator": _generator(take.seed + number)}  # steps and the like are the picture's
         samples, rate = _heard(take, loaded, given, min(seconds, entry.limits.seconds or seconds))
         parts.append(media.resampled(np.repeat(samples, 2, axis=1) if samples.shape[1] == 1 else samples, rate, media.CLIP_SAMPLE_RATE))
     return np.concatenate(parts)
@@ -266,16 +270,19 @@ def _pipe(take: Take, loaded: Loaded, with_images: bool) -> Any:
 def _arguments(take: Take, entry: Model) -> dict[str, Any]:
     """What a call is given whatever it makes: the task's own words first, then the model's defaults."""
     params = take.params
-    steps = params.steps if params.steps is not None else entry.defaults.steps
-    guidance = params.guidance_scale if params.guidance_scale is not None else entry.defaults.guidance
+    own = {"num_inference_steps": params.steps, "guidance_scale": params.guidance_scale, "negative_prompt": params.negative_prompt or None}
     return {
         "prompt": prompts.prompt(params),
         "generator": _generator(take.seed),
-        **({"negative_prompt": params.negative_prompt} if params.negative_prompt else {}),
-        **({} if steps is None else {"num_inference_steps": steps}),
-        **({} if guidance is None else {"guidance_scale": guidance}),
-        **entry.call,
+        **_defaults(entry),
+        **{name: value for name, value in own.items() if value is not None},
     }
+
+
+def _defaults(entry: Model) -> dict[str, Any]:
+    """What a call of the model is given where the task does not say."""
+    found = {"num_inference_steps": entry.defaults.steps, "guidance_scale": entry.defaults.guidance, **entry.call}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _strength(take: Take, entry: Model) -> float:

@@ -34,7 +34,11 @@ def check(take: Take, entry: Model, params: AudioParams) -> None:
             f"task_data.character_voice_profile: {take.run.model} has a voice of its own and cannot take on that of a sample; "
             "leave it out, or ask for a model that can (`movieq models list` shows which)"
         )
-    take.warnings += [f"{name} is not used: {take.run.model} reads the text alone" for name in ("emotion", "pace") if getattr(params, name)]
+    take.warnings += [
+        f"{name} is not used: {take.run.model} reads the text alone"
+        for name in ("emotion", "pace", "background_noise")
+        if getattr(params, name)
+    ]
 
 
 def speak(take: Take, loaded: Loaded, params: AudioParams) -> tuple[Samples, int]:
