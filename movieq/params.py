@@ -270,6 +270,8 @@ def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str,
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
                 errors.append(_problem(field.encode_name, value, str(error)))
+        elif field.required:  # of a plug-in's: ours have none
+            errors.append((f"task_data.{field.encode_name}", "it is needed"))
     return errors
 
 

@@ -37,12 +37,14 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "animatediff": {"pipeline": "AnimateDiffPipeline", "limits": {"sides": 8, "pixels": [1, 4096], "frames": 16, "fps": 8}},
     "stable_audio": {"pipeline": "StableAudioPipeline", "limits": {"seconds": 10}, "defaults": {"steps": 4, "guidance": 100}},
     "vits": {"pipeline": "VitsModel", "languages": ["en"]},
+    "csm": {"pipeline": "CsmForConditionalGeneration", "languages": ["en"], "voices": True},
 }
 """Every model of `tiny`, as an entry of the table."""
 
 IMAGES = {"sd", "sd3", "flux", "z_image"}
 ANIMATIONS = {"animatediff"}
-SOUNDS = {"stable_audio", "vits"}
+SPEAKERS = {"vits", "csm"}
+SOUNDS = {"stable_audio", *SPEAKERS}
 
 
 def task_of(name: str) -> str:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from movieq.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnsupportedParameter
-from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, Result, Studio, difference, task_of
+from movieq.params import AudioFormat
+from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, SPEAKERS, Result, Studio, difference, task_of
 from workers import protocol
-from workers.child import diffusion, loudness, shelf
+from workers.child import diffusion, loudness, media, shelf
 from workers.child.take import TakeCancelled
 from workers.protocol import Done, FromChild, Note, Step
 
@@ -35,7 +36,7 @@ def asked(name: str, prompt: str = "a lighthouse in a storm") -> dict[str, Any]:
         case "generate_image":
             return {"prompt": prompt, "resolution": "96x64", "format": "png"}
         case "process_audio":
-            return {"text": f"{prompt}. All hands!", "output_format": "wav"} if name == "vits" else {
+            return {"text": f"{prompt}. All hands!", "output_format": "wav"} if name in SPEAKERS else {
                 "prompt": prompt, "duration": 2, "output_format": "wav"
             }  # fmt: skip
         case _:
@@ -97,7 +98,7 @@ def test_a_seed_gives_the_same_bytes_and_another_prompt_another_result(studio: S
 @pytest.mark.parametrize("name", ENTRIES)
 def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills: dict[str, Path], name: str) -> None:
     result = studio.make(name, stills, **asked(name), **with_images(name))
-    stages = ["load", "denoise", "mux"] if name == "vits" else ["load", "encode", "denoise", "decode", "mux"]
+    stages = ["load", "denoise", "mux"] if name in SPEAKERS else ["load", "encode", "denoise", "decode", "mux"]
     assert result.stages == stages
     again = studio.make(name, stills, **asked(name), **with_images(name))
     assert again.stages == stages[1:], "it is in memory already"
@@ -216,6 +217,55 @@ def test_sound_cues_are_made_by_the_sound_model_and_mixed_under_the_picture(stud
     absent = studio.entry("stable_audio", weights={"repository": str(folder / "nothing")})
     synthesized = studio.make("ltx", **asked("ltx"), audio_cues=["sea"], sound=("absent", absent))
     assert synthesized.made.metadata["warnings"] == ["the sound is the animatic's: no model for sound is on this worker's machine"]
+
+
+def test_a_line_is_spoken_on_in_the_voice_of_a_sample_else_of_its_own_first_sentence(
+    studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CsmProcessor
+
+    heard: list[Any] = []
+    read = CsmProcessor.apply_chat_template
+
+    def seen(self: Any, turns: Any, **options: Any) -> Any:
+        heard.append(turns)
+        return read(self, turns, **options)
+
+    monkeypatch.setattr(CsmProcessor, "apply_chat_template", seen)
+    tones = {f"https://a.example/{hertz}.wav": tone(folder / f"{hertz}.wav", hertz) for hertz in (110, 880)}
+    low, high = (studio.make("csm", tones, **asked("csm"), character_voice_profile=each) for each in tones)
+    assert difference(low.decoded, high.decoded) >= 2 / 255
+    samples = [turns[0]["content"][1]["audio"] for turns in heard]
+    assert len(samples) == 4, "two sentences each"
+    assert all(len(each) == 20 * 24_000 for each in samples)
+    assert samples[0] is samples[1]
+    assert "of character_voice_profile the first 20 s are used" in low.made.metadata["warnings"]
+    heard.clear()
+    studio.make("csm", **asked("csm"))
+    assert [len(turns) for turns in heard] == [1, 2]
+    assert heard[1][0]["content"][0]["text"] == "a lighthouse in a storm."
+
+
+def tone(path: Path, hertz: int) -> Path:
+    """Twenty-one seconds of a tone."""
+    samples = np.sin(np.arange(21 * 16_000) * 2 * np.pi * hertz / 16_000).astype(np.float32)[:, None]
+    media.write_sound(
+        path,
+        samples,
+        16_000,
+        AudioFormat.WAV,
+        media.Tags(title="", prompt="", seed=0, engine="", model="", version="", task=""),
+        lambda *_: None,
+    )
+    return path
+
+
+def test_a_voice_sample_without_sound_is_refused(studio: Studio, folder: Path) -> None:
+    (folder / "broken.wav").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
+    with pytest.raises(InvalidInput, match=r"https://a.example/v.wav: .*sound"):
+        studio.make(
+            "csm", {"https://a.example/v.wav": folder / "broken.wav"}, **asked("csm"), character_voice_profile="https://a.example/v.wav"
+        )
 
 
 # ── What cannot be had ──

@@ -444,6 +444,76 @@ def vits(path: Path) -> None:
     tok.save_pretrained(path)
 
 
+def csm(path: Path) -> None:
+    """Speaks on in the voice that it hears."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import CsmConfig, CsmForConditionalGeneration, CsmProcessor, EncodecFeatureExtractor, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<bos>", "<eos>", "<|AUDIO|>", "<|audio_eos|>"]
+    vocab = {each: number for number, each in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=specials[3:]
+    )
+    config = CsmConfig(
+        num_codebooks=4,
+        vocab_size=64,
+        text_vocab_size=len(vocab),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        codebook_pad_token_id=63,
+        codebook_eos_token_id=0,
+        bos_token_id=1,
+        audio_token_id=3,
+        audio_eos_token_id=4,
+        depth_decoder_config={
+            "num_codebooks": 4,
+            "backbone_hidden_size": 16,
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 5,
+        },
+        codec_config={
+            "model_type": "mimi",
+            "sampling_rate": 24000,
+            "hidden_size": 32,
+            "num_filters": 4,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "codebook_size": 64,
+            "codebook_dim": 8,
+            "vector_quantization_hidden_dimension": 8,
+            "num_quantizers": 4,
+            "upsample_groups": 32,
+            "head_dim": 16,
+        },
+    )
+    model = CsmForConditionalGeneration(config)
+    for name, buffer in model.codec_model.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer.normal_()
+    model.generation_config.update(do_sample=True, temperature=0.9, max_new_tokens=25)
+    model.save_pretrained(path)
+    template = (
+        "{% for m in messages %}<bos>[{{ m.role }}]{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}<eos>"
+        "{% else %}<|AUDIO|><|audio_eos|>{% endif %}{% endfor %}{% endfor %}"
+    )
+    CsmProcessor(EncodecFeatureExtractor(sampling_rate=24000), tokenizer, chat_template=template).save_pretrained(path)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (sd, sd3, flux, z_image, ltx, ltx_condition, wan, wan_i2v, animatediff, stable_audio, vits)
+    f.__name__: f for f in (sd, sd3, flux, z_image, ltx, ltx_condition, wan, wan_i2v, animatediff, stable_audio, vits, csm)
 }

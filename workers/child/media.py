@@ -10,6 +10,7 @@ Library errors (av.FFmpegError) are not translated: what we hand to an encoder i
 from __future__ import annotations
 
 import io
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from PIL import Image, PngImagePlugin
 
+from movieq.errors import InvalidInput
 from movieq.params import AudioFormat, ImageFormat
+from workers.child.take import shown
 
 Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
@@ -221,6 +224,29 @@ def resampled(samples: Samples, rate: int, wanted: int) -> Samples:
     resampler = av.AudioResampler("fltp", "stereo" if samples.shape[1] == 2 else "mono", wanted)
     frames = [out for frame in (*_audio_frames(samples, rate), None) for out in resampler.resample(frame)]
     return np.concatenate([frame.to_ndarray().T for frame in frames]).astype(np.float32)
+
+
+def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[Samples, bool]:
+    """The sound of a file as mono samples at `rate` Hz, at most so long, and whether it went on.
+
+    Raises InvalidInput, naming the reference, where there is none.
+    """
+    wanted, size = round(seconds * rate), 0
+    found: list[Samples] = []
+    try:
+        with av.open(str(path)) as container:
+            plain = av.AudioResampler("fltp", "mono", rate)
+            for frame in itertools.chain(container.decode(audio=0), (None,)):
+                for each in plain.resample(frame):
+                    found.append(each.to_ndarray()[0])
+                    size += len(found[-1])
+                if size > wanted:
+                    break
+    except (av.FFmpegError, IndexError) as error:  # damaged behind its header, or a film without sound
+        raise InvalidInput(f"{shown(reference)}: its sound cannot be read: {error}") from error
+    if not size:
+        raise InvalidInput(f"{shown(reference)}: there is no sound in it")
+    return np.concatenate(found)[:wanted].astype(np.float32), size > wanted
 
 
 class _Sound(NamedTuple):

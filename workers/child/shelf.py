@@ -19,7 +19,10 @@ KEPT_SHARE: Final = 0.5
 
 
 class Loaded:
-    """A model in memory: `pipe` for tasks without images, `image_pipe` for those with; either may be missing."""
+    """A model in memory: `pipe` for tasks without images, `image_pipe` for those with; either may be missing.
+
+    `tokenizer` is that of a model that speaks; of one that takes a voice from a sample it is the processor, which hears too.
+    """
 
     def __init__(self, entry: Model, pipe: Any, image_pipe: Any, tokenizer: Any = None) -> None:
         self.entry = entry
@@ -107,7 +110,7 @@ def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
     source = folders[entry.weights] / entry.weights.subfolder
     if entry.languages:
         model = cls.from_pretrained(source, **options).to(device).eval()
-        tokenizer = class_of("AutoTokenizer").from_pretrained(source, local_files_only=True)
+        tokenizer = class_of("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
         return Loaded(entry, model, None, tokenizer)
     components = {part: _component(each, folders[each], options) for part, each in entry.components.items()}
     variant = {"variant": entry.weights.variant} if entry.weights.variant else {}

@@ -12,12 +12,19 @@ import torch
 from movieq.errors import InvalidInput, UnsupportedParameter
 from movieq.models import Model
 from movieq.params import AudioParams
+from workers.child import media
 from workers.child.media import Samples
 from workers.child.shelf import Loaded
 from workers.child.take import Take
 from workers.child.watch import Watch
 
 LUFS: Final = -16.0
+SAMPLE_S: Final = 20.0
+"""Of a voice sample that a model hears."""
+FRAME_S: Final = 0.08
+"""What a model that speaks frame by frame adds at a time: 12.5 a second, as all codecs of that kind have it."""
+SLOWEST: Final = 8
+"""Characters a second of the slowest voice: what a sentence may take, and two seconds more."""
 PAUSE_S: Final = 0.25
 """Between two sentences."""
 MOST: Final = 400
@@ -44,23 +51,88 @@ def check(take: Take, entry: Model, params: AudioParams) -> None:
 def speak(take: Take, loaded: Loaded, params: AudioParams) -> tuple[Samples, int]:
     """The text as mono samples and their rate. Raises InvalidInput where there is nothing that can be spoken."""
     assert params.text is not None
-    model, tokenizer = loaded.pipe, loaded.tokenizer
-    rate = int(model.config.sampling_rate)
+    rate = int(loaded.tokenizer.feature_extractor.sampling_rate if loaded.entry.voices else loaded.pipe.config.sampling_rate)
     pause = np.zeros(round(PAUSE_S * rate), np.float32)
     spoken: list[Samples] = []
     pieces = list(sentences(params.text))
-    with Watch(take, model) as watch, torch.random.fork_rng(), torch.inference_mode():
+    say = _Voice(take, loaded, params, rate, len(pieces)).say if loaded.entry.voices else _Letters(take, loaded).say
+    with Watch(take, loaded.pipe) as watch, torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(take.seed)  # these models take no generator
         for number, piece in enumerate(pieces, 1):
-            found: Any = tokenizer(piece, return_tensors="pt").to(take.device)
-            if found["input_ids"].shape[-1]:
-                samples = model(**found).waveform[0].float().cpu().numpy()
+            if (samples := say(piece)) is not None:
                 spoken += [samples, pause]
             take.step("denoise", number, len(pieces))
     loaded.seconds |= watch.seconds
     if not spoken:
         raise InvalidInput(f"task_data.text: {take.run.model} knows none of its letters")
     return np.concatenate(spoken[:-1])[:, None], rate
+
+
+class _Letters:
+    """A model with one voice, which makes a sentence in one pass (VITS)."""
+
+    def __init__(self, take: Take, loaded: Loaded) -> None:
+        self._device = take.device
+        self._loaded = loaded
+
+    def say(self, piece: str) -> Samples | None:
+        found: Any = self._loaded.tokenizer(piece, return_tensors="pt").to(self._device)
+        if not found["input_ids"].shape[-1]:
+            return None
+        samples: Samples = self._loaded.pipe(**found).waveform[0].float().cpu().numpy()
+        return samples
+
+
+class _Voice:
+    """A model that goes on in the voice that it has heard (CSM): that of the sample, else that of its own first sentence."""
+
+    def __init__(self, take: Take, loaded: Loaded, params: AudioParams, rate: int, pieces: int) -> None:
+        self._take = take
+        self._loaded = loaded
+        self._rate = rate
+        self._said, self._pieces = 0, pieces
+        self._heard: tuple[str, Samples] | None = None
+        if voice := params.character_voice_profile:
+            sample, more = media.read_sound(voice, take.input(voice), rate, SAMPLE_S)
+            self._heard = "", sample
+            if more:
+                take.warnings.append(f"of character_voice_profile the first {SAMPLE_S:g} s are used")
+
+    def say(self, piece: str) -> Samples | None:
+        turns = [_turn(piece)] if self._heard is None else [_turn(*self._heard), _turn(piece)]
+        given = self._loaded.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+        model = self._loaded.pipe
+        frames = round((len(piece) / SLOWEST + 2) / FRAME_S)
+        counted = _Counted(self._take, self._said, self._pieces, frames)
+        (found,) = model.generate(**given.to(model.device, model.dtype), output_audio=True, max_new_tokens=frames, streamer=counted)
+        self._said += 1
+        if counted.frames >= frames:
+            self._take.warnings.append(f"the model did not come to an end within {frames * FRAME_S:.0f} s: {piece[:60]!r} may be cut off")
+        samples: Samples = found.float().cpu().numpy()
+        self._heard = self._heard or (piece, samples[: round(SAMPLE_S * self._rate)])
+        return samples if len(samples) else None
+
+
+def _turn(text: str, sound: Samples | None = None) -> dict[str, Any]:
+    """A turn of a conversation, in the words of transformers' chat templates."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return {"role": "0", "content": content if sound is None else [*content, {"type": "audio", "audio": sound}]}
+
+
+class _Counted:
+    """Hears each frame as it is made, as a streamer of transformers."""
+
+    def __init__(self, take: Take, said: int, pieces: int, most: int) -> None:
+        self.frames = -1  # the prompt comes first
+        self._take = take
+        self._said, self._pieces, self._most = said, pieces, most
+
+    def put(self, value: Any) -> None:
+        self.frames += 1
+        self._take.step("denoise", self._said * self._most + min(max(self.frames, 0), self._most - 1), self._pieces * self._most)
+
+    def end(self) -> None:
+        pass
 
 
 def sentences(text: str) -> Iterator[str]:

@@ -1,0 +1,102 @@
+"""What an engine can do to its process, by a plug-in that does it: each costs a try and a respawn, and the worker goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engines.test_plugins import installed
+from tests.fleet import eventually, python_path
+from tests.service import Service, service
+from workers.engine import CANCEL_GRACE_S
+from workers.protocol import EXIT_BROKEN
+
+pytestmark = pytest.mark.timeout(120)
+
+ENGINE = """
+import re
+from pathlib import Path
+from PIL import Image
+from movieq.params import Params
+from movieq.plugins import NewTaskType, Plugin
+from workers.child.take import Made
+from workers.protocol import Produced, Stage
+
+class FaultParams(Params, frozen=True, kw_only=True):
+    fault: str
+    once: str
+
+    @property
+    def description(self):
+        return self.fault
+
+def make(take):
+    take.plan(Stage("work", "working", 1.0))
+    take.begin("work")
+    mark = Path(take.params.once)
+    if not mark.exists():
+        mark.touch()
+        if take.params.fault == "hang":
+            re.match(r"(a|a)+b", "a" * 64)  # for ever, and no other thread of the process comes to anything
+        if take.params.fault == "cuda":
+            try:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            except RuntimeError as error:
+                raise ValueError("the denoiser failed") from error
+    Image.new("RGB", (64, 64)).save(path := take.out_dir / "output.png")
+    return Made((Produced(str(path), "output", "image/png", 64, 64),), {})
+
+plugin = Plugin(
+    task_types={"fault": NewTaskType(params=FaultParams)},
+    engines={"faults": "faults"},
+    models={"faults": {"engine": "faults", "kind": "cpu_intensive", "tasks": {"fault": 1}}},
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with that engine, which kills what shows no progress for three seconds."""
+    folder = tmp_path_factory.mktemp("faults")
+    site = folder / "site"
+    site.mkdir()
+    with service(folder, PYTHONPATH=python_path(installed(site, ("faults", ENGINE))), MOVIEQ_STEP_TIMEOUT_S="3") as made:
+        yield made
+
+
+def exit_codes(running: Service) -> list[int]:
+    """Of the children that ended so far."""
+    return [line["exit_code"] for line in running.log if line.get("message") == "child_ended"]
+
+
+async def test_a_model_that_hangs_is_killed_after_the_time_of_a_step_and_tried_again(running: Service, folder: Path) -> None:
+    ended = await running.ended(await running.submit("fault", {"fault": "hang", "once": str(folder / "once")}))
+    assert (ended["status"], ended["attempt"]) == ("completed", 2), ended
+    assert -9 in exit_codes(running)
+
+
+async def test_a_model_that_hangs_and_is_cancelled_is_killed_after_the_grace(running: Service, folder: Path) -> None:
+    task_id = await running.submit("fault", {"fault": "hang", "once": str(folder / "once")})
+    await running.until(task_id, "stage", "work")
+    before = len(exit_codes(running))
+    assert (await running.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200
+    begun = asyncio.get_running_loop().time()
+    await eventually(lambda: len(exit_codes(running)) > before, CANCEL_GRACE_S + 10)
+    assert asyncio.get_running_loop().time() - begun < CANCEL_GRACE_S + 3
+    ended = await running.ended(await running.submit("fault", {"fault": "none", "once": str(folder / "once")}))
+    assert (ended["status"], ended["attempt"]) == ("completed", 1)
+
+
+async def test_a_child_whose_cuda_broke_ends_by_itself_and_the_next_one_makes_it(running: Service, folder: Path) -> None:
+    ended = await running.ended(await running.submit("fault", {"fault": "cuda", "once": str(folder / "once")}))
+    assert (ended["status"], ended["attempt"]) == ("completed", 2), ended
+    assert EXIT_BROKEN in exit_codes(running)
+
+
+async def test_a_field_that_a_plug_in_needs_is_named_where_it_is_missing(running: Service) -> None:
+    body = {"project_id": "film", "task_type": "fault", "task_data": {"fault": "none"}}
+    status, answer = await running.call("POST", "/tasks/submit", json=body)
+    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "it is needed"}])
