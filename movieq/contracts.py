@@ -230,6 +230,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     created_at_ms: int
     estimate_ms: int
     max_ms: int
+    batch: str = ""
     attempt: int = 0
     run: RunToken | None = None
     worker_id: str | None = None
@@ -295,6 +296,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     memory_total: int
     temperature: float | None
     power: float | None
+    idle_gap: float | None = None
+    """Seconds that the device waited between two tasks, where the second was there: the median of the last thousand."""
     models: list[str]
     host: str
     version: str

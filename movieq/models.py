@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from movieq.contracts import Kind
 from movieq.errors import SettingsError, ValidationFailed
-from movieq.params import AnimationParams, AudioParams, ImageParams, Params, TaskType, VideoParams, frames
+from movieq.params import AnimationParams, AudioParams, ImageParams, Params, TaskType, VideoParams, frames, size
 from movieq.settings import EngineChoice
 
 ANIMATIC: Final = "animatic"
@@ -71,6 +71,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What its movement was trained at."""
     seconds: Annotated[float, Meta(gt=0)] | None = None
     """The longest sound."""
+    batch: list[tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=2, le=16)]]] = []
+    """Up to how many pixels of a picture how many are made at once: [[262144, 8], [589824, 4]]."""
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,6 +148,8 @@ def _problem(model: Model) -> str | None:
     for weights in (model.weights, *model.components.values()):
         if weights.revision is None and not Path(weights.repository).is_absolute():
             return f"{weights.repository}: name the revision, a commit of 40 hex digits, or a folder by its whole path"
+    if model.limits.batch and model.first_block_cache is not None:
+        return "limits.batch: not together with first_block_cache, which decides over a whole batch"
     if model.limits.pixels[0] > model.limits.pixels[1]:
         return f"limits.pixels: the fewest come first, got {list(model.limits.pixels)}"
     return None
@@ -205,6 +209,21 @@ def _called(task_type: TaskType, params: Params) -> str:
     if isinstance(params, AudioParams):
         return f"{task_type} with text" if params.text is not None else f"{task_type} without text"
     return task_type
+
+
+def batch(name: str, model: Model, params: Params) -> tuple[str, int]:
+    """The key of the tasks that can be made with this one in one call of the model, and how many at most; "" and 1 where none can.
+
+    All that a call has one value for is in the key: pictures of one size, from words alone, by as many steps and as much guidance. Never
+    with a cache that skips steps: it decides over the whole batch, and a row would differ.
+    """
+    if not isinstance(params, ImageParams) or params.references or model.engine != Engine.DIFFUSERS or model.first_block_cache is not None:
+        return "", 1
+    width, height = size(params.resolution)
+    rows = next((rows for pixels, rows in sorted(model.limits.batch) if width * height <= pixels), 1)
+    if rows == 1:
+        return "", 1
+    return f"{name}|{params.resolution}|{params.steps}|{params.guidance_scale}|{params.negative_prompt is not None}", rows
 
 
 def shape(model: str, task_type: TaskType, params: Params) -> str:

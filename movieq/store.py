@@ -105,6 +105,9 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     metadata: bytes
     estimate_ms: int
     max_ms: int
+    batch: str = ""
+    """Tasks of one such key can be made at once, `batch_rows` at most."""
+    batch_rows: int = 1
     callback_url: str = ""
     start_by_ms: int | None = None
     finish_by_ms: int | None = None
@@ -126,12 +129,24 @@ class Accepted(msgspec.Struct, frozen=True):
     replayed: bool
 
 
+class Slot(msgspec.Struct, frozen=True):
+    """Where a worker can put a task, or a batch of them: the kinds that it takes and the models in its memory.
+
+    One that is not `free` yet will be in a moment: no submit wakes its worker.
+    """
+
+    kinds: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    free: bool = True
+
+
 class Claimed(msgspec.Struct, frozen=True):
-    """A task that a worker is to run: `job` is arq's definition (msgpack)."""
+    """A task that a worker is to run: `job` is arq's definition (msgpack); those of one `slot` are to be made at once."""
 
     task: Task
     run: RunToken
     job: bytes
+    slot: int
 
 
 class Logged(msgspec.Struct, frozen=True):
@@ -270,14 +285,23 @@ class Store:
 
     # ── Verbs of workers ──
 
-    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int], weights: bytes = b"{}") -> list[Claimed]:
-        """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks.
+    async def claim(
+        self, worker_id: str, nonce: str, slots: Sequence[Slot], weights: bytes = b"{}", rows: Mapping[str, int] | None = None
+    ) -> list[Claimed]:
+        """Tasks that this worker is to run now: one for each slot, or as many of one batch key. The same nonce answers the same tasks.
 
-        `weights`: JSON of project -> share of the queue.
+        `weights`: JSON of project -> share of the queue. `rows`: batch key -> how many the worker can make at once, where it knows.
         """
-        rest = [part for kind, slots in free.items() for part in (kind, slots)]
-        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS, weights=weights)
-        return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job) for _, run, job, flat in answer]
+        answer = await self._verb(
+            "claim",
+            worker_id=worker_id,
+            nonce=nonce,
+            lease_ms=LEASE_MS,
+            weights=weights,
+            rows=msgspec.json.encode(rows or {}),
+            slots=msgspec.json.encode(slots),
+        )
+        return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job, slot) for _, run, slot, job, flat in answer]
 
     async def report(
         self,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from movieq.contracts import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, StoredMedia, StoredResult, TaskId
 from movieq.params import TaskType
-from movieq.store import Claimed, NewTask, Store
+from movieq.store import Claimed, NewTask, Slot, Store
+from workers.engine import Child, Progress
+from workers.protocol import Done, Run
 
 _nonces = itertools.count()
-CPU: dict[str, int] = {Kind.CPU_INTENSIVE: 1}
+CPU = [Slot((Kind.CPU_INTENSIVE,))]
 
 
 def raw(store: Store) -> Any:
@@ -43,7 +46,16 @@ def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask
 
 async def claim(store: Store, worker: str = "w1", slots: int = 1) -> list[Claimed]:
     """What a worker with free slots gets."""
-    return await store.claim(worker, f"nonce{next(_nonces)}", {Kind.CPU_INTENSIVE: slots})
+    return await store.claim(worker, f"nonce{next(_nonces)}", CPU * slots)
+
+
+async def ran(child: Child, request: Run, on_message: Callable[[Progress], None] = lambda message: None) -> Done:
+    """What a child made of a run that has it for itself."""
+    group = child.reserve([TaskId(request.task_id)])
+    try:
+        return await child.run(request, on_message, group)
+    finally:
+        child.leave(group, request.run)
 
 
 async def running(store: Store, worker: str = "w1", **fields: Any) -> tuple[TaskId, RunToken]:

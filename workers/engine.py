@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -27,14 +28,17 @@ from workers.protocol import (
     EXIT_UNFIT,
     HEADER,
     MAX_FRAME_BYTES,
+    Batch,
     Cancel,
     Done,
     Failed,
+    Free,
     FromChild,
     Note,
     Plan,
     Preview,
     Ready,
+    Rows,
     Run,
     Step,
     ToChild,
@@ -47,11 +51,16 @@ START_S: Final = 120.0
 CANCEL_GRACE_S: Final = 5.0
 RESPAWN_S: Final = 0.1, 30.0
 """Shortest and longest wait before a child that died is started again; long lives reset it."""
+AHEAD_S: Final = 2.0
+"""A child whose run ends in so short a time is given the next one, so that its inputs are there when the device is free."""
+AHEAD_MOST_S: Final = 10.0
+"""What has waited for so long is given back: what it waited for takes longer than it looked."""
+IDLES: Final = 1000
 STDERR_LINES: Final = 40
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 """What an engine must not do, whoever started the worker: fetch models, or run code that comes with them."""
 
-Progress = Plan | Step | Note | Preview
+Progress = Plan | Step | Note | Rows | Preview | Free
 """What a child says of a run before its end."""
 
 log = logs.get()
@@ -62,38 +71,138 @@ class ChildUnfit(MovieqError):
 
 
 class ChildDied(MovieqError):
-    """The child ended, or had to be killed, with a run. `exit_code` is negative for a signal; `stage` the last one that was heard of."""
+    """The child ended, or had to be killed, with a run. `exit_code` is negative for a signal; `stage` the last one that was heard of.
 
-    def __init__(self, message: str, exit_code: int | None, stage: str | None) -> None:
+    `blameless`: it was killed for another run's sake.
+    """
+
+    def __init__(self, message: str, exit_code: int | None, stage: str | None, *, blameless: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.stage = stage
+        self.blameless = blameless
+
+
+class Group:
+    """Runs that were claimed for one call of a child, mostly one: from the claim until the device needs nothing more of them."""
+
+    def __init__(self, task_ids: Sequence[TaskId], batch: str) -> None:
+        self.task_ids = tuple(task_ids)
+        self.batch = batch
+        self.since_s = time.monotonic()
+        self.remaining_s: Callable[[], float] = lambda: math.inf
+        """Until its end, as it looks now."""
+        self.begun = asyncio.Event()
+        """The child has it."""
+        self.overdue = False
+        """It takes longer than it looked: nothing more is claimed to come after it."""
+        self.waited = False
+        """It was there already when the device became free."""
+        self._missing = len(task_ids)
+        self._left: set[str] = set()
+        self._requests: dict[str, Run] = {}
+
+    def come(self, request: Run) -> None:
+        """A row is ready to be made."""
+        self._missing -= 1
+        self._requests[request.run] = request
+
+    def leave(self, run: str) -> bool:
+        """A row is over, whether it came or not; true where it was the last. Said again it changes nothing."""
+        if run not in self._left:
+            self._left.add(run)
+            if self._requests.pop(run, None) is None:
+                self._missing -= 1
+        return not self._missing and not self._requests
+
+    def message(self) -> Run | Batch | None:
+        """What the child is sent, once no row is missing."""
+        runs = tuple(self._requests.values())
+        return None if self._missing or not runs else runs[0] if len(runs) == 1 else Batch(runs)
 
 
 class Child:
-    """One child and its slot: at most one run at a time. `keep` must be running for it to live."""
+    """One child and its slots: a group of runs on its device, and one that comes next. `keep` must be running for it to live."""
 
     def __init__(self, name: str, kinds: tuple[Kind, ...], device: str, *, step_timeout_s: float) -> None:
         self.name = name
         self.kinds = kinds
         self.device = device
-        self.task_id: TaskId | None = None
+        self.groups: list[Group] = []
         self.tasks_completed = 0
         self.models: list[str] = []
         """Those in its memory."""
+        self.rows: dict[str, int] = {}
+        """Batch key -> how many rows its memory has room for, where that is known to be less than the table says."""
+        self.idle_s: deque[float] = deque(maxlen=IDLES)
+        """How long the device waited between two groups, where the second was there already when the first was done."""
+        self._on_room: Callable[[], None] = lambda: None
+        self._on_device: Group | None = None
+        self._free_since_s = time.monotonic()
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._serves = asyncio.Event()
         self._killed = False
-        self._run: str | None = None
-        self._inbox: asyncio.Queue[FromChild | None] = asyncio.Queue()
+        self._blamed: str | None = None
+        self._inboxes: dict[str, tuple[Group, asyncio.Queue[FromChild | None]]] = {}
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
 
     @property
     def free(self) -> bool:
         """Whether a run can begin now."""
-        return self._ready is not None and self.task_id is None
+        return self._ready is not None and not self.groups
+
+    @property
+    def soon(self) -> bool:
+        """Whether a run that is claimed now can begin in a moment: its inputs are fetched while the one before it ends."""
+        return self._ready is not None and len(self.groups) == 1 and not self.groups[0].overdue and self.groups[0].remaining_s() < AHEAD_S
+
+    @property
+    def task_id(self) -> TaskId | None:
+        """What it works on, or is about to; the first of a batch."""
+        group = self._on_device or (self.groups[0] if self.groups else None)
+        return group.task_ids[0] if group else None
+
+    def late(self) -> Group | None:
+        """The group that has waited for longer than it was claimed for, and should be given back; what it waits for is overdue."""
+        if len(self.groups) < 2 or time.monotonic() - self.groups[1].since_s < AHEAD_MOST_S or self.groups[1].begun.is_set():
+            return None
+        self.groups[0].overdue = True
+        return self.groups[1]
+
+    def reserve(self, task_ids: Sequence[TaskId], batch: str = "") -> Group:
+        """A slot for these tasks, which come to `run`, or leave."""
+        group = Group(task_ids, batch)
+        self.groups.append(group)
+        return group
+
+    def leave(self, group: Group, run: str) -> None:
+        """The run needs nothing more of its device, or never came so far."""
+        if group.leave(run):
+            self._release(group)
+        else:
+            self._advance()
+
+    def _release(self, group: Group) -> None:
+        """The slot of the group is another's."""
+        if group in self.groups:
+            self.groups.remove(group)
+            if self._on_device is group:
+                self._on_device, self._free_since_s = None, time.monotonic()
+            self._advance()
+            self._on_room()
+
+    def _advance(self) -> None:
+        """The group that has waited the longest, of those that are whole, has the device, where that is free."""
+        if self._ready is None or self._on_device is not None:
+            return
+        for group in self.groups:
+            if (message := group.message()) is not None and not group.begun.is_set():
+                self._on_device = group
+                group.waited = group.since_s < self._free_since_s
+                group.begun.set()
+                self._send(message)
+                return
 
     @property
     def pid(self) -> int | None:
@@ -107,16 +216,17 @@ class Child:
         except psutil.Error:
             return 0
 
-    async def keep(self, on_ready: Callable[[], None]) -> None:
-        """Starts the child, again whenever it ended, and ends it when cancelled. `on_ready` is called each time that it serves.
+    async def keep(self, on_room: Callable[[], None]) -> None:
+        """Starts the child, again whenever it ended, and ends it when cancelled. `on_room` is called each time that it has a slot more.
 
         Raises ChildUnfit.
         """
+        self._on_room = on_room
         wait_s = RESPAWN_S[0]
         while True:
             begun = time.monotonic()
             try:
-                await self._live(on_ready)
+                await self._live()
             except* (OSError, TimeoutError, ValueError, msgspec.MsgspecError) as group:  # its reader's come in a group
                 error = group.exceptions[0]
                 log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
@@ -128,30 +238,38 @@ class Child:
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RESPAWN_S[1])
 
-    async def run(self, request: Run, on_message: Callable[[Progress], None]) -> Done:
-        """What the child made of this run.
+    async def run(self, request: Run, on_message: Callable[[Progress], None], group: Group) -> Done:
+        """What the child made of this run, a row of its group.
 
         Raises the TaskFault that the engine reports; ChildDied where the child ended, or showed no progress for so long that it was killed.
-        Waits for the next child where the one that was free has died since: that death was not this run's. Cancelled, it stops the child
-        between two steps, kills it after a grace, and goes only when the child is free or gone.
+        Waits for its turn, and for the next child where the one that was free has died since: that death was not this run's. Cancelled, it
+        stops the child between two steps, kills it after a grace, and goes only when the child is free of it or gone.
         """
-        await self._served()
-        self._run = request.run
-        self._inbox = asyncio.Queue()
+        inbox: asyncio.Queue[FromChild | None] = asyncio.Queue()
+        self._inboxes[request.run] = group, inbox
         stage: str | None = None
         try:
-            self._send(request)
+            group.come(request)
+            self._advance()
+            await self._turn(group)
             while True:
                 try:
                     async with asyncio.timeout(self._step_timeout_s):
-                        message = await self._inbox.get()
+                        message = await inbox.get()
                 except TimeoutError:
-                    self.kill()
+                    self.kill(request.run)
                     raise ChildDied(f"the engine showed no progress for {self._step_timeout_s:g} s and was killed", None, stage) from None
                 match message:
                     case Plan() | Step() | Note() | Preview():
                         stage = message.stage if isinstance(message, Step) else stage
                         on_message(message)
+                    case Free():
+                        if group.waited:
+                            self.idle_s.append(message.idle_s)
+                        on_message(message)
+                        self.leave(group, request.run)
+                    case Rows():
+                        self.rows[group.batch] = message.rows
                     case Done():
                         self.tasks_completed += 1
                         self.models = list(message.models)
@@ -161,22 +279,33 @@ class Child:
                             self._gone()  # it ends by itself: nothing must be sent to it any more
                         raise self._fault(message)
                     case None:
-                        raise ChildDied(*await self._obituary(stage))
+                        raise await self._obituary(request.run, stage)
                     case _:
                         raise InternalFault(f"the engine answered {type(message).__name__} without being asked to")
         except asyncio.CancelledError:
-            stopping = asyncio.ensure_future(self._stop(request.run))
-            while not stopping.done():  # bounded by the grace; a second cancel must not leave a child that still works
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.shield(stopping)
-            stopping.result()
+            if group.begun.is_set():
+                stopping = asyncio.ensure_future(self._stop(request.run, inbox))
+                while not stopping.done():  # bounded by the grace; a second cancel must not leave a child that still works
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.shield(stopping)
+                stopping.result()
             raise
         finally:
-            self._run = None
+            del self._inboxes[request.run]
 
-    def kill(self) -> None:
-        """The child, and what it started, is gone; the next one starts at once."""
-        self._killed = True
+    async def _turn(self, group: Group) -> None:
+        """The child has the group. Raises InternalFault where there is no child for too long."""
+        while not group.begun.is_set():
+            try:
+                async with asyncio.timeout(START_S):
+                    await group.begun.wait()
+            except TimeoutError:
+                if self._ready is None:
+                    raise InternalFault(f"no engine came back within {START_S:g} s") from None
+
+    def kill(self, blamed: str | None = None) -> None:
+        """The child, and what it started, is gone, for the sake of one run or of all; the next one starts at once."""
+        self._killed, self._blamed = True, blamed
         self._kill()
 
     def _kill(self) -> None:
@@ -185,21 +314,12 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own
 
-    async def _served(self) -> None:
-        try:
-            async with asyncio.timeout(START_S):
-                while self._ready is None:
-                    await self._serves.wait()
-        except TimeoutError:
-            raise InternalFault(f"no engine came back within {START_S:g} s") from None
-
     def _gone(self) -> None:
         self._ready = None
         self.models = []
-        self._serves.clear()
 
-    async def _live(self, on_ready: Callable[[], None]) -> None:
-        self._killed = False
+    async def _live(self) -> None:
+        self._killed, self._blamed = False, None
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -222,14 +342,14 @@ class Child:
             if isinstance(first, Ready):
                 self._ready = first
                 self.models = list(first.models)
-                self._serves.set()
                 log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
-                on_ready()
+                self._advance()
+                self._on_room()
                 while (message := await self._receive(process.stdout)) is not None:
-                    if not isinstance(message, Ready) and message.run == self._run:
-                        self._inbox.put_nowait(message)
+                    if not isinstance(message, Ready) and message.run in self._inboxes:
+                        self._inboxes[message.run][1].put_nowait(message)
                 self._gone()
-                self._inbox.put_nowait(None)
+                self._tell_of_the_end()
             await process.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it started goes with it, and lets go of its standard error
@@ -247,7 +367,13 @@ class Child:
         if self._process is not None:
             self._kill()
             await asyncio.shield(self._process.wait())
-        self._inbox.put_nowait(None)
+        self._tell_of_the_end()
+
+    def _tell_of_the_end(self) -> None:
+        """Every run that the child had knows that it is dead."""
+        for group, inbox in self._inboxes.values():
+            if group.begun.is_set():
+                inbox.put_nowait(None)
 
     async def _receive(self, stream: asyncio.StreamReader) -> FromChild | None:
         try:
@@ -272,21 +398,22 @@ class Child:
             self._stderr.append(text)
             log.debug("child_says", child=self.name, text=text)
 
-    async def _stop(self, run: str) -> None:
+    async def _stop(self, run: str, inbox: asyncio.Queue[FromChild | None]) -> None:
         """The child no longer works on the run: it answered, or it is dead."""
         self._send(Cancel(run))
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
-                while isinstance(await self._inbox.get(), Progress):
+                while isinstance(await inbox.get(), Progress):
                     pass
         except TimeoutError:
             log.warning("child_killed", child=self.name, reason="it did not stop within the grace", grace_s=CANCEL_GRACE_S)
-            self.kill()
+            self.kill(run)
 
-    async def _obituary(self, stage: str | None) -> tuple[str, int | None, str | None]:
+    async def _obituary(self, run: str, stage: str | None) -> ChildDied:
         exit_code = await self._process.wait() if self._process else None
         how = f"signal {signal.Signals(-exit_code).name}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-        return f"the engine's process ended with {how}{f' at {stage}' if stage else ''}", exit_code, stage
+        text = f"the engine's process ended with {how}{f' at {stage}' if stage else ''}"
+        return ChildDied(text, exit_code, stage, blameless=self._blamed not in (None, run))
 
     def _fault(self, failed: Failed) -> TaskFault:
         if failed.traceback:

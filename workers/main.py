@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import secrets
 import signal
 import socket
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +35,7 @@ from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
-from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
+from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connect
 from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
@@ -162,23 +164,40 @@ class Worker(ArqWorker):
     async def _claim(self, runs: asyncio.TaskGroup) -> None:
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
             await self._renew()  # what is still ours must not be claimed anew
-        free: dict[str, int] = {"deliveries": 1}  # there are no tasks of this kind: an ended task wakes whoever is idle for it
-        for child in self.children:
-            for kind in child.kinds if child.free else ():
-                free[kind] = free.get(kind, 0) + 1
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
-            claimed = await self.store.claim(self.worker_id, self._nonce, free, self._weights)
+            rows = {key: most for child in self.children for key, most in child.rows.items()}
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows)
             self._nonce = None
-            for each in claimed:
-                self._begin(runs, each)
+            for _, together in itertools.groupby(claimed, key=lambda each: each.slot):
+                self._begin(runs, list(together))
 
-    def _begin(self, runs: asyncio.TaskGroup, claimed: Claimed) -> None:
-        child = next((child for child in self.children if child.free and claimed.task.kind in child.kinds), None)
-        if child is None:
-            runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
+    def _slots(self) -> list[Slot]:
+        """Where a task can go now, or in a moment."""
+        found = [
+            Slot(child.kinds, tuple(name for name in child.models if name != models.ANIMATIC), child.free)
+            for child in self.children
+            if child.free or child.soon
+        ]
+        return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
+
+    def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
+        """The tasks run: at once where a child is free, else when it will be."""
+        task = together[0].task
+        able = [child for child in self.children if (child.free or child.soon) and task.kind in child.kinds]
+        if not able:
+            for claimed in together:
+                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
             return
-        running = Running(claimed, child, self._wake.set)
+        child = min(able, key=lambda child: (not child.free, task.model not in child.models))
+        group = child.reserve([claimed.task.task_id for claimed in together], task.batch)
+        for claimed in together:
+            self._start(runs, Running(claimed, child, group))
+        if child.soon:
+            self._wake.set()
+
+    def _start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+        claimed = running.claimed
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
         try:
             job = msgspec.msgpack.decode(claimed.job)
@@ -203,6 +222,9 @@ class Worker(ArqWorker):
 
     async def _keep(self) -> None:
         while True:
+            for running in self.runs.values():
+                if running.group is running.child.late():
+                    running.stop("late")
             try:
                 await self._renew()
                 await self.store.tidy()
@@ -275,7 +297,8 @@ class Worker(ArqWorker):
                     memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
                     temperature=gpu.temperature if gpu else None,
                     power=gpu.power if gpu else None,
-                    models=child.models if child.free or child.task_id else [],
+                    models=child.models if child.pid else [],
+                    idle_gap=statistics.median(child.idle_s) if child.idle_s else None,
                     host=socket.gethostname(),
                     version=movieq.__version__,
                 )

@@ -2,7 +2,7 @@
 
 A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child answers
 `Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s, `Note`s and `Preview`s, and exactly one of `Done`, `Failed` and
-`Cancelled`.
+`Cancelled`. `Free` comes before, where the next run may begin while the rest of this one is done on the CPU.
 End of file on the child's input tells it to end at once; on its output, that the child is dead.
 """
 
@@ -43,6 +43,12 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     out_dir: str
     entry: Model | None = None
     sound: tuple[str, Model] | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, tag="batch"):
+    """Do these tasks in one call of their model: of one batch key, so that they differ in their texts and seeds alone."""
+
+    runs: tuple[Run, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -92,6 +98,21 @@ class Note(msgspec.Struct, frozen=True, tag="note"):
     text: str
 
 
+class Free(msgspec.Struct, frozen=True, tag="free"):
+    """The device was needed for `device_s`, after it had nothing to do for `idle_s`; what is left of the run is done beside the next."""
+
+    run: str
+    device_s: float
+    idle_s: float
+
+
+class Rows(msgspec.Struct, frozen=True, tag="rows"):
+    """The memory suffices for so many rows of the run's batch key at once, and not for more."""
+
+    run: str
+    rows: int
+
+
 class Preview(msgspec.Struct, frozen=True, tag="preview"):
     """A JPEG of at most 10 kB of what is being made."""
 
@@ -137,8 +158,8 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
     run: str
 
 
-ToChild = Run | Cancel
-FromChild = Ready | Plan | Step | Note | Preview | Done | Failed | Cancelled
+ToChild = Run | Batch | Cancel
+FromChild = Ready | Plan | Step | Note | Rows | Preview | Free | Done | Failed | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()
 to_child_decoder: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)

@@ -29,7 +29,7 @@ from movieq.models import Model
 from movieq.params import AudioParams, Params
 from movieq.storage import FolderStorage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
-from workers.engine import Child, ChildDied, Progress
+from workers.engine import Child, ChildDied, Group, Progress
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Note, Plan, Preview, Produced, Run, Step
 
@@ -56,10 +56,13 @@ class Parts(msgspec.Struct, frozen=True):
 class Running:
     """A run in hand. `stop` notes the reason before anything is cancelled."""
 
-    def __init__(self, claimed: Claimed, child: Child, on_free: Callable[[], None]) -> None:
+    def __init__(self, claimed: Claimed, child: Child, group: Group) -> None:
+        self.claimed = claimed
         self.task: Task = claimed.task
         self.run: RunToken = claimed.run
         self.child = child
+        self.group = group
+        """Those that are made with it at once, and its place on the child's device."""
         self.asyncio_task: asyncio.Task[None] | None = None
         self.reason: str | None = None
         self.abandoned = False
@@ -69,11 +72,10 @@ class Running:
         self.begun_s = time.monotonic()
         self.pace = Pace(self.task.estimate_ms / 1000)
         self.rendered = False
-        self._on_free = on_free
-        child.task_id = claimed.task.task_id
+        group.remaining_s = self.pace.remaining_s
 
     def stop(self, reason: str) -> None:
-        """The run ends soon: "cancelled" and "lost" write nothing, "drain" gives the task back uncounted."""
+        """The run ends soon: "cancelled" and "lost" write nothing, "drain" and "late" give the task back uncounted."""
         if self.reason is None and self.asyncio_task is not None:
             self.reason = reason
             if self.started:  # a task that is cancelled before its first step never comes to give anything back
@@ -87,10 +89,8 @@ class Running:
             self.asyncio_task.cancel()
 
     def free_slot(self) -> None:
-        """The child can take the next task."""
-        if self.child.task_id == self.task.task_id:
-            self.child.task_id = None
-            self._on_free()
+        """The device can be another's, where those of its group have left too."""
+        self.child.leave(self.group, self.run)
 
 
 async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
@@ -114,7 +114,8 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
             log.info("run_lost", attempt=task.attempt)
             await _disown(parts.store, running)
         except ChildDied as death:
-            await _give_back(parts.store, running, Counts.DEATHS, DEATHS_LIMIT, death.message, WorkerLost.code, death)
+            counts, limit = (Counts.DRAIN, 0) if death.blameless else (Counts.DEATHS, DEATHS_LIMIT)
+            await _give_back(parts.store, running, counts, limit, death.message, WorkerLost.code, death)
         except TaskFault as fault:
             if fault.retryable:
                 await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
@@ -125,7 +126,8 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
                 log.info("run_stopped", reason=running.reason, attempt=task.attempt)
                 await _disown(parts.store, running)
             else:
-                await _give_back(parts.store, running, Counts.DRAIN, 0, "its worker was stopped", WorkerLost.code)
+                why = "its worker was busy for longer than it looked" if running.reason == "late" else "its worker was stopped"
+                await _give_back(parts.store, running, Counts.DRAIN, 0, why, WorkerLost.code)
                 if running.reason is None:  # not the run but the worker is cancelled
                     raise
         except Exception as error:
@@ -174,7 +176,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             entry=parts.models.get(task.model),
             sound=models.sound(parts.models),
         )
-        done = await running.child.run(request, reporter.on_message)
+        done = await running.child.run(request, reporter.on_message, running.group)
     running.rendered = True
     running.free_slot()
     stored = await _store(parts, running, done)

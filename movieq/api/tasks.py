@@ -205,6 +205,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
     parsed, unread = params.parse(task_type, submitted.task_data)
     name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
     model = movieq.models[name]
+    batch, batch_rows = models.batch(name, model, parsed)
     priority = submitted.priority or 2
     deadline = submitted.deadline or Deadline()
     return NewTask(
@@ -221,6 +222,8 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         metadata=_metadata(submitted.metadata),
         estimate_ms=int(model.tasks[task_type] * 1000),
         max_ms=MAX_DURATION_S[task_type] * 1000,
+        batch=batch,
+        batch_rows=batch_rows,
         callback_url=_callback(movieq, submitted.callback_url),
         start_by_ms=_deadline("start_by", deadline.start_by),
         finish_by_ms=_deadline("finish_by", deadline.finish_by),

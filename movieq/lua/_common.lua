@@ -191,9 +191,9 @@ local function dequeue(t)
   end
 end
 
--- Adds to the virtual time of the task's project: a heavier project's time runs slower.
+-- Adds to the virtual time of the task's project: a heavier project's time runs slower; what is made at once shares the time.
 local function charge(t, ms)
-  ms = ms / (t.weight or 1)
+  ms = ms / (t.weight or 1) / (t.rows or 1)
   if redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
     redis.call('ZINCRBY', K.flows .. t.kind, ms, t.project_id)
   else

@@ -1,7 +1,7 @@
 #!lua
 -- Accepts a task: none -> queued. The only verb that a full memory refuses.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all
---   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, start_by_ms, finish_by_ms: '' for none
+-- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all
+--   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, batch, start_by_ms, finish_by_ms: '' for none
 --   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
 --   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
@@ -52,6 +52,10 @@ local fields = {
   silences = 0, progress = 0, current_step = 'waiting_in_queue',
 }
 if metadata ~= '{}' then fields.metadata = metadata end
+if batch ~= '' then
+  fields.batch = batch
+  fields.batch_rows = batch_rows
+end
 if callback_url ~= '' then fields.callback_url = callback_url end
 if start_by_ms ~= '' then fields.start_by_ms = start_by_ms end
 if finish_by_ms ~= '' then fields.finish_by_ms = finish_by_ms end

@@ -20,6 +20,7 @@ from PIL import Image
 
 from movieq.contracts import Kind
 from movieq.models import Model
+from tests.arrange import ran
 from tests.bench.report import percentile, report
 from tests.engines import tiny
 from workers.child import media, shelf
@@ -62,7 +63,7 @@ class Bench:
     async def served(self, **given: Any) -> float:
         """Seconds from the order to the file."""
         begun = time.perf_counter()
-        await self.child.run(self.run(**given), lambda message: None)
+        await ran(self.child, self.run(**given))
         return time.perf_counter() - begun
 
     def bare(self, pipe: Any) -> float:
@@ -83,7 +84,7 @@ class Bench:
             if isinstance(message, Step) and message.stage == stage:
                 entered.set()
 
-        running = asyncio.create_task(self.child.run(self.run(steps=100), hear))
+        running = asyncio.create_task(ran(self.child, self.run(steps=100), hear))
         await entered.wait()
         begun = time.perf_counter()
         running.cancel()

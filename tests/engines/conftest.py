@@ -119,18 +119,19 @@ class Studio:
 
     def take(self, name: str, said: Callable[[FromChild], None], inputs: dict[str, Path] | None = None, **given: Any) -> Take:
         """A run of a task by the model; `entry`, `seed` and `sound` beside its parameters."""
-        out = self._folder / f"out{next(self._count)}"
+        name_of_run = f"run{next(self._count)}"
+        out = self._folder / name_of_run
         out.mkdir()
         self.flag = Flag()
         entry, seed, sound = given.pop("entry", None) or self.entry(name), given.pop("seed", 1), given.pop("sound", None)
         paths = {reference: str(path) for reference, path in (inputs or {}).items()}
-        run = Run("run", "task", "film", task_of(name), "diffusers", name, given, {}, paths, seed, str(out), entry, sound)
+        run = Run(name_of_run, "task", "film", task_of(name), "diffusers", name, given, {}, paths, seed, str(out), entry, sound)
         return Take(run, said, self.flag)
 
     def make(self, name: str, inputs: dict[str, Path] | None = None, **given: Any) -> Result:
         """The result of a task."""
         said: list[FromChild] = []
-        return Result(diffusion.make(self.take(name, said.append, inputs, **given)), said)
+        return Result(diffusion.make(self.take(name, said.append, inputs, **given))(), said)
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from movieq.contracts import KEYS, Kind, TaskId
+from movieq.contracts import KEYS, TaskId
 from movieq.embedded import Valkey
 from movieq.store import Claimed, Store, connect
-from tests.arrange import new_task, raw, result
+from tests.arrange import CPU, new_task, raw, result
 
 # MOVIEQ_TEST_EXAMPLES=100 for a long look
 EIGHTH = 1 / 8
@@ -50,7 +50,7 @@ class Farm:
     async def fill(self) -> None:
         """Every free slot takes what is next."""
         if (free := self.slots - len(self._busy)) > 0:
-            for claimed in await self.store.claim("farm", f"n{next(self._number)}", {Kind.CPU_INTENSIVE: free}, self.weights):
+            for claimed in await self.store.claim("farm", f"n{next(self._number)}", CPU * free, self.weights):
                 project = claimed.task.project_id
                 duration_ms = self.durations(project)
                 self.order.append(project)

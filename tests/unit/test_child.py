@@ -262,6 +262,12 @@ def test_what_libraries_print_never_reaches_the_pipe() -> None:
     assert b"noise of C" in ran.stderr
 
 
+def performed(run: Run) -> object:
+    """The answer to a run, in this process."""
+    (answer,) = child_main.perform((run,), lambda message: None, {run.run: Flag()})
+    return answer
+
+
 def engine_that(act: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts an engine beside the animatic: the way in which a real second one is added."""
     module = ModuleType(name)
@@ -276,7 +282,7 @@ def test_running_out_of_memory_may_pass_and_says_so(order: Any, monkeypatch: pyt
         raise AssertionError("this machine has an exabyte of memory")
 
     engine_that(greedy, "greedy", monkeypatch)
-    answer = child_main.perform(order(engine="greedy", prompt="x"), lambda message: None, Flag())
+    answer = performed(order(engine="greedy", prompt="x"))
     assert isinstance(answer, Failed)
     assert answer.code == "out_of_memory"
 
@@ -287,7 +293,7 @@ def test_a_bug_of_an_engine_is_internal_and_brings_its_traceback(order: Any, mon
         raise AssertionError("Pillow no longer checks")
 
     engine_that(broken, "broken", monkeypatch)
-    answer = child_main.perform(order(engine="broken", prompt="x"), lambda message: None, Flag())
+    answer = performed(order(engine="broken", prompt="x"))
     assert isinstance(answer, Failed)
     assert answer.code == "internal"
     assert "IndexError" in answer.message
@@ -312,6 +318,6 @@ def test_after_a_cuda_error_the_child_says_that_it_is_beyond_repair(
             raise ValueError("the decoder failed") from error
 
     engine_that(make, "sick", monkeypatch)
-    answer = child_main.perform(order(engine="sick", prompt="a lamp"), lambda message: None, Flag())
+    answer = performed(order(engine="sick", prompt="a lamp"))
     assert isinstance(answer, Failed)
     assert (answer.code, answer.broken) == ("internal", broken)

@@ -10,6 +10,7 @@ Whatever libraries print goes to standard error; standard output carries frames 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import platform
@@ -17,17 +18,26 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
-from typing import BinaryIO
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
 
 from movieq import plugins
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
 from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
-from workers.child.take import Flag, Made, Take, TakeCancelled
-from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Ready, Run
+from workers.child.take import Finish, Flag, Made, Take, TakeCancelled, broken
+from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run
+
+T = TypeVar("T")
+
+
+Answer = Done | Failed | Cancelled
 
 
 class Child:
@@ -37,7 +47,8 @@ class Child:
         self._device = device
         self._source = source
         self._sink = sink
-        self._runs: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        self._speaking = threading.Lock()
+        self._batches: queue.SimpleQueue[tuple[Run, ...]] = queue.SimpleQueue()
         self._flags: dict[str, Flag] = {}
 
     def listen(self) -> None:
@@ -46,44 +57,106 @@ class Child:
             while (body := protocol.read_frame(self._source)) is not None:
                 message = protocol.to_child_decoder.decode(body)
                 if isinstance(message, Cancel):
-                    if flag := self._flags.get(message.run):
-                        flag.set()
-                        if flag.deaf:
-                            os._exit(0)
+                    self._cancel(message.run)
                 else:
-                    self._flags[message.run] = Flag()
-                    self._runs.put(message)
+                    runs = message.runs if isinstance(message, Batch) else (message,)
+                    flags = {run.run: Flag() for run in runs}
+                    for run, flag in flags.items():
+                        flag.beside = tuple(other for name, other in flags.items() if name != run)
+                    self._flags |= flags
+                    self._batches.put(runs)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
 
+    def _cancel(self, run: str) -> None:
+        """The run stops at its next step, or with the process; one row of a batch leaves at once, and the others go on."""
+        if (flag := self._flags.get(run)) is None:
+            return
+        flag.set()
+        if not all(other.is_set() for other in flag.beside):
+            self.send(Cancelled(run))
+        elif flag.deaf:
+            os._exit(0)
+
     def send(self, message: FromChild) -> None:
-        """Writes one frame. A pipe that nobody reads ends the process, as the end of its input does."""
+        """Writes one frame, but a second answer to a run. A pipe that nobody reads ends the process, as the end of its input does."""
+        if isinstance(message, Answer) and self._flags.pop(message.run, None) is None:
+            return
         try:
-            self._sink.write(protocol.frame(message))
-            self._sink.flush()
+            with self._speaking:
+                self._sink.write(protocol.frame(message))
+                self._sink.flush()
         except BrokenPipeError:
             os._exit(0)
 
     def work(self) -> None:
-        """Does one run after another, for ever."""
+        """Does one batch after another, for ever; what needs no device of one is finished while the next has it, one at a time."""
+        finisher, finishing = ThreadPoolExecutor(1, "finish"), None
+        ended_s = time.perf_counter()
         while True:
-            run = self._runs.get()
-            answer = perform(run, self.send, self._flags[run.run], self._device)
-            del self._flags[run.run]
-            self.send(answer)
-            if isinstance(answer, Failed) and answer.broken:
-                os._exit(protocol.EXIT_BROKEN)
+            runs = self._batches.get()
+            begun_s = time.perf_counter()
+            idle_s = begun_s - ended_s
+            parts = perform(runs, self.send, self._flags, self._device)
+            ended_s = time.perf_counter()
+            rest = [(run, part) for run, part in zip(runs, parts, strict=True) if not isinstance(part, Answer)]
+            for part in parts:
+                if isinstance(part, Answer):
+                    self._answer(part)
+            if not rest:
+                continue
+            if finishing is not None:
+                finishing.result()  # so that the pictures of two runs at most are in memory
+            for run, _ in rest:
+                self.send(Free(run.run, ended_s - begun_s, idle_s))
+            finishing = finisher.submit(self._finish, rest)
+
+    def _answer(self, answer: Answer) -> None:
+        self.send(answer)
+        if isinstance(answer, Failed) and answer.broken:
+            os._exit(protocol.EXIT_BROKEN)
+
+    def _finish(self, rest: list[tuple[Run, Finish]]) -> None:
+        for run, finish in rest:
+            self._answer(answered(run, finish))
 
 
-def perform(run: Run, send: Callable[[FromChild], None], cancelled: Flag, device: str = "cpu") -> Done | Failed | Cancelled:
-    """The answer to a run: every outcome of an engine as the one frame that ends it."""
+def perform(runs: tuple[Run, ...], send: Callable[[FromChild], None], flags: dict[str, Flag], device: str = "cpu") -> list[Answer | Finish]:
+    """Of each run its answer, or what is left to do for it: every outcome of an engine as the one frame that ends it."""
+    takes: list[Take] = []
+
+    def make() -> list[Made | Finish | BaseException]:
+        takes.extend(Take(run, send, flags[run.run], device) for run in runs)
+        if len(runs) > 1:
+            made: list[Made | Finish | BaseException] = engine(runs[0].engine, "make_batch")(takes)
+            return made
+        takes[0].check()
+        return [engine(runs[0].engine)(takes[0])]
+
+    parts = _judged(runs[0], make)
+    if not isinstance(parts, list):
+        return [msgspec.structs.replace(parts, run=run.run) for run in runs]
+    return [part if callable(part) else answered(run, functools.partial(_given, part)) for run, part in zip(runs, parts, strict=True)]
+
+
+def _given(part: Made | BaseException) -> Made:
+    if isinstance(part, BaseException):
+        raise part
+    return part
+
+
+def answered(run: Run, finish: Finish) -> Answer:
+    """The answer to a run that ends like this."""
+    made = _judged(run, finish)
+    return Done(run.run, made.files, made.metadata, resident()) if isinstance(made, Made) else made
+
+
+def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
+    """What the work makes, or how it ended."""
     try:
-        take = Take(run, send, cancelled, device)
-        take.check()
-        made = engine(run.engine)(take)
-        take.check()
+        return work()
     except TakeCancelled:
         return Cancelled(run.run)
     except TaskFault as fault:
@@ -92,17 +165,7 @@ def perform(run: Run, send: Callable[[FromChild], None], cancelled: Flag, device
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
         said = f"the {run.engine} engine failed: {type(error).__name__}: {error}"
-        return Failed(run.run, InternalFault.code, said, traceback.format_exc(), broken=_beyond_repair(error))
-    return Done(run.run, made.files, made.metadata, resident())
-
-
-def _beyond_repair(error: BaseException | None) -> bool:
-    """Whether this or what caused it is a fault of CUDA's other than memory: after one, every call of the process fails."""
-    while error is not None:
-        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        return Failed(run.run, InternalFault.code, said, traceback.format_exc(), broken=broken(error))
 
 
 def resident() -> tuple[str, ...]:
@@ -111,12 +174,11 @@ def resident() -> tuple[str, ...]:
     return ("animatic", *(shelf.names() if shelf else ()))
 
 
-def engine(name: str) -> Callable[[Take], Made]:
-    """The engine's `make`, imported when first asked for. Raises EngineUnavailable where this child has no such engine."""
+def engine(name: str, function: str = "make") -> Any:
+    """A function of the engine, imported when first asked for. Raises EngineUnavailable where this child has no such engine."""
     if name not in ENGINES:
         raise EngineUnavailable(f"engine {name!r} is not in this child; it has {', '.join(ENGINES)}")
-    make: Callable[[Take], Made] = importlib.import_module(ENGINES[name]).make
-    return make
+    return getattr(importlib.import_module(ENGINES[name]), function)
 
 
 def fit(device: str) -> None:

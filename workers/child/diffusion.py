@@ -8,7 +8,8 @@ was asked for, and says what was made. What a model cannot do at all is refused 
 from __future__ import annotations
 
 import inspect
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from movieq.params import AnimationParams, AudioParams, ImageFormat, ImageParams
 from workers.child import about, fit, ladder, loudness, media, prompts, shelf, sound, speaking, stills
 from workers.child.media import Clip, Format, Samples
 from workers.child.shelf import Loaded
-from workers.child.take import Made, Take
+from workers.child.take import Finish, Made, Take, TakeCancelled, Together, broken
 from workers.child.watch import Watch
 from workers.protocol import Produced, Stage
 
@@ -40,11 +41,9 @@ _SAID: Final = {
 }
 
 
-def make(take: Take) -> Made:
-    """The files of a task of any type. Raises a TaskFault that names what the model cannot do, or what is missing."""
-    entry = take.run.entry
-    if entry is None:
-        raise ModelUnavailable(f"{take.run.model} is not in this worker's table of models (MOVIEQ_MODELS)")
+def make(take: Take) -> Finish:
+    """What a task of any type becomes: all that needs the device is done. Raises a TaskFault that names what the model cannot do."""
+    entry = _entry(take)
     match take.params:
         case ImageParams() as params:
             return _image(take, entry, params)
@@ -57,34 +56,100 @@ def make(take: Take) -> Made:
     raise InternalFault(f"no model makes {take.run.task_type}")
 
 
+def make_batch(takes: Sequence[Take]) -> list[Made | Finish | Exception]:
+    """Pictures of one batch key, each with the noise of its own seed, by one call. What fails for one is tried for each alone."""
+    whole, entry = Together(takes), _entry(takes[0])
+    params = [cast(ImageParams, take.params) for take in takes]
+    size = fit.size(entry.limits, parameters.size(params[0].resolution))
+    loaded = _load(whole, entry, "generating_image", "mux")
+    failed: dict[str, Exception] = {}
+    try:
+        made = _rows(takes, loaded, size)
+    except Exception as error:
+        if broken(error):
+            raise
+        whole.note(f"the batch failed, each of its {len(takes)} tasks is tried alone: {type(error).__name__}: {error}"[:500])
+        made = {}
+        for take in takes:
+            try:
+                made |= {} if take.cancelled else _rows([take], loaded, size)
+            except Exception as own:
+                if broken(own):
+                    raise
+                failed[take.run.run] = own
+    return [failed.get(take.run.run) or _picture(take, loaded, each, size, made) for take, each in zip(takes, params, strict=True)]
+
+
+def _entry(take: Take) -> Model:
+    if take.run.entry is None:
+        raise ModelUnavailable(f"{take.run.model} is not in this worker's table of models (MOVIEQ_MODELS)")
+    return take.run.entry
+
+
 # ── Pictures ──
 
 
-def _image(take: Take, entry: Model, params: ImageParams) -> Made:
-    wanted = parameters.size(params.resolution)
-    made = fit.size(entry.limits, wanted)
-    images = _images(take, entry, params.reference_images[:1], made)
+def _image(take: Take, entry: Model, params: ImageParams) -> Finish:
+    size = fit.size(entry.limits, parameters.size(params.resolution))
+    images = _images(take, entry, params.reference_images[:1], size)
     if len(params.reference_images) > 1:
         take.warnings.append(f"{take.run.model} takes one reference image: the first")
     if params.style_guide:
         take.warnings.append(f"style_guide is not used: {take.run.model} takes no style from an image")
     loaded = _load(take, entry, "generating_image", "mux")
-    given = _arguments(take, entry) | {"width": made[0], "height": made[1]}
-    if images:
-        given |= {"image": images[0], "strength": _strength(take, entry)}
-    picture = _called(take, loaded, bool(images), given)[0]
-    take.begin("mux")
-    picture = fit.scaled(picture.convert("RGB"), wanted)
-    extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
-    path = take.out_dir / f"output.{extension}"
-    content_type = media.write_image(path, picture, params.format, about.tags(take, "Image"))
-    take.step("mux", 1, 1)
+    if not images:
+        return _picture(take, loaded, params, size, _rows([take], loaded, size))
+    given = _arguments(take, entry) | {"width": size[0], "height": size[1]}
+    given |= {"image": images[0], "strength": entry.defaults.strength or 0.6}
+    return _picture(take, loaded, params, size, {take.run.run: (_called(take, loaded, True, given)[0], 1)})
+
+
+def _rows(takes: Sequence[Take], loaded: Loaded, size: tuple[int, int]) -> dict[str, tuple[Image.Image, int]]:
+    """The picture of each run that is not cancelled, and how many were made at once; in halves, where the memory does not suffice."""
+    takes = [take for take in takes if not take.cancelled] or takes[:1]
+    whole = Together(takes) if len(takes) > 1 else takes[0]
+    given = _arguments(takes[0], loaded.entry) | {"width": size[0], "height": size[1]}
+    if len(takes) > 1:
+        each = [_arguments(take, loaded.entry) for take in takes]
+        given |= {name: [one[name] for one in each] for name in ("prompt", "generator", "negative_prompt") if name in given}
+
+    def halves() -> dict[str, tuple[Image.Image, int]]:
+        middle = len(takes) // 2
+        whole.halved(middle)
+        return _rows(takes[:middle], loaded, size) | _rows(takes[middle:], loaded, size)
+
+    found = _called(whole, loaded, False, given, halves=halves if len(takes) > 1 else None)
+    if isinstance(found, dict):
+        return found
+    return {take.run.run: (picture, len(takes)) for take, picture in zip(takes, found, strict=True)}
+
+
+def _picture(take: Take, loaded: Loaded, params: ImageParams, size: tuple[int, int], made: dict[str, tuple[Image.Image, int]]) -> Finish:
+    """What is left to do for a picture."""
+    if take.run.run not in made:
+        return _cancelled
+    picture, rows = made[take.run.run]
+    wanted = parameters.size(params.resolution)
     metadata = _metadata(take, loaded, str(params.format), wanted)
-    metadata["generated"] = {"resolution": f"{made[0]}x{made[1]}", "frames": 1, "fps": None}
-    return Made((Produced(str(path), "output", content_type, *wanted),), metadata)
+    metadata |= {"generated": {"resolution": f"{size[0]}x{size[1]}", "frames": 1, "fps": None}, "batch_size": rows}
+    tags = about.tags(take, "Image")
+
+    def finish() -> Made:
+        take.begin("mux")
+        extension = "jpg" if params.format is ImageFormat.JPEG else str(params.format)
+        path = take.out_dir / f"output.{extension}"
+        content_type = media.write_image(path, fit.scaled(picture.convert("RGB"), wanted), params.format, tags)
+        take.step("mux", 1, 1)
+        return Made((Produced(str(path), "output", content_type, *wanted),), metadata)
+
+    return finish
 
 
-def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, references: list[str]) -> Made:
+def _cancelled() -> Made:
+    raise TakeCancelled
+
+
+def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, references: list[str]) -> Finish:
     form = Format(parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params))
     made = fit.size(entry.limits, form.size)
     images = _images(take, entry, references, made)
@@ -116,8 +181,6 @@ def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, refer
         found = _called(take, loaded, bool(here), given, (number, len(windows)))[0]
         pictures[window.first + goes_on :] = found[goes_on:]
     track = _sound_track(take, cues, form) if cues else None
-    take.begin("mux")
-    files = _encoded(take, pictures, entry.limits.fps, form, track)
     metadata = _metadata(take, loaded, "mp4", form.size) | {"duration": round(form.seconds, 3), "fps": about.plain(form.rate)}
     metadata["generated"] = {
         "resolution": f"{made[0]}x{made[1]}",
@@ -127,11 +190,12 @@ def _clip(take: Take, entry: Model, params: VideoParams | AnimationParams, refer
     }
     if track is not None:
         metadata["sample_rate"] = media.CLIP_SAMPLE_RATE
-    return Made(files, metadata)
+    return lambda: Made(_encoded(take, pictures, entry.limits.fps, form, track), metadata)
 
 
 def _encoded(take: Take, pictures: list[Image.Image], fps: float, form: Format, track: Samples | None) -> tuple[Produced, ...]:
     """The pictures as an mp4 with its poster, each at its moment."""
+    take.begin("mux")
     path, poster_path = take.out_dir / "output.mp4", take.out_dir / "poster.jpg"
     tags = about.tags(take, "Clip")
     order = fit.picked(len(pictures), fps, form.frames, form.rate)
@@ -174,16 +238,14 @@ def _conditions(take: Take, pipe: Any, at: dict[int, Image.Image], frames: int) 
 # ── Sound ──
 
 
-def _sound(take: Take, entry: Model, params: AudioParams) -> Made:
+def _sound(take: Take, entry: Model, params: AudioParams) -> Finish:
     if entry.limits.seconds is not None and params.duration > entry.limits.seconds:
         raise UnsupportedParameter(
             f"task_data.duration: {take.run.model} makes at most {entry.limits.seconds:g} s, got {params.duration:g}"
         )
     loaded = _load(take, entry, "synthesizing_sound", "mux")
     samples, rate = _heard(take, loaded, _arguments(take, entry), params.duration)
-    take.begin("mux")
-    samples = loudness.at(media.resampled(samples, rate, params.sample_rate), params.sample_rate, SOUND_LUFS)
-    return _audio_file(take, loaded, params, samples)
+    return _audio_file(take, loaded, params, samples, rate, SOUND_LUFS)
 
 
 def _heard(take: Take, loaded: Loaded, given: dict[str, Any], seconds: float) -> tuple[Samples, int]:
@@ -226,24 +288,27 @@ def _modelled(take: Take, cues: list[str], seconds: float) -> Samples | None:
     return np.concatenate(parts)
 
 
-def _speech(take: Take, entry: Model, params: AudioParams) -> Made:
+def _speech(take: Take, entry: Model, params: AudioParams) -> Finish:
     speaking.check(take, entry, params)
     loaded = _load(take, entry, "synthesizing_speech", "mux")
     samples, rate = speaking.speak(take, loaded, params)
-    take.begin("mux")
-    line = loudness.at(media.resampled(samples, rate, params.sample_rate), params.sample_rate, speaking.LUFS)
-    return _audio_file(take, loaded, params, line)
+    return _audio_file(take, loaded, params, samples, rate, speaking.LUFS)
 
 
-def _audio_file(take: Take, loaded: Loaded, params: AudioParams, samples: Samples) -> Made:
-    path = take.out_dir / f"output.{params.output_format}"
-    rate = params.sample_rate
-    tags = about.tags(take, "Sound")
-    content_type = media.write_sound(path, samples, rate, params.output_format, tags, lambda done, of: take.step("mux", done, of))
-    seconds = len(samples) / rate
-    metadata = _metadata(take, loaded, str(params.output_format), None)
-    metadata |= {"duration": round(seconds, 3), "sample_rate": rate, "channels": samples.shape[1]}
-    return Made((Produced(str(path), "output", content_type, duration_s=seconds),), metadata)
+def _audio_file(take: Take, loaded: Loaded, params: AudioParams, made: Samples, made_rate: int, lufs: float) -> Finish:
+    """What is left to do for a sound."""
+    rate, metadata, tags = params.sample_rate, _metadata(take, loaded, str(params.output_format), None), about.tags(take, "Sound")
+
+    def finish() -> Made:
+        take.begin("mux")
+        path = take.out_dir / f"output.{params.output_format}"
+        samples = loudness.at(media.resampled(made, made_rate, rate), rate, lufs)
+        content_type = media.write_sound(path, samples, rate, params.output_format, tags, lambda done, of: take.step("mux", done, of))
+        seconds = len(samples) / rate
+        known = {"duration": round(seconds, 3), "sample_rate": rate, "channels": samples.shape[1]}
+        return Made((Produced(str(path), "output", content_type, duration_s=seconds),), metadata | known)
+
+    return finish
 
 
 # ── What all of them share ──
@@ -285,39 +350,44 @@ def _defaults(entry: Model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _strength(take: Take, entry: Model) -> float:
-    return entry.defaults.strength or 0.6
-
-
 def _generator(seed: int) -> torch.Generator:
     """On the CPU whatever the device: so that a seed means the same noise everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _called(take: Take, loaded: Loaded, with_images: bool, given: dict[str, Any], part: tuple[int, int] = (0, 1)) -> Any:
-    """What the pipeline makes, and nothing left behind in it. Raises OutOfMemory where no rung of the ladder held."""
+def _called(
+    take: Take,
+    loaded: Loaded,
+    with_images: bool,
+    given: dict[str, Any],
+    part: tuple[int, int] = (0, 1),
+    halves: Callable[[], Any] | None = None,
+) -> Any:
+    """What the pipeline makes, or `halves`, and nothing left behind in it. Raises OutOfMemory where no rung of the ladder held."""
     pipe = _pipe(take, loaded, with_images)
     takes = inspect.signature(pipe.__call__).parameters
     unknown = sorted(given.keys() - takes.keys() - {"negative_prompt", *(("width", "height") if "image" in given else ())})
     if unknown:
         raise InternalFault(f"{type(pipe).__name__} takes no {', '.join(unknown)}: the entry of {take.run.model} is wrong")
     if "negative_prompt" in given and "negative_prompt" not in takes:
-        take.warnings.append(f"negative_prompt is not used: {take.run.model} takes none")
+        take.warn(f"negative_prompt is not used: {take.run.model} takes none")
     if "frame_rate" in takes:
         given["frame_rate"] = loaded.entry.limits.fps
     options = {name: value for name, value in given.items() if name in takes}
     if "output_type" in takes and "output_type" not in options:
         options["output_type"] = "pil"
-    state = options["generator"].get_state()
+    generators = options["generator"] if isinstance(options["generator"], list) else [options["generator"]]
+    states = [each.get_state() for each in generators]
 
     def call() -> Any:
-        options["generator"].set_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
         with Watch(take, pipe, part) as watch:
             answer = pipe(**options, return_dict=False)
         loaded.seconds |= watch.seconds
         return answer[0]
 
-    return ladder.climb(take, take.run.model, pipe, call)
+    return ladder.climb(take, take.run.model, pipe, call, halves)
 
 
 def _metadata(take: Take, loaded: Loaded, kind: str, size: tuple[int, int] | None) -> dict[str, Any]:

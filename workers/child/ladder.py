@@ -15,8 +15,8 @@ from workers.child.take import Take
 T = TypeVar("T")
 
 
-def climb(take: Take, name: str, pipe: Any, call: Callable[[], T]) -> T:
-    """What the call makes. Raises OutOfMemory after the last rung."""
+def climb(take: Take, name: str, pipe: Any, call: Callable[[], T], halves: Callable[[], T] | None = None) -> T:
+    """What the call makes; `halves` makes the same in two calls, where it is a batch. Raises OutOfMemory after the last rung."""
     rungs = _rungs(name, pipe)
     while True:
         try:
@@ -26,6 +26,9 @@ def climb(take: Take, name: str, pipe: Any, call: Callable[[], T]) -> T:
             error.__traceback__ = None  # its frames hold tensors
         _sweep()
         take.check()
+        if halves is not None:
+            take.note("out of memory: the batch was halved")
+            return halves()
         rung = next(rungs, None)
         if rung is None:
             raise OutOfMemory(f"the memory of {take.device} does not suffice for {name}: {problem}")

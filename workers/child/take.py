@@ -1,16 +1,17 @@
 """One run as an engine sees it: what is asked for, and how to say how far it is.
 
-An engine is a function `make(take: Take) -> Made`. It announces its stages, reports each step that is done and hands back files. It knows
-neither the pipe nor the worker. To fail it raises a `movieq.errors.TaskFault`; to stop when told, it calls `step` or `check` often and
-lets `TakeCancelled` through.
+An engine is a function `make(take: Take) -> Made | Finish`. It announces its stages, reports each step that is done and hands back files,
+or what is left to do for them without its device. It knows neither the pipe nor the worker. To fail it raises a
+`movieq.errors.TaskFault`; to stop when told, it calls `step` or `check` often and lets `TakeCancelled` through. An engine that can make
+several tasks in one call has a function `make_batch(takes: list[Take]) -> list[Made | Finish | Exception]` besides.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 
 from movieq.errors import InputUnavailable
 from movieq.params import Params, TaskType, convert
-from workers.protocol import FromChild, Note, Plan, Preview, Produced, Run, Stage, Step
+from workers.protocol import FromChild, Note, Plan, Preview, Produced, Rows, Run, Stage, Step
 
 STEP_INTERVAL_S = 1 / 20
 PREVIEW_INTERVAL_S = 0.5
@@ -29,9 +30,22 @@ class TakeCancelled(BaseException):
 
 
 class Flag(threading.Event):
-    """Set, from another thread, when the run is to stop. While it is `deaf`, as while a model loads, nobody looks: the process ends."""
+    """Set, from another thread, when the run is to stop. While it is `deaf`, as while a model loads, nobody looks: the process ends.
+
+    `beside`: the flags of the other runs of its batch.
+    """
 
     deaf = False
+    beside: tuple[Flag, ...] = ()
+
+
+def broken(error: BaseException | None) -> bool:
+    """Whether this or what caused it is a fault of CUDA's other than memory: after one, every call of the process fails."""
+    while error is not None:
+        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -39,6 +53,10 @@ class Made(msgspec.Struct, frozen=True):
 
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
+
+
+Finish = Callable[[], Made]
+"""The rest of a run, for which its device is not needed: done in another thread, while the next run begins. It must not touch torch."""
 
 
 class Take:
@@ -74,10 +92,18 @@ class Take:
             self._step_due_s = now_s + STEP_INTERVAL_S
             self._send(Step(self.run.run, stage, step, steps))
 
+    def warn(self, text: str) -> None:
+        """Goes into the result's warnings."""
+        self.warnings.append(text)
+
     def note(self, text: str) -> None:
         """Goes into the log of the task, and into the result's warnings."""
-        self.warnings.append(text)
+        self.warn(text)
         self._send(Note(self.run.run, text))
+
+    def halved(self, rows: int) -> None:
+        """Says that the memory suffices for so many rows of this batch."""
+        self._send(Rows(self.run.run, rows))
 
     def begin(self, stage: str) -> None:
         """Says that a stage begins, which may take its first step late."""
@@ -103,8 +129,13 @@ class Take:
 
     def check(self) -> None:
         """Raises TakeCancelled where the run is to stop."""
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise TakeCancelled
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run is to stop."""
+        return self._cancelled.is_set()
 
     def input(self, reference: str) -> Path:
         """The local file of a reference. Raises InputUnavailable where it was not fetched."""
@@ -112,6 +143,52 @@ class Take:
         if not path.is_file():
             raise InputUnavailable(f"{shown(reference)} was not fetched")
         return path
+
+
+class Together(Take):
+    """The takes of a batch as one: what is said goes to each. It stops only when all of them are to stop; who stops before has left."""
+
+    def __init__(self, takes: Sequence[Take]) -> None:
+        first = takes[0]
+        super().__init__(first.run, first._send, first._cancelled, first.device)
+        self.takes = takes
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether all of its runs are to stop."""
+        return all(take.cancelled for take in self.takes)
+
+    def plan(self, *stages: Stage) -> None:
+        for take in self.takes:
+            take.plan(*stages)
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        self.check()
+        for take in self.takes:
+            if not take.cancelled:
+                take.step(stage, step, steps)
+
+    def warn(self, text: str) -> None:
+        for take in self.takes:
+            take.warn(text)
+
+    def note(self, text: str) -> None:
+        for take in self.takes:
+            take.note(text)
+
+    def begin(self, stage: str) -> None:
+        self.check()
+        for take in self.takes:
+            if not take.cancelled:
+                take.begin(stage)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for take in self.takes:
+                if not take.cancelled:
+                    stack.enter_context(take.deaf())
+            yield
 
 
 def shown(reference: str) -> str:

@@ -134,7 +134,7 @@ async def claims(url: str, backlogs: list[Backlog], count: int) -> tuple[dict[st
             for _ in range(0, backlog.running, 100):
                 for _ in range(min(100, backlog.running)):
                     await store.submit(ours.task("other"))
-                await store.claim("other", secrets.token_hex(8), {Kind.CPU_INTENSIVE: min(100, backlog.running)})
+                await store.claim("other", secrets.token_hex(8), arrange.CPU * min(100, backlog.running))
             before_bytes, begun_s = await used_bytes(store.redis), time.perf_counter()
             await Filler(store).fill(backlog.waiting, backlog.projects, ours.task("film"))
             filled = {
@@ -148,7 +148,7 @@ async def claims(url: str, backlogs: list[Backlog], count: int) -> tuple[dict[st
             for place, store in enumerate(stores):
                 nonce, before_us = secrets.token_hex(8), await script_us(store.redis)
                 begun_s = time.perf_counter()
-                (claimed,) = await store.claim("bench", nonce, {Kind.CPU_INTENSIVE: 1})
+                (claimed,) = await store.claim("bench", nonce, arrange.CPU)
                 taken_us[place].append((time.perf_counter() - begun_s) * 1e6)
                 served_us[place].append(await script_us(store.redis) - before_us)
                 await store.complete(claimed.task.task_id, claimed.run, ours.RESULT)

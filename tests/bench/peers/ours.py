@@ -34,7 +34,7 @@ from movieq.storage import FolderStorage
 from movieq.store import NewTask, Store, connect
 from tests import arrange
 from tests.bench.peers import peer
-from workers.engine import Child, Progress
+from workers.engine import Child, Group, Progress
 from workers.main import DELIVERY_S, Worker
 from workers.protocol import Done, Run
 from workers.run import Parts, Running, run_task
@@ -71,11 +71,12 @@ class Slot(Child):
     @property
     def free(self) -> bool:
         """Whether a run can begin now."""
-        return self.task_id is None
+        return not self.groups
 
-    async def keep(self, on_ready: Callable[[], None]) -> None:
+    async def keep(self, on_room: Callable[[], None]) -> None:
         """It is ready at once."""
-        on_ready()
+        self._on_room = on_room
+        on_room()
         await asyncio.Event().wait()
 
 
@@ -120,10 +121,10 @@ class Clocked(Child):
         super().__init__(*args, **kwargs)
         self.runs_ns: list[tuple[int, int]] = []
 
-    async def run(self, request: Run, on_message: Callable[[Progress], None]) -> Done:
+    async def run(self, request: Run, on_message: Callable[[Progress], None], group: Group) -> Done:
         """As the real one."""
         begun_ns = time.monotonic_ns()
-        done = await super().run(request, on_message)
+        done = await super().run(request, on_message, group)
         self.runs_ns.append((begun_ns, time.monotonic_ns()))
         return done
 
@@ -170,7 +171,7 @@ async def ping(child: Child) -> float:
     nothing = Run("ping", "ping", "bench", "generate_image", "none", "none", {}, {}, {}, 0, "/nonexistent")
     begun_ns = time.monotonic_ns()
     with suppress(TaskFault):
-        await child.run(nothing, lambda _: None)
+        await arrange.ran(child, nothing)
     return (time.monotonic_ns() - begun_ns) / 1e6
 
 
