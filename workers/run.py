@@ -69,6 +69,8 @@ class Running:
         self.begun_s = time.monotonic()
         self.pace = Pace(self.task.estimate_ms / 1000)
         self.rendered = False
+        self._gpu: tuple[float, float, float] | None = None
+        """What it had of a GPU, in ms, until when (s), and how much of one it has since."""
         self._on_free = on_free
         child.task_id = claimed.task.task_id
 
@@ -85,6 +87,20 @@ class Running:
         self.stop("drain")
         if self.asyncio_task is not None and self.started:
             self.asyncio_task.cancel()
+
+    def take_gpu(self, share: float) -> None:
+        """From now on the run has this share of its child's GPU; nothing is counted on a CPU."""
+        if self.child.device != "cpu":
+            spent_ms, _ = self.gpu or (0.0, 0.0)
+            self._gpu = spent_ms, time.monotonic(), share
+
+    @property
+    def gpu(self) -> tuple[float, float] | None:
+        """What the run has had of a GPU so far, in ms, and the share of one that it has; None where it had none."""
+        if self._gpu is None:
+            return None
+        spent_ms, since_s, share = self._gpu
+        return spent_ms + (time.monotonic() - since_s) * 1000 * share, share
 
     def free_slot(self) -> None:
         """The child can take the next task."""
@@ -176,6 +192,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
         )
         done = await running.child.run(request, reporter.on_message)
     running.rendered = True
+    running.take_gpu(0.0)
     running.free_slot()
     stored = await _store(parts, running, done)
     await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
@@ -232,6 +249,7 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
             stage="upload",
             remaining_ms=int(running.pace.remaining_s() * 1000),
             prefix=prefix,
+            gpu=running.gpu,
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
@@ -380,6 +398,7 @@ class _Reporter:
         pace = self._running.pace
         match message:
             case Plan():
+                self._running.take_gpu(1.0)
                 if (stage := pace.plan(message.stages)) is not None:
                     self.say(stage.step_name, stage=stage.name)
             case Step():
@@ -429,4 +448,5 @@ class _Reporter:
             steps=steps,
             remaining_ms=int(self._running.pace.remaining_s() * 1000),
             keep=keep,
+            gpu=self._running.gpu,
         )

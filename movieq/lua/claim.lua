@@ -55,7 +55,7 @@ for i = 5, #ARGV, 2 do
     charge(t, t.estimate_ms)
     if redis.call('LPUSH', K.pace .. kind, now) > 120 then redis.call('LTRIM', K.pace .. kind, 0, 99) end
     set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-    unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned')
+    unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'gpu_share', 'gpu_at_ms')
     move(t, 'processing')
     redis.call('ZADD', K.running .. kind, now + lease_ms, task_id)
     redis.call('SADD', K.held .. worker_id, task_id)
