@@ -32,6 +32,7 @@ from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_f
 from workers.engine import Child, ChildDied, Progress
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Note, Plan, Preview, Produced, Run, Step
+from workers.provenance import Provenance, signed
 
 REPORT_INTERVAL_S: Final = 0.1
 PREVIEW_INTERVAL_S: Final = 0.5
@@ -51,6 +52,7 @@ class Parts(msgspec.Struct, frozen=True):
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
+    provenance: Provenance = Provenance()
 
 
 class Running:
@@ -189,11 +191,13 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             out_dir=str(out_dir),
             entry=parts.models.get(task.model),
             sound=models.sound(parts.models),
+            file_tags=parts.provenance.tags,
         )
         done = await running.child.run(request, reporter.on_message)
     running.rendered = True
     running.take_gpu(0.0)
     running.free_slot()
+    done = await signed(parts.provenance, task, parsed.description, done)
     stored = await _store(parts, running, done)
     await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
 
