@@ -26,7 +26,7 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 # torch by its exact version and first: a bare `torch` of a dependency would bring gigabytes of CUDA
 .venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
 	$(PIP) torch==2.13.0
-	$(PIP) --group test --editable '.[speech,gpu]'
+	$(PIP) --group test --editable '.[speech,gpu,c2pa]'
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
 	@touch $@ .venv/.setup
 

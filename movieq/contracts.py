@@ -117,6 +117,7 @@ KEYS: Final[Mapping[str, str]] = {
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
     "durations": "movieq:durations:",  # + shape: list of the last run times, ms
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
+    "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms
     "totals": "movieq:totals",  # hash state -> how many tasks are in it
     "ended": "movieq:ended",  # zset task -> when it ended
     "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
@@ -240,6 +241,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     steps: int | None = None
     remaining_ms: int | None = None
+    gpu_ms: float = 0.0
     started_at_ms: int | None = None
     ended_at_ms: int | None = None
     last_event_id: str | None = None
@@ -253,11 +255,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Project(msgspec.Struct, frozen=True):
-    """A project, known since its first task."""
+    """A project, known since its first task. `gpu_seconds`: what all its runs that ended had of GPUs."""
 
     project_id: ProjectId
     created_at: datetime
     tasks: dict[TaskStatus, int]
+    gpu_seconds: float
 
 
 class TaskQueue(msgspec.Struct, frozen=True):
@@ -366,7 +369,10 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class TaskState(msgspec.Struct, frozen=True):
-    """The status of a task; the `snapshot` of its stream has `last_event_id` besides."""
+    """The status of a task; the `snapshot` of its stream has `last_event_id` besides.
+
+    `gpu_seconds`: how long its runs had a GPU, a batch's time shared among its tasks; 0 on a CPU.
+    """
 
     task_id: TaskId
     project_id: ProjectId
@@ -382,6 +388,7 @@ class TaskState(msgspec.Struct, frozen=True):
     completed_at: datetime | None
     created_at: datetime
     processing_time: float | None
+    gpu_seconds: float
     attempt: int
     queue_position: int | None
     estimated_remaining: float | None
@@ -545,7 +552,11 @@ class QueuesAnswer(msgspec.Struct, frozen=True):
 
 
 class MetricsAnswer(msgspec.Struct, frozen=True):
-    """Over every task that is kept and that the key may see; rates in percent of those that ended, durations in seconds."""
+    """Over every task that is kept and that the key may see; rates in percent of those that ended, durations in seconds.
+
+    `gpu_seconds`: what runs that ended had of GPUs, also those of tasks that are kept no more. `passed_over`: how often a task went before
+    an older one of its project because its model was loaded.
+    """
 
     total_tasks: int
     tasks: dict[TaskStatus, int]
@@ -553,6 +564,8 @@ class MetricsAnswer(msgspec.Struct, frozen=True):
     failure_rate: float
     cancellation_rate: float
     average_duration: dict[TaskType, float]
+    gpu_seconds: float
+    passed_over: int
 
 
 class Alert(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from typing import Any, Final
 import msgspec
 from redis.exceptions import RedisError
 
-from movieq import models, settings, webhooks
+from movieq import credentials, models, settings, webhooks
 from movieq.client import Client, Unreachable
 from movieq.errors import MovieqError, SettingsError
 from movieq.settings import Settings, variable
@@ -27,6 +28,7 @@ from movieq.store import connect
 CHECK_S: Final = 10.0
 LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
+EXPIRES_SOON: Final = timedelta(days=30)
 LEAST_REDIS: Final = (7, 0)
 """The first that knows scripts with flags (`#!lua`)."""
 
@@ -76,7 +78,13 @@ async def examine(given: Callable[[], Settings], data: Path, local_url: str, fou
     except SettingsError as error:
         note(Finding(Mark.BROKEN, "settings", error.message))
         return False
-    for finding in (_api_keys(read, data), _webhook_secret(read), _models(read), await _guarded("storage", lambda: _storage(read, data))):
+    for finding in (
+        _api_keys(read, data),
+        _webhook_secret(read),
+        _models(read),
+        _signatures(read),
+        await _guarded("storage", lambda: _storage(read, data)),
+    ):
         note(finding)
     for finding in await _redis(read):
         note(finding)
@@ -151,6 +159,19 @@ def _models(read: Settings) -> Finding:
     except SettingsError as error:
         return Finding(Mark.BROKEN, "models", error.message)
     return Finding(Mark.GOOD, "models", f"{len(table)}: {', '.join(table)}")
+
+
+def _signatures(read: Settings) -> Finding:
+    try:
+        signer = credentials.load(read)
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "signatures", error.message)
+    if signer is None:
+        return Finding(Mark.GOOD, "signatures", f"results are not signed (C2PA); {variable('c2pa_certificate')} names a certificate")
+    text = f"results are signed (C2PA) by {signer.name}, until {signer.expires:%Y-%m-%d}"
+    if signer.expires - datetime.now(UTC) < EXPIRES_SOON:
+        return Finding(Mark.NOTE, "signatures", f"{text}: renew its certificate, and start the workers again")
+    return Finding(Mark.GOOD, "signatures", text)
 
 
 async def _storage(read: Settings, data: Path) -> Finding:

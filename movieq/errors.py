@@ -11,7 +11,7 @@
     │   └── Internal             500  └── Unavailable       503
     └── TaskFault                the end of a run: `code` becomes the task's `error_code`
         ├── InputUnavailable  InvalidInput  UnsupportedParameter        the task's own fault: fails at once
-        ├── EngineUnavailable  ModelUnavailable                         this installation cannot do it: fails at once
+        ├── EngineUnavailable  ModelUnavailable  Unsigned               this installation cannot do it: fails at once
         ├── OutOfMemory  StorageFault  NetworkFault  InternalFault      may pass: tried again
         └── WorkerLost  DeadlineExceeded                                given by the queue itself
 
@@ -183,6 +183,12 @@ class ModelUnavailable(TaskFault):
     """The model cannot be loaded."""
 
     code = "model_unavailable"
+
+
+class Unsigned(TaskFault):
+    """The result could not be signed, and nothing unsigned may be published."""
+
+    code = "unsigned"
 
 
 class OutOfMemory(TaskFault):

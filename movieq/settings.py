@@ -80,6 +80,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     project_weights: Annotated[str, Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = ""
     keep_tasks_days: Annotated[float, Meta(ge=0, description="Days that an ended task is kept; 0: for ever")] = 30.0
     keep_media_days: Annotated[float, Meta(ge=0, description="Days that the files of a result are kept; 0: for ever")] = 0.0
+    file_tags: Annotated[bool, Meta(description="Whether files say in their tags by which prompt, seed and model they were made")] = True
+    c2pa_certificate: Annotated[
+        str, Meta(description="Signs results (C2PA): file with the certificate and those above it, PEM, its own first; unset: unsigned")
+    ] = ""
+    c2pa_key: Annotated[str, Meta(description="File with the private key of that certificate, PEM without a password")] = ""
+    c2pa_required: Annotated[bool, Meta(description="Whether nothing unsigned may be published; a worker without a certificate ends")] = (
+        False
+    )
     allow_private_urls: Annotated[str, Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")] = ""
     cors_origins: Annotated[str, Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO

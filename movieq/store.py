@@ -316,8 +316,12 @@ class Store:
         remaining_ms: int | None = None,
         prefix: str = "",
         keep: bool = False,
+        gpu: tuple[float, float] | None = None,
     ) -> None:
-        """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost."""
+        """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost.
+
+        `gpu`: what the run has had of a GPU so far, in ms, and how much of one it has now, 0 to 1; None where it has none.
+        """
         answer = await self._verb(
             "report",
             task_id=task_id,
@@ -330,6 +334,8 @@ class Store:
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
             keep="1" if keep else "",
+            gpu_ms="" if gpu is None else gpu[0],
+            gpu_share="" if gpu is None else gpu[1],
             lease_ms=LEASE_MS,
         )
         _fenced(answer, task_id)
@@ -440,8 +446,11 @@ class Store:
             pipe.zscore(KEYS["projects"], project_id)
             for status in TaskStatus:
                 pipe.zcard(f"{KEYS['index']}{project_id}|{status}|")
-            created, *counts = await pipe.execute()
-        return None if created is None else Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)))
+            pipe.hget(KEYS["gpu_ms"], project_id)
+            created, *counts, gpu_ms = await pipe.execute()
+        if created is None:
+            return None
+        return Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)), round(float(gpu_ms or 0) / 1000, 3))
 
     async def active(
         self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
@@ -506,6 +515,16 @@ class Store:
         """How long completed tasks of each type took, on average over all that ever completed."""
         sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", KEYS["sums"])).items()}
         return {each: sums[f"{each} ms"] / sums[f"{each} tasks"] / 1000 for each in TaskType if f"{each} tasks" in sums}
+
+    async def gpu_seconds(self, projects: Collection[str] | None) -> float:
+        """What runs that ended had of GPUs: those of these projects, or all for None."""
+        whose = [""] if projects is None else list(projects)
+        found = await self._line.call("HMGET", KEYS["gpu_ms"], *whose) if whose else []
+        return round(sum(float(ms or 0) for ms in found) / 1000, 3)
+
+    async def passed_over(self) -> int:
+        """How often a task was claimed before an older one because its model was loaded."""
+        return int(await self._line.call("HGET", KEYS["sums"], "claims passed") or 0)
 
     async def dead_letters(self, count: int = 100, projects: Collection[str] | None = None) -> tuple[list[DeadLetter], int]:
         """The latest dead letters, of these projects where any are named, and how many there are."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from movieq import logs, serving
+from movieq import credentials, logs, serving
 from movieq.contracts import Kind
 from movieq.embedded import Valkey, leashed
 from movieq.errors import SettingsError
@@ -32,6 +32,8 @@ log = logs.get()
 
 async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: bool) -> None:
     """Runs until SIGINT or SIGTERM; then nothing that it started is left. Raises SettingsError before anything is started."""
+    if worker:
+        credentials.load(settings)  # its worker would end for want of a certificate, again and again
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)

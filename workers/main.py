@@ -27,7 +27,7 @@ from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs, models, webhooks
+from movieq import credentials, logs, models, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
@@ -39,6 +39,7 @@ from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connec
 from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
+from workers.provenance import Provenance
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
 
@@ -351,6 +352,7 @@ async def serve(settings: Settings) -> None:
     """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
     settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
     table = models.load(settings.models)
+    provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
@@ -378,7 +380,7 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table),
+                    "parts": Parts(store, storage, fetcher, folder, table, provenance),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )

@@ -43,6 +43,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     out_dir: str
     entry: Model | None = None
     sound: tuple[str, Model] | None = None
+    file_tags: bool = True
+    """Whether its files say by which prompt, seed and model they were made."""
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch"):

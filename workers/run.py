@@ -31,7 +31,8 @@ from movieq.storage import FolderStorage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Group, Progress
 from workers.pace import UPLOAD_AT, Pace
-from workers.protocol import Done, Note, Plan, Preview, Produced, Run, Step
+from workers.protocol import Done, Free, Note, Plan, Preview, Produced, Run, Step
+from workers.provenance import Provenance, signed
 
 REPORT_INTERVAL_S: Final = 0.1
 PREVIEW_INTERVAL_S: Final = 0.5
@@ -51,6 +52,7 @@ class Parts(msgspec.Struct, frozen=True):
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
+    provenance: Provenance = Provenance()
 
 
 class Running:
@@ -72,6 +74,8 @@ class Running:
         self.begun_s = time.monotonic()
         self.pace = Pace(self.task.estimate_ms / 1000)
         self.rendered = False
+        self._gpu: tuple[float, float, float] | None = None
+        """What it had of a GPU, in ms, until when (s), and how much of one it has since."""
         group.remaining_s = self.pace.remaining_s
 
     def stop(self, reason: str) -> None:
@@ -87,6 +91,20 @@ class Running:
         self.stop("drain")
         if self.asyncio_task is not None and self.started:
             self.asyncio_task.cancel()
+
+    def take_gpu(self, share: float) -> None:
+        """From now on the run has this share of its child's GPU; nothing is counted on a CPU."""
+        if self.child.device != "cpu":
+            spent_ms, _ = self.gpu or (0.0, 0.0)
+            self._gpu = spent_ms, time.monotonic(), share
+
+    @property
+    def gpu(self) -> tuple[float, float] | None:
+        """What the run has had of a GPU so far, in ms, and the share of one that it has; None where it had none."""
+        if self._gpu is None:
+            return None
+        spent_ms, since_s, share = self._gpu
+        return spent_ms + (time.monotonic() - since_s) * 1000 * share, share
 
     def free_slot(self) -> None:
         """The device can be another's, where those of its group have left too."""
@@ -175,10 +193,13 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             out_dir=str(out_dir),
             entry=parts.models.get(task.model),
             sound=models.sound(parts.models),
+            file_tags=parts.provenance.tags,
         )
         done = await running.child.run(request, reporter.on_message, running.group)
     running.rendered = True
+    running.take_gpu(0.0)
     running.free_slot()
+    done = await signed(parts.provenance, task, parsed.description, done)
     stored = await _store(parts, running, done)
     await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
 
@@ -234,6 +255,7 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
             stage="upload",
             remaining_ms=int(running.pace.remaining_s() * 1000),
             prefix=prefix,
+            gpu=running.gpu,
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
@@ -382,11 +404,14 @@ class _Reporter:
         pace = self._running.pace
         match message:
             case Plan():
+                self._running.take_gpu(1 / len(self._running.group.task_ids))
                 if (stage := pace.plan(message.stages)) is not None:
                     self.say(stage.step_name, stage=stage.name)
             case Step():
                 if (stage := pace.step(message.stage, message.step, message.steps)) is not None:
                     self.say(stage.step_name, stage=stage.name, step=message.step, steps=message.steps)
+            case Free():
+                self._running.take_gpu(0.0)
             case Note():
                 log.info("engine_note", text=message.text)
                 self._notes.append(message.text)
@@ -431,4 +456,5 @@ class _Reporter:
             steps=steps,
             remaining_ms=int(self._running.pace.remaining_s() * 1000),
             keep=keep,
+            gpu=self._running.gpu,
         )

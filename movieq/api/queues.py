@@ -45,7 +45,7 @@ async def drop_dead_letter(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """`GET /tasks/metrics`: totals, rates in percent, average durations."""
+    """`GET /tasks/metrics`: totals, rates in percent, average durations, GPU seconds."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
@@ -58,6 +58,8 @@ async def metrics(request: Request) -> Response:
             _percent(totals, TaskStatus.FAILED),
             _percent(totals, TaskStatus.CANCELLED),
             await movieq.store.average_durations_s(),
+            await movieq.store.gpu_seconds(who.grant.projects),
+            await movieq.store.passed_over(),
         )
     )
 

@@ -85,7 +85,7 @@ class Api(msgspec.Struct, kw_only=True):
         expires = int(time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], "project-events", project.project_id, expires)
         url = self.url(f"/projects/{project.project_id}/events?expires={expires}&signature={signature}")
-        return ProjectState(project.project_id, project.created_at, project.tasks, url)
+        return ProjectState(project.project_id, project.created_at, project.tasks, project.gpu_seconds, url)
 
     def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None) -> bytes:
         """The data of the `snapshot` event of a project."""
@@ -147,6 +147,7 @@ class Api(msgspec.Struct, kw_only=True):
             completed_at=None if ended_ms is None else utc(ended_ms),
             created_at=utc(task.created_at_ms),
             processing_time=None if ended_ms is None or started_ms is None else (ended_ms - started_ms) / 1000,
+            gpu_seconds=round(task.gpu_ms / 1000, 3),
             attempt=task.attempt,
             queue_position=position,
             estimated_remaining=None if remaining_ms is None else remaining_ms / 1000,

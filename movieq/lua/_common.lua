@@ -217,8 +217,27 @@ local function watch_deadline(t)
   end
 end
 
--- The run is over, whatever comes next: its lease, its charge against the estimate, what it put into storage without committing it.
+-- What the task had of GPUs: that of earlier runs, and what this one says that it has had, with the share of a GPU that it has from now on.
+local function meter(t, ms, share)
+  if not t.gpu_share then set(t, {gpu_before_ms = t.gpu_ms or 0}) end
+  set(t, {gpu_ms = string.format('%.3f', t.gpu_before_ms + ms), gpu_share = share, gpu_at_ms = now})
+end
+
+-- The same at the end of a run, which may have come to say nothing for a while; it is in the sums of the project and of the installation.
+local function bill(t)
+  if not t.gpu_share then return end
+  set(t, {gpu_ms = string.format('%.3f', t.gpu_ms + (now - t.gpu_at_ms) * t.gpu_share), gpu_at_ms = now})
+  local ms = t.gpu_ms - (t.gpu_billed_ms or 0)
+  if ms > 0 then
+    for _, whose in ipairs({t.project_id, ''}) do redis.call('HINCRBYFLOAT', K.gpu_ms, whose, string.format('%.3f', ms)) end
+    set(t, {gpu_billed_ms = t.gpu_ms})
+  end
+end
+
+-- The run is over, whatever comes next: its lease, its charge against the estimate, its GPU, what it put into storage without committing it.
 local function release(t, committed)
+  bill(t)
+  if t.reaped ~= t.run then unset(t, 'gpu_share', 'gpu_at_ms') end -- one whose lease was over may come back, and has its GPU meanwhile
   redis.call('ZREM', K.running .. t.kind, t.task_id)
   redis.call('SREM', K.held .. t.worker_id, t.task_id)
   charge(t, (now - t.started_at_ms) - t.estimate_ms)

@@ -94,7 +94,7 @@ for number, slot in ipairs(cjson.decode(slots)) do
       charge(t, t.estimate_ms)
       if redis.call('LPUSH', K.pace .. kind, now) > 120 then redis.call('LTRIM', K.pace .. kind, 0, 99) end
       set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-      unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'passed_ms')
+      unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'passed_ms', 'gpu_share', 'gpu_at_ms')
       move(t, 'processing')
       redis.call('ZADD', K.running .. kind, now + lease_ms, t.task_id)
       redis.call('SADD', K.held .. worker_id, t.task_id)

@@ -14,6 +14,7 @@ for _, task_id in ipairs(old) do
     if redis.call('EXISTS', index(t, '', '')) == 0 then
       redis.call('ZREM', K.projects, t.project_id)
       redis.call('HDEL', K.spent .. t.kind, t.project_id)
+      redis.call('HDEL', K.gpu_ms, t.project_id)
       redis.call('DEL', K.log .. 'project:' .. t.project_id)
     end
     for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end

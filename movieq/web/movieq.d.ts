@@ -10,6 +10,8 @@ export interface TaskEvent {
   current_step: string;
   /** Seconds; null where it is not known. */
   estimated_remaining: number | null;
+  /** How long its runs had a GPU, in seconds: in the state at first. */
+  gpu_seconds?: number;
   [field: string]: unknown;
 }
 

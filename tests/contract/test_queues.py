@@ -9,7 +9,7 @@ import pytest
 from movieq.contracts import KEYS, TaskId, TaskStatus
 from movieq.store import Counts, Store
 from tests.arrange import claim, new_task, raw, result, running
-from tests.contract.client import ADMIN, FILM, READ, Client
+from tests.contract.client import ADMIN, ALL, FILM, READ, Client
 from tests.contract.conftest import Tasks
 
 
@@ -96,6 +96,18 @@ async def test_totals_rates_and_durations_are_those_of_the_tasks_that_the_key_ma
     assert set(everything["average_duration"]) <= {"generate_video", "generate_image", "process_audio", "render_animation"}
     film = (await api.get("/api/v1/tasks/metrics", key=FILM)).json
     assert (film["total_tasks"], film["tasks"]["queued"]) == (3, 0)
+
+
+async def test_gpu_seconds_are_those_of_the_task_of_its_project_and_of_what_the_key_may_see(
+    api: Client, tasks: Tasks, store: Store
+) -> None:
+    for project, ms in (("film", 1500), ("other", 2000)):
+        task_id, run = await tasks.processing(project_id=project)
+        await store.report(task_id, run, 0.5, "generating_image", gpu=(ms, 0))
+        await store.complete(task_id, run, result())
+        assert (await api.status(task_id))["gpu_seconds"] == ms / 1000
+        assert (await api.get(f"/api/v1/projects/{project}")).json["gpu_seconds"] == ms / 1000
+    assert [(await api.get("/api/v1/tasks/metrics", key=key)).json["gpu_seconds"] for key in (ALL, FILM)] == [3.5, 1.5]
 
 
 async def test_health_raises_an_alert_for_a_queue_without_a_worker_and_for_dead_letters(api: Client, store: Store) -> None:

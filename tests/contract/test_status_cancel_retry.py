@@ -29,7 +29,7 @@ STATUS = {
         "retryable",
         "started_at",
     ),
-    *("completed_at", "created_at", "processing_time", "attempt", "queue_position", "estimated_remaining", "events_url"),
+    *("completed_at", "created_at", "processing_time", "gpu_seconds", "attempt", "queue_position", "estimated_remaining", "events_url"),
 }
 ENDED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED]
 

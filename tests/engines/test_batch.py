@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -31,8 +32,12 @@ class Batch:
         self.takes: list[Take] = []
         for number, task in enumerate(tasks):
             given = {"resolution": "64x64", "format": "png", **task, **more}
-            self.takes.append(studio.take(name, lambda message, number=number: self.said.append((number, message)), **given))
+            self.takes.append(studio.take(name, functools.partial(self.hear, number), **given))
             self.flags.append(studio.flag)
+
+    def hear(self, number: int, message: FromChild) -> None:
+        """What a row says."""
+        self.said.append((number, message))
 
     def made(self) -> list[Made]:
         """What came of it, where nothing failed."""
@@ -68,13 +73,13 @@ def test_a_row_that_is_cancelled_leaves_and_the_others_are_made(studio: Studio) 
     alone = [studio.make("flux", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
     together = Batch(studio, "flux")
 
-    class Hears(list[tuple[int, FromChild]]):
-        def append(self, heard: tuple[int, FromChild]) -> None:
-            super().append(heard)
-            if isinstance(heard[1], Step) and heard[1].stage == "denoise" and heard[1].step == 1:
-                together.flags[1].set()
+    def hear(number: int, message: FromChild) -> None:
+        together.said.append((number, message))
+        if isinstance(message, Step) and message.stage == "denoise" and message.step == 1:
+            together.flags[1].set()
 
-    together.said = Hears()
+    for number, take in enumerate(together.takes):
+        take._send = functools.partial(hear, number)
     runs = tuple(take.run for take in together.takes)
     parts = together.parts()
     answers = [child.answered(run, part) for run, part in zip(runs, parts, strict=True) if callable(part)]

@@ -245,9 +245,23 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
     code, out, _ = await movieq(
         "doctor", folder=folder, MOVIEQ_REDIS_URL="redis://127.0.0.1:1/0", MOVIEQ_STORAGE=str(folder / "file" / "media"),
         MOVIEQ_MODELS="models.toml", MOVIEQ_WEBHOOK_SECRET="secret", MOVIEQ_PUBLIC_URL="127.0.0.1",
+        MOVIEQ_C2PA_REQUIRED="true",
     )  # fmt: skip
     assert code == 1
-    assert {subject for subject, mark in marked(out).items() if mark == "✗"} == {"Redis", "storage", "models", "webhooks", "API"}, out
+    assert {subject for subject, mark in marked(out).items() if mark == "✗"} == {
+        "Redis",
+        "storage",
+        "models",
+        "webhooks",
+        "signatures",
+        "API",
+    }, out
+
+
+async def test_a_worker_that_must_sign_and_cannot_does_not_start(server: Valkey, folder: Path) -> None:
+    needed = {"MOVIEQ_REDIS_URL": server.url, "MOVIEQ_PUBLIC_URL": "http://127.0.0.1:1", "MOVIEQ_C2PA_REQUIRED": "true"}
+    code, _, err = await movieq("worker", folder=folder, **needed)
+    assert (code, "MOVIEQ_C2PA_REQUIRED is set: name a certificate" in err) == (1, True), err
 
 
 async def test_doctor_speaks_of_a_setting_that_cannot_be_read(folder: Path) -> None:

@@ -35,20 +35,15 @@ async def ids(store: Store, *slots: Slot, **options: Any) -> list[TaskId]:
     return [each.task.task_id for each in await claimed(store, *slots, **options)]
 
 
-async def passed(store: Store) -> int:
-    """How often a task was passed over."""
-    return int(await raw(store).hget(KEYS["sums"], "claims passed") or 0)
-
-
 # ── Affinity ──
 
 
 async def test_a_task_whose_model_is_loaded_goes_first_within_its_project(store: Store) -> None:
     flux, other, sdxl = await submitted(store, gpu_task("flux"), gpu_task("flux"), gpu_task("sdxl"))
     assert await ids(store, SDXL) == [sdxl]
-    assert await passed(store) == 1
+    assert await store.passed_over() == 1
     assert await ids(store, SDXL, SDXL) == [flux, other], "there is no other for it"
-    assert await passed(store) == 1
+    assert await store.passed_over() == 1
 
 
 async def test_another_project_does_not_wait_for_a_model_that_is_loaded(store: Store) -> None:
@@ -100,7 +95,7 @@ async def test_a_slot_that_is_not_free_yet_is_woken_by_no_submit(store: Store) -
 
 
 async def test_tasks_of_one_batch_key_are_claimed_at_once_up_to_their_cap(store: Store) -> None:
-    like = {"batch": "sdxl|512x512", "batch_rows": 3}
+    like: dict[str, Any] = {"batch": "sdxl|512x512", "batch_rows": 3}
     a, b, other, c, d = await submitted(
         store, gpu_task("sdxl", **like), gpu_task("sdxl", **like), gpu_task("sdxl"), gpu_task("sdxl", **like), gpu_task("sdxl", **like)
     )

@@ -29,6 +29,7 @@ ADAPTERS: dict[str, set[str]] = {
     "fetch": {"aiohttp", "PIL", "yarl"},
     "webhooks": {"aiohttp"},
     "weights": {"huggingface_hub"},
+    "credentials": {"c2pa", "cryptography"},
 }
 
 

@@ -5,20 +5,37 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import msgspec
+
 import movieq
+from movieq.models import ANIMATIC
 from workers.child.media import Tags
 from workers.child.take import Take
 
 
+def source(take: Take) -> str:
+    """What the result is, by its name among IPTC's digital source types (cv.iptc.org/newscodes/digitalsourcetype).
+
+    An animatic is drawn and spoken by formulas: no model was trained for it. With stills it is a composite of elements whose own source
+    nobody told: `compositeSynthetic` would claim that there is generative AI among them.
+    """
+    if take.run.engine != ANIMATIC:
+        return "trainedAlgorithmicMedia"
+    return "composite" if take.params.references else "algorithmicMedia"
+
+
 def tags(take: Take, title: str) -> Tags:
-    """For the file."""
-    return Tags(
-        title=title,
+    """For the file: what it is and, unless the settings keep that out of files, how it was made."""
+    plain = Tags(title=title, engine=take.run.engine, version=movieq.__version__, source=source(take))
+    if not take.run.file_tags:
+        return plain
+    weights = take.run.entry.weights if take.run.entry else None
+    return msgspec.structs.replace(
+        plain,
         prompt=take.params.description,
         seed=take.seed,
-        engine=take.run.engine,
         model=take.run.model,
-        version=movieq.__version__,
+        revision=weights.revision if weights else None,
         task=take.run.task_id,
     )
 
@@ -26,6 +43,7 @@ def tags(take: Take, title: str) -> Tags:
 def metadata(take: Take, kind: str, size: tuple[int, int] | None) -> dict[str, Any]:
     """For the result; the worker adds the file's size."""
     found: dict[str, Any] = {"engine": take.run.engine, "model": take.run.model, "seed": take.seed, "format": kind}
+    found["digital_source_type"] = source(take)
     if size:
         found["resolution"] = f"{size[0]}x{size[1]}"
         found["generated"] = {"resolution": found["resolution"], "frames": 1, "fps": None}

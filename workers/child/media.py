@@ -30,6 +30,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from PIL import Image, PngImagePlugin
 
+from movieq.credentials import SOURCES
 from movieq.errors import InvalidInput
 from movieq.params import AudioFormat, ImageFormat
 from workers.child.take import shown
@@ -66,16 +67,18 @@ class Format(NamedTuple):
         return self.size[0] / self.size[1]
 
 
-class Tags(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file says about itself."""
+class Tags(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a file says about itself. `source`: IPTC's name for what it is; `revision`: of the weights."""
 
     title: str
-    prompt: str
-    seed: int
     engine: str
-    model: str
     version: str
-    task: str
+    source: str = ""
+    prompt: str = ""
+    seed: int | None = None
+    model: str = ""
+    revision: str | None = None
+    task: str = ""
 
     @property
     def comment(self) -> str:
@@ -283,7 +286,7 @@ def write_sound(path: Path, samples: Samples, rate: int, kind: AudioFormat, tags
 
 
 def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -> str:
-    """Writes the RGB image with its tags as XMP and returns the content type."""
+    """Writes the RGB image with its tags, as XMP and in a PNG as text too, and returns the content type."""
     xmp = _xmp(tags)
     if kind is ImageFormat.JPEG:
         image.save(path, "JPEG", quality=90, subsampling=0, xmp=xmp)
@@ -292,6 +295,10 @@ def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -
     else:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        told = {"Title": tags.title, "Description": tags.prompt, "Software": f"movieq {tags.version}", "Comment": tags.comment}
+        for keyword, text in told.items():
+            if text:
+                info.add_itxt(keyword, text)
         image.save(path, "PNG", compress_level=3, pnginfo=info)
     return f"image/{kind}"
 
@@ -312,10 +319,13 @@ def _xmp(tags: Tags) -> bytes:
     """The tags as an XMP packet: what the photo tools of a film's art department read (XMP specification, part 1)."""
     fields: dict[str, Any] = msgspec.to_builtins(tags)
     own = "".join(f"<movieq:{name}>{_xml(str(value))}</movieq:{name}>" for name, value in fields.items())
+    if tags.source:
+        own += f"<Iptc4xmpExt:DigitalSourceType>{SOURCES}{tags.source}</Iptc4xmpExt:DigitalSourceType>"
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
         '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-        'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:movieq="urn:movieq:tags">'
+        'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:movieq="urn:movieq:tags" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
         f"<xmp:CreatorTool>movieq {_xml(tags.version)}</xmp:CreatorTool>"
         f'<dc:title><rdf:Alt><rdf:li xml:lang="x-default">{_xml(tags.title)}</rdf:li></rdf:Alt></dc:title>'
         f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{_xml(tags.prompt)}</rdf:li></rdf:Alt></dc:description>'

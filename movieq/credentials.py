@@ -1,0 +1,157 @@
+"""Content Credentials (C2PA): signed into a file stands what it is; a reader sees who says so, and whether the file has changed since.
+
+The work is `c2pa-python`'s, of the extra `c2pa`. Nothing is asked of the network: left out are the time stamps of an authority, so that a
+signature holds for as long as its certificate, and lists of revoked certificates.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+import movieq
+from movieq.errors import SettingsError, Unsigned
+from movieq.settings import Settings, variable
+
+SOURCES: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+"""Of IPTC: what is before the name of a digital source type."""
+
+_CURVES: Final = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+_OPTIONS: Final = {
+    # the signer's own reader looks at what was signed; whom it trusts is for those who get the file
+    "verify": {"verify_after_sign": True, "verify_trust": False, "remote_manifest_fetch": False, "ocsp_fetch": False},
+    "builder": {"thumbnail": {"enabled": False}},
+}
+_PIXEL: Final = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+"""A PNG, for a trial."""
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What is said of a file: its title, its digital source type by IPTC's name, what made it, and `details` in words of our own."""
+
+    title: str
+    source: str
+    agent: str
+    agent_version: str | None
+    details: dict[str, Any]
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """A certificate with its key, tried out. Its text never shows the key."""
+
+    name: str
+    """Of the certificate's holder."""
+    expires: datetime
+    _algorithm: str
+    _chain: bytes
+    _key: bytes
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.name!r})"
+
+    def sign(self, path: Path, content_type: str, claim: Claim) -> None:
+        """The file carries the claim and its signature; as it was where this raises Unsigned. Blocking."""
+        signed = path.with_name(f"{path.name}.signed")
+        try:
+            with path.open("rb") as source, signed.open("w+b") as dest:
+                self._sign(content_type, claim, source, dest)
+            signed.replace(path)
+        finally:
+            signed.unlink(missing_ok=True)
+
+    def _sign(self, content_type: str, claim: Claim, source: Any, dest: Any) -> None:
+        import c2pa
+
+        try:
+            signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(self._algorithm, self._chain, self._key, None))
+            with c2pa.Context.from_dict(_OPTIONS, signer=signer) as context, c2pa.Builder(_manifest(claim), context) as builder:
+                builder.sign(content_type, source, dest)
+        except c2pa.C2paError as error:
+            raise Unsigned(f"{claim.title} cannot be signed: {error}") from error
+
+
+def load(settings: Settings) -> Credentials | None:
+    """Those of the settings, with which a trial was signed; None where there are none. Raises SettingsError that says what is wrong."""
+    certificate, key = settings.c2pa_certificate, settings.c2pa_key
+    if not certificate and not key:
+        if settings.c2pa_required:
+            raise SettingsError(f"{variable('c2pa_required')} is set: name a certificate with {variable('c2pa_certificate')}, and its key")
+        return None
+    if not certificate or not key:
+        missing = variable("c2pa_key" if certificate else "c2pa_certificate")
+        raise SettingsError(f"{missing} is not set: a certificate and its key are needed, or neither")
+    if importlib.util.find_spec("c2pa") is None:
+        raise SettingsError(f"{variable('c2pa_certificate')} is set, and c2pa-python is not installed: pip install 'movieq[c2pa]'")
+    read = _read(Path(certificate), Path(key))
+    if read.expires <= datetime.now(UTC):
+        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} expired on {read.expires:%Y-%m-%d}: renew it")
+    try:
+        _try(read)
+    except Unsigned as error:
+        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} cannot sign: {error.message}") from None
+    return read
+
+
+def _read(certificate: Path, key: Path) -> Credentials:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.x509.oid import NameOID
+
+    try:
+        chain = x509.load_pem_x509_certificates(certificate.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} is no chain of certificates in PEM: {error}") from None
+    try:
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:  # the last: it has a password
+        raise SettingsError(f"{variable('c2pa_key')}: {key} is no private key in PEM without a password: {type(error).__name__}") from None
+    leaf = chain[0]
+    if leaf.public_key() != private.public_key():
+        raise SettingsError(f"{variable('c2pa_key')}: {key} is not the key of the first certificate in {certificate}")
+    names = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME) or leaf.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    return Credentials(
+        str(names[0].value) if names else leaf.subject.rfc4514_string(),
+        leaf.not_valid_after_utc,
+        _algorithm(private),
+        b"".join(each.public_bytes(serialization.Encoding.PEM) for each in chain),
+        private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+def _algorithm(key: Any) -> str:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    match key:
+        case ec.EllipticCurvePrivateKey() if key.curve.name in _CURVES:
+            return _CURVES[key.curve.name]
+        case rsa.RSAPrivateKey():
+            return "ps256"
+        case ed25519.Ed25519PrivateKey():
+            return "ed25519"
+    raise SettingsError(f"{variable('c2pa_key')}: a key of {', '.join(_CURVES)}, RSA or Ed25519 is needed")
+
+
+def _try(credentials: Credentials) -> None:
+    """What is wrong with a certificate is found now, and not after hours of rendering."""
+    claim = Claim("a trial", "algorithmicMedia", "movieq", None, {})
+    credentials._sign("image/png", claim, io.BytesIO(_PIXEL), io.BytesIO())
+
+
+def _manifest(claim: Claim) -> dict[str, Any]:
+    """The claim in the words of C2PA: one action, by which the file came to be, and an assertion of our own."""
+    agent = {"name": claim.agent} | ({"version": claim.agent_version} if claim.agent_version else {})
+    created = {"action": "c2pa.created", "digitalSourceType": f"{SOURCES}{claim.source}", "softwareAgent": agent}
+    return {
+        "claim_generator_info": [{"name": "movieq", "version": movieq.__version__}],
+        "title": claim.title,
+        "assertions": [
+            {"label": "c2pa.actions.v2", "data": {"actions": [created]}},
+            {"label": "movieq.generation", "data": claim.details},
+        ],
+    }

@@ -1,0 +1,175 @@
+"""What runs had of GPUs: counted for each task over all its runs, however they ended, for its project and for the installation.
+
+The runs here say that they have a GPU; nothing below the scripts can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from movieq import store as store_module
+from movieq.contracts import KEYS, Kind, ProjectId, RunToken, TaskId
+from movieq.store import Counts, Store
+from tests.arrange import claim, new_task, raw, result, running
+from workers.engine import Child
+from workers.run import Running
+
+PROJECT = ProjectId("film")
+
+
+async def cost(store: Store, task_id: TaskId) -> tuple[float, float, float]:
+    """GPU seconds of the task, of its project and of all projects."""
+    task, project = await store.task(task_id), await store.project(PROJECT)
+    assert task is not None
+    assert project is not None
+    return task.gpu_ms / 1000, project.gpu_seconds, await store.gpu_seconds(None)
+
+
+async def say(store: Store, task_id: TaskId, run: RunToken, ms: float, share: float) -> None:
+    """The run has had so much of a GPU, and has this share of one now."""
+    await store.report(task_id, run, 0.1, "generating_image", gpu=(ms, share))
+
+
+async def complete(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await say(store, task_id, run, 5000, 0)
+    await asyncio.sleep(0.05)  # an upload takes its time, and no GPU
+    await store.complete(task_id, run, result())
+
+
+async def fail(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.fail(task_id, run, "it broke", "invalid_input")
+
+
+async def give_back(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")
+
+
+async def cancel(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await store.cancel(task_id)
+
+
+async def fall_silent(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
+    assert (await store.tidy())[0] == 1
+
+
+async def run_late(store: Store, task_id: TaskId, run: RunToken) -> None:
+    await raw(store).zadd(KEYS["deadlines"], {task_id: 1})
+    assert (await store.tidy())[2] == 1
+
+
+@pytest.mark.parametrize("end", [complete, fail, give_back, cancel, fall_silent, run_late])
+async def test_a_run_costs_what_it_had_of_a_gpu_however_it_ends(store: Store, end: Any) -> None:
+    task_id, run = await running(store)
+    await say(store, task_id, run, 5000, 0.5)
+    assert (await cost(store, task_id))[1:] == (0, 0), "the sums are of runs that ended"
+    await end(store, task_id, run)
+    of_task, of_project, of_all = await cost(store, task_id)
+    assert 5.0 <= of_task < 5.04
+    assert of_project == of_all == pytest.approx(of_task, abs=0.001)
+
+
+async def test_what_a_run_has_since_its_last_word_counts_by_its_share_of_the_batch(store: Store) -> None:
+    spent = []
+    for share in (1.0, 0.25):
+        task_id, run = await running(store)
+        await say(store, task_id, run, 0, share)
+        await asyncio.sleep(0.2)
+        await store.cancel(task_id)
+        spent.append((await cost(store, task_id))[0])
+    assert 0.2 <= spent[0] < 0.4
+    assert 0.05 <= spent[1] < 0.1
+
+
+async def test_every_attempt_of_a_task_counts(store: Store) -> None:
+    task_id, run = await running(store)
+    await say(store, task_id, run, 1000, 0)
+    await give_back(store, task_id, run)
+    (again,) = await claim(store)
+    assert (await cost(store, task_id))[0] == 1
+    await say(store, task_id, again.run, 2000, 0)
+    await fail(store, task_id, again.run)
+    await store.retry(task_id)
+    (third,) = await claim(store)
+    await say(store, task_id, third.run, 4000, 0)
+    await store.complete(task_id, third.run, result())
+    assert await cost(store, task_id) == (7, 7, 7)
+
+
+async def test_a_verb_said_again_is_not_paid_again(store: Store) -> None:
+    task_id, run = await running(store)
+    for _ in range(3):
+        await say(store, task_id, run, 1000, 0)
+    for _ in range(2):
+        await store.complete(task_id, run, result())
+    assert await cost(store, task_id) == (1, 1, 1)
+
+
+async def test_a_run_that_comes_back_after_its_lease_was_over_is_paid_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "LEASE_MS", 1)
+    task_id, run = await running(store)
+    await say(store, task_id, run, 3000, 1)
+    await fall_silent(store, task_id, run)
+    assert 3 <= (await cost(store, task_id))[1] < 3.05
+    await say(store, task_id, run, 4000, 0)
+    await store.complete(task_id, run, result())
+    assert await cost(store, task_id) == (4, 4, 4)
+
+
+async def test_the_time_between_a_lease_that_was_over_and_its_return_counts(store: Store) -> None:
+    task_id, run = await running(store)
+    await say(store, task_id, run, 0, 1)
+    await fall_silent(store, task_id, run)
+    await asyncio.sleep(0.1)
+    await store.complete(task_id, run, result())
+    assert 0.1 <= (await cost(store, task_id))[0] < 0.3
+
+
+async def test_a_run_on_a_cpu_costs_nothing(store: Store) -> None:
+    task_id, run = await running(store)
+    await store.report(task_id, run, 0.1, "generating_image")
+    await store.complete(task_id, run, result())
+    assert await cost(store, task_id) == (0, 0, 0)
+    assert not await raw(store).exists(KEYS["gpu_ms"])
+
+
+async def test_projects_are_counted_apart(store: Store) -> None:
+    for project, ms in (("film", 1000), ("other", 2000)):
+        task_id, run = await running(store, project=project)
+        await say(store, task_id, run, ms, 0)
+        await store.complete(task_id, run, result())
+    assert [await store.gpu_seconds(projects) for projects in (["film"], ["other"], ["film", "other", "new"], [], None)] == [1, 2, 3, 0, 3]
+
+
+async def test_with_its_last_task_a_project_is_forgotten_and_the_installations_sum_stays(store: Store) -> None:
+    task_id, run = await running(store)
+    await say(store, task_id, run, 1000, 0)
+    await store.complete(task_id, run, result())
+    await asyncio.sleep(0.01)
+    await store.sweep(0)
+    assert await store.gpu_seconds(["film"]) == 0
+    assert await store.gpu_seconds(None) == 1
+
+
+@pytest.mark.parametrize(("device", "counted"), [("cuda:0", True), ("cpu", False)])
+async def test_a_worker_counts_while_its_child_has_a_gpu(store: Store, device: str, counted: bool) -> None:
+    await store.submit(new_task())
+    (claimed,) = await claim(store)
+    child = Child("gpu0", (Kind.GPU_HEAVY,), device, step_timeout_s=1)
+    held = Running(claimed, child, child.reserve([claimed.task.task_id]))
+    assert held.gpu is None, "its inputs are fetched first"
+    held.take_gpu(0.5)
+    await asyncio.sleep(0.1)
+    held.take_gpu(1.0)
+    await asyncio.sleep(0.1)
+    held.take_gpu(0.0)
+    await asyncio.sleep(0.1)
+    if counted:
+        assert held.gpu is not None
+        assert 150 <= held.gpu[0] < 220
+        assert held.gpu[1] == 0
+    else:
+        assert held.gpu is None

@@ -1,0 +1,57 @@
+"""What a result says of its origin: tags that the engine writes, and Content Credentials that are signed here, once the file is whole."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from movieq import logs
+from movieq.contracts import Task
+from movieq.credentials import Claim, Credentials
+from movieq.errors import Unsigned
+from workers.protocol import Done
+
+log = logs.get()
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """What the settings say of it: whether files tell how they were made, who signs them, and whether nothing unsigned may be published."""
+
+    tags: bool = True
+    credentials: Credentials | None = None
+    required: bool = False
+
+
+async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) -> Done:
+    """What the run made, each file signed, and in its metadata by whom.
+
+    Where that cannot be, it says so in its warnings, or raises Unsigned where nothing unsigned may be published. A cancelled caller goes at
+    once; the thread that signs ends with the file at hand.
+    """
+    credentials = provenance.credentials
+    if credentials is None:
+        return done
+    source = str(done.metadata.get("digital_source_type", "trainedAlgorithmicMedia"))  # of an engine that does not say: the most cautious
+    agent, version = "movieq", None
+    details: dict[str, Any] = {"task_id": task.task_id, "task_type": task.task_type}
+    if provenance.tags:
+        agent, version = task.model, done.metadata.get("revision")
+        details |= {"engine": task.engine, "model": task.model, "revision": version, "seed": done.metadata.get("seed"), "prompt": prompt}
+    try:
+        for file in done.files:
+            path = Path(file.path)
+            claim = Claim(f"{task.task_id}{path.suffix}", source, agent, version, details)
+            await asyncio.to_thread(credentials.sign, path, file.content_type, claim)
+    except Unsigned as fault:
+        if provenance.required:
+            raise
+        log.warning("unsigned", problem=fault.message)
+        return _with(done, warnings=[*done.metadata.get("warnings", []), fault.message])
+    return _with(done, signed_by=credentials.name)
+
+
+def _with(done: Done, **more: Any) -> Done:
+    return msgspec.structs.replace(done, metadata={**done.metadata, **more})
