@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -71,3 +73,13 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
     assert gpus.read("cuda:0") is None
     with pytest.raises(SettingsError, match="no GPU that NVIDIA's driver knows"):
         gpus.devices("cuda:0")
+
+
+@pytest.mark.slow
+async def test_the_bench_of_gpus_runs_through_with_models_that_a_cpu_can_run() -> None:
+    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--tiny"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    out, err = await asyncio.wait_for(process.communicate(), 110)
+    assert process.returncode == 0, err.decode()
+    measured = json.loads(out.decode().splitlines()[-1])
+    assert {"sdxl_batch_8_32_gain", "flux_loop_to_served", "ltx_clip_s"} <= measured.keys()
