@@ -218,13 +218,15 @@ def fingerprint(
 
     None where they need not: without a seed, with references or weights that can change, by an engine of a plug-in.
     """
+    if params.seed is None:
+        return None
     sound_under = sound(table) if isinstance(params, VideoParams) and params.audio_cues else None
     used = [(name, table[name]), *([sound_under] if sound_under else [])]
     fixed = all(
         model.engine == Engine.ANIMATIC or (model.engine == Engine.DIFFUSERS and all(each.revision for each in _weights(model)))
         for _, model in used
     )
-    if params.seed is None or not fixed or not all(each.startswith(IMMUTABLE) for each in params.references):
+    if not fixed or not all(each.startswith(IMMUTABLE) for each in params.references):
         return None
     asked = {key: value for key, value in task_data.items() if value is not None} | msgspec.to_builtins(params)
     facts = (project, task_type, used, {key: asked[key] for key in asked.keys() - {"no_cache", "preview"}}, movieq.__version__, options)
