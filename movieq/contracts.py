@@ -115,6 +115,7 @@ KEYS: Final[Mapping[str, str]] = {
     "index": "movieq:index:",  # + project|status|type, either empty: zset task -> created
     "projects": "movieq:projects",  # zset project -> first task's time
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
+    "made": "movieq:made:",  # + fingerprint: string, the task that made this last
     "durations": "movieq:durations:",  # + shape: list of the last run times, ms
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms

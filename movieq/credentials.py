@@ -56,7 +56,7 @@ class Credentials(msgspec.Struct, frozen=True):
         return f"Credentials({self.name!r})"
 
     def sign(self, path: Path, content_type: str, claim: Claim) -> None:
-        """The file carries the claim and its signature; as it was where this raises Unsigned. Blocking."""
+        """The file carries the claim and its signature; as it was where this raises Unsigned. Blocking; takes twice its size in memory."""
         signed = path.with_name(f"{path.name}.signed")
         try:
             with path.open("rb") as source, signed.open("w+b") as dest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from enum import StrEnum
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
+import movieq
 from movieq.contracts import Kind
 from movieq.errors import SettingsError, ValidationFailed
 from movieq.params import AnimationParams, AudioParams, ImageParams, Params, TaskType, VideoParams, frames, size
 from movieq.settings import EngineChoice
 
 ANIMATIC: Final = "animatic"
+IMMUTABLE: Final = ("upload:", "task:", "data:")
+"""How references begin behind which there is always the same file."""
 ENGINES: Final[dict[str, str]] = {"animatic": "workers.child.animatic", "diffusers": "workers.child.diffusion"}
 """Engine -> the module with its `make`, for the child to import; plug-ins add theirs."""
 EXTRA: Final[dict[str, dict[str, Any]]] = {}
@@ -224,6 +228,32 @@ def batch(name: str, model: Model, params: Params) -> tuple[str, int]:
     if rows == 1:
         return "", 1
     return f"{name}|{params.resolution}|{params.steps}|{params.guidance_scale}|{params.negative_prompt is not None}", rows
+
+
+def fingerprint(
+    project: str, table: dict[str, Model], name: str, task_type: TaskType, params: Params, task_data: dict[str, Any], *options: Any
+) -> str | None:
+    """Names what a task makes: two of one project with the same make the same. `options`: what else of this installation its files hang on.
+
+    None where they need not: without a seed, with references or weights that can change, by an engine of a plug-in.
+    """
+    if params.seed is None:
+        return None
+    sound_under = sound(table) if isinstance(params, VideoParams) and params.audio_cues else None
+    used = [(name, table[name]), *([sound_under] if sound_under else [])]
+    fixed = all(
+        model.engine == Engine.ANIMATIC or (model.engine == Engine.DIFFUSERS and all(each.revision for each in _weights(model)))
+        for _, model in used
+    )
+    if not fixed or not all(each.startswith(IMMUTABLE) for each in params.references):
+        return None
+    asked = {key: value for key, value in task_data.items() if value is not None} | msgspec.to_builtins(params)
+    facts = (project, task_type, used, {key: asked[key] for key in asked.keys() - {"no_cache", "preview"}}, movieq.__version__, options)
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
+
+
+def _weights(model: Model) -> list[Weights]:
+    return [*([model.weights] if model.weights else []), *model.components.values()]
 
 
 def shape(model: str, task_type: TaskType, params: Params) -> str:

@@ -91,6 +91,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
     draft: bool = False
     preview: bool = False
+    no_cache: bool = False
 
     @property
     def description(self) -> str:

@@ -116,6 +116,12 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     body_hash: str = ""
     max_queued: int = 0
     max_queued_all: int = 0
+    fingerprint: str = ""
+    made: str = ""
+    """The completed task whose result is this one's: `made_result`, JSON, its files under `made_prefix`, and at most `made_ms` old."""
+    made_result: bytes = b""
+    made_prefix: str = ""
+    made_ms: int | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -246,7 +252,7 @@ class Store:
     # ── Verbs of clients ──
 
     async def submit(self, new: NewTask) -> Accepted:
-        """The task waits in its queue. Raises IdempotencyMismatch, QueueFull."""
+        """The task waits in its queue, or is completed with what was made before. Raises IdempotencyMismatch, QueueFull."""
         arguments = {name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()}
         arguments["warnings"] = msgspec.json.encode(new.warnings)
         # not shielded, as no worker hangs on it: a client that has gone submits again, or has changed its mind
@@ -416,6 +422,11 @@ class Store:
         """The task; None where there is none."""
         flat = await self._line.call("HGETALL", KEYS["task"] + task_id)
         return _task(_pairs(flat)) if flat else None
+
+    async def made_before(self, fingerprint: str) -> Task | None:
+        """The task that made this last; None where there is none (any more)."""
+        task_id = await self._line.call("GET", KEYS["made"] + fingerprint)
+        return await self.task(TaskId(task_id.decode())) if task_id else None
 
     async def position(self, task: Task) -> int | None:
         """The task's place in its project's queue, from 1; None while it does not wait."""

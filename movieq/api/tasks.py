@@ -27,13 +27,14 @@ from movieq.contracts import (
     Deadline,
     ProjectId,
     Receipt,
+    StoredResult,
     SubmitRequest,
     Task,
     TaskId,
     TaskStatus,
     utc,
 )
-from movieq.errors import Forbidden, PayloadTooLarge, ValidationFailed
+from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.events import START, EndWatcher, Opening, Source, pair
 from movieq.fetch import UrlRefused
 from movieq.params import MAX_DURATION_S, TaskType
@@ -45,6 +46,11 @@ METADATA_BYTES: Final = 16 * 1024
 NESTING: Final = 64
 """How deep lists and objects may lie in each other. Python's own limit hangs on the stack: what can be read here could fail elsewhere."""
 BODY_S: Final = 30.0
+STORED_S: Final = 2.0
+"""How long the storage may take to say whether a result is still there; else it is made again."""
+DAY_S: Final = 86400
+SWEPT_WITHIN_S: Final = 3600
+"""Files that are swept so soon are given to no other task: a sweep that has begun does not look again."""
 WAIT_S: Final = 60
 WAIT_CHECK_S: Final = 1.0
 """How soon a waiting request is given up whose client has gone."""
@@ -63,6 +69,8 @@ async def submit(request: Request) -> Response:
     if not who.grant.allows(submitted.project_id):
         raise Forbidden(f"this API key does not belong to project {submitted.project_id}")
     new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"))
+    if new.fingerprint and not submitted.task_data.get("no_cache"):
+        new = await _with_earlier(movieq, new)
     accepted = await movieq.store.submit(new)
     log.info(
         "submit",
@@ -72,6 +80,7 @@ async def submit(request: Request) -> Response:
         model=new.model,
         kind=new.kind,
         priority=new.priority,
+        made_before=new.made or None,
         replayed=accepted.replayed,
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
@@ -230,8 +239,36 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         warnings=tuple(f"task_data.{key[:200]} is not read by anything" for key in unread[:100]),
         idempotency=_idempotency(who, submitted.project_id, idempotency_key),
         body_hash=hashlib.sha256(body).hexdigest(),
+        fingerprint=models.fingerprint(
+            submitted.project_id, movieq.models, name, task_type, parsed, submitted.task_data, movieq.settings.file_tags
+        )
+        or "",
         max_queued=movieq.settings.max_queued_per_project,
         max_queued_all=movieq.settings.max_queued,
+    )
+
+
+async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
+    """The task, with the result of one of its project that made the same, where that is still stored."""
+    earlier = await movieq.store.made_before(new.fingerprint)
+    if earlier is None or earlier.result is None:
+        return new
+    result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days
+    if movieq.settings.c2pa_required and "signed_by" not in result.metadata:
+        return new
+    try:
+        async with asyncio.timeout(STORED_S):
+            if await movieq.storage.size(media.key) != media.size_bytes:
+                return new
+    except (StorageFault, TimeoutError) as error:
+        log.warning("storage_away", problem=str(error) or type(error).__name__)
+        return new
+    return msgspec.structs.replace(
+        new,
+        made=earlier.task_id,
+        made_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
+        made_prefix=media.key.rpartition("/")[0],
+        made_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
     )
 
 

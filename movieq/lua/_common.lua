@@ -271,10 +271,8 @@ local function deliver(t, event_type)
   wake('deliveries')
 end
 
--- Ends the task, from queued or processing.
-local function finish(t, status, extra)
-  if t.status == 'processing' then release(t, status == 'completed') else dequeue(t) end
-  redis.call('ZREM', K.deadlines, t.task_id)
+-- The task has ended: nothing waits for it and nobody runs it any more.
+local function conclude(t, status, extra)
   redis.call('ZADD', K.ended, now, t.task_id)
   set(t, {ended_at_ms = now})
   unset(t, 'remaining_ms')
@@ -282,6 +280,13 @@ local function finish(t, status, extra)
   log(t, status, extra)
   redis.call('EXPIRE', K.log .. t.task_id, 86400)
   deliver(t, status)
+end
+
+-- Ends the task, from queued or processing.
+local function finish(t, status, extra)
+  if t.status == 'processing' then release(t, status == 'completed') else dequeue(t) end
+  redis.call('ZREM', K.deadlines, t.task_id)
+  conclude(t, status, extra)
 end
 
 local function fail(t, message, code, retryable)

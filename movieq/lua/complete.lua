@@ -3,7 +3,7 @@
 -- args: task_id run result
 --   result: JSON of StoredResult; passes through as it is
 -- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
--- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take. Cost: O(log n).
+-- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take, and that this was made. Cost: O(log n).
 local t = load(task_id)
 if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
 if not holds(t, run, 0) then return 'lost' end
@@ -11,6 +11,7 @@ if redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms) > 42 then 
 redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
 redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
 redis.call('HINCRBY', K.sums, t.task_type .. ' ms', now - t.started_at_ms)
+if t.fingerprint then redis.call('SET', K.made .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
 finish(t, 'completed', {'"result":' .. result})

@@ -1,11 +1,14 @@
 #!lua
--- Accepts a task: none -> queued. The only verb that a full memory refuses.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all
+-- Accepts a task: none -> queued, and on to completed at once where the same was made before. The only verb that a full memory refuses.
+-- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms
 --   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, batch, start_by_ms, finish_by_ms: '' for none
 --   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
+--   fingerprint: of what it makes, '' for none; made: the completed task of that fingerprint, '' for none, made_result: its result (JSON), made_prefix: where its
+--   files are, made_ms: how old these may be, since older ones are swept, '' for any
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
 --   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
--- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's begins with `started`. Keeps the idempotency key for 24 h.
+-- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's begins with `started`; with a result that was made before also
+--   `started` and `completed`, and fills the outbox; the files are then swept by the age of this task. Keeps the idempotency key for 24 h.
 -- Cost: O(log n).
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
@@ -28,12 +31,17 @@ if idempotency ~= '' then
     if t then return receipt('replayed', t) end
   end
 end
+-- Whether its result is there already: a task that was swept meanwhile, or files that are about to be, give none.
+local earlier = made ~= '' and load(made)
+local stored = earlier and earlier.status == 'completed' and earlier.project_id == project_id and redis.call('ZSCORE', K.media, made_prefix)
+local hit = stored and (made_ms == '' or now - stored < tonumber(made_ms))
+
 local t = {task_id = task_id, project_id = project_id, task_type = task_type, kind = kind}
-if tonumber(max_queued) > 0 then
+if not hit and tonumber(max_queued) > 0 then
   local waiting = redis.call('ZCARD', index(t, 'queued', ''))
   if waiting >= tonumber(max_queued) then return {'full', waiting, pace(kind)} end
 end
-if tonumber(max_queued_all) > 0 then
+if not hit and tonumber(max_queued_all) > 0 then
   local waiting = tonumber(redis.call('HGET', K.totals, 'queued') or 0)
   if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, pace(kind)} end
 end
@@ -59,6 +67,7 @@ end
 if callback_url ~= '' then fields.callback_url = callback_url end
 if start_by_ms ~= '' then fields.start_by_ms = start_by_ms end
 if finish_by_ms ~= '' then fields.finish_by_ms = finish_by_ms end
+if fingerprint ~= '' then fields.fingerprint = fingerprint end
 set(t, fields)
 redis.call('SET', K.job .. task_id,
   '\133\161t\192\161f' .. cmsgpack.pack(task_type) .. '\161a\144\161k' .. kwargs .. '\162et' .. cmsgpack.pack(now))
@@ -67,14 +76,25 @@ redis.call('SADD', K.kinds, kind)
 redis.call('ZADD', index(t, '', ''), created(t), task_id)
 redis.call('ZADD', index(t, '', task_type), created(t), task_id)
 move(t, 'queued')
-enqueue(t)
-watch_deadline(t)
-
--- Exact while one project waits; beside others, each takes about a turn for each of ours.
-local ahead = redis.call('ZRANK', queue(t), task_id)
-local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
-local position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.flows .. kind) - 1))
-set(t, {queued_position = position})
+if hit then
+  set(t, {queued_position = 1, estimate_ms = 0})
+else
+  enqueue(t)
+  watch_deadline(t)
+  -- Exact while one project waits; beside others, each takes about a turn for each of ours.
+  local ahead = redis.call('ZRANK', queue(t), task_id)
+  local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
+  set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.flows .. kind) - 1))})
+end
 log_in_project(t, 'queued', event(t, 'queued'))
 if idempotency ~= '' then redis.call('SET', K.idempotency .. idempotency, body_hash .. ' ' .. task_id, 'EX', 86400) end
+if hit then
+  set(t, {attempt = 1, run = 'made before', started_at_ms = now, current_step = 'starting'})
+  move(t, 'processing')
+  log(t, 'started')
+  redis.call('ZADD', K.media, now, made_prefix)
+  redis.call('SET', K.made .. fingerprint, task_id)
+  set(t, {result = made_result, progress = 1, current_step = 'upload_complete'})
+  conclude(t, 'completed', {'"result":' .. made_result})
+end
 return receipt('ok', t)

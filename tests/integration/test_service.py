@@ -52,6 +52,17 @@ async def file_of(status: dict[str, Any]) -> bytes:
         return await answer.read()
 
 
+async def test_what_was_made_before_with_this_seed_is_there_at_once(running: Service) -> None:
+    frame = await running.upload(picture())
+    data = {**SMALL, "reference_images": [frame], "seed": 7}
+    first = await running.ended(await running.submit("generate_image", data))
+    _, again = await running.call("GET", f"/tasks/{await running.submit('generate_image', data)}/status")
+    anew = await running.ended(await running.submit("generate_image", {**data, "no_cache": True}))
+    assert [each.get("result", {}).get("metadata", {}).get("cache") for each in (first, again, anew)] == [None, "hit", None]
+    assert await file_of(again) == await file_of(first)
+    assert anew["result"]["media_url"] != first["result"]["media_url"]
+
+
 async def test_a_storyboard_becomes_a_clip_of_just_what_was_asked(running: Service) -> None:
     frames = [await running.upload(picture((640, 360))) for _ in range(3)]
     data = {

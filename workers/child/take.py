@@ -49,7 +49,10 @@ def broken(error: BaseException | None) -> bool:
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What an engine hands back: files in `Take.out_dir`, and the metadata of the result."""
+    """What an engine hands back: files in `Take.out_dir`, and the metadata of the result.
+
+    There `digital_source_type` says what it is, by IPTC's name, and is signed where files are: without it, `trainedAlgorithmicMedia`.
+    """
 
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
