@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from movieq import logs
-from movieq.contracts import Kind, TaskId
+from movieq.contracts import Kind, ModelSwaps, TaskId
 from movieq.errors import TASK_FAULTS, InternalFault, MovieqError, TaskFault
 from movieq.settings import PREFIX
 from workers.protocol import (
@@ -38,6 +38,7 @@ from workers.protocol import (
     Run,
     Step,
     ToChild,
+    Watched,
     frame,
     from_child_decoder,
 )
@@ -80,7 +81,10 @@ class Child:
         self.task_id: TaskId | None = None
         self.tasks_completed = 0
         self.models: list[str] = []
-        """Those in its memory."""
+        """Those on its device."""
+        self.models_parked: list[str] = []
+        """Those that wait in the host's memory."""
+        self.model_swaps = ModelSwaps()
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -154,7 +158,7 @@ class Child:
                         on_message(message)
                     case Done():
                         self.tasks_completed += 1
-                        self.models = list(message.models)
+                        self._hold(message)
                         return message
                     case Failed():
                         if message.broken:
@@ -173,6 +177,13 @@ class Child:
             raise
         finally:
             self._run = None
+
+    def watched(self, run: str, watched: bool) -> bool:
+        """The child knows whether somebody watches this run; False where it does not work on it."""
+        if run != self._run:
+            return False
+        self._send(Watched(run, watched))
+        return True
 
     def kill(self) -> None:
         """The child, and what it started, is gone; the next one starts at once."""
@@ -193,9 +204,15 @@ class Child:
         except TimeoutError:
             raise InternalFault(f"no engine came back within {START_S:g} s") from None
 
+    def _hold(self, message: Ready | Done) -> None:
+        """What its memory holds by this message."""
+        self.models = list(message.models)
+        self.models_parked = list(message.models_parked) if isinstance(message, Done) else []
+        self.model_swaps = message.model_swaps if isinstance(message, Done) else ModelSwaps()
+
     def _gone(self) -> None:
         self._ready = None
-        self.models = []
+        self.models, self.models_parked = [], []
         self._serves.clear()
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
@@ -221,7 +238,7 @@ class Child:
                 first = await self._receive(process.stdout)
             if isinstance(first, Ready):
                 self._ready = first
-                self.models = list(first.models)
+                self._hold(first)
                 self._serves.set()
                 log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
                 on_ready()

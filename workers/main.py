@@ -276,6 +276,8 @@ class Worker(ArqWorker):
                     temperature=gpu.temperature if gpu else None,
                     power=gpu.power if gpu else None,
                     models=child.models if child.free or child.task_id else [],
+                    models_parked=child.models_parked,
+                    model_swaps=child.model_swaps,
                     host=socket.gethostname(),
                     version=movieq.__version__,
                 )

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from movieq.contracts import ModelSwaps
 from movieq.models import Model
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -49,6 +50,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Stop this run between two steps and answer `Cancelled`. A run that is not, or no longer, running is no error."""
 
     run: str
+
+
+class Watched(msgspec.Struct, frozen=True, tag="watched"):
+    """Somebody watches this run, or nobody does any more: it is worth while to show previews. Of a run that is over it is no error."""
+
+    run: str
+    watched: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -117,7 +125,11 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
     models: tuple[str, ...] = ()
-    """Those in memory now, the one used last at the end."""
+    """Those on the device now, the one used last at the end."""
+    models_parked: tuple[str, ...] = ()
+    """Those that wait in the host's memory."""
+    model_swaps: ModelSwaps = ModelSwaps()
+    """Since the child began."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -137,7 +149,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
     run: str
 
 
-ToChild = Run | Cancel
+ToChild = Run | Cancel | Watched
 FromChild = Ready | Plan | Step | Note | Preview | Done | Failed | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from tests.engines import tiny
 from workers.child import diffusion, shelf
 from workers.child.take import Flag, Made, Take
 from workers.protocol import FromChild, Run, Step
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; models so small get slower by threads
+torch.set_num_threads(1)
 
 PICTURE = {"sides": 16, "pixels": [1, 4096]}
 CLIP = {"sides": 32, "pixels": [1, 4096], "frame_step": 8, "frame_first": 1, "frames": 17, "fps": 12}
@@ -58,6 +62,14 @@ def task_of(name: str) -> str:
         if name in SOUNDS
         else "generate_video"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache, where models of a folder keep what was learnt of them: each of these is learnt once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"])
 
 
 @pytest.fixture(scope="session")
@@ -136,9 +148,9 @@ class Studio:
 @pytest.fixture
 def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
     """An engine with nothing in memory."""
-    shelf.evict("")
+    shelf.clear()
     yield Studio(folders, folder)
-    shelf.evict("")
+    shelf.clear()
 
 
 @pytest.fixture

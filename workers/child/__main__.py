@@ -22,12 +22,13 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from movieq import plugins
+from movieq.contracts import ModelSwaps
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
 from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
 from workers.child.take import Flag, Made, Take, TakeCancelled
-from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Ready, Run
+from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Ready, Run, Watched
 
 
 class Child:
@@ -50,6 +51,9 @@ class Child:
                         flag.set()
                         if flag.deaf:
                             os._exit(0)
+                elif isinstance(message, Watched):
+                    if flag := self._flags.get(message.run):
+                        flag.watched = message.watched
                 else:
                     self._flags[message.run] = Flag()
                     self._runs.put(message)
@@ -93,7 +97,7 @@ def perform(run: Run, send: Callable[[FromChild], None], cancelled: Flag, device
     except Exception as error:
         said = f"the {run.engine} engine failed: {type(error).__name__}: {error}"
         return Failed(run.run, InternalFault.code, said, traceback.format_exc(), broken=_beyond_repair(error))
-    return Done(run.run, made.files, made.metadata, resident())
+    return Done(run.run, made.files, made.metadata, resident(), *put_by())
 
 
 def _beyond_repair(error: BaseException | None) -> bool:
@@ -106,9 +110,15 @@ def _beyond_repair(error: BaseException | None) -> bool:
 
 
 def resident() -> tuple[str, ...]:
-    """The models in memory: the animatic needs none, and is always there."""
+    """The models on the device: the animatic needs none, and is always there."""
     shelf = sys.modules.get("workers.child.shelf")
     return ("animatic", *(shelf.names() if shelf else ()))
+
+
+def put_by() -> tuple[tuple[str, ...], ModelSwaps]:
+    """The models that wait in the host's memory, and how often models came and went."""
+    shelf = sys.modules.get("workers.child.shelf")
+    return (shelf.parked(), shelf.swaps()) if shelf else ((), ModelSwaps())
 
 
 def engine(name: str) -> Callable[[Take], Made]:

@@ -312,7 +312,7 @@ def _called(take: Take, loaded: Loaded, with_images: bool, given: dict[str, Any]
 
     def call() -> Any:
         options["generator"].set_state(state)
-        with Watch(take, pipe, part) as watch:
+        with Watch(take, pipe, part, loaded, given) as watch:
             answer = pipe(**options, return_dict=False)
         loaded.seconds |= watch.seconds
         return answer[0]

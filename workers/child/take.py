@@ -32,6 +32,8 @@ class Flag(threading.Event):
     """Set, from another thread, when the run is to stop. While it is `deaf`, as while a model loads, nobody looks: the process ends."""
 
     deaf = False
+    watched = False
+    """Whether somebody watches the run just now."""
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -84,11 +86,15 @@ class Take:
         self.check()
         self._send(Step(self.run.run, stage, 0, 1))
 
+    @property
+    def preview_due(self) -> bool:
+        """Whether to show something: the task asked for previews, or is watched, and the last one is half a second old."""
+        return (self.params.preview or self._cancelled.watched) and time.monotonic() >= self._preview_due_s
+
     def preview(self, draw: Callable[[], bytes]) -> None:
-        """Sends what `draw` returns, a JPEG of at most 10 kB, where the task asked for previews; it is called at most twice a second."""
-        now_s = time.monotonic()
-        if self.params.preview and now_s >= self._preview_due_s:
-            self._preview_due_s = now_s + PREVIEW_INTERVAL_S
+        """Sends what `draw` returns, a JPEG of at most 10 kB, where one is due; so it is called at most twice a second."""
+        if self.preview_due:
+            self._preview_due_s = time.monotonic() + PREVIEW_INTERVAL_S
             self._send(Preview(self.run.run, draw()))
 
     @contextmanager
