@@ -423,16 +423,15 @@ class _Reporter:
 
     async def _look(self) -> None:
         """The child hears when somebody begins or ceases to watch the task."""
-        said = False
+        said = watched = False
         while True:
             try:
                 watched = await self._store.watched(self._running.task.task_id)
             except (RedisError, OSError, TimeoutError) as error:
                 log.debug("look_failed", problem=str(error) or type(error).__name__)
-            else:
-                if watched != said and self._running.child.watched(self._running.run, watched):
-                    said = watched
-            await asyncio.sleep(WATCH_INTERVAL_S)
+            if watched != said and self._running.child.watched(self._running.run, watched):
+                said = watched
+            await asyncio.sleep(WATCH_INTERVAL_S if watched == said else REPORT_INTERVAL_S)  # it may not have the run yet
 
     async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None, keep: bool = False) -> None:
         await self._store.report(
