@@ -284,6 +284,19 @@ class WorkerState(StrEnum):
     OFFLINE = "offline"
 
 
+class ModelSwaps(msgspec.Struct, frozen=True, kw_only=True):
+    """How often models came and went since an engine's process began."""
+
+    loads: int = 0
+    """From the disk."""
+    returns: int = 0
+    """From the host's memory."""
+    parkings: int = 0
+    """Into the host's memory."""
+    drops: int = 0
+    """Out of memory."""
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child of a worker: a GPU, or the host's CPU."""
 
@@ -303,6 +316,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_gap: float | None = None
     """Seconds that the device waited between two tasks, where the second was there: the median of the last thousand."""
     models: list[str]
+    models_parked: list[str] = []
+    model_swaps: ModelSwaps = ModelSwaps()
     host: str
     version: str
 

@@ -22,6 +22,8 @@ IMMUTABLE: Final = ("upload:", "task:", "data:")
 """How references begin behind which there is always the same file."""
 ENGINES: Final[dict[str, str]] = {"animatic": "workers.child.animatic", "diffusers": "workers.child.diffusion"}
 """Engine -> the module with its `make`, for the child to import; plug-ins add theirs."""
+PREVIEW_VAE: Final = "preview_vae"
+"""A component that only previews are decoded by, an AutoencoderTiny: sharper than the map of colours that is fitted to every VAE."""
 EXTRA: Final[dict[str, dict[str, Any]]] = {}
 """Entries of plug-ins, as they would stand in the file."""
 

@@ -351,6 +351,12 @@ class Store:
         image = b"data:image/jpeg;base64," + base64.b64encode(jpeg)
         _fenced(await self._scripts["preview"]((), task_id=task_id, run=run, image=image), task_id)
 
+    async def watched(self, task_id: TaskId) -> bool:
+        """Whether anybody watches the task just now."""
+        channel = KEYS["events"] + task_id
+        ((_, watchers),) = await self.redis.pubsub_numsub(channel)
+        return bool(watchers)
+
     async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult) -> None:
         """The result is committed and its deliveries are in the outbox. Raises RunLost."""
         _fenced(await self._verb("complete", task_id=task_id, run=run, result=msgspec.json.encode(result)), task_id)

@@ -7,6 +7,7 @@ beside it what it has checked, and nothing is loaded that it did not write down.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +54,22 @@ def find(weights: Weights) -> Path:
                 f"{weights.repository}: {name} is not what revision {weights.revision[:12]} says: run `movieq models pull`"
             )
     return folder
+
+
+def beside(weights: Weights, name: str) -> Path | None:
+    """Where something of this name that was learnt from the weights is kept: a new place when they change. Its folder may not be there yet.
+
+    With what `pull` wrote; for a folder, which is taken as it is, in the user's cache. None where the user has none.
+    """
+    if weights.revision is not None:
+        return _stamp(weights).with_suffix(f".{name}")
+    folder = Path(weights.repository) / weights.subfolder
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.safetensors"))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "movieq" / f"{hashlib.sha256(repr(files).encode()).hexdigest()[:32]}.{name}"
 
 
 class Wanted(msgspec.Struct, frozen=True):

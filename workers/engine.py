@@ -21,7 +21,7 @@ import msgspec
 import psutil
 
 from movieq import logs
-from movieq.contracts import Kind, TaskId
+from movieq.contracts import Kind, ModelSwaps, TaskId
 from movieq.errors import TASK_FAULTS, InternalFault, MovieqError, TaskFault
 from movieq.settings import PREFIX
 from workers.protocol import (
@@ -42,6 +42,7 @@ from workers.protocol import (
     Run,
     Step,
     ToChild,
+    Watched,
     frame,
     from_child_decoder,
 )
@@ -131,7 +132,10 @@ class Child:
         self.groups: list[Group] = []
         self.tasks_completed = 0
         self.models: list[str] = []
-        """Those in its memory."""
+        """Those on its device."""
+        self.models_parked: list[str] = []
+        """Those that wait in the host's memory."""
+        self.model_swaps = ModelSwaps()
         self.rows: dict[str, int] = {}
         """Batch key -> how many rows its memory has room for, where that is known to be less than the table says."""
         self.idle_s: deque[float] = deque(maxlen=IDLES)
@@ -272,7 +276,7 @@ class Child:
                         self.rows[group.batch] = message.rows
                     case Done():
                         self.tasks_completed += 1
-                        self.models = list(message.models)
+                        self._hold(message)
                         return message
                     case Failed():
                         if message.broken:
@@ -292,6 +296,13 @@ class Child:
             raise
         finally:
             del self._inboxes[request.run]
+
+    def watched(self, run: str, watched: bool) -> bool:
+        """The child knows whether somebody watches this run; False where it does not work on it."""
+        if run not in self._inboxes or not self._inboxes[run][0].begun.is_set():
+            return False
+        self._send(Watched(run, watched))
+        return True
 
     async def _turn(self, group: Group) -> None:
         """The child has the group. Raises InternalFault where there is no child for too long."""
@@ -314,9 +325,15 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own
 
+    def _hold(self, message: Ready | Done) -> None:
+        """What its memory holds by this message."""
+        self.models = list(message.models)
+        self.models_parked = list(message.models_parked) if isinstance(message, Done) else []
+        self.model_swaps = message.model_swaps if isinstance(message, Done) else ModelSwaps()
+
     def _gone(self) -> None:
         self._ready = None
-        self.models = []
+        self.models, self.models_parked = [], []
 
     async def _live(self) -> None:
         self._killed, self._blamed = False, None
@@ -341,7 +358,7 @@ class Child:
                 first = await self._receive(process.stdout)
             if isinstance(first, Ready):
                 self._ready = first
-                self.models = list(first.models)
+                self._hold(first)
                 log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
                 self._advance()
                 self._on_room()

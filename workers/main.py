@@ -299,6 +299,8 @@ class Worker(ArqWorker):
                     temperature=gpu.temperature if gpu else None,
                     power=gpu.power if gpu else None,
                     models=child.models if child.pid else [],
+                    models_parked=child.models_parked,
+                    model_swaps=child.model_swaps,
                     idle_gap=statistics.median(child.idle_s) if child.idle_s else None,
                     host=socket.gethostname(),
                     version=movieq.__version__,

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from movieq.contracts import ModelSwaps
 from movieq.models import Model
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -57,6 +58,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Stop this run between two steps and answer `Cancelled`. A run that is not, or no longer, running is no error."""
 
     run: str
+
+
+class Watched(msgspec.Struct, frozen=True, tag="watched"):
+    """Somebody watches this run, or nobody does any more: it is worth while to show previews. Of a run that is over it is no error."""
+
+    run: str
+    watched: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -140,7 +148,11 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
     models: tuple[str, ...] = ()
-    """Those in memory now, the one used last at the end."""
+    """Those on the device now, the one used last at the end."""
+    models_parked: tuple[str, ...] = ()
+    """Those that wait in the host's memory."""
+    model_swaps: ModelSwaps = ModelSwaps()
+    """Since the child began."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -160,7 +172,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
     run: str
 
 
-ToChild = Run | Batch | Cancel
+ToChild = Run | Batch | Cancel | Watched
 FromChild = Ready | Plan | Step | Note | Rows | Preview | Free | Done | Failed | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()

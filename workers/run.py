@@ -37,6 +37,8 @@ from workers.provenance import Provenance, signed
 REPORT_INTERVAL_S: Final = 0.1
 PREVIEW_INTERVAL_S: Final = 0.5
 PREVIEW_BYTES: Final = 10_000
+WATCH_INTERVAL_S: Final = 2.0
+"""Between two looks whether anybody watches the task."""
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
 
@@ -389,11 +391,12 @@ class _Reporter:
         self._preview_due_s = 0.0
 
     async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._tell())
+        self._tasks = asyncio.create_task(self._tell()), asyncio.create_task(self._look())
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def say(self, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
         self._latest = current_step, stage, step, steps
@@ -444,6 +447,18 @@ class _Reporter:
             await asyncio.sleep(REPORT_INTERVAL_S)
             if self._preview is not None:  # one that came too soon after the last
                 self._news.set()
+
+    async def _look(self) -> None:
+        """The child hears when somebody begins or ceases to watch the task."""
+        said = watched = False
+        while True:
+            try:
+                watched = await self._store.watched(self._running.task.task_id)
+            except (RedisError, OSError, TimeoutError) as error:
+                log.debug("look_failed", problem=str(error) or type(error).__name__)
+            if watched != said and self._running.child.watched(self._running.run, watched):
+                said = watched
+            await asyncio.sleep(WATCH_INTERVAL_S if watched == said else REPORT_INTERVAL_S)  # it may not have the run yet
 
     async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None, keep: bool = False) -> None:
         await self._store.report(

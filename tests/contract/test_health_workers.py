@@ -20,7 +20,8 @@ from tests.contract.conftest import Tasks, served
 WORKERS = "/api/v1/workers/status"
 WORKER = {
     *("worker_id", "worker_type", "status", "current_task_id", "gpu_utilization", "memory_usage", "tasks_completed", "last_heartbeat"),
-    *("queues", "device", "memory_total", "temperature", "power", "models", "host", "version"),
+    *("queues", "device", "memory_total", "temperature", "power", "models", "models_parked", "model_swaps"),
+    *("host", "version"),
 }
 
 

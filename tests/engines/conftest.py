@@ -64,6 +64,14 @@ def task_of(name: str) -> str:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache, where models of a folder keep what was learnt of them: each of these is learnt once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"])
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny model, which is made when it is first asked for."""
@@ -141,9 +149,9 @@ class Studio:
 @pytest.fixture
 def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
     """An engine with nothing in memory."""
-    shelf.evict("")
+    shelf.clear()
     yield Studio(folders, folder)
-    shelf.evict("")
+    shelf.clear()
 
 
 @pytest.fixture

@@ -120,6 +120,16 @@ async def test_weights_that_are_not_here_fail_the_task_and_say_what_to_run(runni
     assert "movieq models pull" in ended["error"]
 
 
+async def test_who_watches_a_model_at_work_sees_what_it_makes(running: Service) -> None:
+    task_id = await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture", "steps": 150})
+    async with running.events(task_id) as events:
+        told = [event async for event in events]
+    previews = [event for event in told if event["event"] == "preview"]
+    assert previews
+    assert all(event["image"].startswith("data:image/jpeg;base64,") for event in previews)
+    assert told[-1]["event"] == "completed"
+
+
 async def test_a_cancel_stops_a_model_between_two_steps_and_the_child_lives_on(running: Service) -> None:
     await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture"}))
     (child,) = running.find("workers.child")
@@ -150,6 +160,8 @@ async def test_the_workers_status_says_which_models_are_in_memory(running: Servi
     _, answer = await running.call("GET", "/workers/status")
     (worker,) = answer["workers"]
     assert worker["models"][-1] == "tiny-picture"
+    assert worker["models_parked"] == []
+    assert worker["model_swaps"]["loads"] >= 1
     assert (worker["device"], worker["gpu_utilization"], worker["temperature"], worker["power"]) == ("cpu", 0.0, None, None)
     assert worker["memory_usage"] > 100_000_000
     assert set(worker["queues"]) == {"gpu_heavy", "gpu_medium", "cpu_intensive"}

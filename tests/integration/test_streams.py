@@ -79,6 +79,28 @@ async def test_a_process_with_five_thousand_streams_ends_within_five_seconds_and
     assert ended == {"count": 5000, "goodbyes": 5000, "left": 0}
 
 
+async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_makes_none_where_nobody_does(made: Fleet, api: Service) -> None:
+    await made.worker()
+    task = {"prompt": "a lighthouse", "duration": 8, "resolution": "640x360"}
+    task_id = TaskId(await api.submit("render_animation", task))
+    assert not await made.store.watched(task_id)
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [(event.data, await made.store.watched(task_id)) async for event in events]
+    assert any(isinstance(data, Preview) for data, _ in told)
+    assert any(watched for _, watched in told)
+    overheard = made.store.redis.pubsub()
+    await overheard.psubscribe(KEYS["events"] + "*")  # a pattern is nobody who watches
+    await api.submit("render_animation", task)
+    heard: list[bytes] = []
+    async with asyncio.timeout(30):
+        while not any(b"\ncompleted\n" in each for each in heard):
+            if (message := await overheard.get_message(ignore_subscribe_messages=True, timeout=1)) is not None:
+                heard.append(message["data"])
+    await overheard.aclose()  # type: ignore[no-untyped-call]
+    assert any(b"\nprogress\n" in each for each in heard)
+    assert not any(b"\npreview\n" in each for each in heard)
+
+
 async def test_previews_reach_whoever_watches_the_task_and_nobody_else(made: Fleet, api: Service) -> None:
     await made.worker()
     picture = {"prompt": "a lighthouse", "duration": 6, "resolution": "640x360", "preview": True}

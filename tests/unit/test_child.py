@@ -21,7 +21,7 @@ from movieq.models import ENGINES
 from workers import protocol
 from workers.child import __main__ as child_main
 from workers.child.take import STEP_INTERVAL_S, Flag, Made, Take
-from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Preview, Ready, Run, Step, ToChild
+from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Preview, Ready, Run, Step, ToChild, Watched
 
 DEADLINE_S = 20.0
 
@@ -204,6 +204,16 @@ def test_previews_come_where_they_are_asked_for_small_and_seldom(child: Child, o
         assert len(preview.jpeg) <= 10_000
         with Image.open(io.BytesIO(preview.jpeg)) as image:
             assert (image.format, image.size) == ("JPEG", (256, 144))
+
+
+def test_a_run_that_is_watched_shows_previews_that_it_did_not_ask_for(child: Child, order: Any) -> None:
+    seen = []
+    for watched in (True, False):
+        run = order("generate_video", prompt="x", duration=4, resolution="640x360")
+        child.send(run, Watched(run.run, watched), Watched("another", True))
+        seen.append(sum(isinstance(said, Preview) for said in child.until_end(run.run)))
+    assert seen[0] >= 1
+    assert seen[1] == 0
 
 
 def test_it_ends_within_a_second_when_its_pipe_closes_in_the_middle_of_a_run(own_child: Child, order: Any) -> None:

@@ -27,12 +27,13 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from movieq import plugins
+from movieq.contracts import ModelSwaps
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
 from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
 from workers.child.take import Finish, Flag, Made, Take, TakeCancelled, broken
-from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run
+from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
 T = TypeVar("T")
 
@@ -58,6 +59,9 @@ class Child:
                 message = protocol.to_child_decoder.decode(body)
                 if isinstance(message, Cancel):
                     self._cancel(message.run)
+                elif isinstance(message, Watched):
+                    if flag := self._flags.get(message.run):
+                        flag.watched = message.watched
                 else:
                     runs = message.runs if isinstance(message, Batch) else (message,)
                     flags = {run.run: Flag() for run in runs}
@@ -150,7 +154,7 @@ def _given(part: Made | BaseException) -> Made:
 def answered(run: Run, finish: Finish) -> Answer:
     """The answer to a run that ends like this."""
     made = _judged(run, finish)
-    return Done(run.run, made.files, made.metadata, resident()) if isinstance(made, Made) else made
+    return Done(run.run, made.files, made.metadata, resident(), *put_by()) if isinstance(made, Made) else made
 
 
 def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
@@ -169,9 +173,15 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
 
 
 def resident() -> tuple[str, ...]:
-    """The models in memory: the animatic needs none, and is always there."""
+    """The models on the device: the animatic needs none, and is always there."""
     shelf = sys.modules.get("workers.child.shelf")
     return ("animatic", *(shelf.names() if shelf else ()))
+
+
+def put_by() -> tuple[tuple[str, ...], ModelSwaps]:
+    """The models that wait in the host's memory, and how often models came and went."""
+    shelf = sys.modules.get("workers.child.shelf")
+    return (shelf.parked(), shelf.swaps()) if shelf else ((), ModelSwaps())
 
 
 def engine(name: str, function: str = "make") -> Any:

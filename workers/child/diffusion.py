@@ -382,7 +382,7 @@ def _called(
     def call() -> Any:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        with Watch(take, pipe, part) as watch:
+        with Watch(take, pipe, part, loaded, given) as watch:
             answer = pipe(**options, return_dict=False)
         loaded.seconds |= watch.seconds
         return answer[0]

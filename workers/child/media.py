@@ -303,10 +303,10 @@ def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -
     return f"image/{kind}"
 
 
-def preview(image: Image.Image) -> bytes:
-    """The image as a JPEG of 256 px and at most 10 kB."""
+def preview(image: Image.Image, side: int = 256) -> bytes:
+    """The image as a JPEG of so many pixels along its longer side, and at most 10 kB."""
     small = image.copy()
-    small.thumbnail((256, 256))
+    small.thumbnail((side, side))
     for quality in (70, 50, 30, 10):
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=quality)

@@ -1,21 +1,23 @@
-"""Models that are loaded: brought in when first asked for, kept while there is room, by least recent use."""
+"""Models in memory: loaded when first asked for, kept where there is room (`residency`), brought back when they are asked for again."""
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from movieq import weights
-from movieq.errors import ModelUnavailable
-from movieq.models import Dtype, Model, Weights
+from movieq.contracts import ModelSwaps
+from movieq.errors import ModelUnavailable, OutOfMemory
+from movieq.models import PREVIEW_VAE, Dtype, Model, Weights
+from movieq.params import TaskType
+from workers.child import previews, residency
+from workers.child.embeddings import Embeddings
 from workers.child.take import Take
 
-KEPT_SHARE: Final = 0.5
-"""Of the memory of the device that models which nobody uses just now may keep."""
+T = TypeVar("T")
 
 
 class Loaded:
@@ -31,71 +33,116 @@ class Loaded:
         self.image_pipe = image_pipe
         self.seconds: dict[str, float] = {}
         """What each stage took the last time: the weights of the next plan."""
+        self.embeddings = Embeddings()
+        self.eye: previews.Eye | None = None
+        """What reads previews off its latents; None where nothing can."""
 
     @property
     def bytes(self) -> int:
         """What its weights take."""
-        networks = {id(part): part for pipe in (self.pipe, self.image_pipe) if pipe is not None for part in _networks(pipe)}
-        return sum(tensor.nbytes for part in networks.values() for tensor in (*part.parameters(), *part.buffers()))
+        return sum(tensor.nbytes for part in self._networks() for tensor in (*part.parameters(), *part.buffers()))
+
+    def move(self, place: str) -> None:
+        """Its weights lie on the device, or in the host's memory; the parts that the ladder sent there wait there anyway."""
+        if getattr(self.pipe or self.image_pipe, "_all_hooks", None):
+            return
+        for part in self._networks():
+            part.to(place, non_blocking=place != "cpu")
+            if place == "cpu" and torch.cuda.is_available():
+                for tensor in (*part.parameters(), *part.buffers()):
+                    tensor.data = tensor.data.pin_memory()
+
+    def _networks(self) -> list[torch.nn.Module]:
+        own = [part for pipe in (self.pipe, self.image_pipe) if pipe is not None for part in _networks(pipe)]
+        tiny = self.eye.tiny if self.eye is not None else None
+        return list({id(part): part for part in [*own, *([tiny] if tiny is not None else [])]}.values())
 
 
-_shelf: dict[str, Loaded] = {}
+_models = residency.Residency()
 
 
 def ready(name: str) -> bool:
-    """Whether the model is in memory."""
-    return name in _shelf
+    """Whether the model is on the device."""
+    return name in _models.resident
 
 
 def names() -> tuple[str, ...]:
-    """The models in memory, the one used last at the end."""
-    return tuple(_shelf)
+    """The models on the device, the one used last at the end."""
+    return tuple(_models.resident)
+
+
+def parked() -> tuple[str, ...]:
+    """The models that wait in the host's memory."""
+    return tuple(_models.parked)
+
+
+def swaps() -> ModelSwaps:
+    """How often models came and went since this process began."""
+    return _models.swaps
 
 
 def seconds(name: str) -> dict[str, float]:
     """What each stage of the model took the last time; nothing before the first."""
-    return dict(_shelf[name].seconds) if name in _shelf else {}
+    loaded = _models.find(name)
+    return dict(loaded.seconds) if loaded else {}
 
 
 def get(take: Take, name: str, entry: Model, device: str) -> Loaded:
-    """The model, loaded where it is not. A cancel while it loads ends the process: nobody can stop that half way.
+    """The model on the device, with the room that it needs to work. It stays there for as long as this run works.
 
-    Raises ModelUnavailable saying what is missing or wrong.
+    A cancel while it loads ends the process: nobody can stop that half way. Raises ModelUnavailable saying what is missing or wrong, and
+    OutOfMemory where it does not fit though every other model has left.
     """
-    if name in _shelf and _shelf[name].entry == entry:
-        _shelf[name] = _shelf.pop(name)
-        return _shelf[name]
-    _shelf.pop(name, None)
+    _models.use(take.run.run, name, device)
+    loaded = _models.find(name)
+    if loaded is not None and loaded.entry == entry:
+        if name in _models.parked:
+            _with_room(name, lambda: _models.bring_back(name))
+        else:
+            _models.make_room(residency.need(loaded), name)
+        take.check()
+        return loaded
+    _models.forget(name)
     folders = {source: weights.find(source) for source in weights.sources(entry)}
-    _make_room(device)
+    _models.make_room(int(entry.gpu_memory_gb * 2**30), name)
     with take.deaf():
         try:
-            loaded = _load(entry, device, folders)
+            loaded = _with_room(name, lambda: _load(entry, device, folders))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             raise ModelUnavailable(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     take.check()
-    _shelf[name] = loaded
+    _models.put(name, loaded)
     return loaded
 
 
+def _with_room(name: str, bring: Callable[[], T]) -> T:
+    """What this brings into memory; where that does not suffice, once more without the others. Raises OutOfMemory."""
+    try:
+        return bring()
+    except torch.OutOfMemoryError as error:
+        error.__traceback__ = None  # its frames hold tensors
+    evict(name)
+    try:
+        return bring()
+    except torch.OutOfMemoryError as error:
+        problem = str(error).partition("\n")[0][:200]
+    raise OutOfMemory(f"the memory of {_models.device} does not suffice to load {name}: {problem}")
+
+
 def evict(keep: str) -> bool:
-    """Every other model leaves; False where there was none."""
-    others = [name for name in _shelf if name != keep]
+    """Every other model has left the device; False where there was none."""
+    others = [name for name in _models.resident if name != keep]
     for name in others:
-        del _shelf[name]
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        _models.put_away(name)
+    residency.sweep()
     return bool(others)
 
 
-def _make_room(device: str) -> None:
-    total = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else psutil.virtual_memory().total
-    while _shelf and sum(loaded.bytes for loaded in _shelf.values()) > total * KEPT_SHARE:
-        del _shelf[next(iter(_shelf))]
-        gc.collect()
+def clear() -> None:
+    """Nothing is in memory, and nothing was counted."""
+    global _models
+    _models = residency.Residency()
+    residency.sweep()
 
 
 def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
@@ -113,6 +160,7 @@ def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
         tokenizer = class_of("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
         return Loaded(entry, model, None, tokenizer)
     components = {part: _component(each, folders[each], options) for part, each in entry.components.items()}
+    tiny = components.pop(PREVIEW_VAE, None)
     variant = {"variant": entry.weights.variant} if entry.weights.variant else {}
     pipe = cls.from_pretrained(source, **options, **variant, **components)
     if entry.scheduler:
@@ -125,10 +173,22 @@ def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
             if (network := getattr(pipe, part, None)) is not None:
                 network.enable_cache(class_of("FirstBlockCacheConfig")(threshold=entry.first_block_cache))
     if entry.image_pipeline is None:
-        return Loaded(entry, pipe, None)
-    if entry.image_pipeline == name:
-        return Loaded(entry, pipe if entry.pipeline else None, pipe)
-    return Loaded(entry, pipe, class_of(entry.image_pipeline).from_pipe(pipe, dtype=dtype))
+        loaded = Loaded(entry, pipe, None)
+    elif entry.image_pipeline == name:
+        loaded = Loaded(entry, pipe if entry.pipeline else None, pipe)
+    else:
+        loaded = Loaded(entry, pipe, class_of(entry.image_pipeline).from_pipe(pipe, dtype=dtype))
+    loaded.eye = _eye(entry, pipe, tiny.to(device) if tiny is not None else None)
+    return loaded
+
+
+def _eye(entry: Model, pipe: Any, tiny: Any) -> previews.Eye | None:
+    """What reads previews off the latents of a model that makes pictures, where anything can."""
+    source = entry.components.get("vae", entry.weights)
+    if set(entry.tasks) == {TaskType.PROCESS_AUDIO} or source is None or getattr(pipe, "vae", None) is None:
+        return None
+    learnt = previews.learnt(pipe.vae, weights.beside(source, "colours.json"))
+    return previews.Eye(learnt, tiny) if learnt is not None else None
 
 
 def _component(source: Weights, folder: Path, options: dict[str, Any]) -> Any:

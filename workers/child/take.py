@@ -36,6 +36,8 @@ class Flag(threading.Event):
     """
 
     deaf = False
+    watched = False
+    """Whether somebody watches the run just now."""
     beside: tuple[Flag, ...] = ()
 
 
@@ -113,11 +115,20 @@ class Take:
         self.check()
         self._send(Step(self.run.run, stage, 0, 1))
 
+    @property
+    def rows(self) -> Sequence[Take]:
+        """Those whose pictures are made here, in their order."""
+        return (self,)
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether to show something: the task asked for previews, or is watched, and the last one is half a second old."""
+        return (self.params.preview or self._cancelled.watched) and time.monotonic() >= self._preview_due_s
+
     def preview(self, draw: Callable[[], bytes]) -> None:
-        """Sends what `draw` returns, a JPEG of at most 10 kB, where the task asked for previews; it is called at most twice a second."""
-        now_s = time.monotonic()
-        if self.params.preview and now_s >= self._preview_due_s:
-            self._preview_due_s = now_s + PREVIEW_INTERVAL_S
+        """Sends what `draw` returns, a JPEG of at most 10 kB, where one is due; so it is called at most twice a second."""
+        if self.preview_due:
+            self._preview_due_s = time.monotonic() + PREVIEW_INTERVAL_S
             self._send(Preview(self.run.run, draw()))
 
     @contextmanager
@@ -154,41 +165,46 @@ class Together(Take):
     def __init__(self, takes: Sequence[Take]) -> None:
         first = takes[0]
         super().__init__(first.run, first._send, first._cancelled, first.device)
-        self.takes = takes
+        self._rows = takes
+
+    @property
+    def rows(self) -> Sequence[Take]:
+        """The takes of the batch."""
+        return self._rows
 
     @property
     def cancelled(self) -> bool:
         """Whether all of its runs are to stop."""
-        return all(take.cancelled for take in self.takes)
+        return all(take.cancelled for take in self.rows)
 
     def plan(self, *stages: Stage) -> None:
-        for take in self.takes:
+        for take in self.rows:
             take.plan(*stages)
 
     def step(self, stage: str, step: int, steps: int) -> None:
         self.check()
-        for take in self.takes:
+        for take in self.rows:
             if not take.cancelled:
                 take.step(stage, step, steps)
 
     def warn(self, text: str) -> None:
-        for take in self.takes:
+        for take in self.rows:
             take.warn(text)
 
     def note(self, text: str) -> None:
-        for take in self.takes:
+        for take in self.rows:
             take.note(text)
 
     def begin(self, stage: str) -> None:
         self.check()
-        for take in self.takes:
+        for take in self.rows:
             if not take.cancelled:
                 take.begin(stage)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for take in self.takes:
+            for take in self.rows:
                 if not take.cancelled:
                     stack.enter_context(take.deaf())
             yield

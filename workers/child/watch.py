@@ -8,14 +8,20 @@ next task would begin with what this one left.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from workers.child import previews
+from workers.child.embeddings import Embeddings
+from workers.child.shelf import Loaded
 from workers.child.take import Take
 
 STAGES = ("", "encode", "denoise", "decode")
@@ -33,9 +39,20 @@ def stage_of(name: str) -> str:
 class Watch:
     """Follows the calls of a pipeline inside a block. `seconds` tells afterwards what each stage took."""
 
-    def __init__(self, take: Take, pipe: Any, part: tuple[int, int] = (0, 1)) -> None:
-        """`part`: which call this is, of how many: the stage "encode" is the first's alone, "decode" the last's."""
+    def __init__(
+        self, take: Take, pipe: Any, part: tuple[int, int] = (0, 1), loaded: Loaded | None = None, given: Mapping[str, Any] | None = None
+    ) -> None:
+        """`part`: which call this is, of how many: the stage "encode" is the first's alone, "decode" the last's.
+
+        With the `loaded` model and what the pipeline is `given`, prompts that it knows are not encoded again, and there are previews.
+        """
         self.seconds: dict[str, float] = {}
+        self._loaded = loaded
+        given = given or {}
+        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
+        self._shots: list[tuple[Take, previews.Shot]] = []
+        self._knew = False
+        self._inside = ExitStack()
         self._call, self._calls = part
         self._take = take
         self._pipe = pipe
@@ -48,12 +65,20 @@ class Watch:
             for role, each in _watched(name, module):
                 self._handles.append(each.register_forward_pre_hook(self._hook(role)))
         self._pipe.progress_bar = lambda iterable=None, total=None: _Bar(self, iterable, total)
+        if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
+            self._pipe.encode_prompt = self._encoding(self._pipe.encode_prompt, self._loaded.embeddings)
+            self._inside.callback(delattr, self._pipe, "encode_prompt")
+        if self._loaded is not None and self._loaded.eye is not None:
+            self._inside.enter_context(previews.followed(self._pipe.scheduler, self._due, partial(self._see, self._loaded.eye)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave("")
+        if self._knew:
+            self.seconds.pop("encode", None)  # how long it takes where a prompt is new, the task before has told
         for handle in self._handles:
             handle.remove()
+        self._inside.close()
         del self._pipe.progress_bar
         forget(self._pipe)
 
@@ -61,6 +86,31 @@ class Watch:
         """A step of the denoising is done."""
         self._enter("denoise")
         self._take.step("denoise", self._call * steps + step, self._calls * steps)
+
+    def _encoding(self, encode: Callable[..., Any], known: Embeddings) -> Callable[..., Any]:
+        @functools.wraps(encode)
+        def encoded(*args: Any, **given: Any) -> Any:
+            self._take.check()
+            self._enter("encode")
+            answer, self._knew = known.of(encode, args, given)
+            return answer
+
+        return encoded
+
+    def _due(self) -> bool:
+        """Whether the next step is to be seen. What an earlier one showed has arrived since, and is sent: no GPU waits for a picture."""
+        shots, self._shots = self._shots, []
+        for take, shot in shots:
+            shot.arrived()
+            take.preview(partial(previews.drawn, shot.pictures))
+        return any(take.preview_due for take in self._take.rows)
+
+    def _see(self, eye: previews.Eye, latents: Tensor) -> None:
+        for row, take in enumerate(self._take.rows):
+            if take.preview_due and (pictures := eye.look(latents, self._asked, row)) is not None:
+                self._shots.append((take, previews.Shot(pictures)))
+        if self._shots and not latents.is_cuda:
+            self._due()
 
     def _hook(self, stage: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
