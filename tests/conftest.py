@@ -1,7 +1,9 @@
-"""The real servers that tests run against: Valkey on a unix socket, one for a session, emptied for each test."""
+"""The real servers that tests run against: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix."""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 from arq.connections import ArqRedis
 
 from movieq.embedded import Valkey, valkey
+from movieq.settings import Bucket
 from movieq.store import Store, connect
+from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +45,17 @@ async def store(redis: ArqRedis) -> AsyncIterator[Store]:
 def folder(tmp_path: Path) -> Path:
     """An empty folder."""
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """An S3 server of this session's own."""
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as running:
+        asyncio.run(running.make_bucket("film"))
+        yield running
+
+
+@pytest.fixture
+def bucket(s3_server: Seaweed) -> Bucket:
+    """A bucket under whose prefix nothing lies."""
+    return Bucket("film", f"tests/{secrets.token_hex(4)}/", s3_server.endpoint, KEY_ID, SECRET)

@@ -32,7 +32,7 @@ from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
+from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
 from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
@@ -331,12 +331,15 @@ async def serve(settings: Settings) -> None:
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
-    storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
     guard = Guard(settings.private_networks())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with spool(Path(settings.spool) if settings.spool else None) as folder:
-        async with Fetcher(guard) as fetcher, guard.session() as session:
+        async with (
+            Fetcher(guard) as fetcher,
+            guard.session() as session,
+            opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
+        ):
             worker = Worker(
                 worker_id=worker_id,
                 store=store,

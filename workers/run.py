@@ -27,7 +27,7 @@ from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault
 from movieq.fetch import Fetcher
 from movieq.models import Model
 from movieq.params import AudioParams, Params
-from movieq.storage import FolderStorage
+from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Progress
 from workers.pace import UPLOAD_AT, Pace
@@ -47,7 +47,7 @@ class Parts(msgspec.Struct, frozen=True):
     """What a run works with."""
 
     store: Store
-    storage: FolderStorage
+    storage: Storage
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
