@@ -270,13 +270,13 @@ class Store:
 
     # ── Verbs of workers ──
 
-    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int], weights: bytes = b"{}") -> list[Claimed]:
+    async def claim(self, worker_id: str, nonce: str, free: Mapping[str, int], weights: bytes = b"{}", host: str = "") -> list[Claimed]:
         """Tasks that this worker is to run now, as many of each kind as it has slots for. The same nonce answers the same tasks.
 
-        `weights`: JSON of project -> share of the queue.
+        `weights`: JSON of project -> share of the queue. Beside the slots come tasks whose finished files lie on this `host`.
         """
         rest = [part for kind, slots in free.items() for part in (kind, slots)]
-        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS, weights=weights)
+        answer = await self._verb("claim", rest, worker_id=worker_id, nonce=nonce, lease_ms=LEASE_MS, weights=weights, host=host)
         return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job) for _, run, job, flat in answer]
 
     async def report(
@@ -291,9 +291,15 @@ class Store:
         steps: int | None = None,
         remaining_ms: int | None = None,
         prefix: str = "",
+        host: str = "",
+        made_ms: int | None = None,
         keep: bool = False,
     ) -> None:
-        """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost."""
+        """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost.
+
+        `prefix`, `host` and `made_ms` are of a run whose files are finished: where it will store them, where they lie till then, and how
+        long it worked for them (0 where it found them there).
+        """
         answer = await self._verb(
             "report",
             task_id=task_id,
@@ -305,6 +311,8 @@ class Store:
             steps="" if steps is None else steps,
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
+            host=host,
+            made_ms="" if made_ms is None else made_ms,
             keep="1" if keep else "",
             lease_ms=LEASE_MS,
         )

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
@@ -59,3 +60,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 def bucket(s3_server: Seaweed) -> Bucket:
     """A bucket under whose prefix nothing lies."""
     return Bucket("film", f"tests/{secrets.token_hex(4)}/", s3_server.endpoint, KEY_ID, SECRET)
+
+
+@pytest.fixture
+def s3_settings(bucket: Bucket) -> dict[str, Any]:
+    """What makes a process store into the bucket."""
+    return {
+        "MOVIEQ_STORAGE": f"s3://{bucket.name}/{bucket.prefix}",
+        "MOVIEQ_R2_ENDPOINT": bucket.endpoint,
+        "MOVIEQ_R2_ACCESS_KEY_ID": bucket.key_id,
+        "MOVIEQ_R2_SECRET_ACCESS_KEY": bucket.secret,
+    }

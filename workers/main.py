@@ -37,6 +37,7 @@ from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
 from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
+from workers.kept import SWEEP_S, Kept
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
 
@@ -65,6 +66,7 @@ class Worker(ArqWorker):
         children: list[Child],
         drain_s: float,
         weights: Mapping[str, float],
+        kept: Kept | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -75,6 +77,8 @@ class Worker(ArqWorker):
         self._subscriber = subscriber
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
+        self._kept = kept
+        self._host = socket.gethostname() if kept else ""
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
@@ -97,6 +101,7 @@ class Worker(ArqWorker):
                 group.create_task(self._subscriber.run()),
                 group.create_task(self._listen()),
                 group.create_task(self._keep()),
+                group.create_task(self._sweep_kept()),
                 *(group.create_task(child.keep(self._wake.set)) for child in self.children),
             ]
             async with asyncio.TaskGroup() as runs:
@@ -118,6 +123,8 @@ class Worker(ArqWorker):
     async def close(self) -> None:
         """Leaves, and closes what arq opened."""
         try:
+            if self._kept:
+                await self._kept.sweep(self.store, committed_s=0)
             await self.store.leave(self.worker_id)
             await self.pool.delete(self.health_check_key)
         except (RedisError, OSError, TimeoutError) as error:
@@ -168,17 +175,19 @@ class Worker(ArqWorker):
                 free[kind] = free.get(kind, 0) + 1
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
-            claimed = await self.store.claim(self.worker_id, self._nonce, free, self._weights)
+            claimed = await self.store.claim(self.worker_id, self._nonce, free, self._weights, self._host)
             self._nonce = None
             for each in claimed:
                 self._begin(runs, each)
 
     def _begin(self, runs: asyncio.TaskGroup, claimed: Claimed) -> None:
-        child = next((child for child in self.children if child.free and claimed.task.kind in child.kinds), None)
-        if child is None:
+        made = self._kept.find(claimed.task.task_id) if self._kept and claimed.task.attempt > 1 else None
+        fit = (child for child in self.children if child.free and claimed.task.kind in child.kinds)
+        child = None if made else next(fit, None)
+        if not (child or made):
             runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
             return
-        running = Running(claimed, child, self._wake.set)
+        running = Running(claimed, child, self._wake.set, made)
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
         try:
             job = msgspec.msgpack.decode(claimed.job)
@@ -211,6 +220,12 @@ class Worker(ArqWorker):
                 await asyncio.sleep(AWAY_S)
             else:
                 await _set_within(self._doubt, RENEW_S)
+
+    async def _sweep_kept(self) -> None:
+        while self._kept is not None:
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await self._kept.sweep(self.store)
+            await asyncio.sleep(SWEEP_S)
 
     async def _renew(self) -> None:
         for child in self.children:
@@ -287,7 +302,7 @@ class Worker(ArqWorker):
     async def _drain(self) -> None:
         """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
         for running in list(self.runs.values()):
-            if running.pace.remaining_s() > self._drain_s:
+            if running.made is None and running.pace.remaining_s() > self._drain_s:
                 running.stop("drain")
         await self._ended_within(self._drain_s, unless=self._hurry)
         for running in list(self.runs.values()):
@@ -340,6 +355,7 @@ async def serve(settings: Settings) -> None:
             guard.session() as session,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
+            kept = Kept(folder.parent)
             worker = Worker(
                 worker_id=worker_id,
                 store=store,
@@ -347,6 +363,7 @@ async def serve(settings: Settings) -> None:
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
+                kept=kept,
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0),
@@ -358,7 +375,7 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table),
+                    "parts": Parts(store, storage, fetcher, folder, table, kept),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )

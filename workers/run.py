@@ -1,7 +1,7 @@
 """One task from claim to commit: fetch its inputs, run the engine, store the files, commit the result.
 
 Every outcome is one verb of the store. Verbs are insisted on while Redis is away: they can be said twice. A failed upload does not cost the
-rendering again: the run keeps its lease, frees its slot and goes on trying.
+rendering again: the run keeps its lease, frees its slot and goes on trying; where its worker dies, another of its host finds the files.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import contextlib
 import random
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -23,13 +25,14 @@ from redis.exceptions import RedisError, ResponseError
 
 from movieq import fetch, logs, models, params
 from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
-from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault, TaskFault, WorkerLost
+from movieq.errors import InputUnavailable, InternalFault, KeyTaken, RunLost, StorageFault, TaskFault, WorkerLost
 from movieq.fetch import Fetcher
 from movieq.models import Model
 from movieq.params import AudioParams, Params
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Progress
+from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Note, Plan, Preview, Produced, Run, Step
 
@@ -38,6 +41,8 @@ PREVIEW_INTERVAL_S: Final = 0.5
 PREVIEW_BYTES: Final = 10_000
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
+OUT: Final = "out"
+"""The folder of a run's spool that its engine makes files in."""
 
 T = TypeVar("T")
 log = logs.get()
@@ -51,15 +56,21 @@ class Parts(msgspec.Struct, frozen=True):
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
+    kept: Kept | None = None
+    """Where finished files outlive this worker; None where they need not."""
 
 
 class Running:
-    """A run in hand. `stop` notes the reason before anything is cancelled."""
+    """A run in hand. `stop` notes the reason before anything is cancelled.
 
-    def __init__(self, claimed: Claimed, child: Child, on_free: Callable[[], None]) -> None:
+    Of a task whose files an earlier run has made there is only their storing left: it has `made` in place of a child.
+    """
+
+    def __init__(self, claimed: Claimed, child: Child | None, on_free: Callable[[], None], made: Made | None = None) -> None:
         self.task: Task = claimed.task
         self.run: RunToken = claimed.run
         self.child = child
+        self.made = made
         self.asyncio_task: asyncio.Task[None] | None = None
         self.reason: str | None = None
         self.abandoned = False
@@ -67,10 +78,10 @@ class Running:
         self.prefix: str | None = None
         """Where in the storage its files are, once there may be some."""
         self.begun_s = time.monotonic()
-        self.pace = Pace(self.task.estimate_ms / 1000)
-        self.rendered = False
+        self.pace = Pace(0.0 if made else self.task.estimate_ms / 1000)
         self._on_free = on_free
-        child.task_id = claimed.task.task_id
+        if child is not None:
+            child.task_id = claimed.task.task_id
 
     def stop(self, reason: str) -> None:
         """The run ends soon: "cancelled" and "lost" write nothing, "drain" gives the task back uncounted."""
@@ -88,7 +99,7 @@ class Running:
 
     def free_slot(self) -> None:
         """The child can take the next task."""
-        if self.child.task_id == self.task.task_id:
+        if self.child is not None and self.child.task_id == self.task.task_id:
             self.child.task_id = None
             self._on_free()
 
@@ -103,7 +114,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
     task = running.task
     running.started = True
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
-        log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name)
+        log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name if running.child else None)
         spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
         try:
             if running.reason is not None:
@@ -151,13 +162,28 @@ async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
 
 
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
+    made_ms = 0
+    if running.made is None:
+        done = await _make(parts, running, task_data, spool)
+        made_ms = max(1, int((time.monotonic() - running.begun_s) * 1000))
+        running.free_slot()
+        task_id, run, kept = running.task.task_id, running.run, parts.kept
+        running.made = await asyncio.to_thread(kept.keep, task_id, run, spool / OUT, done) if kept else Made(done)
+    stored = await _store(parts, running, running.made, made_ms)
+    await _ended(running, lambda: parts.store.complete(running.task.task_id, running.run, stored))
+    if parts.kept:
+        parts.kept.touch(running.made)
+
+
+async def _make(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> Done:
+    assert running.child is not None
     task = running.task
     parsed = params.convert(task.task_type, task_data)
     reporter = _Reporter(parts.store, running)
     async with reporter:
         reporter.say("fetching_inputs" if parsed.references else "starting", stage="fetch")
         inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
-        out_dir = spool / "out"
+        out_dir = spool / OUT
         out_dir.mkdir()
         request = Run(
             run=running.run,
@@ -174,11 +200,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             entry=parts.models.get(task.model),
             sound=models.sound(parts.models),
         )
-        done = await running.child.run(request, reporter.on_message)
-    running.rendered = True
-    running.free_slot()
-    stored = await _store(parts, running, done)
-    await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
+        return await running.child.run(request, reporter.on_message)
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
@@ -218,9 +240,9 @@ async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, ref
         raise InputUnavailable(f"{reference}: the file of that task is not there any more")
 
 
-async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
-    """The files are in the storage. Goes on trying for as long as the run holds its lease."""
-    task = running.task
+async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> StoredResult:
+    """The files are in the storage. Goes on trying for as long as the run holds its lease. Raises what only another run can mend."""
+    task, done = running.task, made.done
     folder, media_type = params.PRODUCTS[task.task_type]
     prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
     await insist(
@@ -232,6 +254,8 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
             stage="upload",
             remaining_ms=int(running.pace.remaining_s() * 1000),
             prefix=prefix,
+            host=socket.gethostname() if made.folder else "",
+            made_ms=made_ms,
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
@@ -244,7 +268,13 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
                 keys[produced.role] = key, await parts.storage.put(key, Path(produced.path), produced.content_type)
                 break
             except StorageFault as fault:
-                log.warning("upload_failed", problem=fault.message, again_in_s=wait_s)
+                if isinstance(fault, KeyTaken):
+                    raise
+                if not Path(produced.path).exists():
+                    raise InternalFault(f"a file that was made is gone before it was stored: {produced.path}") from fault
+                log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
+                if parts.kept:
+                    parts.kept.touch(made)
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RETRY_MOST_S)
     output = next(produced for produced in done.files if produced.role == "output")

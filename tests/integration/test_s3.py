@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -24,6 +23,7 @@ from movieq.s3 import S3Storage
 from movieq.settings import Bucket, load
 from tests.r2 import R2, get, put, r2
 from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
+from tests.service import fetched
 
 KEY = "projects/p-1/video/0190/run_a/output.mp4"
 PART = s3.PART_BYTES
@@ -83,11 +83,6 @@ def parted(folder: Path, in_parts: int) -> Path:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-async def fetched(url: str) -> tuple[int, Any, bytes]:
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        return answer.status, answer.headers, await answer.read()
 
 
 async def unfinished(server: Seaweed, bucket: Bucket) -> int:
