@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine constraints clean ci
+.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine bench-deliver constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ bench-sse: setup-test  ## Measure: thousands of open streams, beside sse-starlet
 
 bench-engine: setup-test  ## Measure: what serving costs beside a bare pipeline
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.bench_engine
+
+bench-deliver: setup-test  ## Measure: files to a bucket and back, beside aiobotocore and aws
+	$(BIN)/python -m tests.bench.bench_deliver
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \

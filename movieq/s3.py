@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 _BROKEN: Final = (ClientError, BotoCoreError, aiohttp.ClientError, OSError)
 """What a request or its file can raise; a TimeoutError is an OSError."""
-_PASSES: Final = {"BadDigest", "ExpiredToken", "IncompleteBody", "OperationAborted", "RequestTimeout"}
+_PASSES: Final = {"BadDigest", "IncompleteBody", "OperationAborted", "RequestTimeout"}
 """Refusals with a status of 400 to 403 that mean nothing by it."""
 _MOVED: Final = {"NoSuchUpload", "PreconditionFailed"}
 """The key may hold the file already: another was faster, or the answer to what did it was lost."""
@@ -80,7 +80,8 @@ class S3Storage(Storage):
         self._turns = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._credentials = Credentials(bucket.key_id, bucket.secret)
         self._signed = lru_cache(maxsize=4096)(self._sign)
-        self._conditional = True
+        self._unconditional: set[str] = set()
+        """What this server knows no conditions for."""
         self._usable, self._looked_s = False, -USABLE_S
         # what is public is cached by whoever serves it, what is signed by its browser alone
         self._cache_control = (
@@ -236,7 +237,7 @@ class S3Storage(Storage):
     async def _sent_whole(self, full: str, fd: int, size: int, kept: dict[str, Any]) -> None:
         body = _Slice(fd, 0, size)
         target: dict[str, Any] = {"Bucket": self._bucket.name, "Key": full, "Body": body, "ContentMD5": await body.md5(), **kept}
-        await self._unless_there(lambda condition: self._asked(self._client.put_object(**target, **condition), body))
+        await self._unless_there("put", lambda condition: self._asked(self._client.put_object(**target, **condition), body))
 
     async def _sent_in_parts(self, full: str, fd: int, size: int, kept: dict[str, Any]) -> None:
         target: dict[str, Any] = {"Bucket": self._bucket.name, "Key": full}
@@ -256,9 +257,10 @@ class S3Storage(Storage):
                     group.create_task(send())
             parts: Any = {"Parts": [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]}
             await self._unless_there(
+                "complete",
                 lambda condition: self._asked(
                     self._client.complete_multipart_upload(**target, UploadId=upload_id, MultipartUpload=parts, **condition)
-                )
+                ),
             )
         except BaseException as error:
             with contextlib.suppress(*_BROKEN):
@@ -268,16 +270,16 @@ class S3Storage(Storage):
                 raise error.exceptions[0] from None
             raise
 
-    async def _unless_there(self, write: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+    async def _unless_there(self, how: str, write: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
         """Writes where there is no such key; on a server that has no such condition, whatever there is."""
-        if self._conditional:
+        if how not in self._unconditional:
             try:
                 await write({"IfNoneMatch": "*"})
                 return
             except ClientError as error:
                 if _status(error) != 501:
                     raise
-                self._conditional = False
+                self._unconditional.add(how)
         await write({})
 
     @contextmanager
@@ -304,7 +306,7 @@ class S3Storage(Storage):
             return f"{told}: the clock of this machine is wrong; set it", False
         if status in (400, 401, 403) and code not in _PASSES:
             names = f"{variable('r2_access_key_id')} and {variable('r2_secret_access_key')}"
-            return f"it was refused with {told}: correct {names}, and let that key read, write, list and delete in this bucket", False
+            return f"it was refused with {told}: check {names}, and that this key may read, write, list and delete there", False
         if status in (429, 503):
             return f"it is overloaded, {told}", True
         return f"the server answered {told}", True

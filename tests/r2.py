@@ -65,6 +65,15 @@ class R2:
 
         self._set(match, times, sleep)
 
+    def slow(self, match: Match, seconds: float, times: int = 1) -> None:
+        """The next requests that match are passed on so much later."""
+
+        async def wait(request: web.BaseRequest) -> web.StreamResponse:
+            await asyncio.sleep(seconds)
+            return await self._passed_on(request)
+
+        self._set(match, times, wait)
+
     def heal(self) -> None:
         """No more faults."""
         self._fault = None

@@ -17,7 +17,7 @@ from movieq.doctor import Finding, examine
 from movieq.settings import Bucket, load
 from tests.fleet import Fleet, Process, eventually
 from tests.r2 import R2, put, r2
-from tests.service import Service, fetched
+from tests.service import Service, fetched, service
 from workers.kept import PREFIX
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
@@ -47,6 +47,16 @@ async def test_results_open_as_they_stand_and_can_be_referred_to_like_uploads(ma
     ]
     assert (await fetched(f"{api.url}/media/{media['url'].partition('?')[0].partition('/film/')[2]}"))[0] == 404
     assert not (made.folder / "media").exists()
+
+
+def test_up_stores_where_its_env_file_says(folder: Path, s3_settings: dict[str, Any]) -> None:
+    (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in s3_settings.items()))
+
+    async def media_url(up: Service) -> str:
+        return str((await up.ended(await up.submit("generate_image", SMALL)))["result"]["media_url"])
+
+    with service(folder) as up:
+        assert s3_settings["MOVIEQ_R2_ENDPOINT"] in asyncio.run(media_url(up))
 
 
 # ── While it is down ──
@@ -115,7 +125,7 @@ async def test_a_wrong_secret_holds_the_file_until_it_is_mended(made: Fleet, far
     task_id = await api.submit("generate_image", SMALL)
     await eventually(lambda: worker.said("upload_failed") > 0, 20)
     told = worker.log.read_text()
-    assert "correct MOVIEQ_R2_ACCESS_KEY_ID and MOVIEQ_R2_SECRET_ACCESS_KEY" in told
+    assert "check MOVIEQ_R2_ACCESS_KEY_ID and MOVIEQ_R2_SECRET_ACCESS_KEY" in told
     assert "not-the-secret" not in told
     worker.send(signal.SIGTERM)
     await worker.ended()
@@ -131,7 +141,7 @@ async def test_a_wrong_secret_holds_the_file_until_it_is_mended(made: Fleet, far
     ("changed", "mark", "said"),
     [
         ({}, "✓", "stored, read, opened by its url and deleted"),
-        ({"MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}, "✗", "correct MOVIEQ_R2_ACCESS_KEY_ID"),
+        ({"MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}, "✗", "check MOVIEQ_R2_ACCESS_KEY_ID"),
         ({"MOVIEQ_STORAGE": "s3://nowhere"}, "✗", "create it, or correct MOVIEQ_STORAGE"),
         ({"MOVIEQ_R2_PUBLIC_URL": "http://127.0.0.1:1"}, "✗", "correct MOVIEQ_R2_PUBLIC_URL"),
         ({"MOVIEQ_R2_ENDPOINT": ""}, "✗", "needs MOVIEQ_R2_ENDPOINT"),
