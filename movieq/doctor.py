@@ -174,7 +174,7 @@ async def _bucket(read: Settings, bucket: Bucket) -> Finding:
             async with opened(read, read.public_url, (), patient=False) as storage:
                 await storage.put(key, sent, "text/plain")
                 whole = await storage.open(key, received) is not None and received.read_text() == key
-                problem = await _address_problem(storage.url(key, int(time.time()) + 60), key)
+                problem = await _address_problem(storage.url(key, int(time.time()) + 60), key, public=bool(bucket.public_url))
                 await storage.delete(key)
         except StorageFault as fault:
             return Finding(Mark.BROKEN, "storage", fault.message)
@@ -187,9 +187,9 @@ async def _bucket(read: Settings, bucket: Bucket) -> Finding:
     )
 
 
-async def _address_problem(url: str, body: str) -> str | None:
+async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
     """Why the address does not open what was stored; None where it does."""
-    cure = f"correct {variable('r2_public_url')}, or leave it unset for signed urls"
+    cure = f"correct {variable('r2_public_url')}, or leave it unset for signed urls" if public else "signed urls do not work there"
     try:
         async with aiohttp.ClientSession() as session, session.get(url) as answer:
             if answer.status == 200 and await answer.text() == body:

@@ -169,7 +169,7 @@ class FolderStorage(Storage):
         try:
             return await asyncio.to_thread(work)
         except OSError as error:
-            fault = KeyTaken if isinstance(error, FileExistsError) and verb == "store" else StorageFault
+            fault = KeyTaken if isinstance(error, _Taken) else StorageFault
             raise fault(f"cannot {verb} {key} in {self._root}: {error.strerror or error}") from error
 
     def _put(self, target: Path, source: Path) -> int:
@@ -230,18 +230,22 @@ async def opened(settings: Settings, public_url: str, signing_secrets: Sequence[
             yield storage
 
 
+class _Taken(FileExistsError):
+    """Not a file in the way of a folder, but one under the key itself."""
+
+
 def _commit(temporary: Path, target: Path) -> None:
     """Give the copy its name, unless the name is taken: link refuses where rename would overwrite."""
     try:
         os.link(temporary, target)
     except FileExistsError:
         if not filecmp.cmp(temporary, target, shallow=False):
-            raise FileExistsError(errno.EEXIST, "the key holds other bytes already", str(target)) from None
+            raise _Taken(errno.EEXIST, "the key holds other bytes already", str(target)) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         if target.exists():
-            raise FileExistsError(errno.EEXIST, "the key exists already", str(target)) from None
+            raise _Taken(errno.EEXIST, "the key exists already", str(target)) from None
         temporary.rename(target)  # exFAT and some network mounts know no links
 
 

@@ -6,6 +6,7 @@ after its task was committed (a failover of Redis can lose that), and a day afte
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -89,17 +90,23 @@ class Kept:
 
     async def sweep(self, store: Store, committed_s: float = COMMITTED_S) -> None:
         """Folders whose time is over are gone."""
-        folders = filter(_ours, self._parent.glob(f"{PREFIX}*"))
-        found = {folder: TaskId(folder.name.removeprefix(PREFIX).partition(".")[0]) for folder in folders}
-        if not found:
+        if not (ages := await asyncio.to_thread(self._ages_s)):
             return
-        states = {task.task_id: task.status for task in await store.tasks(list(found.values()))}
-        for folder, task_id in found.items():
-            wanted = states.get(task_id) in (TaskStatus.QUEUED, TaskStatus.PROCESSING, TaskStatus.FAILED)
+        tasks_of = {folder: TaskId(folder.name.removeprefix(PREFIX).partition(".")[0]) for folder in ages}
+        states = {task.task_id: task.status for task in await store.tasks(list(tasks_of.values()))}
+        for folder, age_s in ages.items():
+            # one that this Redis does not know may be another installation's
+            over = states.get(tasks_of[folder]) in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)
+            if age_s >= (committed_s if over else KEPT_S):
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                log.info("kept_removed", folder=str(folder))
+
+    def _ages_s(self) -> dict[Path, float]:
+        ages = {}
+        for folder in filter(_ours, self._parent.glob(f"{PREFIX}*")):
             with contextlib.suppress(OSError):
-                if time.time() - folder.stat().st_mtime >= (KEPT_S if wanted else committed_s):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    log.info("kept_removed", folder=str(folder))
+                ages[folder] = time.time() - folder.stat().st_mtime
+        return ages
 
 
 def _moved(done: Done, where: Callable[[Path], Path]) -> Done:

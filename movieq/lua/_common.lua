@@ -180,7 +180,7 @@ local function enqueue(t)
   wake(t.kind)
 end
 
--- Where the finished files of the task lie on a host, its workers alone may have it, for a minute from when it is due; then it waits like any other. Whether so.
+-- Where the finished files of the task lie on a host, its workers alone may have it, for a minute from when it is due; then it waits as any other. Whether so.
 local function offer(t, delay_ms)
   if not t.made_on then return false end
   redis.call('ZADD', K.offered .. t.made_on, now + delay_ms, t.task_id)

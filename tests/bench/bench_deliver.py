@@ -125,7 +125,7 @@ async def overlap(server: Seaweed, folder: Path) -> dict[str, float]:
     async with r2(server.endpoint) as far, fleet(folder / "fleet") as made:
         settings: dict[str, Any] = {
             "MOVIEQ_STORAGE": "s3://film/overlap", "MOVIEQ_R2_ENDPOINT": far.endpoint, "MOVIEQ_R2_ACCESS_KEY_ID": KEY_ID,
-            "MOVIEQ_R2_SECRET_ACCESS_KEY": SECRET, "MOVIEQ_SPOOL": str(folder / "spool"),
+            "MOVIEQ_R2_SECRET_ACCESS_KEY": SECRET,
         }  # fmt: skip
         api = await made.api(**settings)
         await made.worker(**settings)

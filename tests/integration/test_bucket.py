@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,14 @@ async def cannot_store(made: Fleet, far: R2, settings: dict[str, Any]) -> tuple[
     return api, worker, task_id, file.read_bytes()
 
 
-def settings_of(made: Fleet, far: R2, s3_settings: dict[str, Any]) -> dict[str, Any]:
-    return {**s3_settings, "MOVIEQ_R2_ENDPOINT": far.endpoint, "MOVIEQ_SPOOL": str(made.folder / "spool"), "MOVIEQ_DRAIN_S": "0"}
+def settings_of(far: R2, s3_settings: dict[str, Any]) -> dict[str, Any]:
+    return {**s3_settings, "MOVIEQ_R2_ENDPOINT": far.endpoint, "MOVIEQ_DRAIN_S": "0"}
 
 
 async def test_a_worker_that_is_killed_while_the_storage_is_down_costs_no_second_rendering(
     made: Fleet, far: R2, s3_settings: dict[str, Any]
 ) -> None:
-    settings = settings_of(made, far, s3_settings)
+    settings = settings_of(far, s3_settings)
     api, worker, task_id, rendered = await cannot_store(made, far, settings)
     worker.send(signal.SIGKILL)
     await worker.ended()
@@ -105,7 +106,7 @@ async def test_a_worker_that_is_killed_while_the_storage_is_down_costs_no_second
 async def test_the_engine_goes_on_while_the_storage_is_down_and_everything_is_stored_when_it_is_back(
     made: Fleet, far: R2, s3_settings: dict[str, Any]
 ) -> None:
-    settings = settings_of(made, far, s3_settings)
+    settings = settings_of(far, s3_settings)
     api, worker, first, _ = await cannot_store(made, far, settings)
     others = [TaskId(await api.submit("generate_image", SMALL)) for _ in range(3)]
     await eventually(lambda: len(list((made.folder / "spool").glob(f"{PREFIX}*"))) == 4, 20)
@@ -118,9 +119,19 @@ async def test_the_engine_goes_on_while_the_storage_is_down_and_everything_is_st
     assert list((made.folder / "spool").iterdir()) == []
 
 
+async def test_a_file_that_somebody_deleted_is_made_again(made: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
+    api, _, task_id, _ = await cannot_store(made, far, settings_of(far, s3_settings))
+    for path in (made.folder / "spool").glob(f"{PREFIX}*"):
+        shutil.rmtree(path)
+    status = await api.until(task_id, "event", "retrying")
+    assert "gone" in status["error"]
+    far.heal()
+    assert (await api.ended(task_id))["status"] == "completed"
+
+
 async def test_a_wrong_secret_holds_the_file_until_it_is_mended(made: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
-    wrong = {**settings_of(made, far, s3_settings), "MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}
-    right = settings_of(made, far, s3_settings)
+    wrong = {**settings_of(far, s3_settings), "MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}
+    right = settings_of(far, s3_settings)
     api, worker = await asyncio.gather(made.api(**right), made.worker(**wrong))
     task_id = await api.submit("generate_image", SMALL)
     await eventually(lambda: worker.said("upload_failed") > 0, 20)
