@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine bench-gpu constraints clean ci
+.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench-engine: setup-test  ## Measure: what serving costs beside a bare pipeline
 
 bench-gpu: setup-test  ## Measure, on a machine with a GPU: serving, batches, compiling, loading of models of real size
 	$(BIN)/python -m tests.bench.bench_gpu
+
+bench-deliver: setup-test  ## Measure: files to a bucket and back, beside aiobotocore and aws
+	$(BIN)/python -m tests.bench.bench_deliver
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \

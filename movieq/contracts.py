@@ -131,6 +131,7 @@ KEYS: Final[Mapping[str, str]] = {
     "clock": "movieq:clock:",  # + kind: string, virtual time of the last claim
     "claims": "movieq:claims:",  # + kind: counter; every eighth claim takes the oldest
     "running": "movieq:running:",  # + kind: zset task -> end of lease
+    "offered": "movieq:offered:",  # + host: zset task whose finished files lie there -> from when it may be had
     "delayed": "movieq:delayed",  # zset task -> due
     "deadlines": "movieq:deadlines",  # zset task -> when it fails
     "priorities": "movieq:priorities:",  # + kind: hash priority -> how many wait

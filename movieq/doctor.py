@@ -8,21 +8,25 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import msgspec
 from redis.exceptions import RedisError
 
-from movieq import credentials, models, settings, webhooks
+from movieq import credentials, logs, models, settings, webhooks
 from movieq.client import Client, Unreachable
-from movieq.errors import MovieqError, SettingsError
-from movieq.settings import Settings, variable
+from movieq.errors import MovieqError, SettingsError, StorageFault
+from movieq.settings import Bucket, Settings, variable
+from movieq.storage import opened
 from movieq.store import connect
 
 CHECK_S: Final = 10.0
@@ -175,8 +179,45 @@ def _signatures(read: Settings) -> Finding:
 
 
 async def _storage(read: Settings, data: Path) -> Finding:
+    if (bucket := read.bucket()) is not None:
+        return await _bucket(read, bucket)
     configured = read.storage != Settings().storage
     return await asyncio.to_thread(_folder, Path(read.storage) if configured else data / "media")
+
+
+async def _bucket(read: Settings, bucket: Bucket) -> Finding:
+    """A small file can be stored, read, opened by its address, and deleted."""
+    key = f"doctor/{secrets.token_hex(8)}.txt"
+    with tempfile.TemporaryDirectory(prefix="movieq-doctor-") as folder:
+        sent, received = Path(folder) / "sent", Path(folder) / "received"
+        sent.write_text(key)
+        try:
+            async with opened(read, read.public_url, (), patient=False) as storage:
+                await storage.put(key, sent, "text/plain")
+                whole = await storage.open(key, received) is not None and received.read_text() == key
+                problem = await _address_problem(storage.url(key, int(time.time()) + 60), key, public=bool(bucket.public_url))
+                await storage.delete(key)
+        except StorageFault as fault:
+            return Finding(Mark.BROKEN, "storage", fault.message)
+    if not whole:
+        return Finding(Mark.BROKEN, "storage", f"bucket {bucket.name} of {bucket.endpoint} gave back other bytes than it was given")
+    if problem:
+        return Finding(Mark.BROKEN, "storage", problem)
+    return Finding(
+        Mark.GOOD, "storage", f"bucket {bucket.name} of {bucket.endpoint}: a file was stored, read, opened by its url and deleted"
+    )
+
+
+async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
+    """Why the address does not open what was stored; None where it does."""
+    cure = f"correct {variable('r2_public_url')}, or leave it unset for signed urls" if public else "signed urls do not work there"
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            if answer.status == 200 and await answer.text() == body:
+                return None
+            return f"{logs.without_query(url)} answers {answer.status} and not with the file; {cure}"
+    except (aiohttp.ClientError, OSError) as error:
+        return f"{logs.without_query(url)} cannot be opened: {error}; {cure}"
 
 
 def _folder(folder: Path) -> Finding:

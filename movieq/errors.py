@@ -210,9 +210,17 @@ class DeadlineExceeded(TaskFault):
 
 
 class StorageFault(TaskFault):
-    """The result could not be stored."""
+    """The result could not be stored. `passes`: it may be mended by itself; else the message says what the operator has to do."""
 
     code, retryable = "storage", True
+
+    def __init__(self, message: str, *, passes: bool = True) -> None:
+        super().__init__(message)
+        self.passes = passes
+
+
+class KeyTaken(StorageFault):
+    """Other bytes are under this key already, and stay there."""
 
 
 class NetworkFault(TaskFault):

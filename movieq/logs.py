@@ -82,6 +82,8 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
         logger: Any = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    for name in ("aiobotocore", "botocore"):  # at debug they write down the signatures of requests
+        logging.getLogger(name).setLevel(logging.WARNING)
     if level is not LogLevel.DEBUG:  # what they say of every start and every job, we say in our own words
         for name in ("arq", "uvicorn"):
             logging.getLogger(name).setLevel(logging.WARNING)

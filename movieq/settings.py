@@ -14,6 +14,7 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Final
+from urllib.parse import urlsplit
 
 import msgspec
 from dotenv import dotenv_values
@@ -23,6 +24,7 @@ from movieq.contracts import PROJECT_PATTERN, Kind
 from movieq.errors import SettingsError
 
 PREFIX: Final = "MOVIEQ_"
+_SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
 
 
 class EngineChoice(StrEnum):
@@ -64,7 +66,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (
         ""
     )
-    storage: Annotated[str, Meta(description="Folder that results are stored in")] = ".movieq/media"
+    storage: Annotated[str, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = ".movieq/media"
+    r2_endpoint: Annotated[str, Meta(description="Address of the S3 service: https://ACCOUNT.r2.cloudflarestorage.com, say")] = ""
+    r2_access_key_id: Annotated[str, Meta(description="Access key of the bucket: it may read, write, list and delete there")] = ""
+    r2_secret_access_key: Annotated[str, Meta(description="Secret of that access key")] = ""
+    r2_public_url: Annotated[str, Meta(description="Address that the bucket is public under; unset: urls are signed for seven days")] = ""
     spool: Annotated[str, Meta(description="Folder that a worker works in; unset: one in the system's temporary folder")] = ""
     models: Annotated[str, Meta(description="File of model entries, beside those that ship with movieq")] = ""
     engine: Annotated[EngineChoice, Meta(description="What makes tasks that name no model: auto, diffusers or animatic")] = (
@@ -99,6 +105,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return tuple(ip_network(part, strict=False) for part in _parts(self.allow_private_urls))
         except ValueError as error:
             raise SettingsError(f"{PREFIX}ALLOW_PRIVATE_URLS: {error}; it takes networks such as 127.0.0.0/8, 10.1.2.3") from None
+
+    def bucket(self) -> Bucket | None:
+        """The bucket of `storage`; None where that is a folder. Raises SettingsError."""
+        if not self.storage.startswith("s3://"):
+            return None
+        name, _, prefix = self.storage.removeprefix("s3://").rstrip("/").partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) or not re.fullmatch(rf"({_SEGMENT}(/{_SEGMENT})*)?", prefix):
+            raise SettingsError(f"{PREFIX}STORAGE: {self.storage!r} is no s3://BUCKET or s3://BUCKET/PREFIX of A-Z a-z 0-9 . _ -")
+        for field in ("r2_endpoint", "r2_public_url"):
+            url = urlsplit(getattr(self, field))
+            if url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query):
+                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, got {url.scheme!r} ...")
+        missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if not getattr(self, f)]
+        if missing:
+            raise SettingsError(f"{PREFIX}STORAGE: {self.storage} needs {', '.join(missing)} too")
+        return Bucket(
+            name,
+            f"{prefix}/" if prefix else "",
+            self.r2_endpoint.rstrip("/"),
+            self.r2_access_key_id,
+            self.r2_secret_access_key,
+            self.r2_public_url.rstrip("/"),
+        )
 
     def signing_secrets(self) -> tuple[bytes, ...]:
         """The secrets of `signing_secret`: the first signs, each verifies."""
@@ -145,6 +174,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return grants
 
 
+class Bucket(msgspec.Struct, frozen=True):
+    """A bucket of an S3 service. `prefix` is empty or ends with a slash; without a `public_url` addresses are signed."""
+
+    name: str
+    prefix: str
+    endpoint: str
+    key_id: str
+    secret: str
+    public_url: str = ""
+
+
 def key_hash(key: str) -> str:
     """The hash by which an API key is known. Keys are random and long, so a plain hash will do."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -184,9 +224,7 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         raise SettingsError(f"{variable(path.removesuffix('`'))}: {message}") from None
-    if settings.storage.startswith("s3://"):
-        raise SettingsError(f"{PREFIX}STORAGE: this version stores into a folder only, got an s3:// address")
-    settings.private_networks(), settings.kinds(), settings.keys(), settings.weights()
+    settings.private_networks(), settings.kinds(), settings.keys(), settings.weights(), settings.bucket()
     return settings
 
 

@@ -1,8 +1,8 @@
-"""Files under keys, in a folder.
+"""Files under keys: what a storage promises, and the one in a folder. The one in a bucket is in s3.py.
 
 A key is written once and whole: a reader sees all of a file or none of it, also after a power cut, and a committed key never gets other
 bytes. Keys carry the run that made them (`projects/p/video/TASK/RUN/output.mp4`), so two writers of one key are a fault, not a race to win.
-Left out: listing, quotas, and Range (the media route serves `local_path`).
+Left out: listing, quotas, and Range (the media route serves `local_path` of a folder).
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from movieq import signing
 from movieq.contracts import MediaResult, Result, StoredResult
-from movieq.errors import StorageFault
+from movieq.errors import KeyTaken, StorageFault
+from movieq.settings import Settings
 
 CONTENT_TYPES: Final = {
     ".mp4": "video/mp4",
@@ -62,54 +64,39 @@ def checked_key(key: str) -> str:
     return key
 
 
-class FolderStorage:
-    """Results in a folder, handed out under signed urls of `{public_url}/media/`.
-
-    Every method raises ValueError for a key that is none, and StorageFault, naming key and folder, when the file system fails; absence is
-    None. The work is done in threads: a cancelled caller goes at once, the file operation runs to its end.
-    """
-
-    def __init__(self, root: Path, public_url: str, signing_secrets: Sequence[bytes]) -> None:
-        self._root = root
-        self._public_url = public_url.rstrip("/")
-        self._signing_secrets = signing_secrets
+class Storage(Protocol):
+    """Where results lie. Methods raise ValueError for a key that is none, and StorageFault; absence is None."""
 
     async def put(self, key: str, source: Path, content_type: str) -> int:
-        """The bytes of `source` are on disk under `key`; returns how many there are.
+        """The bytes of `source` are under `key` for good; returns how many there are.
 
-        The same bytes again are no error, other bytes are a StorageFault and change nothing. `content_type` is what the extension of the
-        key says anyway; a store that keeps types takes it from here.
+        The same bytes again are no error; other bytes are KeyTaken and change nothing.
         """
-        return await self._in_thread("store", key, lambda: self._put(self.local_path(key), source))
+        ...
 
     async def open(self, key: str, dest: Path) -> int | None:
         """A copy of the file lies at `dest`; returns its size in bytes, or None, and nothing at `dest`, if there is no such key."""
-        return await self._in_thread("read", key, lambda: _copied_out(self.local_path(key), dest))
+        ...
 
     async def size(self, key: str) -> int | None:
         """Bytes under this key, or None."""
-        return await self._in_thread("look at", key, lambda: _size(self.local_path(key)))
+        ...
 
     async def delete(self, key: str) -> None:
         """Nothing is under this key."""
-        await self._in_thread("delete", key, lambda: self._delete(self.local_path(key)))
+        ...
 
     async def delete_prefix(self, prefix: str) -> None:
         """Nothing is in this folder of keys (whole segments: "a/b" leaves "a/bc" alone), unfinished files included."""
-        await self._in_thread("delete", prefix, lambda: self._delete(self.local_path(prefix.removesuffix("/"))))
+        ...
 
     async def usable(self) -> bool:
-        """Whether files can be written."""
-        return await asyncio.to_thread(_usable, self._root)
-
-    def local_path(self, key: str) -> Path:
-        """Where the file of this key lies, or would lie."""
-        return self._root / checked_key(key)
+        """Whether it answers as it should."""
+        ...
 
     def url(self, key: str, expires_at_s: int) -> str:
         """An address that anyone can open until `expires_at_s`, a Unix time."""
-        signature = signing.sign(self._signing_secrets[0], "media", checked_key(key), expires_at_s)
-        return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
+        ...
 
     def result(self, stored: StoredResult, expires_at_s: int) -> Result:
         """The result with addresses that anyone can open until `expires_at_s`, a Unix time."""
@@ -128,6 +115,52 @@ class FolderStorage:
         ]
         return Result(media[0].url, stored.payload_media_id, media, stored.metadata)
 
+
+class FolderStorage(Storage):
+    """Results in a folder, handed out under signed urls of `{public_url}/media/`.
+
+    Every method raises ValueError for a key that is none, and StorageFault, naming key and folder, when the file system fails; absence is
+    None. The work is done in threads: a cancelled caller goes at once, the file operation runs to its end.
+    """
+
+    def __init__(self, root: Path, public_url: str, signing_secrets: Sequence[bytes]) -> None:
+        self._root = root
+        self._public_url = public_url.rstrip("/")
+        self._signing_secrets = signing_secrets
+
+    async def put(self, key: str, source: Path, content_type: str) -> int:
+        """The bytes of `source` are on disk under `key`. Of `content_type` nothing is kept: the extension of the key says it."""
+        return await self._in_thread("store", key, lambda: self._put(self.local_path(key), source))
+
+    async def open(self, key: str, dest: Path) -> int | None:
+        """See Storage."""
+        return await self._in_thread("read", key, lambda: _copied_out(self.local_path(key), dest))
+
+    async def size(self, key: str) -> int | None:
+        """See Storage."""
+        return await self._in_thread("look at", key, lambda: _size(self.local_path(key)))
+
+    async def delete(self, key: str) -> None:
+        """See Storage."""
+        await self._in_thread("delete", key, lambda: self._delete(self.local_path(key)))
+
+    async def delete_prefix(self, prefix: str) -> None:
+        """See Storage."""
+        await self._in_thread("delete", prefix, lambda: self._delete(self.local_path(prefix.removesuffix("/"))))
+
+    async def usable(self) -> bool:
+        """Whether files can be written."""
+        return await asyncio.to_thread(_usable, self._root)
+
+    def local_path(self, key: str) -> Path:
+        """Where the file of this key lies, or would lie."""
+        return self._root / checked_key(key)
+
+    def url(self, key: str, expires_at_s: int) -> str:
+        """See Storage."""
+        signature = signing.sign(self._signing_secrets[0], "media", checked_key(key), expires_at_s)
+        return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
+
     def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
         """Return if these are the parts of an address that `url` gave and that still holds; raises Forbidden, see `signing.verify`."""
         signing.verify(self._signing_secrets, "media", key, expires, signature, now_s)
@@ -136,7 +169,8 @@ class FolderStorage:
         try:
             return await asyncio.to_thread(work)
         except OSError as error:
-            raise StorageFault(f"cannot {verb} {key} in {self._root}: {error.strerror or error}") from error
+            fault = KeyTaken if isinstance(error, _Taken) else StorageFault
+            raise fault(f"cannot {verb} {key} in {self._root}: {error.strerror or error}") from error
 
     def _put(self, target: Path, source: Path) -> int:
         temporary = self._copied_in(target, source)
@@ -184,18 +218,34 @@ class FolderStorage:
                 break
 
 
+@asynccontextmanager
+async def opened(settings: Settings, public_url: str, signing_secrets: Sequence[bytes], *, patient: bool) -> AsyncIterator[Storage]:
+    """The storage that the settings name, for the length of a block; `patient` is for workers. Raises SettingsError."""
+    if (bucket := settings.bucket()) is None:
+        yield FolderStorage(Path(settings.storage), public_url, signing_secrets)
+    else:
+        from movieq import s3  # slow to import, and only this needs it
+
+        async with s3.opened(bucket, patient=patient) as storage:
+            yield storage
+
+
+class _Taken(FileExistsError):
+    """Not a file in the way of a folder, but one under the key itself."""
+
+
 def _commit(temporary: Path, target: Path) -> None:
     """Give the copy its name, unless the name is taken: link refuses where rename would overwrite."""
     try:
         os.link(temporary, target)
     except FileExistsError:
         if not filecmp.cmp(temporary, target, shallow=False):
-            raise FileExistsError(errno.EEXIST, "the key holds other bytes already", str(target)) from None
+            raise _Taken(errno.EEXIST, "the key holds other bytes already", str(target)) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         if target.exists():
-            raise FileExistsError(errno.EEXIST, "the key exists already", str(target)) from None
+            raise _Taken(errno.EEXIST, "the key exists already", str(target)) from None
         temporary.rename(target)  # exFAT and some network mounts know no links
 
 

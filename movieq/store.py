@@ -292,11 +292,18 @@ class Store:
     # ── Verbs of workers ──
 
     async def claim(
-        self, worker_id: str, nonce: str, slots: Sequence[Slot], weights: bytes = b"{}", rows: Mapping[str, int] | None = None
+        self,
+        worker_id: str,
+        nonce: str,
+        slots: Sequence[Slot],
+        weights: bytes = b"{}",
+        rows: Mapping[str, int] | None = None,
+        host: str = "",
     ) -> list[Claimed]:
         """Tasks that this worker is to run now: one for each slot, or as many of one batch key. The same nonce answers the same tasks.
 
         `weights`: JSON of project -> share of the queue. `rows`: batch key -> how many the worker can make at once, where it knows.
+        Beside the slots come tasks whose finished files lie on this `host`, in slot -1.
         """
         answer = await self._verb(
             "claim",
@@ -306,6 +313,7 @@ class Store:
             weights=weights,
             rows=msgspec.json.encode(rows or {}),
             slots=msgspec.json.encode(slots),
+            host=host,
         )
         return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job, slot) for _, run, slot, job, flat in answer]
 
@@ -321,12 +329,16 @@ class Store:
         steps: int | None = None,
         remaining_ms: int | None = None,
         prefix: str = "",
+        host: str = "",
+        made_ms: int | None = None,
         keep: bool = False,
         gpu: tuple[float, float] | None = None,
     ) -> None:
         """The task's progress is published, and logged where it grew by half a percent or is to be kept. Raises RunLost.
 
         `gpu`: what the run has had of a GPU so far, in ms, and how much of one it has now, 0 to 1; None where it has none.
+        `prefix`, `host` and `made_ms` are of a run whose files are finished: where it will store them, where they lie till then, and how
+        long it worked for them (0 where it found them there).
         """
         answer = await self._verb(
             "report",
@@ -339,6 +351,8 @@ class Store:
             steps="" if steps is None else steps,
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
+            host=host,
+            made_ms="" if made_ms is None else made_ms,
             keep="1" if keep else "",
             gpu_ms="" if gpu is None else gpu[0],
             gpu_share="" if gpu is None else gpu[1],

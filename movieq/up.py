@@ -51,8 +51,10 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
         if not settings.api_keys:
             environment[variable("api_keys")] = key = _own_key(folder)
             print(f"API key: {key}", flush=True)  # noqa: T201  # shown to whoever starts it, once a start
-        environment.setdefault(variable("queues"), ",".join(Kind))  # its one worker serves them all
-        environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
+        if not settings.queues:
+            environment[variable("queues")] = ",".join(Kind)  # its one worker serves them all
+        if settings.storage == Settings().storage:
+            environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
         environment[variable("public_url")] = settings.public_url.rstrip("/") or serving.address(sock)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_keep("api", ["api", "--fd", str(sock.fileno())], environment, API_STOP_S, sock))]

@@ -1,15 +1,20 @@
-"""The real servers that tests run against: Valkey on a unix socket, one for a session, emptied for each test."""
+"""The real servers that tests run against: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix."""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
 
 from movieq.embedded import Valkey, valkey
+from movieq.settings import Bucket
 from movieq.store import Store, connect
+from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +46,28 @@ async def store(redis: ArqRedis) -> AsyncIterator[Store]:
 def folder(tmp_path: Path) -> Path:
     """An empty folder."""
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """An S3 server of this session's own."""
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as running:
+        asyncio.run(running.make_bucket("film"))
+        yield running
+
+
+@pytest.fixture
+def bucket(s3_server: Seaweed) -> Bucket:
+    """A bucket under whose prefix nothing lies."""
+    return Bucket("film", f"tests/{secrets.token_hex(4)}/", s3_server.endpoint, KEY_ID, SECRET)
+
+
+@pytest.fixture
+def s3_settings(bucket: Bucket) -> dict[str, Any]:
+    """What makes a process store into the bucket."""
+    return {
+        "MOVIEQ_STORAGE": f"s3://{bucket.name}/{bucket.prefix}",
+        "MOVIEQ_R2_ENDPOINT": bucket.endpoint,
+        "MOVIEQ_R2_ACCESS_KEY_ID": bucket.key_id,
+        "MOVIEQ_R2_SECRET_ACCESS_KEY": bucket.secret,
+    }

@@ -55,6 +55,7 @@ class Fleet:
             "MOVIEQ_REDIS_URL": redis_url or self.valkey.url,
             "MOVIEQ_API_KEYS": KEY,
             "MOVIEQ_STORAGE": str(self.folder / "media"),
+            "MOVIEQ_SPOOL": str(self.folder / "spool"),
             "MOVIEQ_ALLOW_PRIVATE_URLS": "127.0.0.0/8",
             "MOVIEQ_LOG_FORMAT": "json",
             **({"MOVIEQ_PUBLIC_URL": "http://127.0.0.1:1"} if name == "worker" else {}),

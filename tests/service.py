@@ -104,6 +104,12 @@ class Service:
         raise AssertionError(f"the stream ended before {condition} was {value}")
 
 
+async def fetched(url: str) -> tuple[int, Any, bytes]:
+    """Status, headers and body of an address, as anybody gets them."""
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status, answer.headers, await answer.read()
+
+
 @contextmanager
 def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator[Service]:
     """`movieq up` for the length of a block; afterwards nothing that it started is left."""

@@ -18,7 +18,7 @@ from movieq import logs, webhooks
 from movieq.contracts import MEDIA_URL_S, Delivery, DeliveryState, TaskStatus, Webhook, utc
 from movieq.params import TaskType
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
+from movieq.storage import Storage
 from movieq.store import Store
 
 SCHEDULE_S: Final = (0.0, 5.0, 30.0)
@@ -34,7 +34,7 @@ class Outbox(msgspec.Struct, frozen=True):
     """What deliveries work with."""
 
     store: Store
-    storage: FolderStorage
+    storage: Storage
     session: aiohttp.ClientSession
     secrets: tuple[str, ...]
     settings: Settings
@@ -72,7 +72,7 @@ async def _deliver(outbox: Outbox, delivery_id: str) -> None:
             raise Retry(defer=wait_s)
 
 
-def webhook(delivery: Delivery, storage: FolderStorage) -> Webhook:
+def webhook(delivery: Delivery, storage: Storage) -> Webhook:
     """The body of a delivery."""
     result = None if delivery.result is None else storage.result(delivery.result, int(time.time()) + MEDIA_URL_S)
     status, at = delivery.status, utc(delivery.at_ms)

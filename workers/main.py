@@ -34,11 +34,12 @@ from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
+from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connect
 from workers import gpus
 from workers.deliver import Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
+from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
@@ -68,6 +69,7 @@ class Worker(ArqWorker):
         children: list[Child],
         drain_s: float,
         weights: Mapping[str, float],
+        kept: Kept | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -78,6 +80,8 @@ class Worker(ArqWorker):
         self._subscriber = subscriber
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
+        self._kept = kept
+        self._host = socket.gethostname() if kept else ""
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
@@ -100,6 +104,7 @@ class Worker(ArqWorker):
                 group.create_task(self._subscriber.run()),
                 group.create_task(self._listen()),
                 group.create_task(self._keep()),
+                group.create_task(self._sweep_kept()),
                 *(group.create_task(child.keep(self._wake.set)) for child in self.children),
             ]
             async with asyncio.TaskGroup() as runs:
@@ -121,6 +126,8 @@ class Worker(ArqWorker):
     async def close(self) -> None:
         """Leaves, and closes what arq opened."""
         try:
+            if self._kept:
+                await self._kept.sweep(self.store, committed_s=0)
             await self.store.leave(self.worker_id)
             await self.pool.delete(self.health_check_key)
         except (RedisError, OSError, TimeoutError) as error:
@@ -168,10 +175,11 @@ class Worker(ArqWorker):
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
-            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows)
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, self._host)
             self._nonce = None
-            for _, together in itertools.groupby(claimed, key=lambda each: each.slot):
-                self._begin(runs, list(together))
+            for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
+                for each in [list(together)] if slot >= 0 else [[one] for one in together]:
+                    self._begin(runs, each)
 
     def _slots(self) -> list[Slot]:
         """Where a task can go now, or in a moment."""
@@ -183,16 +191,24 @@ class Worker(ArqWorker):
         return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
 
     def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
-        """The tasks run: at once where a child is free, else when it will be."""
-        task = together[0].task
+        """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
+        to_make = []
+        for claimed in together:
+            if self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
+                self._start(runs, Running(claimed, made=made))
+            else:
+                to_make.append(claimed)
+        if not to_make:
+            return
+        task = to_make[0].task
         able = [child for child in self.children if (child.free or child.soon) and task.kind in child.kinds]
         if not able:
-            for claimed in together:
+            for claimed in to_make:
                 runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
             return
         child = min(able, key=lambda child: (not child.free, task.model not in child.models))
-        group = child.reserve([claimed.task.task_id for claimed in together], task.batch)
-        for claimed in together:
+        group = child.reserve([claimed.task.task_id for claimed in to_make], task.batch)
+        for claimed in to_make:
             self._start(runs, Running(claimed, child, group))
         if child.soon:
             self._wake.set()
@@ -224,7 +240,7 @@ class Worker(ArqWorker):
     async def _keep(self) -> None:
         while True:
             for running in self.runs.values():
-                if running.group is running.child.late():
+                if running.child and running.group is running.child.late():
                     running.stop("late")
             try:
                 await self._renew()
@@ -234,6 +250,12 @@ class Worker(ArqWorker):
                 await asyncio.sleep(AWAY_S)
             else:
                 await _set_within(self._doubt, RENEW_S)
+
+    async def _sweep_kept(self) -> None:
+        while self._kept is not None:
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await self._kept.sweep(self.store)
+            await asyncio.sleep(SWEEP_S)
 
     async def _renew(self) -> None:
         for child in self.children:
@@ -313,7 +335,7 @@ class Worker(ArqWorker):
     async def _drain(self) -> None:
         """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
         for running in list(self.runs.values()):
-            if running.pace.remaining_s() > self._drain_s:
+            if running.made is None and running.pace.remaining_s() > self._drain_s:
                 running.stop("drain")
         await self._ended_within(self._drain_s, unless=self._hurry)
         for running in list(self.runs.values()):
@@ -358,12 +380,16 @@ async def serve(settings: Settings) -> None:
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
-    storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
     guard = Guard(settings.private_networks())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with spool(Path(settings.spool) if settings.spool else None) as folder:
-        async with Fetcher(guard) as fetcher, guard.session() as session:
+        async with (
+            Fetcher(guard) as fetcher,
+            guard.session() as session,
+            opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
+        ):
+            kept = Kept(folder.parent)
             worker = Worker(
                 worker_id=worker_id,
                 store=store,
@@ -371,6 +397,7 @@ async def serve(settings: Settings) -> None:
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
+                kept=kept,
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0),
@@ -382,7 +409,7 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance),
+                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings),
                 },
             )

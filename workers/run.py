@@ -1,7 +1,7 @@
 """One task from claim to commit: fetch its inputs, run the engine, store the files, commit the result.
 
 Every outcome is one verb of the store. Verbs are insisted on while Redis is away: they can be said twice. A failed upload does not cost the
-rendering again: the run keeps its lease, frees its slot and goes on trying.
+rendering again: the run keeps its lease, frees its slot and goes on trying; where its worker dies, another of its host finds the files.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import contextlib
 import random
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -23,13 +25,14 @@ from redis.exceptions import RedisError, ResponseError
 
 from movieq import fetch, logs, models, params
 from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
-from movieq.errors import InputUnavailable, InternalFault, RunLost, StorageFault, TaskFault, WorkerLost
+from movieq.errors import InputUnavailable, InternalFault, KeyTaken, RunLost, StorageFault, TaskFault, WorkerLost
 from movieq.fetch import Fetcher
 from movieq.models import Model
 from movieq.params import AudioParams, Params
-from movieq.storage import FolderStorage
+from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Group, Progress
+from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Free, Note, Plan, Preview, Produced, Run, Step
 from workers.provenance import Provenance, signed
@@ -41,6 +44,8 @@ WATCH_INTERVAL_S: Final = 2.0
 """Between two looks whether anybody watches the task."""
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
+OUT: Final = "out"
+"""The folder of a run's spool that its engine makes files in."""
 
 T = TypeVar("T")
 log = logs.get()
@@ -50,23 +55,29 @@ class Parts(msgspec.Struct, frozen=True):
     """What a run works with."""
 
     store: Store
-    storage: FolderStorage
+    storage: Storage
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
     provenance: Provenance = Provenance()
+    kept: Kept | None = None
+    """Where finished files outlive this worker; None where they need not."""
 
 
 class Running:
-    """A run in hand. `stop` notes the reason before anything is cancelled."""
+    """A run in hand: of a child, with a group there. `stop` notes the reason before anything is cancelled.
 
-    def __init__(self, claimed: Claimed, child: Child, group: Group) -> None:
+    Of a task whose files an earlier run has made there is only their storing left: it has `made` in place of a child.
+    """
+
+    def __init__(self, claimed: Claimed, child: Child | None = None, group: Group | None = None, made: Made | None = None) -> None:
         self.claimed = claimed
         self.task: Task = claimed.task
         self.run: RunToken = claimed.run
         self.child = child
         self.group = group
         """Those that are made with it at once, and its place on the child's device."""
+        self.made = made
         self.asyncio_task: asyncio.Task[None] | None = None
         self.reason: str | None = None
         self.abandoned = False
@@ -74,11 +85,11 @@ class Running:
         self.prefix: str | None = None
         """Where in the storage its files are, once there may be some."""
         self.begun_s = time.monotonic()
-        self.pace = Pace(self.task.estimate_ms / 1000)
-        self.rendered = False
+        self.pace = Pace(0.0 if made else self.task.estimate_ms / 1000)
         self._gpu: tuple[float, float, float] | None = None
         """What it had of a GPU, in ms, until when (s), and how much of one it has since."""
-        group.remaining_s = self.pace.remaining_s
+        if group is not None:
+            group.remaining_s = self.pace.remaining_s
 
     def stop(self, reason: str) -> None:
         """The run ends soon: "cancelled" and "lost" write nothing, "drain" and "late" give the task back uncounted."""
@@ -96,7 +107,7 @@ class Running:
 
     def take_gpu(self, share: float) -> None:
         """From now on the run has this share of its child's GPU; nothing is counted on a CPU."""
-        if self.child.device != "cpu":
+        if self.child is not None and self.child.device != "cpu":
             spent_ms, _ = self.gpu or (0.0, 0.0)
             self._gpu = spent_ms, time.monotonic(), share
 
@@ -110,7 +121,8 @@ class Running:
 
     def free_slot(self) -> None:
         """The device can be another's, where those of its group have left too."""
-        self.child.leave(self.group, self.run)
+        if self.child is not None and self.group is not None:
+            self.child.leave(self.group, self.run)
 
 
 async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
@@ -123,7 +135,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
     task = running.task
     running.started = True
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
-        log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name)
+        log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name if running.child else None)
         spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
         try:
             if running.reason is not None:
@@ -173,13 +185,31 @@ async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
 
 
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
+    made_ms = 0
+    if running.made is None:
+        parsed = params.convert(running.task.task_type, task_data)
+        done = await _make(parts, running, parsed, task_data, spool)
+        made_ms = max(1, int((time.monotonic() - running.begun_s) * 1000))
+        running.take_gpu(0.0)
+        running.free_slot()
+        done = await signed(parts.provenance, running.task, parsed.description, done)
+        task_id, run, kept = running.task.task_id, running.run, parts.kept
+        running.made = await asyncio.to_thread(kept.keep, task_id, run, spool / OUT, done) if kept else Made(done)
+    stored = await _store(parts, running, running.made, made_ms)
+    await _ended(running, lambda: parts.store.complete(running.task.task_id, running.run, stored))
+    if parts.kept:
+        parts.kept.touch(running.made)
+
+
+async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[str, Any], spool: Path) -> Done:
+    assert running.child is not None
+    assert running.group is not None
     task = running.task
-    parsed = params.convert(task.task_type, task_data)
     reporter = _Reporter(parts.store, running)
     async with reporter:
         reporter.say("fetching_inputs" if parsed.references else "starting", stage="fetch")
         inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
-        out_dir = spool / "out"
+        out_dir = spool / OUT
         out_dir.mkdir()
         request = Run(
             run=running.run,
@@ -197,13 +227,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
             sound=models.sound(parts.models),
             file_tags=parts.provenance.tags,
         )
-        done = await running.child.run(request, reporter.on_message, running.group)
-    running.rendered = True
-    running.take_gpu(0.0)
-    running.free_slot()
-    done = await signed(parts.provenance, task, parsed.description, done)
-    stored = await _store(parts, running, done)
-    await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
+        return await running.child.run(request, reporter.on_message, running.group)
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
@@ -243,9 +267,9 @@ async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, ref
         raise InputUnavailable(f"{reference}: the file of that task is not there any more")
 
 
-async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
-    """The files are in the storage. Goes on trying for as long as the run holds its lease."""
-    task = running.task
+async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> StoredResult:
+    """The files are in the storage. Goes on trying for as long as the run holds its lease. Raises what only another run can mend."""
+    task, done = running.task, made.done
     folder, media_type = params.PRODUCTS[task.task_type]
     prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
     await insist(
@@ -258,6 +282,8 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
             remaining_ms=int(running.pace.remaining_s() * 1000),
             prefix=prefix,
             gpu=running.gpu,
+            host=socket.gethostname() if made.folder else "",
+            made_ms=made_ms,
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
@@ -270,7 +296,13 @@ async def _store(parts: Parts, running: Running, done: Done) -> StoredResult:
                 keys[produced.role] = key, await parts.storage.put(key, Path(produced.path), produced.content_type)
                 break
             except StorageFault as fault:
-                log.warning("upload_failed", problem=fault.message, again_in_s=wait_s)
+                if isinstance(fault, KeyTaken):
+                    raise
+                if not Path(produced.path).exists():
+                    raise InternalFault(f"a file that was made is gone before it was stored: {produced.path}") from fault
+                log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
+                if parts.kept:
+                    parts.kept.touch(made)
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, RETRY_MOST_S)
     output = next(produced for produced in done.files if produced.role == "output")
@@ -407,7 +439,7 @@ class _Reporter:
         pace = self._running.pace
         match message:
             case Plan():
-                self._running.take_gpu(1 / len(self._running.group.task_ids))
+                self._running.take_gpu(1 / len(self._running.group.task_ids) if self._running.group else 0.0)
                 if (stage := pace.plan(message.stages)) is not None:
                     self.say(stage.step_name, stage=stage.name)
             case Step():
@@ -456,7 +488,7 @@ class _Reporter:
                 watched = await self._store.watched(self._running.task.task_id)
             except (RedisError, OSError, TimeoutError) as error:
                 log.debug("look_failed", problem=str(error) or type(error).__name__)
-            if watched != said and self._running.child.watched(self._running.run, watched):
+            if watched != said and (child := self._running.child) and child.watched(self._running.run, watched):
                 said = watched
             await asyncio.sleep(WATCH_INTERVAL_S if watched == said else REPORT_INTERVAL_S)  # it may not have the run yet
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 from redis.exceptions import RedisError, ResponseError
@@ -31,7 +30,7 @@ from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge,
 from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
+from movieq.storage import opened
 from movieq.store import TIDY_S, Store, connect, is_fault
 
 log = logs.get()
@@ -98,10 +97,11 @@ def create(settings: Settings, public_url: str) -> Starlette:
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
     redis = connect(settings.redis_url, patient=False)
     store = Store(redis)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.aclose)
         secrets = settings.signing_secrets() or (await store.signing_secret(),)
         subscriber = Subscriber(settings.redis_url)
-        storage = FolderStorage(Path(settings.storage), public_url, secrets)
+        storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
         app.state.api = state = Api(
             settings=settings,
             public_url=public_url,
@@ -120,8 +120,6 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             state.hub.close()
             for task in running:
                 task.cancel()
-    finally:
-        await store.aclose()
 
 
 async def _tidy(store: Store) -> None:

@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSati
 from movieq.api.state import api
 from movieq.contracts import MEDIA_URL_S
 from movieq.errors import Forbidden, NotFound, RangeRefused
-from movieq.storage import content_type
+from movieq.storage import FolderStorage, content_type
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -25,6 +25,8 @@ async def media(request: Request) -> Response:
     """`GET /media/{key}?expires=...&signature=...`. Raises Forbidden, NotFound."""
     storage = api(request).storage
     key, query = str(request.path_params["key"]), request.query_params
+    if not isinstance(storage, FolderStorage):
+        raise NotFound("files are not served here: take a fresh address from the status of the task")
     if "signature" not in query:
         raise Forbidden("this address is not signed: take it from the status of the task")
     storage.verify(key, query.get("expires", ""), query["signature"], time.time())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from movieq.fetch import Guard
     from movieq.models import Model
     from movieq.settings import Settings
-    from movieq.storage import FolderStorage
+    from movieq.storage import Storage
     from movieq.store import Store
 
 GPU_KNOWN_S = 5.0
@@ -55,7 +55,7 @@ class Api(msgspec.Struct, kw_only=True):
     public_url: str
     models: dict[str, Model]
     store: Store
-    storage: FolderStorage
+    storage: Storage
     hub: Hub
     keys: Keys
     guard: Guard

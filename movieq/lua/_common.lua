@@ -180,6 +180,15 @@ local function enqueue(t)
   wake(t.kind)
 end
 
+-- Where the finished files of the task lie on a host, its workers alone may have it, for a minute from when it is due; then it waits as any other. Whether so.
+local function offer(t, delay_ms)
+  if not t.made_on then return false end
+  redis.call('ZADD', K.offered .. t.made_on, now + delay_ms, t.task_id)
+  redis.call('EXPIRE', K.offered .. t.made_on, 86400)
+  redis.call('ZADD', K.delayed, now + delay_ms + 60000, t.task_id)
+  return true
+end
+
 -- Out of the queue again; a project without waiting tasks leaves the flows, and its virtual time is kept.
 local function dequeue(t)
   redis.call('ZREM', K.delayed, t.task_id)
@@ -201,12 +210,18 @@ local function charge(t, ms)
   end
 end
 
+-- How long the run has worked: not while its finished files wait for a storage that is away.
+local function worked(t)
+  return tonumber(t.made_ms or now - t.started_at_ms)
+end
+
 -- While the task waits: the sooner of its deadlines; start_by no more once it was started, however that run ended. While it runs: the end
--- of its longest time, or finish_by.
+-- of its longest time, or, where its files are made, of the day that it has to store them; or finish_by.
 local function watch_deadline(t)
   local at
   if t.status == 'processing' then
-    at = math.min(tonumber(t.started_at_ms) + tonumber(t.max_ms), tonumber(t.finish_by_ms or math.huge))
+    local run_by = t.made_at_ms and t.made_at_ms + 86400000 or t.started_at_ms + t.max_ms
+    at = math.min(run_by, tonumber(t.finish_by_ms or math.huge))
   else
     at = math.min(tonumber(tonumber(t.attempt) == 0 and t.start_by_ms or math.huge), tonumber(t.finish_by_ms or math.huge))
   end
@@ -240,7 +255,7 @@ local function release(t, committed)
   if t.reaped ~= t.run then unset(t, 'gpu_share', 'gpu_at_ms') end -- one whose lease was over may come back, and has its GPU meanwhile
   redis.call('ZREM', K.running .. t.kind, t.task_id)
   redis.call('SREM', K.held .. t.worker_id, t.task_id)
-  charge(t, (now - t.started_at_ms) - t.estimate_ms)
+  charge(t, worked(t) - t.estimate_ms)
   if t.prefix and not committed then
     redis.call('ZADD', K.orphans, now + 60000, t.prefix)
     set(t, {orphaned = t.prefix})
@@ -328,7 +343,8 @@ local function put_back(t, delay_ms, message, code)
   move(t, 'queued')
   set(t, {progress = 0, current_step = 'waiting_in_queue', ended_run = t.run, ended_as = 'queued'})
   unset(t, 'stage', 'step', 'steps', 'remaining_ms', 'run')
-  if delay_ms > 0 then
+  if offer(t, delay_ms) then -- nothing else
+  elseif delay_ms > 0 then
     redis.call('ZADD', K.delayed, now + delay_ms, t.task_id)
   else
     enqueue(t)

@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
 -- the task's estimate; every eighth claim takes the oldest task of the kind, unless its project is more than a task ahead of its share.
--- args: worker_id nonce lease_ms weights rows slots
+-- args: worker_id nonce lease_ms weights rows slots host
 --   nonce: random, of this call; the same nonce again gives the same tasks. weights: JSON of project -> weight, 1 where it names none. rows: JSON of batch key ->
 --   most rows. slots: JSON of a list of {kinds, models, free}: the kind `deliveries` has no tasks, its idle workers are woken for the outbox.
+--   host: whose worker it is; tasks whose finished files lie there come first, of whatever kind and in no slot (-1).
 -- Returns a list of {task_id, run, slot, job, hash}: the run's token, the slot from 0, arq's definition (msgpack), the task's hash as field, value, ...
 -- Appends `started`. A worker with a free slot left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task; where the next one's model
 -- is not in the slot's memory, or it can be batched, 32 reads more.
@@ -79,6 +80,35 @@ if last[1] == nonce then
 end
 
 local claimed = {nonce}
+
+local function begin(t, slot, rows)
+  local run = nonce .. '-' .. #claimed
+  dequeue(t)
+  set(t, {weight = share[t.project_id] or 1, rows = rows})
+  charge(t, t.estimate_ms)
+  if redis.call('LPUSH', K.pace .. t.kind, now) > 120 then redis.call('LTRIM', K.pace .. t.kind, 0, 99) end
+  set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
+  unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'passed_ms', 'gpu_share', 'gpu_at_ms', 'made_on', 'made_at_ms', 'made_ms')
+  move(t, 'processing')
+  redis.call('ZADD', K.running .. t.kind, now + lease_ms, t.task_id)
+  redis.call('SADD', K.held .. worker_id, t.task_id)
+  watch_deadline(t)
+  if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- a first one has no log yet
+  log(t, 'started')
+  claimed[#claimed + 1] = t.task_id .. ' ' .. run .. ' ' .. slot
+  answer[#answer + 1] = given(t.task_id, run, slot)
+end
+
+-- Whose finished files lie on this host.
+local function begin_offered()
+  for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.offered .. host, '-inf', now, 'LIMIT', 0, 20)) do
+    local t = load(task_id)
+    redis.call('ZREM', K.offered .. host, task_id)
+    if t and t.status == 'queued' and t.made_on == host then begin(t, -1, 1) end -- else it was cancelled, or begun elsewhere meanwhile
+  end
+end
+
+begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
   local kind = pick_kind(slot.kinds)
   if kind then
@@ -87,23 +117,7 @@ for number, slot in ipairs(cjson.decode(slots)) do
     local task_id, least = pick(kind, resident)
     if least > tonumber(redis.call('GET', K.clock .. kind) or 0) then redis.call('SET', K.clock .. kind, least) end
     local together = batch(load(task_id))
-    for _, t in ipairs(together) do
-      local run = nonce .. '-' .. #claimed
-      dequeue(t)
-      set(t, {weight = share[t.project_id] or 1, rows = #together})
-      charge(t, t.estimate_ms)
-      if redis.call('LPUSH', K.pace .. kind, now) > 120 then redis.call('LTRIM', K.pace .. kind, 0, 99) end
-      set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-      unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'passed_ms', 'gpu_share', 'gpu_at_ms')
-      move(t, 'processing')
-      redis.call('ZADD', K.running .. kind, now + lease_ms, t.task_id)
-      redis.call('SADD', K.held .. worker_id, t.task_id)
-      watch_deadline(t)
-      if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- a first one has no log yet
-      log(t, 'started')
-      claimed[#claimed + 1] = t.task_id .. ' ' .. run .. ' ' .. number - 1
-      answer[#answer + 1] = given(t.task_id, run, number - 1)
-    end
+    for _, t in ipairs(together) do begin(t, number - 1, #together) end
   elseif slot.free then
     for _, each in ipairs(slot.kinds) do redis.call('SADD', K.idle .. each, worker_id) end
   end

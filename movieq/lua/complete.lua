@@ -7,10 +7,13 @@
 local t = load(task_id)
 if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
 if not holds(t, run, 0) then return 'lost' end
-if redis.call('LPUSH', K.durations .. t.shape, now - t.started_at_ms) > 42 then redis.call('LTRIM', K.durations .. t.shape, 0, 20) end
-redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
-redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
-redis.call('HINCRBY', K.sums, t.task_type .. ' ms', now - t.started_at_ms)
+if t.made_ms ~= '0' then -- else it found its files made, and says nothing of others
+  local ms = worked(t)
+  if redis.call('LPUSH', K.durations .. t.shape, ms) > 42 then redis.call('LTRIM', K.durations .. t.shape, 0, 20) end
+  redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
+  redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
+  redis.call('HINCRBY', K.sums, t.task_type .. ' ms', ms)
+end
 if t.fingerprint then redis.call('SET', K.made .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})

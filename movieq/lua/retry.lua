@@ -17,9 +17,9 @@ redis.call('ZREM', K.ended, task_id)
 unset(t, 'error', 'error_code', 'retryable', 'ended_at_ms', 'stage', 'step', 'steps', 'run', 'start_by_ms')
 if t.finish_by_ms and tonumber(t.finish_by_ms) <= now then unset(t, 'finish_by_ms') end
 move(t, 'queued')
-enqueue(t)
+if not offer(t, 0) then enqueue(t) end
 watch_deadline(t)
-set(t, {retried_position = 1 + redis.call('ZRANK', queue(t), task_id)}) -- beside that of submit, which its receipt keeps
+set(t, {retried_position = 1 + (redis.call('ZRANK', queue(t), task_id) or 0)}) -- beside that of submit, which its receipt keeps
 redis.call('PERSIST', K.log .. task_id)
 log(t, 'queued')
 return receipt()

@@ -22,7 +22,11 @@ for _, task_id in ipairs(past) do
   if running then
     set(t, {ended_run = t.run})
     local finish_by = t.finish_by_ms and now >= tonumber(t.finish_by_ms)
-    fail(t, finish_by and 'not finished by its deadline' or 'ran for longer than the ' .. t.max_ms / 1000 .. ' s that its type may', 'deadline_exceeded', false)
+    if t.made_at_ms and not finish_by then
+      fail(t, 'its files were made, but could not be stored for a day; when the storage is mended, retry the task', 'storage', true)
+    else
+      fail(t, finish_by and 'not finished by its deadline' or 'ran for longer than the ' .. t.max_ms / 1000 .. ' s that its type may', 'deadline_exceeded', false)
+    end
     redis.call('PUBLISH', K.control .. t.worker_id, 'cancel ' .. task_id .. ' ' .. running)
   else
     fail(t, t.attempt == '0' and 'not started by its deadline' or 'not finished by its deadline', 'deadline_exceeded', false)
@@ -42,7 +46,7 @@ if not redis.call('GET', K.quiet) then
         if t.stage then set(t, {dead_stage = t.stage}) end
         bury(t, 'its worker fell silent ' .. silences .. ' times')
       else
-        set(t, {reaped = t.run, refunded = now - t.started_at_ms - t.estimate_ms})
+        set(t, {reaped = t.run, refunded = worked(t) - t.estimate_ms})
         put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
       end
     end

@@ -109,7 +109,7 @@ async def test_of_many_that_put_different_bytes_at_once_one_wins_whole(storage: 
     for number, source in enumerate(sources):
         source.write_bytes(bytes([number]) * 200_000)
     outcomes = await asyncio.gather(*(storage.put(KEY, source, "video/mp4") for source in sources), return_exceptions=True)
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["StorageFault"] * 7 + ["int"]
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["KeyTaken"] * 7 + ["int"]
     winner = next(number for number, outcome in enumerate(outcomes) if outcome == 200_000)
     assert storage.local_path(KEY).read_bytes() == bytes([winner]) * 200_000
 
