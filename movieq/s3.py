@@ -92,12 +92,12 @@ class S3Storage(Storage):
         """See Storage; nothing of a file that failed half way is left, unless the server has gone too."""
         with self._translated("store", key):
             size = (await asyncio.to_thread(source.stat)).st_size
-            if await self._head(key) is None and await self._sent(key, source, size, content_type):
-                stored = await self._head(key)
-                if stored != size:
-                    await self._delete(key)
-                    raise StorageFault(f"cannot store {key} in {self._place}: {stored} bytes arrived of {size}")
-            elif not await self._same(key, source, size):
+            sent = await self._head(key) is None and await self._sent(key, source, size, content_type)
+            stored = await self._head(key)
+            if stored is None or (sent and stored != size):
+                await self._delete(key)
+                raise StorageFault(f"cannot store {key} in {self._place}: {stored or 0} bytes arrived of {size}")
+            if not sent and not (stored == size and await self._same(key, source)):
                 raise KeyTaken(f"cannot store {key} in {self._place}: the key holds other bytes already")
         return size
 
@@ -133,7 +133,7 @@ class S3Storage(Storage):
         with self._translated("delete", prefix):
             async for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket.name, Prefix=start):
                 for each in page.get("Contents", ()):
-                    await self._asked(self._client.delete_object(Bucket=self._bucket.name, Key=each["Key"]))
+                    await self._asked(self._client.delete_object, Key=each["Key"])
             async for part in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket.name, Prefix=start):
                 for upload in part.get("Uploads", ()):
                     await self._abort(upload["Key"], upload["UploadId"])
@@ -174,12 +174,13 @@ class S3Storage(Storage):
         S3SigV4QueryAuth(self._credentials, "s3", region(self._bucket.endpoint), seconds).add_auth(request)
         return str(request.url)
 
-    async def _asked(self, call: Awaitable[T], body: _Slice | None = None) -> T:
+    async def _asked(self, ask: Callable[..., Awaitable[T]], **arguments: Any) -> T:
         """The answer, when it is this request's turn. Raises TimeoutError where the server takes nothing of the body for `IDLE_S`."""
+        body: _Slice | None = arguments.get("Body")
         async with self._turns:
             if body:
                 body.seek(0)
-            asking = asyncio.ensure_future(call)
+            asking = asyncio.ensure_future(ask(Bucket=self._bucket.name, **arguments))
             try:
                 while not asking.done():
                     read = body.bytes_read if body else 0
@@ -193,28 +194,26 @@ class S3Storage(Storage):
 
     async def _head(self, key: str) -> int | None:
         try:
-            return (await self._asked(self._client.head_object(Bucket=self._bucket.name, Key=self._full(key))))["ContentLength"]
+            return (await self._asked(self._client.head_object, Key=self._full(key)))["ContentLength"]
         except ClientError as error:
             if _status(error) == 404:  # a bucket that is not there looks the same, until something is asked that is answered with a body
                 return None
             raise
 
     async def _delete(self, key: str) -> None:
-        await self._asked(self._client.delete_object(Bucket=self._bucket.name, Key=self._full(key)))
+        await self._asked(self._client.delete_object, Key=self._full(key))
 
     async def _abort(self, full: str, upload_id: str) -> None:
-        await self._asked(self._client.abort_multipart_upload(Bucket=self._bucket.name, Key=full, UploadId=upload_id))
+        await self._asked(self._client.abort_multipart_upload, Key=full, UploadId=upload_id)
 
     async def _chunks(self, key: str) -> AsyncGenerator[bytes, None]:
-        answer = await self._asked(self._client.get_object(Bucket=self._bucket.name, Key=self._full(key)))
+        answer = await self._asked(self._client.get_object, Key=self._full(key))
         async with answer["Body"] as body:
             while chunk := await body.read(CHUNK_BYTES):
                 yield chunk
 
-    async def _same(self, key: str, source: Path, size: int) -> bool:
-        """Whether the key holds the bytes of this file."""
-        if await self._head(key) != size:
-            return False
+    async def _same(self, key: str, source: Path) -> bool:
+        """Whether the key holds the bytes of this file, which is as long."""
         with source.open("rb") as file:
             async with contextlib.aclosing(self._chunks(key)) as chunks:
                 async for chunk in chunks:
@@ -234,34 +233,27 @@ class S3Storage(Storage):
                 raise
         return True
 
-    async def _sent_whole(self, full: str, fd: int, size: int, kept: dict[str, Any]) -> None:
+    async def _sent_whole(self, full: str, fd: int, size: int, kept: dict[str, str]) -> None:
         body = _Slice(fd, 0, size)
-        target: dict[str, Any] = {"Bucket": self._bucket.name, "Key": full, "Body": body, "ContentMD5": await body.md5(), **kept}
-        await self._unless_there("put", lambda condition: self._asked(self._client.put_object(**target, **condition), body))
+        await self._unless_there(self._client.put_object, Key=full, Body=body, ContentMD5=await body.md5(), **kept)
 
-    async def _sent_in_parts(self, full: str, fd: int, size: int, kept: dict[str, Any]) -> None:
-        target: dict[str, Any] = {"Bucket": self._bucket.name, "Key": full}
-        upload_id = (await self._asked(self._client.create_multipart_upload(**target, **kept)))["UploadId"]
+    async def _sent_in_parts(self, full: str, fd: int, size: int, kept: dict[str, str]) -> None:
+        upload_id = (await self._asked(self._client.create_multipart_upload, Key=full, **kept))["UploadId"]
         starts = iter(range(0, size, PART_BYTES))
         tags: dict[int, str] = {}
 
         async def send() -> None:
             for start in starts:
                 number, body = start // PART_BYTES + 1, _Slice(fd, start, min(PART_BYTES, size - start))
-                part: dict[str, Any] = {"UploadId": upload_id, "PartNumber": number, "Body": body, "ContentMD5": await body.md5()}
-                tags[number] = (await self._asked(self._client.upload_part(**target, **part), body))["ETag"]
+                part = {"UploadId": upload_id, "PartNumber": number, "Body": body, "ContentMD5": await body.md5()}
+                tags[number] = (await self._asked(self._client.upload_part, Key=full, **part))["ETag"]
 
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(PARTS_AT_ONCE):
                     group.create_task(send())
-            parts: Any = {"Parts": [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]}
-            await self._unless_there(
-                "complete",
-                lambda condition: self._asked(
-                    self._client.complete_multipart_upload(**target, UploadId=upload_id, MultipartUpload=parts, **condition)
-                ),
-            )
+            parts = {"Parts": [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]}
+            await self._unless_there(self._client.complete_multipart_upload, Key=full, UploadId=upload_id, MultipartUpload=parts)
         except BaseException as error:
             with contextlib.suppress(*_BROKEN):
                 async with asyncio.timeout(ABORT_S):
@@ -270,17 +262,17 @@ class S3Storage(Storage):
                 raise error.exceptions[0] from None
             raise
 
-    async def _unless_there(self, how: str, write: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+    async def _unless_there(self, write: Callable[..., Awaitable[Any]], **arguments: Any) -> None:
         """Writes where there is no such key; on a server that has no such condition, whatever there is."""
-        if how not in self._unconditional:
+        if write.__name__ not in self._unconditional:
             try:
-                await write({"IfNoneMatch": "*"})
+                await self._asked(write, IfNoneMatch="*", **arguments)
                 return
             except ClientError as error:
                 if _status(error) != 501:
                     raise
-                self._unconditional.add(how)
-        await write({})
+                self._unconditional.add(write.__name__)
+        await self._asked(write, **arguments)
 
     @contextmanager
     def _translated(self, verb: str, key: str) -> Iterator[None]:
