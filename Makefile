@@ -78,8 +78,9 @@ bench-queue: setup-test  ## Measure: the queue beside arq, SAQ, Taskiq, Celery a
 bench-sse: setup-test  ## Measure: thousands of open streams, beside sse-starlette
 	$(BIN)/python -m tests.bench.bench_sse
 
-bench-engine: setup-test  ## Measure: what serving costs beside a bare pipeline
+bench-engine: setup-test  ## Measure: what serving costs beside a bare pipeline, and what keeps a GPU busy
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.bench_engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.bench_economy
 
 bench-gpu: setup-test  ## Measure, on a machine with a GPU: serving, batches, compiling, loading of models of real size
 	$(BIN)/python -m tests.bench.bench_gpu

@@ -87,8 +87,9 @@ class ChildDied(MovieqError):
 class Group:
     """Runs that were claimed for one call of a child, mostly one: from the claim until the device needs nothing more of them."""
 
-    def __init__(self, task_ids: Sequence[TaskId], batch: str) -> None:
+    def __init__(self, task_ids: Sequence[TaskId], model: str, batch: str) -> None:
         self.task_ids = tuple(task_ids)
+        self.model = model
         self.batch = batch
         self.since_s = time.monotonic()
         self.remaining_s: Callable[[], float] = lambda: math.inf
@@ -167,6 +168,12 @@ class Child:
         group = self._on_device or (self.groups[0] if self.groups else None)
         return group.task_ids[0] if group else None
 
+    @property
+    def models_then(self) -> list[str]:
+        """Those that will be on its device when it takes what is claimed now: a model that is still to come may push out all others."""
+        coming = [group.model for group in self.groups if group.model not in self.models]
+        return coming or self.models
+
     def late(self) -> Group | None:
         """The group that has waited for longer than it was claimed for, and should be given back; what it waits for is overdue."""
         if len(self.groups) < 2 or time.monotonic() - self.groups[1].since_s < AHEAD_MOST_S or self.groups[1].begun.is_set():
@@ -174,9 +181,9 @@ class Child:
         self.groups[0].overdue = True
         return self.groups[1]
 
-    def reserve(self, task_ids: Sequence[TaskId], batch: str = "") -> Group:
-        """A slot for these tasks, which come to `run`, or leave."""
-        group = Group(task_ids, batch)
+    def reserve(self, task_ids: Sequence[TaskId], model: str = "", batch: str = "") -> Group:
+        """A slot for these tasks of a model, which come to `run`, or leave."""
+        group = Group(task_ids, model, batch)
         self.groups.append(group)
         return group
 

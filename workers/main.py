@@ -184,7 +184,7 @@ class Worker(ArqWorker):
     def _slots(self) -> list[Slot]:
         """Where a task can go now, or in a moment."""
         found = [
-            Slot(child.kinds, tuple(name for name in child.models if name != models.ANIMATIC), child.free)
+            Slot(child.kinds, tuple(name for name in child.models_then if name != models.ANIMATIC), child.free)
             for child in self.children
             if child.free or child.soon
         ]
@@ -207,7 +207,7 @@ class Worker(ArqWorker):
                 runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
             return
         child = min(able, key=lambda child: (not child.free, task.model not in child.models))
-        group = child.reserve([claimed.task.task_id for claimed in to_make], task.batch)
+        group = child.reserve([claimed.task.task_id for claimed in to_make], task.model, task.batch)
         for claimed in to_make:
             self._start(runs, Running(claimed, child, group))
         if child.soon:
