@@ -1,0 +1,153 @@
+"""A scene that an editor saves: what is submitted, stopped, written back, and what nobody can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from movieq.demo import sheet
+from tests.fleet import Fleet, eventually
+from tests.payload_plugin.conftest import SECRET, Cms
+from tests.service import Service
+
+FRAME = Path(sheet.__file__).with_name("frame1.jpg").read_bytes()
+SCENE = {"title": "The lamp", "description": "The keeper lights the lamp", "duration": 1, "resolution": "640x360"}
+
+
+async def tasks(api: Service, project: str) -> list[dict[str, Any]]:
+    """The tasks of a movieq project, newest first."""
+    _, page = await api.call("GET", f"/projects/{project}/tasks")
+    return list(page["tasks"])
+
+
+async def picture(cms: Cms, project: Any) -> Any:
+    """The id of a new picture."""
+    form = {"file": FRAME, "_payload": f'{{"alt": "a frame", "project": {project}}}'}
+    import aiohttp
+
+    data = aiohttp.FormData(quote_fields=False)
+    data.add_field("file", form["file"], filename="frame.jpg", content_type="image/jpeg")
+    data.add_field("_payload", form["_payload"])
+    status, answer = await cms.call("POST", "/media", data=data)
+    assert status == 201, answer
+    return answer["doc"]["id"]
+
+
+async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_project(made: Fleet, api: Service, cms: Cms) -> None:
+    await made.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
+    project = (await cms.made("projects", title="Lighthouse"))["id"]
+    boards = [await picture(cms, project), await picture(cms, project)]
+    scene = await cms.made("scenes", **SCENE, project=project, storyboard=boards, lighting="moonlight")
+    assert scene["status"] == "draft"
+    saved = await cms.changed(scene["id"], status="queued")
+    assert saved["status"] == "queued"
+    assert saved["eventsUrl"].startswith(api.url)
+
+    async def ended() -> bool:
+        return (await cms.scene(scene["id"]))["status"] in ("completed", "failed")
+
+    await eventually(ended, 40)
+    scene = await cms.scene(scene["id"])
+    assert (scene["status"], scene["error"], scene["progress"]) == ("completed", None, 1)
+    _, clip = await cms.call("GET", f"/media/{scene['result']}?depth=0")
+    assert (clip["mimeType"], clip["mediaType"], clip["project"]) == ("video/mp4", "video_segment", project)
+    assert (clip["alt"], clip["generationMetadata"]["taskId"]) == (SCENE["description"], scene["taskId"])
+    _, status = await api.call("GET", f"/tasks/{scene['taskId']}/status")
+    assert clip["filesize"] == status["result"]["metadata"]["file_size"]
+    assert status["project_id"] == str(project)
+    # both pictures were read: each is a different upload of the same bytes
+    assert "warnings" not in status["result"]["metadata"]
+
+
+async def test_a_scene_made_as_queued_is_submitted_too(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    (task,) = await tasks(api, "payload")
+    assert scene["taskId"] == task["task_id"]
+    assert (await cms.scene(scene["id"]))["taskId"] == task["task_id"]
+
+
+async def test_a_scene_saved_many_times_at_once_is_one_task(api: Service, cms: Cms) -> None:
+    project = (await cms.made("projects", title="Doubles"))["id"]
+    scene = await cms.made("scenes", **SCENE, project=project, storyboard=[await picture(cms, project)])
+    saves = await asyncio.gather(*(cms.changed(scene["id"], status="queued") for _ in range(6)))
+    await cms.changed(scene["id"], status="queued", title="The lamp, later")
+    (task,) = await tasks(api, str(project))
+    assert {each["taskId"] for each in saves} <= {task["task_id"], None}
+    assert (await cms.scene(scene["id"]))["taskId"] == task["task_id"]
+
+
+async def test_where_movieq_is_away_the_scene_is_kept_and_says_so_and_can_be_queued_again(made: Fleet, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE)
+    saved = await cms.changed(scene["id"], status="queued", title="Kept")
+    assert (saved["status"], saved["title"], saved["taskId"]) == ("failed", "Kept", None)
+    assert saved["error"] == f"Not started: movieq at http://127.0.0.1:{cms.movieq_port} cannot be reached: nobody listens there."
+    await made.api(port=cms.movieq_port)
+    saved = await cms.changed(scene["id"], status="queued")
+    assert (saved["status"], saved["error"]) == ("queued", None)
+    assert saved["taskId"]
+
+
+async def test_what_movieq_refuses_is_told_in_its_words(api: Service, cms: Cms) -> None:
+    saved = await cms.made("scenes", title="Too long", duration=30, resolution="1920x1080", cameraAngle="x" * 300, status="queued")
+    assert saved["status"] == "failed"
+    assert "task_data.camera_angle" in saved["error"]
+
+
+async def test_a_scene_saved_as_cancelled_stops_its_task(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    saved = await cms.changed(scene["id"], status="cancelled")
+    assert (saved["status"], saved["error"]) == ("cancelled", None)
+    _, status = await api.call("GET", f"/tasks/{scene['taskId']}/status")
+    assert status["status"] == "cancelled"
+
+
+async def test_a_scene_queued_again_after_its_end_is_another_task(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    await cms.changed(scene["id"], status="cancelled")
+    again = await cms.changed(scene["id"], status="queued")
+    assert again["taskId"] not in (None, scene["taskId"])
+    assert again["status"] == "queued"
+
+
+async def test_a_deleted_scene_leaves_no_task_that_runs(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    await cms.call("DELETE", f"/scenes/{scene['id']}")
+    _, status = await api.call("GET", f"/tasks/{scene['taskId']}/status")
+    assert status["status"] == "cancelled"
+
+
+async def test_an_outdated_page_changes_nothing_that_movieq_writes(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    stale = {"status": "draft", "taskId": "another", "progress": 0.5, "error": "none", "eventsUrl": "http://other.example", "taskEventAt": None}
+    saved = await cms.changed(scene["id"], **stale, title="New title")
+    kept = {name: scene[name] for name in stale}
+    assert {name: saved[name] for name in stale} == kept
+    assert saved["title"] == "New title"
+    done = await cms.changed(scene["id"], status="completed")
+    assert done["status"] == "queued"
+
+
+async def test_a_copy_of_a_running_scene_is_a_draft_without_a_task(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    _, answer = await cms.call("POST", f"/scenes/{scene['id']}/duplicate", json={})
+    assert (answer["doc"]["status"], answer["doc"]["taskId"], answer["doc"]["eventsUrl"]) == ("draft", None, None)
+
+
+async def test_the_key_of_movieq_writes_the_result_and_an_editor_does_not(api: Service, cms: Cms) -> None:
+    clip = await picture(cms, (await cms.made("projects", title="Back"))["id"])
+    scene = await cms.made("scenes", **SCENE)
+    assert (await cms.changed(scene["id"], result=clip))["result"] is None
+    status, answer = await cms.call("PATCH", f"/scenes/{scene['id']}?depth=0", cms.key, json={"result": clip})
+    assert (status, answer["doc"]["result"]) == (200, clip)
+
+
+async def test_the_page_of_a_scene_gets_its_state_and_never_the_key(api: Service, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    status, state = await cms.call("GET", f"/movieq/scenes/{scene['id']}")
+    assert status == 200
+    assert (state["status"], state["queuePosition"], state["problem"]) == ("queued", 1, None)
+    assert state["eventsUrl"].startswith(f"{api.url}/api/v1/tasks/{scene['taskId']}/events?expires=")
+    assert (await cms.call("GET", f"/movieq/scenes/{scene['id']}", {}))[0] == 401
+    assert (await cms.call("GET", "/movieq/scenes/9999"))[0] == 404
+    assert api.key not in str(state) + str(await cms.scene(scene["id"]))
