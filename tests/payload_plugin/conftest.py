@@ -16,6 +16,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from movieq.demo import sheet
 from tests.browser.conftest import program
 from tests.fleet import KEY, Fleet, fleet, free_port
 from tests.service import Service
@@ -23,7 +24,8 @@ from tests.service import Service
 HERE: Final = Path(__file__).parent
 PLUGIN: Final = HERE.parents[1] / "deploy" / "payload"
 SECRET: Final = "whsec_" + "c2VjcmV0IG9mIHRoZSB0ZXN0cyBhbG9uZQ=="
-BOOT_S: Final = 30
+FRAME: Final = Path(sheet.__file__).with_name("frame1.jpg")
+SCENE: Final = {"title": "The lamp", "description": "The keeper lights the lamp", "duration": 1, "resolution": "640x360"}
 
 
 def built() -> None:
@@ -59,6 +61,7 @@ class Cms:
     def __init__(self, url: str, movieq_port: int) -> None:
         self.url = url
         self.movieq_port = movieq_port
+        self.password = uuid.uuid4().hex
         self.editor: dict[str, str] = {}
         self.key: dict[str, str] = {}
 
@@ -88,9 +91,18 @@ class Cms:
         assert status == 200, answer
         return dict(answer)
 
+    async def picture(self, project: Any) -> Any:
+        """The id of a new picture."""
+        form = aiohttp.FormData(quote_fields=False)
+        form.add_field("file", FRAME.read_bytes(), filename="frame.jpg", content_type="image/jpeg")
+        form.add_field("_payload", json.dumps({"alt": "a frame", "project": project}))
+        status, answer = await self.call("POST", "/media", data=form)
+        assert status == 201, answer
+        return answer["doc"]["id"]
+
     async def settle(self) -> None:
         """There are an editor and a user with a key."""
-        password = uuid.uuid4().hex
+        password = self.password
         _, first = await self.call("POST", "/users/first-register", {}, json={"email": "editor@example.test", "password": password})
         self.editor = {"Authorization": f"JWT {first['token']}"}
         key = str(uuid.uuid4())
@@ -98,9 +110,9 @@ class Cms:
         self.key = {"Authorization": f"users API-Key {key}"}
 
 
-def started(app: Path, data: Path, port: int, movieq_port: int, **settings: str) -> subprocess.Popen[str]:
-    """A Payload that listens."""
-    environment = {
+def environment(data: Path, port: int, movieq_port: int) -> dict[str, str]:
+    """What a Payload at a port is told."""
+    return {
         **os.environ,
         "NODE_ENV": "test",
         "DISABLE_PAYLOAD_HMR": "true",
@@ -110,11 +122,19 @@ def started(app: Path, data: Path, port: int, movieq_port: int, **settings: str)
         "MOVIEQ_URL": f"http://127.0.0.1:{movieq_port}",
         "MOVIEQ_API_KEY": KEY,
         "MOVIEQ_WEBHOOK_SECRET": SECRET,
-        **settings,
     }
+
+
+def started(app: Path, data: Path, port: int, movieq_port: int) -> subprocess.Popen[str]:
+    """A Payload that listens."""
     with (data / "log").open("w") as log:
         process = subprocess.Popen(
-            [program("node", "nodejs"), "server.mjs"], cwd=app, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            [program("node", "nodejs"), "server.mjs"],
+            cwd=app,
+            env=environment(data, port, movieq_port),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
     assert process.stdout is not None
     said = []
@@ -126,9 +146,9 @@ def started(app: Path, data: Path, port: int, movieq_port: int, **settings: str)
     raise AssertionError("".join(said) + (data / "log").read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cms]:
-    """A Payload of the module's own."""
+    """A Payload, one for a session."""
     port, movieq_port = free_port(), free_port()
     process = started(app, tmp_path_factory.mktemp("cms"), port, movieq_port)
     cms = Cms(f"http://127.0.0.1:{port}", movieq_port)
@@ -142,7 +162,7 @@ def running(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cms
 
 @pytest.fixture
 def cms(running: Cms) -> Cms:
-    """The module's Payload, with whatever other tests left in it."""
+    """The session's Payload, with whatever other tests left in it."""
     return running
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
-from movieq.demo import sheet
 from tests.fleet import Fleet, eventually
-from tests.payload_plugin.conftest import SECRET, Cms
+from tests.payload_plugin.conftest import SCENE, SECRET, Cms
 from tests.service import Service
-
-FRAME = Path(sheet.__file__).with_name("frame1.jpg").read_bytes()
-SCENE = {"title": "The lamp", "description": "The keeper lights the lamp", "duration": 1, "resolution": "640x360"}
 
 
 async def tasks(api: Service, project: str) -> list[dict[str, Any]]:
@@ -21,23 +16,10 @@ async def tasks(api: Service, project: str) -> list[dict[str, Any]]:
     return list(page["tasks"])
 
 
-async def picture(cms: Cms, project: Any) -> Any:
-    """The id of a new picture."""
-    form = {"file": FRAME, "_payload": f'{{"alt": "a frame", "project": {project}}}'}
-    import aiohttp
-
-    data = aiohttp.FormData(quote_fields=False)
-    data.add_field("file", form["file"], filename="frame.jpg", content_type="image/jpeg")
-    data.add_field("_payload", form["_payload"])
-    status, answer = await cms.call("POST", "/media", data=data)
-    assert status == 201, answer
-    return answer["doc"]["id"]
-
-
 async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_project(made: Fleet, api: Service, cms: Cms) -> None:
     await made.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
     project = (await cms.made("projects", title="Lighthouse"))["id"]
-    boards = [await picture(cms, project), await picture(cms, project)]
+    boards = [await cms.picture(project), await cms.picture(project)]
     scene = await cms.made("scenes", **SCENE, project=project, storyboard=boards, lighting="moonlight")
     assert scene["status"] == "draft"
     saved = await cms.changed(scene["id"], status="queued")
@@ -69,7 +51,7 @@ async def test_a_scene_made_as_queued_is_submitted_too(api: Service, cms: Cms) -
 
 async def test_a_scene_saved_many_times_at_once_is_one_task(api: Service, cms: Cms) -> None:
     project = (await cms.made("projects", title="Doubles"))["id"]
-    scene = await cms.made("scenes", **SCENE, project=project, storyboard=[await picture(cms, project)])
+    scene = await cms.made("scenes", **SCENE, project=project, storyboard=[await cms.picture(project)])
     saves = await asyncio.gather(*(cms.changed(scene["id"], status="queued") for _ in range(6)))
     await cms.changed(scene["id"], status="queued", title="The lamp, later")
     (task,) = await tasks(api, str(project))
@@ -119,7 +101,14 @@ async def test_a_deleted_scene_leaves_no_task_that_runs(api: Service, cms: Cms) 
 
 async def test_an_outdated_page_changes_nothing_that_movieq_writes(api: Service, cms: Cms) -> None:
     scene = await cms.made("scenes", **SCENE, status="queued")
-    stale = {"status": "draft", "taskId": "another", "progress": 0.5, "error": "none", "eventsUrl": "http://other.example", "taskEventAt": None}
+    stale = {
+        "status": "draft",
+        "taskId": "another",
+        "progress": 0.5,
+        "error": "none",
+        "eventsUrl": "http://other.example",
+        "taskEventAt": None,
+    }
     saved = await cms.changed(scene["id"], **stale, title="New title")
     kept = {name: scene[name] for name in stale}
     assert {name: saved[name] for name in stale} == kept
@@ -135,7 +124,7 @@ async def test_a_copy_of_a_running_scene_is_a_draft_without_a_task(api: Service,
 
 
 async def test_the_key_of_movieq_writes_the_result_and_an_editor_does_not(api: Service, cms: Cms) -> None:
-    clip = await picture(cms, (await cms.made("projects", title="Back"))["id"])
+    clip = await cms.picture((await cms.made("projects", title="Back"))["id"])
     scene = await cms.made("scenes", **SCENE)
     assert (await cms.changed(scene["id"], result=clip))["result"] is None
     status, answer = await cms.call("PATCH", f"/scenes/{scene['id']}?depth=0", cms.key, json={"result": clip})
