@@ -78,7 +78,7 @@ async function sceneState(movieq: Movieq, options: MovieqOptions, scenes: Scenes
   let problem: string | null = null
   try {
     if (scene.taskId && (isRunning(scene.status) || scene.status === 'completed')) task = await movieq.status(String(scene.taskId))
-    if (task && isRunning(scene.status)) now = await follow(options, scenes, req, scene, task)
+    if (task && isRunning(scene.status)) now = await follow(scenes, req, scene, task)
   } catch (error) {
     req.payload.logger.warn({ msg: 'the task of a scene is not known', scene: id, problem: String(error) })
     // a clip that is here needs no task: movieq forgets them after a while
@@ -87,9 +87,9 @@ async function sceneState(movieq: Movieq, options: MovieqOptions, scenes: Scenes
   return Response.json({ ...(await shown(options, req, now, task)), problem }, { headers: { 'Cache-Control': 'no-store' } })
 }
 
-async function follow(options: MovieqOptions, scenes: Scenes, req: PayloadRequest, scene: Scene, task: Status): Promise<Scene> {
+async function follow(scenes: Scenes, req: PayloadRequest, scene: Scene, task: Status): Promise<Scene> {
   if (task.completed_at !== null) await scenes.apply(req, scene.id, task, task.completed_at)
-  else if (task.status !== scene.status) await write(req, options, scene.id, { status: task.status, eventsUrl: task.events_url })
+  else if (task.status !== scene.status) await scenes.move(req, scene.id, task)
   else return scene
   return (await scenes.read(req, scene.id)) ?? scene
 }
@@ -137,8 +137,21 @@ class Scenes {
 
   /** `after` is the task that the scene had when this one was submitted. */
   apply(req: PayloadRequest, id: string | number, state: TaskState, at: string, after?: unknown): Promise<Applied> {
+    return this.#inTurn(id, () => this.#apply(req, id, state, at, after))
+  }
+
+  /** The scene waits or runs, as its task does. */
+  move(req: PayloadRequest, id: string | number, task: Status): Promise<void> {
+    return this.#inTurn(id, async () => {
+      const scene = await this.read(req, id) // it may have ended meanwhile
+      if (scene?.taskId !== task.task_id || !isRunning(scene.status)) return
+      await write(req, this.options, id, { status: task.status, eventsUrl: task.events_url })
+    })
+  }
+
+  #inTurn<T>(id: string | number, work: () => Promise<T>): Promise<T> {
     const key = String(id)
-    const turn = (this.#turns.get(key) ?? Promise.resolve()).catch(() => {}).then(() => this.#apply(req, id, state, at, after))
+    const turn = (this.#turns.get(key) ?? Promise.resolve()).catch(() => {}).then(work)
     this.#turns.set(key, turn)
     const done = () => {
       if (this.#turns.get(key) === turn) this.#turns.delete(key)

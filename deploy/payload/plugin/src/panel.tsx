@@ -81,7 +81,7 @@ function Bar({ state, live }: { state: SceneState | null; live: TaskEvent | null
         aria-label={STEPS[step] ?? sentence(step)}
         aria-valuemin={0}
         aria-valuemax={100}
-        aria-valuenow={percent}
+        aria-valuenow={waiting ? undefined : percent}
       >
         <div style={{ width: `${waiting ? 100 : percent}%` }} />
       </div>
@@ -127,34 +127,38 @@ function useScene(): Shown {
     let timer: ReturnType<typeof setTimeout> | undefined
     const closing = new AbortController()
 
-    const look = async (after: string | null): Promise<void> => {
+    /** How it is, as the CMS says; the CMS writes down what it hears by that. Null where it does not know. */
+    const look = async (): Promise<SceneState | null> => {
       const found = await ask(address, closing.signal)
-      if (closing.signal.aborted) return
+      if (closing.signal.aborted) return null
       if (typeof found === 'string') {
         setShown((before) => ({ ...before, problem: found }))
-        if (isRunning(saved.current?.status)) again(after)
-        return
+        return null
       }
       setShown((before) => ({ state: found, live: isRunning(found.status) ? before.live : null, preview: before.preview, problem: found.problem }))
       sync(found)
-      if (!isRunning(found.status)) return
-      if (found.eventsUrl === null) again(after)
-      else watch(found.eventsUrl, after)
+      return found
+    }
+    const follow = async (after: string | null): Promise<void> => {
+      const found = await look()
+      if (closing.signal.aborted || !isRunning(found?.status ?? saved.current?.status)) return
+      if (found?.eventsUrl) watch(found.eventsUrl, found.status, after)
+      else again(after)
     }
     const again = (after: string | null): void => {
-      timer = setTimeout(() => void look(after), AGAIN_MS)
+      timer = setTimeout(() => void follow(after), AGAIN_MS)
     }
-    const watch = (url: string, after: string | null): void => {
-      let ended = false
+    const watch = (url: string, status: string, after: string | null): void => {
       watching = watchTask(url, {
         after,
-        onProgress: (live) => setShown((before) => ({ ...before, live, problem: null })),
-        onPreview: ({ image }) => setShown((before) => ({ ...before, preview: image })),
-        onDone: () => {
-          if (ended) return
-          ended = true
-          void look(null)
+        onProgress: (live) => {
+          setShown((before) => ({ ...before, live, problem: null }))
+          if (live.status === status) return
+          status = live.status
+          void look() // from waiting to running, or back
         },
+        onPreview: ({ image }) => setShown((before) => ({ ...before, preview: image })),
+        onDone: () => void follow(null),
         onError: () => again(watching?.lastEventId ?? null), // the address has expired: the CMS has a fresh one
       })
     }
@@ -174,7 +178,7 @@ function useScene(): Shown {
       }
     }
 
-    void look(null)
+    void follow(null)
     return () => {
       closing.abort()
       watching?.close()
@@ -217,7 +221,7 @@ const STYLE = `
 .movieq-panel__chip--failed { background: var(--theme-error-100); color: var(--theme-error-800); }
 .movieq-panel__bar { height: 8px; border-radius: 4px; overflow: hidden; background: var(--theme-elevation-100); }
 .movieq-panel__bar > div { height: 100%; background: var(--theme-success-500); transition: width 0.4s linear; }
-.movieq-panel__bar--waiting > div { background: var(--theme-elevation-250); animation: movieq-panel-wait 1.6s ease-in-out infinite; }
+.movieq-panel__bar--waiting > div { background: var(--theme-elevation-250); transition: none; animation: movieq-panel-wait 1.6s ease-in-out infinite; }
 @keyframes movieq-panel-wait { 50% { opacity: 0.35; } }
 @media (prefers-reduced-motion: reduce) { .movieq-panel__bar > div { animation: none; transition: none; } }
 .movieq-panel__words { display: flex; justify-content: space-between; margin-top: 0.35rem; font-variant-numeric: tabular-nums; }

@@ -17,7 +17,7 @@ export const isRunning = (status: unknown) => status === 'queued' || status === 
 
 const mayChange: FieldAccess = ({ data, doc }) => {
   const from: unknown = doc?.status ?? 'draft'
-  const to: unknown = data?.status ?? from
+  const to: unknown = data?.status === undefined ? from : data.status
   return to === from || (isRunning(from) ? to === 'cancelled' : to === 'queued' || to === 'draft')
 }
 const byMovieq = { create: () => false, update: () => false }
@@ -37,7 +37,7 @@ export function sceneFields(options: MovieqOptions, taken: Set<string>): Field[]
       options: STATUSES.map((value) => ({ value, label: value.charAt(0).toUpperCase() + value.slice(1) })),
       access: { create: mayChange, update: mayChange },
       hooks: { beforeDuplicate: [() => 'draft'] },
-      admin: { position: 'sidebar', description: 'Saved as Queued, the scene is made into a clip; saved as Cancelled, that ends.' },
+      admin: { position: 'sidebar', isClearable: false, description: 'Saved as Queued, the scene is made into a clip; saved as Cancelled, that ends.' },
     },
     { name: 'taskId', type: 'text', index: true, label: 'Task', access: byMovieq, admin: { ...sidebar, condition: has('taskId') } },
     { name: 'progress', type: 'number', min: 0, max: 1, access: byMovieq, admin: { ...sidebar, hidden: true } },
