@@ -135,6 +135,14 @@ async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms:
         assert (now["status"], now["result"]) == ("completed", clip)
 
 
+async def test_the_document_counts_where_a_page_had_asked_before_it_was_known(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
+    clip = await cms.picture(None)
+    assert await tell(cms, event(scene)) == (200, "written")
+    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "written")
+    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "nothing new")
+    assert (await cms.scene(scene["id"]))["result"] == clip
+
+
 async def test_a_failure_is_told_and_an_older_one_takes_no_success_back(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
     assert (await tell(cms, event(scene, "failed", error="the storyboard is empty")))[0] == 200
     now = await cms.scene(scene["id"])

@@ -139,7 +139,7 @@ def test_the_steps_of_the_image_of_the_api_work_on_what_its_context_lets_through
             (context / line[1:]).parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if (ROOT / line[1:]).is_dir() else shutil.copy
             copy(ROOT / line[1:], context / line[1:])
-    stage = (DEPLOY / "Dockerfile.api").read_text().split("\nFROM ")[0]
+    stage = (DEPLOY / "Dockerfile.api").read_text().split("\nFROM ")[1]
     for line in stage.splitlines():
         verb, _, rest = line.replace("/opt/movieq", str(target)).partition(" ")
         if verb == "RUN":

@@ -167,9 +167,7 @@ class Scenes {
       // a task can end before the save that began it is through
       return after !== undefined && (scene.taskId ?? null) === after ? 'early' : 'known'
     }
-    const heard = scene.taskEventAt ? Date.parse(String(scene.taskEventAt)) : null
-    const isNews = isRunning(scene.status) || (heard !== null && scene.status !== 'draft' && Date.parse(at) > heard)
-    if (!isNews) return 'known'
+    if (!isRunning(scene.status) && !isNews(scene, state, at)) return 'known'
     const result = state.status === 'completed' ? await this.#media(req, scene, state) : null
     await write(req, this.options, id, {
       status: state.status,
@@ -202,6 +200,14 @@ class Scenes {
     })
     return doc.id
   }
+}
+
+/** Whether it is later than what the scene has, or has of the same moment the document that was not there yet. */
+function isNews(scene: Scene, state: TaskState, at: string): boolean {
+  if (!scene.taskEventAt || scene.status === 'draft') return false
+  const later = Date.parse(at) - Date.parse(String(scene.taskEventAt))
+  const id = state.result?.payload_media_id ?? null
+  return later > 0 || (later === 0 && id !== null && String(id) !== String(idOf(scene.result)))
 }
 
 /** The fields that movieq gives a document when it makes it itself. */

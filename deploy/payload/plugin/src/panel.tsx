@@ -3,7 +3,7 @@
 // The clip of a scene on its page: a bar that moves while it is made, small pictures of what is coming, and then the clip, or what went wrong.
 //
 // The CMS is asked at first and at the end (it asks movieq); what lies between comes from movieq itself, by the scene's signed address.
-import { Button, useConfig, useDocumentInfo, useForm } from '@payloadcms/ui'
+import { Button, useConfig, useDocumentInfo, useForm, useFormFields } from '@payloadcms/ui'
 import { useEffect, useRef, useState, type ReactNode } from 'react'
 import type { SceneState } from './endpoints.js'
 import { watchTask, type TaskEvent, type Watching } from './movieq.js'
@@ -116,6 +116,7 @@ function useScene(): Shown {
   const { getFields, dispatchFields } = useForm()
   const { config } = useConfig()
   const [shown, setShown] = useState<Shown>(NOTHING)
+  const formStatus = useFormFields(([fields]) => `${fields.status?.value} ${fields.status?.initialValue}`)
   const saved = useRef(data)
   saved.current = data
   const address = id === undefined ? null : `${config.serverURL}${config.routes.api}/movieq/scenes/${id}`
@@ -136,7 +137,6 @@ function useScene(): Shown {
         return null
       }
       setShown((before) => ({ state: found, live: isRunning(found.status) ? before.live : null, preview: before.preview, problem: found.problem }))
-      sync(found)
       return found
     }
     const follow = async (after: string | null): Promise<void> => {
@@ -162,21 +162,6 @@ function useScene(): Shown {
         onError: () => again(watching?.lastEventId ?? null), // the address has expired: the CMS has a fresh one
       })
     }
-    const sync = (found: SceneState): void => {
-      const fields = getFields()
-      for (const path of WRITTEN) {
-        const field = fields[path]
-        const chosen = path === 'status' && field?.value !== field?.initialValue // by the editor, and not saved yet
-        if (field && !chosen && (field.value ?? null) !== found[path]) {
-          dispatchFields({ type: 'UPDATE', path, value: found[path], initialValue: found[path] })
-        }
-      }
-      const before = saved.current ?? {}
-      if (found.updatedAt !== before.updatedAt || found.status !== before.status) {
-        const { status, taskId, progress, error, result, updatedAt } = found
-        setData({ ...before, status, taskId, progress, error, result, updatedAt })
-      }
-    }
 
     void follow(null)
     return () => {
@@ -186,6 +171,25 @@ function useScene(): Shown {
     }
     // the rest is of the page and stays
   }, [address, task]) // eslint-disable-line react-hooks/exhaustive-deps
+
+  useEffect(() => {
+    const found = shown.state
+    const before = saved.current ?? {}
+    if (found === null || String(found.updatedAt) < String(before.updatedAt)) return // a save has overtaken it
+    const fields = getFields()
+    for (const path of WRITTEN) {
+      const field = fields[path]
+      const chosen = path === 'status' && field?.value !== field?.initialValue // by the editor, and not saved yet
+      if (field && !chosen && (field.value ?? null) !== found[path]) {
+        dispatchFields({ type: 'UPDATE', path, value: found[path], initialValue: found[path] })
+      }
+    }
+    if (found.updatedAt !== before.updatedAt) {
+      const { status, taskId, progress, error, result, updatedAt } = found
+      setData({ ...before, status, taskId, progress, error, result, updatedAt }) // else Payload takes it for another editor's work
+    }
+    // the answer to a save may bring the form what was true before: so again whenever its status changes
+  }, [shown.state, formStatus]) // eslint-disable-line react-hooks/exhaustive-deps
   return shown
 }
 
