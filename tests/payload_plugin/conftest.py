@@ -15,11 +15,14 @@ from typing import Any, Final
 
 import aiohttp
 import pytest
+from arq.connections import ArqRedis
 
 from movieq.demo import sheet
+from movieq.embedded import Valkey
+from movieq.settings import Settings
 from tests.browser.conftest import program
+from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, fleet, free_port
-from tests.service import Service
 
 HERE: Final = Path(__file__).parent
 PLUGIN: Final = HERE.parents[1] / "deploy" / "payload"
@@ -173,7 +176,24 @@ async def made(folder: Path) -> AsyncIterator[Fleet]:
         yield made
 
 
+class Movieq:
+    """The API where the Payload looks for it; nothing is made, since there is no worker."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def call(self, method: str, path: str) -> tuple[int, Any]:
+        """Status and JSON of an answer."""
+        async with (
+            aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session,
+            session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=10)) as answer,
+        ):
+            return answer.status, await answer.json()
+
+
 @pytest.fixture
-async def api(made: Fleet, cms: Cms) -> Service:
-    """The API where the Payload looks for it; nothing is made, as long as no worker is started."""
-    return await made.api(port=cms.movieq_port, MOVIEQ_WEBHOOK_SECRET=SECRET)
+async def api(cms: Cms, server: Valkey, redis: ArqRedis, folder: Path) -> AsyncIterator[Movieq]:
+    """An API on an empty Valkey."""
+    settings = Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY, allow_private_urls="127.0.0.0/8")
+    async with served(settings, port=cms.movieq_port) as client:
+        yield Movieq(client.url)

@@ -12,14 +12,21 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Error, Page, Response, Route, async_playwright, expect
 
+from movieq import store as stores
+from movieq.store import Store
 from tests.arrange import claim
 from tests.browser.conftest import CHROMIUM_OPTIONS, listens, program
-from tests.fleet import Fleet, free_port
-from tests.payload_plugin.conftest import PLUGIN, SECRET, Cms, built, environment
-from tests.service import Service
+from tests.fleet import KEY, Fleet, free_port
+from tests.payload_plugin.conftest import PLUGIN, SECRET, Cms, Movieq, built, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXAMPLE = PLUGIN / "example"
+
+
+@pytest.fixture(autouse=True)
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of the test's own outlasts every wait."""
+    monkeypatch.setattr(stores, "LEASE_MS", 300_000)
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +85,8 @@ async def opened(page: Page, cms: Cms, scene: object) -> None:
         await page.goto(f"{cms.url}/admin/collections/scenes/{scene}")
 
 
-async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(
-    made: Fleet, api: Service, cms: Cms, page: Page, folder: Path
-) -> None:
+async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(made: Fleet, cms: Cms, page: Page, folder: Path) -> None:
+    api = await made.api(port=cms.movieq_port)
     await made.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
     project = (await cms.made("projects", title="Lighthouse"))["id"]
     boards = [await cms.picture(project) for _ in range(3)]
@@ -106,6 +112,8 @@ async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(
     video = page.locator(".movieq-panel video")
     await page.wait_for_function("document.querySelector('.movieq-panel video').readyState >= 1")
     assert await video.evaluate("video => Math.round(video.duration)") == 7
+    await video.evaluate("(video) => { video.muted = true; return video.play() }")
+    await page.wait_for_function("document.querySelector('.movieq-panel video').currentTime > 0.2")
     assert (await video.get_attribute("src") or "").startswith(f"{cms.url}/api/media/file/")
     # the form has what was written: the next save takes nothing back, and nobody has to reload for it
     await expect(page.locator("#field-status")).to_contain_text("Completed")
@@ -118,16 +126,16 @@ async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(
 
 
 async def test_a_failure_is_told_on_the_page_and_tried_again_from_there(
-    made: Fleet, api: Service, cms: Cms, page: Page, folder: Path
+    store: Store, api: Movieq, cms: Cms, page: Page, folder: Path
 ) -> None:
     scene = await cms.made("scenes", title="The storm", description="A storm", status="queued")
     await opened(page, cms, scene["id"])
     await expect(page.locator(".movieq-panel__words")).to_contain_text("Waiting, place 1")
     await page.screenshot(path=folder / "waiting.png")
-    (claimed,) = await claim(made.store)
-    await made.store.report(claimed.task.task_id, claimed.run, 0.4, "generating_video", remaining_ms=21_000)
+    (claimed,) = await claim(store)
+    await store.report(claimed.task.task_id, claimed.run, 0.4, "generating_video", remaining_ms=21_000)
     await expect(page.locator(".movieq-panel__words")).to_contain_text("Generating video, about 21 s left40 %")
-    await made.store.fail(claimed.task.task_id, claimed.run, "the storyboard could not be fetched", "input_unavailable")
+    await store.fail(claimed.task.task_id, claimed.run, "the storyboard could not be fetched", "input_unavailable")
     await expect(page.locator(".movieq-panel__error")).to_have_text("the storyboard could not be fetched")
     await page.screenshot(path=folder / "failed.png")
     await page.get_by_role("button", name="Try again").click()
@@ -141,7 +149,7 @@ async def test_a_failure_is_told_on_the_page_and_tried_again_from_there(
     assert status["status"] == "cancelled"
 
 
-async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(made: Fleet, api: Service, cms: Cms, page: Page) -> None:
+async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(store: Store, api: Movieq, cms: Cms, page: Page) -> None:
     scene = await cms.made("scenes", title="The long one", description="A night", status="queued")
     expired = 0
 
@@ -156,13 +164,13 @@ async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(ma
 
     await page.route("**/api/movieq/scenes/*", once_expired)
     await opened(page, cms, scene["id"])
-    (claimed,) = await claim(made.store)
-    await made.store.report(claimed.task.task_id, claimed.run, 0.25, "generating_video")
+    (claimed,) = await claim(store)
+    await store.report(claimed.task.task_id, claimed.run, 0.25, "generating_video")
     await expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "25", timeout=30_000)
     assert expired > 1
 
 
-async def test_nothing_that_a_browser_gets_has_the_api_key(api: Service, cms: Cms, page: Page) -> None:
+async def test_nothing_that_a_browser_gets_has_the_api_key(api: Movieq, cms: Cms, page: Page) -> None:
     scene = await cms.made("scenes", title="Secrets", description="A vault", status="queued")
     bodies: list[bytes] = []
 
@@ -176,5 +184,5 @@ async def test_nothing_that_a_browser_gets_has_the_api_key(api: Service, cms: Cm
     built_ = b"".join(path.read_bytes() for path in (EXAMPLE / ".next" / "static").rglob("*") if path.is_file())
     assert len(bodies) > 5
     assert b"movieq-panel" in built_
-    for secret in (api.key.encode(), SECRET.encode()):
+    for secret in (KEY.encode(), SECRET.encode()):
         assert secret not in b"".join(bodies) + built_

@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 from standardwebhooks import Webhook
 
-from tests.payload_plugin.conftest import FRAME, SCENE, SECRET, Cms
-from tests.service import Service, serving
+from tests.payload_plugin.conftest import FRAME, SCENE, SECRET, Cms, Movieq
+from tests.service import serving
 
 NOW = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC)
 
@@ -73,7 +73,7 @@ async def documents(cms: Cms, scene: dict[str, Any]) -> int:
 
 
 @pytest.fixture
-async def scene(api: Service, cms: Cms) -> dict[str, Any]:
+async def scene(api: Movieq, cms: Cms) -> dict[str, Any]:
     """A scene whose task waits, for ever."""
     return await cms.made("scenes", **SCENE, status="queued")
 
@@ -123,7 +123,7 @@ async def test_the_document_that_movieq_made_is_taken_as_it_is(cms: Cms, scene: 
     assert ((await cms.scene(scene["id"]))["result"], await documents(cms, scene)) == (clip, 0)
 
 
-async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms: Cms, api: Service, file_url: str) -> None:
+async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms: Cms, api: Movieq, file_url: str) -> None:
     clip = await cms.picture(None)
     completed: dict[str, Any] = {"kind": "completed", "at_s": 0, "error": None}
     updated: dict[str, Any] = {"kind": "updated", "at_s": 30, "result": result(file_url, clip)}

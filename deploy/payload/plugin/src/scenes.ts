@@ -125,7 +125,7 @@ async function started(movieq: Movieq, options: MovieqOptions, references: Refer
     const receipt = await movieq.submit(body, key)
     return { ...empty, taskId: receipt.task_id, eventsUrl: receipt.events_url, result: null }
   } catch (error) {
-    req.payload.logger.error({ msg: 'a scene was not submitted to movieq', scene: scene.id, problem: String(error) })
+    req.payload.logger.error({ err: error, msg: 'a scene was not submitted to movieq', scene: scene.id })
     return { ...empty, status: 'failed', error: `Not started: ${said(error)}` }
   }
 }
@@ -136,7 +136,7 @@ async function stopped(movieq: Movieq, scene: Scene, before: unknown, req: Paylo
     await movieq.cancel(String(scene.taskId))
     return { error: null }
   } catch (error) {
-    req.payload.logger.error({ msg: 'a task was not cancelled', scene: scene.id, problem: String(error) })
+    req.payload.logger.error({ err: error, msg: 'a task was not cancelled', scene: scene.id })
     return { status: before, error: `Not cancelled: ${said(error)}` } // it runs on, and how it ends will be heard
   }
 }
