@@ -192,8 +192,13 @@ class Movieq:
 
 
 @pytest.fixture
-async def api(cms: Cms, server: Valkey, redis: ArqRedis, folder: Path) -> AsyncIterator[Movieq]:
-    """An API on an empty Valkey."""
-    settings = Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY, allow_private_urls="127.0.0.0/8")
+def settings(server: Valkey, redis: ArqRedis, folder: Path) -> Settings:
+    """An installation on an empty Valkey."""
+    return Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY, allow_private_urls="127.0.0.0/8")
+
+
+@pytest.fixture
+async def api(cms: Cms, settings: Settings) -> AsyncIterator[Movieq]:
+    """Its API."""
     async with served(settings, port=cms.movieq_port) as client:
         yield Movieq(client.url)

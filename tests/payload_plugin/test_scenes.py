@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import aiohttp
+from aiohttp import web
+
+from movieq.settings import Settings
+from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, eventually
 from tests.payload_plugin.conftest import SCENE, SECRET, Cms, Movieq
+from tests.service import serving
 
 
 async def tasks(api: Movieq, project: str) -> list[dict[str, Any]]:
@@ -55,6 +62,27 @@ async def test_a_scene_saved_many_times_at_once_is_one_task(api: Movieq, cms: Cm
     (task,) = await tasks(api, str(project))
     assert {each["taskId"] for each in saves} <= {task["task_id"], None}
     assert (await cms.scene(scene["id"]))["taskId"] == task["task_id"]
+
+
+async def test_a_scene_whose_receipt_was_lost_gets_the_same_task_when_it_is_saved_again(cms: Cms, settings: Settings) -> None:
+    lost: list[dict[str, Any]] = []
+    async with served(settings) as client:
+
+        async def passed_on(request: web.Request) -> web.Response:
+            url, body = client.url + request.path_qs, await request.read()
+            async with aiohttp.request(request.method, url, headers=request.headers, data=body) as answer:
+                said = await answer.read()
+            if request.path.endswith("/submit") and not lost:
+                lost.append(json.loads(said))
+                assert request.transport is not None
+                request.transport.close()
+            return web.Response(body=said, status=answer.status, content_type="application/json")
+
+        async with serving({"/{path:.*}": passed_on}, "*", cms.movieq_port):
+            scene = await cms.made("scenes", **SCENE, status="queued")
+            assert (scene["status"], scene["taskId"]) == ("failed", None)
+            assert (await cms.changed(scene["id"], status="queued"))["taskId"] == lost[0]["task_id"]
+        assert len(await tasks(Movieq(client.url), "payload")) == 1
 
 
 async def test_where_movieq_is_away_the_scene_is_kept_and_says_so_and_can_be_queued_again(made: Fleet, cms: Cms) -> None:
