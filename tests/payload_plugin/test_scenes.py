@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from movieq.settings import Settings
+from movieq.store import Store
+from tests.arrange import claim
+from tests.browser.conftest import program
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, eventually
 from tests.payload_plugin.conftest import SCENE, SECRET, Cms, Movieq
@@ -166,3 +170,23 @@ async def test_the_page_of_a_scene_gets_its_state_and_never_the_key(api: Movieq,
     assert (await cms.call("GET", f"/movieq/scenes/{scene['id']}", {}))[0] == 401
     assert (await cms.call("GET", "/movieq/scenes/9999"))[0] == 404
     assert KEY not in str(state) + str(await cms.scene(scene["id"]))
+
+
+async def test_the_client_retries_what_has_failed_and_says_what_is_refused(app: Path, api: Movieq, store: Store, cms: Cms) -> None:
+    scene = await cms.made("scenes", **SCENE, status="queued")
+    (claimed,) = await claim(store)
+    await store.fail(claimed.task.task_id, claimed.run, "out of luck", "internal")
+    script = f"""
+        import {{ Movieq }} from 'movieq-payload'
+        const movieq = new Movieq({{ url: '{api.url}', apiKey: '{KEY}' }})
+        console.log((await movieq.status('{scene["taskId"]}')).error)
+        console.log((await movieq.retry('{scene["taskId"]}')).status)
+        await movieq.retry('{scene["taskId"]}').catch((error) => console.log(error.name, error.status, error.code, error.message))
+    """
+    node = await asyncio.create_subprocess_exec(
+        program("node", "nodejs"), "--input-type=module", "--eval", script, cwd=app, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await asyncio.wait_for(node.communicate(), 20)
+    failed, queued, refused = said.decode().splitlines()
+    assert (failed, queued) == ("out of luck", "queued")
+    assert refused.startswith("MovieqError 400 invalid_state movieq refused: the task is queued")
