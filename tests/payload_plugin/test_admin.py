@@ -14,7 +14,7 @@ from playwright.async_api import Error, Page, Response, Route, async_playwright,
 
 from movieq import store as stores
 from movieq.store import Store
-from tests.arrange import claim
+from tests.arrange import claim, result
 from tests.browser.conftest import CHROMIUM_OPTIONS, listens, program
 from tests.fleet import KEY, Fleet, free_port
 from tests.payload_plugin.conftest import PLUGIN, SECRET, Cms, Movieq, built, environment
@@ -168,6 +168,20 @@ async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(st
     await store.report(claimed.task.task_id, claimed.run, 0.25, "generating_video")
     await expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "25", timeout=30_000)
     assert expired > 1
+
+
+async def test_a_clip_that_the_cms_cannot_fetch_is_said_and_not_asked_for_without_end(
+    store: Store, api: Movieq, cms: Cms, page: Page
+) -> None:
+    scene = await cms.made("scenes", title="The lost one", description="A fog", status="queued")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/api/movieq/scenes/" in request.url else None)
+    await opened(page, cms, scene["id"])
+    (claimed,) = await claim(store)
+    await store.complete(claimed.task.task_id, claimed.run, result())  # of a file that is not there
+    await expect(page.locator(".movieq-panel__problem")).to_have_text("movieq's file cannot be fetched: it answered 404.")
+    await page.wait_for_timeout(3000)
+    assert len(asked) <= 5, asked
 
 
 async def test_nothing_that_a_browser_gets_has_the_api_key(api: Movieq, cms: Cms, page: Page) -> None:

@@ -9,6 +9,7 @@ import type { SceneState } from './endpoints.js'
 import { watchTask, type TaskEvent, type Watching } from './movieq.js'
 
 const AGAIN_MS = 3000
+const ENDED_AGAIN_MS = 15_000
 const ASKING_MS = 20_000
 const WRITTEN = ['status', 'taskId', 'progress', 'error', 'result'] as const
 const STEPS: Record<string, string> = { waiting_in_queue: 'Waiting', upload_complete: 'Done' }
@@ -145,8 +146,13 @@ function useScene(): Shown {
       if (found?.eventsUrl) watch(found.eventsUrl, found.status, after)
       else again(after)
     }
-    const again = (after: string | null): void => {
-      timer = setTimeout(() => void follow(after), AGAIN_MS)
+    const again = (after: string | null, waitMs = AGAIN_MS): void => {
+      timer = setTimeout(() => void follow(after), waitMs)
+    }
+    const ended = async (): Promise<void> => {
+      const found = await look()
+      if (closing.signal.aborted || (found !== null && !isRunning(found.status))) return
+      again(null, ENDED_AGAIN_MS) // the CMS has not written it: it may not get the file, say
     }
     const watch = (url: string, status: string, after: string | null): void => {
       watching = watchTask(url, {
@@ -158,7 +164,7 @@ function useScene(): Shown {
           void look() // from waiting to running, or back
         },
         onPreview: ({ image }) => setShown((before) => ({ ...before, preview: image })),
-        onDone: () => void follow(null),
+        onDone: () => void ended(),
         onError: () => again(watching?.lastEventId ?? null), // the address has expired: the CMS has a fresh one
       })
     }
