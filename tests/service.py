@@ -172,14 +172,14 @@ async def receiver(*answers: int) -> AsyncIterator[Receiver]:
 
 
 @asynccontextmanager
-async def serving(routes: dict[str, Any], method: str = "GET") -> AsyncIterator[str]:
-    """A web server of these handlers on a free port; its address."""
+async def serving(routes: dict[str, Any], method: str = "GET", port: int = 0) -> AsyncIterator[str]:
+    """A web server of these handlers, on a free port unless one is named; its address."""
     application = web.Application()
     for path, handler in routes.items():
         application.router.add_route(method, path, handler)
     runner = web.AppRunner(application)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     try:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"

@@ -28,12 +28,12 @@ from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBM
 
 
 @asynccontextmanager
-async def served(settings: Settings, send_buffer: int | None = None) -> AsyncIterator[Client]:
+async def served(settings: Settings, send_buffer: int | None = None, port: int = 0) -> AsyncIterator[Client]:
     """A client of the API with these settings. Afterwards the API has ended, in order, with every stream told.
 
     `send_buffer` is how many bytes the kernel takes of the API for a client that does not read.
     """
-    listening = serving.listen("127.0.0.1", 0)
+    listening = serving.listen("127.0.0.1", port)
     if send_buffer is not None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = serving.address(listening)

@@ -1,0 +1,33 @@
+"""Whether a container serves: `health.py URL` asks its API, `health.py worker` asks Redis for the heartbeat of its worker."""
+
+import asyncio
+import socket
+import sys
+import urllib.request
+
+from movieq.contracts import WorkerState
+from movieq.settings import load
+from movieq.store import Store, connect
+
+WAIT_S = 5
+
+
+def api(url: str) -> bool:
+    """The API answers. Raises HTTPError where it says 503: Redis is away."""
+    with urllib.request.urlopen(url, timeout=WAIT_S) as answer:  # noqa: S310  # the url is the image's own
+        return bool(answer.status == 200)
+
+
+async def worker() -> bool:
+    """A worker of this host was heard of within the last 15 s."""
+    store = Store(connect(load().redis_url, patient=False))
+    try:
+        async with asyncio.timeout(WAIT_S):
+            rows = await store.workers()
+    finally:
+        await store.aclose()
+    return any(row.host == socket.gethostname() and row.status is not WorkerState.OFFLINE for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(not (asyncio.run(worker()) if sys.argv[1] == "worker" else api(sys.argv[1])))

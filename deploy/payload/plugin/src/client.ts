@@ -1,0 +1,201 @@
+// movieq's API for servers: submit, status, cancel, retry, uploads, and the proof that a webhook is movieq's.
+//
+// Each call has a time limit and ends in an answer or in a MovieqError whose message is for people. The API key is in a header of these calls
+// and nowhere else: a browser gets the signed `events_url` instead. Left out: trying again (submit with an idempotency key can be said twice).
+import { Webhook, WebhookVerificationError } from 'standardwebhooks'
+
+const CALL_MS = 10_000
+const UPLOAD_MS = 120_000
+const ALLOWED_TYPES = /^(image|audio)\//
+
+export type TaskStatus = 'queued' | 'processing' | 'completed' | 'failed' | 'cancelled'
+
+export interface Submit {
+  project_id: string
+  task_type: string
+  task_data: Record<string, unknown>
+  priority?: 1 | 2 | 3
+  callback_url?: string
+  metadata?: Record<string, unknown>
+  deadline?: { start_by?: string; finish_by?: string }
+}
+
+export interface Receipt {
+  task_id: string
+  status: 'queued'
+  project_id: string
+  estimated_duration: number
+  queue_position: number
+  created_at: string
+  events_url: string
+  status_url: string
+  warnings: string[]
+}
+
+export interface Result {
+  media_url: string
+  /** The document that movieq has made in the CMS; null where none is configured, or not yet. */
+  payload_media_id: string | number | null
+  media: { url: string; media_type: string; content_type: string; file_size: number; poster_url?: string | null }[]
+  metadata: Record<string, unknown>
+}
+
+/** How a task is, as its status and the webhook of its end both say it. */
+export interface TaskState {
+  task_id: string
+  project_id: string
+  task_type: string
+  status: TaskStatus
+  result: Result | null
+  error: string | null
+  error_code: string | null
+  processing_time: number | null
+}
+
+export interface Status extends TaskState {
+  progress: number
+  current_step: string
+  retryable: boolean | null
+  created_at: string
+  started_at: string | null
+  completed_at: string | null
+  attempt: number
+  queue_position: number | null
+  estimated_remaining: number | null
+  events_url: string
+}
+
+export interface WebhookEvent extends TaskState {
+  type: 'task.completed' | 'task.failed' | 'task.cancelled' | 'task.updated'
+  /** When it happened, not when it was sent: of two events the later counts, in whatever order they arrive. */
+  timestamp: string
+  metadata: Record<string, unknown>
+}
+
+/** What went wrong, in words for people. `status` is that of the HTTP answer; 503 where none came. */
+export class MovieqError extends Error {
+  override name = 'MovieqError'
+  constructor(
+    message: string,
+    readonly status: number,
+    /** movieq's code, or `unreachable`, `not_configured`, `bad_signature`. */
+    readonly code: string,
+    readonly retryable: boolean,
+  ) {
+    super(message)
+  }
+}
+
+export interface ClientOptions {
+  /** Where the API is, without /api/v1. */
+  url: string | undefined
+  apiKey: string | undefined
+  /** `whsec_...`; two, comma-separated, while it is changed. */
+  webhookSecret?: string | undefined
+}
+
+export class Movieq {
+  readonly #options: ClientOptions
+
+  constructor(options: ClientOptions) {
+    this.#options = options
+  }
+
+  /** Whether webhooks can be told from forgeries. */
+  get verifies(): boolean {
+    return Boolean(this.#options.webhookSecret?.trim())
+  }
+
+  /** The task is accepted. Said again with the same key and body, it is the same task. */
+  submit(task: Submit, idempotencyKey?: string): Promise<Receipt> {
+    const headers = idempotencyKey ? { 'Idempotency-Key': idempotencyKey } : undefined
+    return this.#call('POST', '/tasks/submit', { body: JSON.stringify(task), type: 'application/json', headers })
+  }
+
+  status(taskId: string): Promise<Status> {
+    return this.#call('GET', `/tasks/${encodeURIComponent(taskId)}/status`)
+  }
+
+  /** The task is cancelled; said again, the same. */
+  async cancel(taskId: string): Promise<void> {
+    await this.#call('DELETE', `/tasks/${encodeURIComponent(taskId)}/cancel`)
+  }
+
+  /** The failed task waits again, with the parameters that it had. */
+  retry(taskId: string): Promise<Receipt> {
+    return this.#call('POST', `/tasks/${encodeURIComponent(taskId)}/retry`)
+  }
+
+  /** The bytes of an image or a sound are kept for a week; the answer stands for them in `task_data` of the same project. */
+  async upload(projectId: string, bytes: Uint8Array<ArrayBuffer>, type: string): Promise<string> {
+    const path = `/projects/${encodeURIComponent(projectId)}/uploads`
+    const content = ALLOWED_TYPES.test(type) ? type : 'application/octet-stream'
+    return (await this.#call<{ url: string }>('POST', path, { body: bytes, type: content, timeoutMs: UPLOAD_MS })).url
+  }
+
+  /** What a webhook says, once its signature and its time are proven (Standard Webhooks). Throws MovieqError with status 401 or 503. */
+  verify(body: string, headers: Headers): WebhookEvent {
+    const secrets = (this.#options.webhookSecret ?? '').split(',').map((each) => each.trim()).filter(Boolean)
+    if (secrets.length === 0) {
+      throw new MovieqError('no webhook is taken here: webhookSecret is not set', 503, 'not_configured', false)
+    }
+    const signed = Object.fromEntries(['webhook-id', 'webhook-timestamp', 'webhook-signature'].map((name) => [name, headers.get(name) ?? '']))
+    let problem = ''
+    for (const secret of secrets) {
+      try {
+        return new Webhook(secret).verify(body, signed) as WebhookEvent
+      } catch (error) {
+        if (!(error instanceof WebhookVerificationError)) throw error
+        problem = error.message
+      }
+    }
+    throw new MovieqError(`the webhook is not movieq's: ${problem}`, 401, 'bad_signature', false)
+  }
+
+  async #call<T>(method: string, path: string, sent: Sent = {}): Promise<T> {
+    const { url, apiKey } = this.#options
+    if (!url || !apiKey) {
+      throw new MovieqError('movieq is not set up here: its address or its API key is missing', 503, 'not_configured', false)
+    }
+    const address = new URL(`/api/v1${path}`, url)
+    let answer: Response
+    let body: unknown
+    try {
+      answer = await fetch(address, {
+        method,
+        headers: { 'X-API-Key': apiKey, ...(sent.type ? { 'Content-Type': sent.type } : {}), ...sent.headers },
+        redirect: 'error', // the key goes to this address alone
+        signal: AbortSignal.timeout(sent.timeoutMs ?? CALL_MS),
+        ...(sent.body === undefined ? {} : { body: sent.body }),
+      })
+      body = await answer.json()
+    } catch (error) {
+      throw new MovieqError(`movieq at ${address.origin} cannot be reached: ${reason(error)}`, 503, 'unreachable', true)
+    }
+    if (answer.ok) return body as T
+    const { error = 'internal', message = `it answered ${answer.status}`, retryable = false } = (body ?? {}) as Partial<Refusal>
+    throw new MovieqError(`movieq refused: ${message}`, answer.status, error, retryable)
+  }
+}
+
+interface Sent {
+  body?: string | Uint8Array<ArrayBuffer>
+  type?: string
+  headers?: Record<string, string> | undefined
+  timeoutMs?: number
+}
+
+interface Refusal {
+  error: string
+  message: string
+  retryable: boolean
+}
+
+function reason(error: unknown): string {
+  if (!(error instanceof Error)) return String(error)
+  if (error.name === 'TimeoutError') return 'it did not answer in time'
+  if (error instanceof SyntaxError) return 'what answered there is not movieq'
+  const code = (error.cause as { code?: string } | undefined)?.code
+  const known: Record<string, string> = { ECONNREFUSED: 'nobody listens there', ENOTFOUND: 'its name is not known', ECONNRESET: 'it hung up' }
+  return (code && (known[code] ?? code)) || error.message
+}
