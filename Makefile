@@ -34,6 +34,10 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 	npm install --prefix tests/browser/node --no-package-lock --no-audit --no-fund --silent
 	@touch $@
 
+.venv/.setup-payload: tests/payload/package.json | .venv/.pip
+	npm install --prefix tests/payload --no-package-lock --no-audit --no-fund --silent --ignore-scripts
+	@touch $@
+
 setup-system:   ## Install the programs that tests of browsers and proxies run (Debian, as root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium curl nginx-light
@@ -53,7 +57,7 @@ check: setup-test  ## Lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup-test .venv/.setup-browser  ## Run the tests; PYTEST='-m slow' for the long ones
+test: setup-test .venv/.setup-browser .venv/.setup-payload  ## Run the tests; PYTEST='-m slow' for the long ones
 	$(BIN)/python -m pytest $(PYTEST)
 
 chaos: setup-test  ## Kill everything while N tasks run, and count what is lost

@@ -25,17 +25,18 @@ from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs, models, webhooks
+from movieq import logs, models, payload, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
+from movieq.payload import Payload
 from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Store, connect
 from workers import gpus
-from workers.deliver import Outbox, deliver, sweep
+from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
@@ -45,8 +46,9 @@ POLL_S: Final = 1.0
 POLL_MOST_S: Final = 5.0
 AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
-DELIVERY_S: Final = 20
-"""A delivery's own limit; arq gives a job of a dead worker to another ten seconds after it."""
+CRON_S: Final = 20
+DELIVERIES: Final = 32
+"""How many a worker has in hand at once."""
 LAST_S: Final = CANCEL_GRACE_S + 2.0
 """What a worker that has to go gives its runs to be handed back, after the drain: first an engine that does not listen has its grace."""
 
@@ -328,11 +330,12 @@ async def serve(settings: Settings) -> None:
     """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
     settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
     table = models.load(settings.models)
+    cms = payload.configured(settings)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
     storage = FolderStorage(Path(settings.storage), settings.public_url, signing_secrets)
-    guard = Guard(settings.private_networks())
+    guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with spool(Path(settings.spool) if settings.spool else None) as folder:
@@ -346,19 +349,22 @@ async def serve(settings: Settings) -> None:
                 weights=settings.weights(),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
-                    func(deliver, name="deliver", max_tries=1_000_000, keep_result=0),
+                    # its own limits are shorter: what arq cuts off, it would not begin again
+                    func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
                 cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=KEYS["deliveries"],
                 redis_pool=redis,
-                job_timeout=DELIVERY_S,
+                job_timeout=CRON_S,
+                max_jobs=DELIVERIES,
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table),
-                    "outbox": Outbox(store, storage, session, settings_secrets, settings),
+                    "parts": Parts(store, storage, fetcher, folder, table, cms.address if cms else ""),
+                    "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
                 },
             )
+            worker.in_progress_timeout_s = HELD_S
             try:
                 await worker.async_run()
             except BaseExceptionGroup as group:

@@ -51,6 +51,8 @@ class Parts(msgspec.Struct, frozen=True):
     fetcher: Fetcher
     spool: Path
     models: dict[str, Model] = {}
+    cms: str = ""
+    """Address of the collection that results go into; empty where there is no CMS."""
 
 
 class Running:
@@ -178,7 +180,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
     running.rendered = True
     running.free_slot()
     stored = await _store(parts, running, done)
-    await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored))
+    await _ended(running, lambda: parts.store.complete(task.task_id, running.run, stored, parts.cms))
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:

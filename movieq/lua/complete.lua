@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Commits a result: processing -> completed.
--- args: task_id run result
---   result: JSON of StoredResult; passes through as it is
+-- args: task_id run result cms
+--   result: JSON of StoredResult; passes through as it is; cms: address of the CMS's collection that is to have it, '' for none
 -- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
 -- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take. Cost: O(log n).
 local t = load(task_id)
@@ -13,5 +13,5 @@ redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
 redis.call('HINCRBY', K.sums, t.task_type .. ' ms', now - t.started_at_ms)
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
-finish(t, 'completed', {'"result":' .. result})
+finish(t, 'completed', {'"result":' .. result}, cms)
 return 'ok'

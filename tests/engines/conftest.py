@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from tests.engines import tiny
 from workers.child import diffusion, shelf
 from workers.child.take import Flag, Made, Take
 from workers.protocol import FromChild, Run, Step
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; models so small get slower by threads
+torch.set_num_threads(1)
 
 PICTURE = {"sides": 16, "pixels": [1, 4096]}
 CLIP = {"sides": 32, "pixels": [1, 4096], "frame_step": 8, "frame_first": 1, "frames": 17, "fps": 12}

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, set[str]] = {
     "storage": set(),
     "fetch": {"aiohttp", "PIL", "yarl"},
     "webhooks": {"aiohttp"},
+    "payload": {"aiohttp", "yarl"},
     "weights": {"huggingface_hub"},
 }
 
