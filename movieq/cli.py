@@ -365,7 +365,8 @@ def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str 
 
 @main.command()
 @click.option("--data", "folder", default=DATA, show_default=True, type=click.Path(path_type=Path), help="Folder of `movieq up`.")
-def doctor(folder: Path) -> None:
+@click.option("--callback", metavar="URL", help="A callback_url: may it be called, and does its server answer?")
+def doctor(folder: Path, callback: str | None) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
     A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing.
@@ -377,7 +378,7 @@ def doctor(folder: Path) -> None:
     def show(finding: checks.Finding) -> None:
         click.echo(f" {click.style(finding.mark, fg=marks[finding.mark], bold=True)} {finding.subject:13} {finding.text}")
 
-    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show)):
+    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show, callback)):
         sys.exit(1)
 
 
