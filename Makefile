@@ -38,6 +38,10 @@ setup-test: .venv/.setup-test  ## The whole environment: torch, linters and ever
 	npm install --prefix deploy/payload --no-package-lock --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
+.venv/.setup-cms: tests/payload/package.json | .venv/.pip
+	npm install --prefix tests/payload --no-package-lock --no-audit --no-fund --silent --ignore-scripts
+	@touch $@
+
 setup-system:   ## Install the programs that tests of browsers and proxies run (Debian, as root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium curl nginx-light
@@ -57,7 +61,7 @@ check: setup-test  ## Lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup-test .venv/.setup-browser .venv/.setup-payload  ## Run the tests; PYTEST='-m slow' for the long ones
+test: setup-test .venv/.setup-browser .venv/.setup-payload .venv/.setup-cms  ## Run the tests; PYTEST='-m slow' for the long ones
 	$(BIN)/python -m pytest $(PYTEST)
 
 chaos: setup-test  ## Kill everything while N tasks run, and count what is lost
@@ -89,8 +93,9 @@ bench-engine: setup-test  ## Measure: what serving costs beside a bare pipeline,
 bench-gpu: setup-test  ## Measure, on a machine with a GPU: serving, batches, compiling, loading of models of real size
 	$(BIN)/python -m tests.bench.bench_gpu
 
-bench-deliver: setup-test  ## Measure: files to a bucket and back, beside aiobotocore and aws
+bench-deliver: setup-test  ## Measure: files to a bucket and back, beside aiobotocore and aws; webhooks
 	$(BIN)/python -m tests.bench.bench_deliver
+	$(BIN)/python -m tests.bench.bench_webhooks
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \

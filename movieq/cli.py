@@ -18,8 +18,8 @@ import uvloop
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs, models, plugins, webhooks, weights
-from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, Priority, TaskStatus
+from movieq import logs, models, payload, plugins, webhooks, weights
+from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, DeliveriesAnswer, Priority, TaskStatus
 from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
@@ -337,8 +337,36 @@ def _for_each(task_ids: tuple[str, ...], work: Callable[[Client, str], Awaitable
 
 
 @main.command()
+@click.argument("task_id")
+@click.option("--resend", "resent", metavar="DELIVERY", multiple=True, help="Send this one again, now; more than once for several.")
+@_server
+def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str | None) -> None:
+    """Show what was told to the world of a task, or is to be: its webhooks, and its way into the CMS. --resend takes an admin key.
+
+    \b
+        movieq deliveries 123e4567-e89b-12d3-a456-426614174000
+        movieq deliveries 123e4567-e89b-12d3-a456-426614174000 --resend 123e4567-e89b-12d3-a456-426614174000-1
+    """
+
+    async def run() -> DeliveriesAnswer:
+        async with _client(url, key) as client:
+            for delivery_id in resent:
+                await client.resend(task_id, delivery_id)
+            return await client.deliveries(task_id)
+
+    answer = _run(run)
+    for each in answer.deliveries:
+        again = f", again at {each.next_try_at:%Y-%m-%d %H:%M:%S} UTC" if each.next_try_at else ""
+        click.echo(f"{each.delivery_id}  {each.kind}  {each.type}  {_plain(each.url)}")
+        click.echo(f"  {each.state} after {each.tries} tries{again}{f': {_plain(each.last_problem)}' if each.last_problem else ''}")
+    if not answer.deliveries:
+        click.echo("nothing to deliver: the task has not ended, or has no callback, and there is no CMS", err=True)
+
+
+@main.command()
 @click.option("--data", "folder", default=DATA, show_default=True, type=click.Path(path_type=Path), help="Folder of `movieq up`.")
-def doctor(folder: Path) -> None:
+@click.option("--callback", metavar="URL", help="A callback_url: may it be called, and does its server answer?")
+def doctor(folder: Path, callback: str | None) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
     A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing.
@@ -350,7 +378,7 @@ def doctor(folder: Path) -> None:
     def show(finding: checks.Finding) -> None:
         click.echo(f" {click.style(finding.mark, fg=marks[finding.mark], bold=True)} {finding.subject:13} {finding.text}")
 
-    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show)):
+    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show, callback)):
         sys.exit(1)
 
 
@@ -593,6 +621,7 @@ def _settings() -> Settings:
         settings = load()
         models.load(settings.models)
         webhooks.parse_secrets(settings.webhook_secret)
+        payload.configured(settings)
         if settings.redis_url:
             connect(settings.redis_url, patient=True)
     except SettingsError as error:

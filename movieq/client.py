@@ -36,6 +36,8 @@ from movieq.contracts import (
     CancelAnswer,
     DeadLettersAnswer,
     Deadline,
+    DeliveriesAnswer,
+    DeliveryAnswer,
     ErrorAnswer,
     EventType,
     HealthAnswer,
@@ -188,6 +190,16 @@ class Client:
         """The task is listed no more, and stays failed. Raises NotFound where it is none; Unavailable also where the answer was lost."""
         # not sent again once it may have arrived: the second would not find it
         await self._body(_Call("DELETE", f"/dead-letters/{_part(task_id)}", repeatable=False))
+
+    async def deliveries(self, task_id: str) -> DeliveriesAnswer:
+        """The webhooks of the task and its way into the CMS, the oldest first, and how far each is."""
+        return await self._ask(_Call("GET", f"/tasks/{_part(task_id)}/deliveries"), DeliveriesAnswer)
+
+    async def resend(self, task_id: str, delivery_id: str) -> DeliveryAnswer:
+        """The delivery is tried again, now. Raises NotFound where the task has none of this id. For admin keys."""
+        path = f"/tasks/{_part(task_id)}/deliveries/{_part(delivery_id)}/resend"
+        # not sent again once it may have arrived: a receiver that was reached meanwhile would be told twice
+        return await self._ask(_Call("POST", path, repeatable=False), DeliveryAnswer)
 
     async def workers(self) -> WorkersAnswer:
         """Every child of every worker heard of in the last five minutes."""

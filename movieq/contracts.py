@@ -159,6 +159,8 @@ KEYS: Final[Mapping[str, str]] = {
 }
 """Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""
 
+DELIVERY_KEPT_S: Final = 30 * 24 * 3600
+"""How long what came of a delivery can be looked up, unless its task is swept before."""
 LOG_KEPT_S: Final = 24 * 3600
 """How long the log of a finished task stays."""
 RECEIPT_KEPT_S: Final = 24 * 3600
@@ -511,6 +513,13 @@ class Upload(msgspec.Struct, frozen=True):
     media_type: str
 
 
+class DeliveryKind(StrEnum):
+    """Whom a delivery is for: the task's `callback_url`, or the CMS."""
+
+    WEBHOOK = "webhook"
+    PAYLOAD = "payload"
+
+
 class DeliveryState(StrEnum):
     """`failed`: the receiver refused for good, or every try was used up."""
 
@@ -520,8 +529,12 @@ class DeliveryState(StrEnum):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry of the outbox: the facts as they were frozen when the task ended, and how far the delivery is."""
+    """An entry of the outbox: the facts as they were frozen when the task ended, and how far the delivery is.
 
+    Of one for the CMS: `media_id` is the document that was made, `doubt` says that a try may have made another that nobody heard of.
+    """
+
+    kind: DeliveryKind = DeliveryKind.WEBHOOK
     type: EventType
     state: DeliveryState
     url: str
@@ -539,6 +552,29 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     tries: int = 0
     last_status: int | None = None
     last_problem: str | None = None
+    media_id: str | int | None = None
+    doubt: bool = False
+
+
+class DeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a delivery is. `url` is without its query; `next_try_at` is null once it was delivered or given up."""
+
+    delivery_id: str
+    kind: DeliveryKind
+    type: str
+    state: DeliveryState
+    url: str
+    tries: int
+    last_status: int | None
+    last_problem: str | None
+    created_at: datetime
+    next_try_at: datetime | None
+
+
+class DeliveriesAnswer(msgspec.Struct, frozen=True):
+    """What of a task was told to the world, or is to be, the oldest first."""
+
+    deliveries: list[DeliveryAnswer]
 
 
 class DeadLetter(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +23,12 @@ import aiohttp
 import msgspec
 from redis.exceptions import RedisError
 
-from movieq import credentials, logs, models, settings, webhooks
+from movieq import credentials, fetch, logs, models, payload, settings, webhooks
 from movieq.client import Client, Unreachable
-from movieq.errors import MovieqError, SettingsError, StorageFault
-from movieq.settings import Bucket, Settings, variable
+from movieq.errors import CmsFault, MovieqError, SettingsError, StorageFault
+from movieq.fetch import Guard, UrlRefused
+from movieq.payload import Payload
+from movieq.settings import Bucket, PayloadMode, Settings, variable
 from movieq.storage import opened
 from movieq.store import connect
 
@@ -33,6 +36,8 @@ CHECK_S: Final = 10.0
 LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 EXPIRES_SOON: Final = timedelta(days=30)
+LARGE_BYTES: Final = 20 * 1024**2 + 1
+"""Just more than Payload takes of a file unless it is told otherwise."""
 LEAST_REDIS: Final = (7, 0)
 """The first that knows scripts with flags (`#!lua`)."""
 
@@ -60,10 +65,12 @@ class Finding(msgspec.Struct, frozen=True):
     text: str
 
 
-async def examine(given: Callable[[], Settings], data: Path, local_url: str, found: Callable[[Finding], None]) -> bool:
+async def examine(
+    given: Callable[[], Settings], data: Path, local_url: str, found: Callable[[Finding], None], callback: str | None = None
+) -> bool:
     """Every check has been made and its findings passed on, in order; returns whether nothing is broken.
 
-    `given` reads the settings; `data` is the folder of `movieq up`, `local_url` where it listens.
+    `given` reads the settings; `data` is the folder of `movieq up`, `local_url` where it listens; `callback` is a callback_url to try.
     """
     whole = True
 
@@ -92,6 +99,9 @@ async def examine(given: Callable[[], Settings], data: Path, local_url: str, fou
         note(finding)
     for finding in await _redis(read):
         note(finding)
+    for finding in await _cms(read):
+        note(finding)
+    note(await _guarded("callbacks", lambda: _callback(read, callback)))
     note(await _guarded("API", lambda: _api(read, local_url)))
     return whole
 
@@ -298,6 +308,89 @@ def _persistence(info: dict[str, Any], fsync: str | None) -> Finding:
         return Finding(Mark.GOOD, "Redis disk", "append-only file on; the server does not show appendfsync")
     mark = Mark.NOTE if fsync == "no" else Mark.GOOD
     return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_KEPT.get(fsync, 'unknown')}")
+
+
+async def _cms(read: Settings) -> list[Finding]:
+    try:
+        cms = payload.configured(read)
+    except SettingsError as error:
+        return [Finding(Mark.BROKEN, "CMS", error.message)]
+    if cms is None:
+        return [Finding(Mark.GOOD, "CMS", f"{variable('payload_url')} is not set: results are told by webhooks alone")]
+    found: list[Finding] = []
+    async with Guard(origins=read.own_origins()).session() as session:
+        asked = Payload(cms, session, answer_s=CHECK_S)
+        checks = [_cms_key, _cms_collection, _cms_fields, *([_cms_limits] if asked.takes_files else [])]
+        for check in checks:
+            try:
+                found.append(await check(asked))
+            except CmsFault as fault:
+                found.append(Finding(Mark.BROKEN, "CMS", f"{cms.url}: {fault.message}"))
+            if found[-1].mark is Mark.BROKEN:
+                break  # what follows would say the same again
+    return found
+
+
+async def _cms_key(asked: Payload) -> Finding:
+    if await asked.known():
+        return Finding(Mark.GOOD, "CMS", f"{asked.cms.url} knows the key")
+    advice = f"choose Enable API Key on the page of one, and set {variable('payload_api_key')}, or {variable('payload_users')}"
+    return Finding(Mark.BROKEN, "CMS", f"{asked.cms.url} knows no user in {asked.cms.users!r} with this key: {advice}")
+
+
+async def _cms_collection(asked: Payload) -> Finding:
+    may, name = await asked.may(), asked.cms.media
+    if "create" not in may or "read" not in may:
+        return Finding(
+            Mark.BROKEN, "CMS media", f"the key's user may not create and read {name!r}: widen its `access` in the Payload config"
+        )
+    if "delete" not in may:
+        return Finding(Mark.NOTE, "CMS media", f"the key's user may not delete in {name!r}: what a fault left double stays double")
+    return Finding(Mark.GOOD, "CMS media", f"the key's user may create, read and delete in {name!r}")
+
+
+async def _cms_fields(asked: Payload) -> Finding:
+    missing, cms = await asked.missing(), asked.cms
+    if not missing:
+        return Finding(Mark.GOOD, "CMS fields", f"{cms.media!r} has all of {', '.join(cms.paths())}")
+    needed = {cms.path(payload.TASK_ID), cms.path("url")} if cms.mode is PayloadMode.REFERENCE else set()
+    advice = f"add them to the collection, or map or leave them out by {variable('payload_fields')}"
+    mark = Mark.BROKEN if needed & set(missing) else Mark.NOTE
+    return Finding(mark, "CMS fields", f"{cms.media!r} has no {', '.join(missing)}, which get lost: {advice}")
+
+
+async def _cms_limits(asked: Payload) -> Finding:
+    limit = await asked.limit_bytes(LARGE_BYTES)
+    if limit is None:
+        return Finding(Mark.GOOD, "CMS limits", f"files of more than {LARGE_BYTES // 1024**2} MiB are taken")
+    return Finding(
+        Mark.NOTE, "CMS limits", f"no file over {limit / 1024**2:.0f} MiB is taken, and clips can have more: raise {payload.LIMITS}"
+    )
+
+
+async def _callback(read: Settings, url: str | None) -> Finding:
+    networks = read.private_networks()
+    if not read.redis_url and not networks:  # as `movieq up` has it
+        networks = (IPv4Network("127.0.0.0/8"), IPv6Network("::1"))
+    allowed = ", ".join(["public addresses", *map(str, networks), *read.own_origins()])
+    if url is None:
+        return Finding(Mark.GOOD, "callbacks", f"may go to {allowed}; to try one: movieq doctor --callback URL")
+    guard, name = Guard(networks, read.own_origins()), fetch.shown(url)
+    try:
+        async with guard.session() as session, session.head(guard.check_url(url), allow_redirects=False) as answer:
+            status = answer.status
+    except UrlRefused as error:
+        return Finding(Mark.BROKEN, "callbacks", f"{name} is refused: {error.description}; allowed are {allowed}")
+    except (aiohttp.ClientError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Finding(Mark.BROKEN, "callbacks", f"{name} cannot be reached from here: {reason}; start its server, or open the way to it")
+    if 300 <= status < 400:
+        return Finding(
+            Mark.BROKEN, "callbacks", f"{name} sends elsewhere ({status}), and redirects are not followed: give the final address"
+        )
+    if status >= 500:
+        return Finding(Mark.NOTE, "callbacks", f"{name} answers {status}: see the log of its server")
+    return Finding(Mark.GOOD, "callbacks", f"{name} can be reached (it answers {status} to a HEAD)")
 
 
 async def _api(read: Settings, local_url: str) -> Finding:

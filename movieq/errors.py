@@ -3,6 +3,7 @@
     MovieqError
     ├── SettingsError            a setting is missing or wrong: the process does not start
     ├── RunLost                  a run writes after its task was cancelled, ended or given to another run
+    ├── CmsFault                 the CMS does not take a result: now, or (`final`) ever
     ├── RequestError             the answer to a request: `code`, `status`, `retryable`
     │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
     │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
@@ -40,6 +41,19 @@ class SettingsError(MovieqError):
 
 class RunLost(MovieqError):
     """The fence refused a write: the run is no longer the present one of its task."""
+
+
+class CmsFault(MovieqError):
+    """The CMS did not do what it was asked; says what to change.
+
+    `final`: another try cannot help. `status` is that of its answer, None where none came; `retry_after` its header of that name.
+    """
+
+    def __init__(self, message: str, *, final: bool = False, status: int | None = None, retry_after: str = "") -> None:
+        super().__init__(message)
+        self.final = final
+        self.status = status
+        self.retry_after = retry_after
 
 
 class RequestError(MovieqError):

@@ -35,6 +35,13 @@ class EngineChoice(StrEnum):
     ANIMATIC = "animatic"
 
 
+class PayloadMode(StrEnum):
+    """What a result becomes in the CMS: a file of an upload collection, or a document that refers to the file by its address."""
+
+    UPLOAD = "upload"
+    REFERENCE = "reference"
+
+
 class LogFormat(StrEnum):
     """`auto`: console in a terminal, else json."""
 
@@ -96,6 +103,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     )
     allow_private_urls: Annotated[str, Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")] = ""
     cors_origins: Annotated[str, Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ""
+    payload_url: Annotated[str, Meta(description="PayloadCMS that results go to, the address above /media: https://cms.example/api")] = ""
+    payload_api_key: Annotated[str, Meta(description="API key of a user of the CMS who may read, create and delete media")] = ""
+    payload_users: Annotated[str, Meta(description="Collection of the CMS that this user is in")] = "users"
+    payload_media: Annotated[str, Meta(description="Collection of the CMS that results go into")] = "media"
+    payload_mode: Annotated[
+        PayloadMode, Meta(description="upload: into an upload collection; reference: a document with the address of the file")
+    ] = PayloadMode.UPLOAD
+    payload_fields: Annotated[
+        str, Meta(description="What the CMS calls fields and values (README, PayloadCMS): alt=title, mediaType:audio_clip=sound")
+    ] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
     log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO
 
@@ -153,6 +170,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def origins(self) -> list[str]:
         """The origins of `cors_origins`."""
         return _parts(self.cors_origins)
+
+    def own_origins(self) -> tuple[str, ...]:
+        """Addresses of the installation's own servers, which may be called wherever they are."""
+        return (self.payload_url,) if self.payload_url else ()
 
     def keys(self) -> dict[str, Grant]:
         """The API keys of `api_keys` and what each may. Raises SettingsError that names the position, never the key."""

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import msgspec
 from arq.connections import ArqRedis
@@ -36,6 +36,7 @@ from redis.exceptions import (
 )
 
 from movieq.contracts import (
+    DELIVERY_KEPT_S,
     KEYS,
     UPLOAD_KEPT_S,
     DeadLetter,
@@ -122,6 +123,8 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     made_result: bytes = b""
     made_prefix: str = ""
     made_ms: int | None = None
+    made_cms: str = ""
+    """Address of the CMS's collection that is to have it."""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -371,9 +374,9 @@ class Store:
         ((_, watchers),) = await self.redis.pubsub_numsub(channel)
         return bool(watchers)
 
-    async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult) -> None:
-        """The result is committed and its deliveries are in the outbox. Raises RunLost."""
-        _fenced(await self._verb("complete", task_id=task_id, run=run, result=msgspec.json.encode(result)), task_id)
+    async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult, cms: str = "") -> None:
+        """The result is committed and its deliveries are in the outbox, one to the CMS where `cms` is its address. Raises RunLost."""
+        _fenced(await self._verb("complete", task_id=task_id, run=run, result=msgspec.json.encode(result), cms=cms), task_id)
 
     async def fail(self, task_id: TaskId, run: RunToken, error: str, error_code: str) -> None:
         """The task has failed for good. Raises RunLost."""
@@ -647,15 +650,64 @@ class Store:
 
     # ── The outbox ──
 
-    async def delivery(self, delivery_id: str) -> Delivery | None:
-        """The facts of a delivery; None where there is none (any more)."""
-        fields = await _answer(self.redis.hgetall(KEYS["delivery"] + delivery_id))
-        return msgspec.convert(_named(fields), Delivery, strict=False) if fields else None
+    async def begin(self, delivery_id: str) -> Delivery | Literal["wait"] | None:
+        """The facts of a delivery that is being tried: from here on it says what it says.
 
-    async def delivered(self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str) -> None:
-        """What came of a try is noted."""
-        fields = {"state": state, "tries": tries, "last_problem": problem, **({} if status is None else {"last_status": status})}
-        await _answer(self.redis.hset(KEYS["delivery"] + delivery_id, mapping=fields))
+        "wait" for a webhook while one before it, of the same task, is on its way; None where there is none (any more).
+        """
+        answer = await self._verb("begin", delivery_id=delivery_id)
+        return "wait" if answer == [b"wait"] else _delivery(_pairs(answer))
+
+    async def delivered(
+        self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str, media_id: str | int | None = None
+    ) -> str | int | None:
+        """What came of a try is noted, and what waited for its end is due; returns the CMS's id that the task's result has now."""
+        answer = await self._verb(
+            "delivered",
+            delivery_id=delivery_id,
+            state=state,
+            tries=tries,
+            status="" if status is None else status,
+            problem=problem,
+            media_id="" if media_id is None else msgspec.json.encode(media_id),
+        )
+        return msgspec.json.decode(answer, type=str | int) if answer else None
+
+    async def resend(self, task_id: TaskId, delivery_id: str) -> None:
+        """The delivery is tried again, now, with all its tries. Raises NotFound."""
+        if await self._verb("resend", task_id=task_id, delivery_id=delivery_id) == b"unknown":
+            raise NotFound(f"task {task_id} has no delivery {delivery_id}")
+
+    async def doubt(self, delivery_id: str, doubt: bool, media_id: str | int | None = None) -> None:
+        """Noted: whether a document may have been made that nobody heard of, and the one that was."""
+        async with self.redis.pipeline(transaction=True) as pipe:
+            if media_id is not None:
+                pipe.hset(KEYS["delivery"] + delivery_id, "media_id", msgspec.json.encode(media_id).decode())
+            if doubt:
+                pipe.hset(KEYS["delivery"] + delivery_id, "doubt", "1")
+            else:
+                pipe.hdel(KEYS["delivery"] + delivery_id, "doubt")
+            pipe.expire(KEYS["delivery"] + delivery_id, DELIVERY_KEPT_S)
+            await pipe.execute()
+
+    async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, int | None]]:
+        """The deliveries of a task, the oldest first: id, facts, and when the next try is due (ms)."""
+        count = int(await _answer(self.redis.hget(KEYS["task"] + task_id, "deliveries")) or 0)
+        ids = [f"{task_id}-{number}" for number in range(1, count + 1)]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for delivery_id in ids:
+                pipe.hgetall(KEYS["delivery"] + delivery_id)
+            hashes = await pipe.execute()
+            for delivery_id, fields in zip(ids, hashes, strict=True):
+                pipe.zscore(KEYS["deliveries"], fields.get(b"job", delivery_id))
+            due = await pipe.execute()
+        found = zip(ids, map(_delivery, hashes), due, strict=True)
+        return [(id, delivery, None if at_ms is None else int(at_ms)) for id, delivery, at_ms in found if delivery is not None]
+
+    async def task_data(self, task_id: TaskId) -> dict[str, Any]:
+        """What the task was submitted with; empty where that is gone."""
+        job = await self.redis.get(KEYS["job"] + task_id)
+        return cast("dict[str, Any]", msgspec.msgpack.decode(job)["k"].get("task_data", {})) if job else {}
 
     # ── The rest ──
 
@@ -740,7 +792,7 @@ class _Script:
 
 _rows = msgspec.json.Decoder(list[WorkerStatus])
 _strings = msgspec.json.Decoder(list[str])
-_BLOBS = {"result", "metadata"}
+_BLOBS = {"result", "metadata", "media_id"}
 
 
 async def _answer(call: Awaitable[Any] | Any) -> Any:
@@ -758,6 +810,10 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
         name = key.decode()
         named[name] = msgspec.json.decode(value) if name in _BLOBS else value.decode()
     return named
+
+
+def _delivery(fields: dict[bytes, bytes]) -> Delivery | None:
+    return msgspec.convert(_named(fields), Delivery, strict=False) if fields else None
 
 
 def _task(fields: dict[bytes, bytes]) -> Task:

@@ -27,17 +27,18 @@ from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import credentials, logs, models, webhooks
+from movieq import credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
+from movieq.payload import Payload
 from movieq.settings import Settings
 from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connect
 from workers import gpus
-from workers.deliver import Outbox, deliver, sweep
+from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
@@ -49,8 +50,9 @@ POLL_S: Final = 1.0
 POLL_MOST_S: Final = 5.0
 AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
-DELIVERY_S: Final = 20
-"""A delivery's own limit; arq gives a job of a dead worker to another ten seconds after it."""
+CRON_S: Final = 20
+DELIVERIES: Final = 32
+"""How many a worker has in hand at once."""
 LAST_S: Final = CANCEL_GRACE_S + 2.0
 """What a worker that has to go gives its runs to be handed back, after the drain: first an engine that does not listen has its grace."""
 
@@ -85,6 +87,7 @@ class Worker(ArqWorker):
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
+        self._full = False
         self._doubt = asyncio.Event()
         """Set where Redis was away, or this process stood still: leases are renewed at once, and before anything is claimed."""
         self._renewed_s = time.monotonic()
@@ -160,14 +163,28 @@ class Worker(ArqWorker):
         return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """As arq's; a job that Redis did not let it start does not count as one that runs."""
+        """As arq's, which starts one after the other and asks about those that run here too: four trips to Redis for each.
+
+        A job that Redis did not let it start does not count as one that runs.
+        """
+        due = [job_id for job_id in job_ids if job_id.decode() not in self.tasks]
         try:
-            await super().start_jobs(job_ids)
+            while due and (room := self.max_jobs - self.job_counter) > 0:
+                batch, due = due[:room], due[room:]
+                started = await asyncio.gather(*(super(Worker, self).start_jobs([job_id]) for job_id in batch), return_exceptions=True)
+                for error in filter(None, started):
+                    raise error
+            self._full = self.job_counter >= self.max_jobs
         except BaseException:
             await asyncio.sleep(0)  # jobs that ended have counted themselves out
             for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
                 self._release_sem_dec_counter_on_complete()
             raise
+
+    def _release_sem_dec_counter_on_complete(self) -> None:
+        super()._release_sem_dec_counter_on_complete()
+        if self._full:  # more may be due than there was room for
+            self._wake.set()
 
     async def _claim(self, runs: asyncio.TaskGroup) -> None:
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
@@ -377,10 +394,11 @@ async def serve(settings: Settings) -> None:
     settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
     table = models.load(settings.models)
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
+    cms = payload.configured(settings)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
-    guard = Guard(settings.private_networks())
+    guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with spool(Path(settings.spool) if settings.spool else None) as folder:
@@ -400,19 +418,22 @@ async def serve(settings: Settings) -> None:
                 kept=kept,
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
-                    func(deliver, name="deliver", max_tries=1_000_000, keep_result=0),
+                    # its own limits are shorter: what arq cuts off, it would not begin again
+                    func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
                 cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=KEYS["deliveries"],
                 redis_pool=redis,
-                job_timeout=DELIVERY_S,
+                job_timeout=CRON_S,
+                max_jobs=DELIVERIES,
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept),
-                    "outbox": Outbox(store, storage, session, settings_secrets, settings),
+                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else ""),
+                    "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
                 },
             )
+            worker.in_progress_timeout_s = HELD_S
             try:
                 await worker.async_run()
             except BaseExceptionGroup as group:

@@ -62,6 +62,8 @@ class Parts(msgspec.Struct, frozen=True):
     provenance: Provenance = Provenance()
     kept: Kept | None = None
     """Where finished files outlive this worker; None where they need not."""
+    cms: str = ""
+    """Address of the collection that results go into; empty where there is no CMS."""
 
 
 class Running:
@@ -196,7 +198,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
         task_id, run, kept = running.task.task_id, running.run, parts.kept
         running.made = await asyncio.to_thread(kept.keep, task_id, run, spool / OUT, done) if kept else Made(done)
     stored = await _store(parts, running, running.made, made_ms)
-    await _ended(running, lambda: parts.store.complete(running.task.task_id, running.run, stored))
+    await _ended(running, lambda: parts.store.complete(running.task.task_id, running.run, stored, parts.cms))
     if parts.kept:
         parts.kept.touch(running.made)
 

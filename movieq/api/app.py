@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from movieq import logs, models
-from movieq.api import health, media, openapi, projects, queues, tasks, web, workers
+from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.auth import Keys
 from movieq.api.events import ProjectEvents, TaskEvents
 from movieq.api.state import Api, answered, now
@@ -52,6 +52,8 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/api/v1/tasks/{task_id}/cancel", tasks.cancel, methods=["DELETE", "POST"]),
         Route("/api/v1/tasks/{task_id}/retry", tasks.retry, methods=["POST"]),
         Route("/api/v1/tasks/{task_id}/events", TaskEvents(), methods=["GET"]),
+        Route("/api/v1/tasks/{task_id}/deliveries", deliveries.deliveries),
+        Route("/api/v1/tasks/{task_id}/deliveries/{delivery_id}/resend", deliveries.resend, methods=["POST"]),
         Route("/api/v1/tasks/{task_id}", tasks.cancel, methods=["DELETE"]),
         Route("/api/v1/projects/{project_id}", projects.project),
         Route("/api/v1/projects/{project_id}/tasks", projects.tasks),
@@ -110,7 +112,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             storage=storage,
             hub=Hub(store, subscriber, lambda event_type, data: state.render(event_type, data)),
             keys=Keys(settings.keys(), store),
-            guard=Guard(settings.private_networks()),
+            guard=Guard(settings.private_networks(), settings.own_origins()),
             signing_secrets=secrets,
             started_s=time.monotonic(),
         )

@@ -63,6 +63,8 @@ OPERATIONS: Final = (
         answer_type="text/event-stream",
         also={204: None},
     ),
+    Operation("get", "/tasks/{task_id}/deliveries", "The webhooks of a task, and its way into the CMS", c.DeliveriesAnswer),
+    Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", c.DeliveryAnswer),
     Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", c.ProjectState),
     Operation(
         "get",

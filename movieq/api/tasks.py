@@ -18,7 +18,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from movieq import logs, models, params
+from movieq import logs, models, params, payload
 from movieq.api.auth import Caller, caller, task_of
 from movieq.api.state import Api, answered, api, only_query, query_int
 from movieq.contracts import (
@@ -263,12 +263,14 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     except (StorageFault, TimeoutError) as error:
         log.warning("storage_away", problem=str(error) or type(error).__name__)
         return new
+    cms = payload.configured(movieq.settings)
     return msgspec.structs.replace(
         new,
         made=earlier.task_id,
         made_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
         made_prefix=media.key.rpartition("/")[0],
         made_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
+        made_cms=cms.address if cms else "",
     )
 
 

@@ -265,12 +265,31 @@ end
 
 -- ── The way out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
--- A plain arq job that runs deliver(delivery_id), with the facts frozen beside it.
-local function deliver(t, event_type)
-  if not t.callback_url then return end
+-- A plain arq job that runs deliver(delivery_id), due after a while.
+local function post(job, delivery_id, delay_ms)
+  -- {t: nil, f: 'deliver', a: [id], k: {}, et: now}; the empty map is spelled out, since cmsgpack would pack it as a list
+  redis.call('SET', K.job .. job,
+    '\133\161t\192\161f' .. cmsgpack.pack('deliver') .. '\161a\145' .. cmsgpack.pack(delivery_id) .. '\161k\128\162et' .. cmsgpack.pack(now))
+  redis.call('ZADD', K.deliveries, now + delay_ms, job)
+  if delay_ms == 0 then wake('deliveries') end
+end
+
+-- The job of a delivery that waits is due now at the latest; false where there is none.
+local function hasten(delivery_id)
+  local job = redis.call('HGET', K.delivery .. delivery_id, 'job') or delivery_id
+  if not redis.call('ZSCORE', K.deliveries, job) then return false end
+  redis.call('ZADD', K.deliveries, 'XX', 'LT', now, job)
+  wake('deliveries')
+  return true
+end
+
+-- An entry of the outbox, with the facts frozen in it. Returns its id.
+local function put_out(t, kind, url, event_type, delay_ms)
   set(t, {deliveries = (t.deliveries or 0) + 1})
   local id = t.task_id .. '-' .. t.deliveries
-  local facts = {'type', event_type, 'status', t.status, 'url', t.callback_url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending'}
+  local facts = {
+    'kind', kind, 'type', event_type, 'status', t.status, 'url', url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending',
+  }
   for _, name in ipairs({'task_id', 'project_id', 'task_type', 'result', 'error', 'error_code', 'started_at_ms', 'ended_at_ms'}) do
     if t[name] and (name ~= 'started_at_ms' or t.run) then -- of the last attempt, where the task did not end while it waited
       facts[#facts + 1] = name
@@ -279,29 +298,39 @@ local function deliver(t, event_type)
   end
   redis.call('HSET', K.delivery .. id, unpack(facts))
   redis.call('EXPIRE', K.delivery .. id, 30 * 86400)
-  -- {t: nil, f: 'deliver', a: [id], k: {}, et: now}; the empty map is spelled out, since cmsgpack would pack it as a list
-  redis.call('SET', K.job .. id,
-    '\133\161t\192\161f' .. cmsgpack.pack('deliver') .. '\161a\145' .. cmsgpack.pack(id) .. '\161k\128\162et' .. cmsgpack.pack(now))
-  redis.call('ZADD', K.deliveries, now, id)
-  wake('deliveries')
+  post(id, id, delay_ms)
+  return id
+end
+
+-- Tells the world: the callback, and before it the CMS, where `cms` is its address; for that the callback waits, at most half a minute. What the callback has
+-- not taken yet of what the task told before is due at once: it comes first.
+local function deliver(t, event_type, cms)
+  local first = cms and cms ~= '' and put_out(t, 'payload', cms, event_type, 0)
+  if not t.callback_url then return end
+  for n = 1, t.deliveries or 0 do
+    local before = redis.call('HMGET', K.delivery .. t.task_id .. '-' .. n, 'kind', 'state')
+    if before[1] == 'webhook' and before[2] == 'pending' then hasten(t.task_id .. '-' .. n) end
+  end
+  local webhook = put_out(t, 'webhook', t.callback_url, event_type, first and 30000 or 0)
+  if first then redis.call('HSET', K.delivery .. first, 'webhook', webhook) end
 end
 
 -- The task has ended: nothing waits for it and nobody runs it any more.
-local function conclude(t, status, extra)
+local function conclude(t, status, extra, cms)
   redis.call('ZADD', K.ended, now, t.task_id)
   set(t, {ended_at_ms = now})
   unset(t, 'remaining_ms')
   move(t, status)
   log(t, status, extra)
   redis.call('EXPIRE', K.log .. t.task_id, 86400)
-  deliver(t, status)
+  deliver(t, status, cms)
 end
 
 -- Ends the task, from queued or processing.
-local function finish(t, status, extra)
+local function finish(t, status, extra, cms)
   if t.status == 'processing' then release(t, status == 'completed') else dequeue(t) end
   redis.call('ZREM', K.deadlines, t.task_id)
-  conclude(t, status, extra)
+  conclude(t, status, extra, cms)
 end
 
 local function fail(t, message, code, retryable)

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Commits a result: processing -> completed.
--- args: task_id run result
---   result: JSON of StoredResult; passes through as it is
+-- args: task_id run result cms
+--   result: JSON of StoredResult; passes through as it is; cms: address of the CMS's collection that is to have it, '' for none
 -- Returns 'ok', also when said again by the same run; 'lost' where the run is not the present one.
 -- Appends `completed`; the log expires in 24 h; fills the outbox; remembers how long tasks of this shape take, and that this was made. Cost: O(log n).
 local t = load(task_id)
@@ -17,5 +17,5 @@ end
 if t.fingerprint then redis.call('SET', K.made .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
-finish(t, 'completed', {'"result":' .. result})
+finish(t, 'completed', {'"result":' .. result}, cms)
 return 'ok'

@@ -18,13 +18,13 @@ import msgspec
 import torch
 from arq import func
 
-from movieq import logs, models
+from movieq import logs, models, params
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, TaskId, TaskStatus
 from movieq.embedded import Valkey
 from movieq.fetch import Fetcher, Guard
 from movieq.models import Model
-from movieq.params import ImageParams, TaskType
+from movieq.params import TaskType
 from movieq.settings import LogFormat, LogLevel
 from movieq.storage import FolderStorage
 from movieq.store import NewTask, Slot, Store, connect
@@ -32,7 +32,7 @@ from tests.arrange import new_task
 from tests.bench.report import percentile, report
 from tests.engines import tiny
 from workers.engine import Child
-from workers.main import DELIVERY_S, Worker
+from workers.main import CRON_S, Worker
 from workers.run import Parts, run_task
 
 MODELS = 4
@@ -86,8 +86,8 @@ class Bench:
 
     def task(self, number: int, model: str) -> NewTask:
         """A picture."""
-        data = {"prompt": f"lamp {number}", "resolution": f"{SIDE}x{SIDE}"}
-        key, rows = models.batch(model, self.table[model], ImageParams(**data))
+        data: dict[str, Any] = {"prompt": f"lamp {number}", "resolution": f"{SIDE}x{SIDE}"}
+        key, rows = models.batch(model, self.table[model], params.convert(TaskType.GENERATE_IMAGE, data))
         kwargs = msgspec.msgpack.encode({"task_data": data})
         return new_task("film", engine="diffusers", model=model, shape=model, kwargs=kwargs, batch=key, batch_rows=rows)
 
@@ -127,7 +127,7 @@ class Bench:
                     functions=[func(counted, name=task_type) for task_type in TaskType],
                     queue_name=KEYS["deliveries"],
                     redis_pool=store.redis,
-                    job_timeout=DELIVERY_S,
+                    job_timeout=CRON_S,
                     job_serializer=store.redis.job_serializer,
                     job_deserializer=store.redis.job_deserializer,
                     ctx={"parts": Parts(store, storage, fetcher, self.folder, self.table)},

@@ -85,8 +85,7 @@ async def test_its_stream_its_project_and_its_webhook_tell_it_like_any_other(api
         ("snapshot", "completed"), ("started", "processing"), ("completed", "completed"),
     ]  # fmt: skip
     assert events[-1].data["result"]["metadata"]["cache"] == "hit"
-    delivery = await tasks.store.delivery(f"{status['task_id']}-1")
-    assert delivery is not None
+    ((_, delivery, _),) = await tasks.store.deliveries(status["task_id"])
     assert delivery.result is not None
     assert (delivery.status, delivery.metadata, delivery.result.metadata["cache"]) == (TaskStatus.COMPLETED, {"scene_id": "12"}, "hit")
 

@@ -167,7 +167,7 @@ def test_a_wrong_use_is_explained(arguments: list[str], word: str) -> None:
     assert (outcome.exit_code, word in outcome.output) == (2, True), outcome.output
 
 
-@pytest.mark.parametrize("command", ["submit", "watch", "cancel", "dead", "dead list", "dead retry", "dead drop"])
+@pytest.mark.parametrize("command", ["submit", "watch", "cancel", "deliveries", "dead", "dead list", "dead retry", "dead drop"])
 def test_help_teaches_by_example(command: str) -> None:
     assert re.search(rf"^ +movieq {command} \S", CliRunner().invoke(cli.main, [*command.split(), "--help"]).output, re.MULTILINE)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from movieq import serving
 from movieq.client import Client, ClientEvent, Gap, Unreachable, _Frame, _Parser
-from movieq.contracts import KEYS, UPLOAD_BYTES, EventType, Priority, RunToken, Snapshot, TaskId, TaskStatus
+from movieq.contracts import KEYS, UPLOAD_BYTES, DeliveryKind, DeliveryState, EventType, Priority, RunToken, Snapshot, TaskId, TaskStatus
 from movieq.embedded import Valkey, valkey
 from movieq.errors import (
     IdempotencyMismatch,
@@ -510,3 +510,16 @@ def png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 36), (200, 120, 40)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+async def test_deliveries_are_listed_and_sent_again(client: Client, store: Store) -> None:
+    receipt = await client.submit("film", "generate_image", LAMP, callback_url="https://cms.example/hook")
+    assert (await client.deliveries(receipt.task_id)).deliveries == []
+    await client.cancel(receipt.task_id)
+    (waiting,) = (await client.deliveries(receipt.task_id)).deliveries
+    assert (waiting.kind, waiting.type, waiting.state) == (DeliveryKind.WEBHOOK, "task.cancelled", DeliveryState.PENDING)
+    await store.delivered(waiting.delivery_id, DeliveryState.FAILED, 10, 500, "answered 500")
+    again = await client.resend(receipt.task_id, waiting.delivery_id)
+    assert (again.delivery_id, again.state, again.tries) == (waiting.delivery_id, DeliveryState.PENDING, 0)
+    with pytest.raises(NotFound, match="no delivery"):
+        await client.resend(receipt.task_id, f"{receipt.task_id}-2")

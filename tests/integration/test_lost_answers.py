@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from movieq import store as store_module
-from movieq.contracts import KEYS, EventType, Kind, TaskId, TaskStatus
+from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, Kind, TaskId, TaskStatus
 from movieq.embedded import Valkey
 from movieq.store import Counts, Store, connect
 from tests.arrange import CPU, new_task, raw, result
@@ -22,6 +22,7 @@ from tests.service import Receiver, receiver
 
 TASK = TaskId("11111111-1111-4111-8111-111111111111")
 HOOK = "http://127.0.0.1:1/hook"
+CMS = "http://127.0.0.1:1/api/media"
 
 
 async def submit(store: Store, **fields: Any) -> Any:
@@ -120,6 +121,37 @@ async def sweep(store: Store) -> Any:
     await store.sweep(1)
 
 
+async def begin(store: Store) -> Any:
+    await store.complete(TASK, await begun(store), result(), CMS)
+    delivery = await store.begin(f"{TASK}-2")
+    return isinstance(delivery, Delivery) and delivery.state
+
+
+async def delivered(store: Store) -> Any:
+    await store.complete(TASK, await begun(store), result(), CMS)
+    return await store.delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", 7)
+
+
+async def delivered_late(store: Store) -> Any:
+    await begin(store)
+    return await store.delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", "seven")
+
+
+async def delivered_not_yet(store: Store) -> Any:
+    await fail(store)
+    return await store.delivered(f"{TASK}-1", DeliveryState.PENDING, 1, 500, "answered 500")
+
+
+async def given_up(store: Store) -> Any:
+    await fail(store)
+    return await store.delivered(f"{TASK}-1", DeliveryState.FAILED, 1, 410, "answered 410")
+
+
+async def resend(store: Store) -> Any:
+    await given_up(store)
+    await store.resend(TASK, f"{TASK}-1")
+
+
 SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "submit": [submit],
     "claim": [begun],
@@ -134,6 +166,9 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "leave": [leave],
     "tidy": [tidy_reaps, tidy_brings_over, tidy_ends],
     "sweep": [sweep],
+    "begin": [begin],
+    "delivered": [delivered, delivered_late, delivered_not_yet, given_up],
+    "resend": [resend],
 }
 
 

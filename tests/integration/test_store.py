@@ -507,7 +507,17 @@ def test_every_script_opens_with_its_contract() -> None:
         assert head[1].startswith("-- "), path.name
         for word in ("-- args: ", "-- Returns ", "Cost: "):
             assert any(word in line for line in head[1:12]), f"{path.name}: {word}"
-    assert {path.stem for path in LUA.glob("[a-z]*.lua")} == {*Verb, "preview", "renew", "leave", "tidy", "sweep"}
+    assert {path.stem for path in LUA.glob("[a-z]*.lua")} == {
+        *Verb,
+        "preview",
+        "renew",
+        "leave",
+        "tidy",
+        "sweep",
+        "begin",
+        "delivered",
+        "resend",
+    }
 
 
 def test_no_python_or_lua_spells_a_key_of_its_own() -> None:

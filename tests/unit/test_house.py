@@ -29,6 +29,7 @@ ADAPTERS: dict[str, set[str]] = {
     "s3": {"aiobotocore", "aiohttp", "botocore", "storage", "types_aiobotocore_s3"},
     "fetch": {"aiohttp", "PIL", "yarl"},
     "webhooks": {"aiohttp"},
+    "payload": {"aiohttp", "yarl"},
     "weights": {"huggingface_hub"},
     "credentials": {"c2pa", "cryptography"},
 }

@@ -1,0 +1,42 @@
+#!lua flags=allow-oom
+-- Notes what came of a try at a delivery: pending -> pending, delivered or failed. Where it has ended, what waited for it is due. The id that the CMS gave goes
+-- into the task's result.
+-- args: delivery_id state tries status problem media_id
+--   status: of the answer, '' for none; media_id: JSON, '' for none
+-- Returns the id (JSON) that the task's result has, '' for none: another one where another try was faster.
+-- Appends `updated` where the id is new: to the task's log unless it has expired, whose end then stays the terminal event, and to its project's. A webhook that
+-- was begun without the id is followed by one of type `updated`. Cost: O(log n).
+local key = K.delivery .. delivery_id
+local task_id, before, kind, webhook = unpack(redis.call('HMGET', key, 'task_id', 'state', 'kind', 'webhook'))
+local t = task_id and load(task_id)
+if not t then return '' end -- swept
+local known = t.media_id or 'null'
+if before ~= 'pending' then return t.media_id or '' end
+
+redis.call('HSET', key, 'state', state, 'tries', tries, 'last_problem', problem)
+if status ~= '' then redis.call('HSET', key, 'last_status', status) end
+local tail = '"payload_media_id":' .. known .. '}'
+local new = media_id ~= '' and media_id ~= known and t.status == 'completed' and string.sub(t.result, -#tail) == tail
+if new then
+  set(t, {result = string.sub(t.result, 1, -#tail - 1) .. '"payload_media_id":' .. media_id .. '}', media_id = media_id})
+  local extra = {'"result":' .. t.result}
+  if redis.call('EXISTS', K.log .. task_id) == 1 then
+    log(t, 'updated', extra) -- it keeps its time to live
+  else
+    log_in_project(t, 'updated', event(t, 'updated', extra))
+  end
+end
+if state == 'pending' then return t.media_id or '' end
+
+if kind == 'webhook' then
+  local number = string.match(delivery_id, '(%d+)$')
+  for n = number + 1, tonumber(t.deliveries) do
+    if redis.call('HGET', K.delivery .. task_id .. '-' .. n, 'kind') == 'webhook' then hasten(task_id .. '-' .. n) end
+  end
+elseif webhook and redis.call('HEXISTS', K.delivery .. webhook, 'begun') == 1 then
+  if new then deliver(t, 'updated') end
+elseif webhook and redis.call('EXISTS', K.delivery .. webhook) == 1 then
+  redis.call('HSET', K.delivery .. webhook, 'result', t.result)
+  hasten(webhook)
+end
+return t.media_id or ''

@@ -1,0 +1,272 @@
+"""The outbox: when a delivery is tried again, what it says each time, in which order, and that nothing takes it away."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import pytest
+from aiohttp import web
+from arq import Retry
+from arq.constants import in_progress_key_prefix
+from standardwebhooks import Webhook
+
+from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, StoredResult, TaskId
+from movieq.settings import Settings
+from movieq.storage import FolderStorage
+from movieq.store import Store
+from tests.arrange import raw, result, running
+from tests.service import Receiver, receiver, serving
+from workers import deliver as outbox_module
+from workers.deliver import JITTER, SCHEDULE_S, TRIES, TURN_S, Outbox, deliver, wait_s
+
+OLD, NEW = ("whsec_" + base64.b64encode(secret).decode() for secret in (b"an old secret of 24 byte", b"a new secret of 24 bytes"))
+CMS: Final = "http://cms.test/api/media"
+
+
+@pytest.fixture
+async def outbox(store: Store, folder: Path) -> AsyncIterator[Outbox]:
+    """An outbox whose secret is being rotated."""
+    async with aiohttp.ClientSession() as session:
+        yield Outbox(store, FolderStorage(folder, "http://127.0.0.1:1", (b"signs media",)), session, (NEW, OLD), Settings())
+
+
+async def failed(store: Store, url: str, **fields: Any) -> TaskId:
+    """A task that has failed, with a webhook to this address."""
+    task_id, run = await running(store, callback_url=url, **fields)
+    await store.fail(task_id, run, "it broke", "internal")
+    return task_id
+
+
+async def completed(store: Store, url: str, cms: str = CMS) -> TaskId:
+    """A task that has completed: its first delivery is for the CMS, where there is one, the next is a webhook to this address."""
+    task_id, run = await running(store, callback_url=url)
+    await store.complete(task_id, run, result(), cms)
+    return task_id
+
+
+async def tried(outbox: Outbox, task_id: TaskId, number: int = 1) -> float | None:
+    """A delivery has been tried: after how long it is to be tried again, None where it is not."""
+    delivery_id = f"{task_id}-{number}"
+    try:
+        await deliver({"outbox": outbox, "job_id": delivery_id, "job_try": 1}, delivery_id)
+    except Retry as again:
+        return (again.defer_score or 0) / 1000
+    return None
+
+
+async def facts(store: Store, task_id: TaskId, number: int = 1) -> Delivery:
+    """How far a delivery is."""
+    return next(delivery for id, delivery, _ in await store.deliveries(task_id) if id == f"{task_id}-{number}")
+
+
+async def due_in_s(store: Store, job: str) -> float:
+    """When the job is due."""
+    seconds, micros = await raw(store).time()
+    due_ms: float = await raw(store).zscore(KEYS["deliveries"], job)
+    return due_ms / 1000 - float(seconds) - float(micros) / 1_000_000
+
+
+def said(hook: Receiver) -> list[tuple[str, Any]]:
+    """Type, and the id that the CMS gave, of each webhook that came."""
+    bodies = [json.loads(body) for _, body in hook.requests]
+    return [(body["type"], body["result"] and body["result"]["payload_media_id"]) for body in bodies]
+
+
+# When
+
+
+async def test_a_receiver_that_is_down_is_tried_ten_times_over_more_than_a_day(store: Store, outbox: Outbox) -> None:
+    task_id = await failed(store, "http://127.0.0.1:9/hook")
+    waits = []
+    while (wait := await tried(outbox, task_id)) is not None:
+        waits.append(wait)
+    scheduled = [*SCHEDULE_S[1:], *[SCHEDULE_S[-1]] * (TRIES - len(SCHEDULE_S))]
+    assert waits == pytest.approx(scheduled, rel=JITTER + 0.001)
+    assert sum(waits) > 86400
+    delivery = await facts(store, task_id)
+    assert (delivery.state, delivery.tries) == (DeliveryState.FAILED, TRIES)
+
+
+def test_what_was_missed_together_does_not_come_back_together() -> None:
+    waits = [wait_s(1) for _ in range(200)]
+    assert 4.5 <= min(waits) < 4.75
+    assert 5.25 < max(waits) <= 5.5
+
+
+@pytest.mark.parametrize(("asked", "least_s", "most_s"), [("120", 120, 120), ("1", 4.5, 5.5), ("soon", 4.5, 5.5), ("999999", 86400, 86400)])
+async def test_retry_after_is_heeded_where_it_is_longer(store: Store, outbox: Outbox, asked: str, least_s: float, most_s: float) -> None:
+    async def busy(_: web.Request) -> web.Response:
+        return web.Response(status=503, headers={"Retry-After": asked})
+
+    async with serving({"/hook": busy}, "POST") as url:
+        task_id = await failed(store, f"{url}/hook")
+        wait = await tried(outbox, task_id)
+    assert wait is not None
+    assert least_s <= wait <= most_s
+    assert (await facts(store, task_id)).last_status == 503
+
+
+async def test_410_stops_the_tries(store: Store, outbox: Outbox) -> None:
+    async with receiver(410, 200) as hook:
+        task_id = await failed(store, hook.url)
+        assert await tried(outbox, task_id) is None
+        assert await tried(outbox, task_id) is None
+        assert len(hook.requests) == 1
+    assert (await facts(store, task_id)).state is DeliveryState.FAILED
+
+
+async def test_a_job_of_the_outbox_does_not_expire_and_what_came_of_it_does(store: Store) -> None:
+    task_id = await failed(store, "http://127.0.0.1:9/hook")
+    assert await raw(store).ttl(f"{KEYS['job']}{task_id}-1") == -1
+    assert 29 * 86400 < await raw(store).ttl(f"{KEYS['delivery']}{task_id}-1") <= 30 * 86400
+
+
+async def test_a_try_that_breaks_is_another_try_and_not_the_end_of_the_delivery(store: Store, outbox: Outbox) -> None:
+    task_id = await failed(store, "http://127.0.0.1:9/hook")
+    await raw(store).hset(f"{KEYS['delivery']}{task_id}-1", "status", "of a newer movieq")
+    assert await tried(outbox, task_id) is not None
+
+
+async def test_a_delivery_that_takes_long_is_nobody_elses(store: Store, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "HELD_S", 0.3)
+    gone_on, held = asyncio.Event(), f"{in_progress_key_prefix}%s-1"
+
+    async def slow(_: web.Request) -> web.Response:
+        await gone_on.wait()
+        return web.Response()
+
+    async with serving({"/hook": slow}, "POST") as url:
+        task_id = await failed(store, f"{url}/hook")
+        await raw(store).set(held % task_id, b"1", px=300)
+        trying = asyncio.create_task(tried(outbox, task_id))
+        await asyncio.sleep(1)
+        assert await raw(store).exists(held % task_id)
+        gone_on.set()
+        assert await trying is None
+
+
+# What
+
+
+async def test_every_try_has_its_own_time_and_signature_and_the_id_and_the_facts_of_the_first(store: Store, outbox: Outbox) -> None:
+    async with receiver(500, 200) as hook:
+        task_id = await failed(store, hook.url)
+        await tried(outbox, task_id)
+        await tried(outbox, task_id)
+    (first, body), (second, again) = hook.requests
+    assert first["webhook-id"] == second["webhook-id"] == f"{task_id}-1"
+    assert body == again
+    for headers in (first, second):
+        for secret in (OLD, NEW):
+            assert Webhook(secret).verify(body, headers)["task_id"] == task_id
+
+
+async def test_the_webhook_waits_for_the_cms_at_most_half_a_minute(store: Store) -> None:
+    with_cms, without = await completed(store, "http://127.0.0.1:9/hook"), await completed(store, "http://127.0.0.1:9/hook", "")
+    assert 29 < await due_in_s(store, f"{with_cms}-2") <= 30
+    assert await due_in_s(store, f"{with_cms}-1") <= 0
+    assert await due_in_s(store, f"{without}-1") <= 0
+
+
+@pytest.mark.parametrize("media_id", [7, "64f0c0ffee", 'with "quotes" }'])
+async def test_a_webhook_that_waited_is_due_as_soon_as_the_id_is_there_and_carries_it(
+    store: Store, outbox: Outbox, media_id: str | int
+) -> None:
+    async with receiver() as hook:
+        task_id = await completed(store, hook.url)
+        assert await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", media_id) == media_id
+        assert await due_in_s(store, f"{task_id}-2") <= 0
+        assert await tried(outbox, task_id, 2) is None
+    assert said(hook) == [("task.completed", media_id)]
+    assert len(await store.deliveries(task_id)) == 2
+    task = await store.task(task_id)
+    assert task is not None
+    assert task.result == StoredResult(result().media, result().metadata, media_id)
+
+
+async def test_where_the_cms_refuses_the_webhook_goes_out_at_once_without_an_id(store: Store, outbox: Outbox) -> None:
+    async with receiver() as hook:
+        task_id = await completed(store, hook.url)
+        assert await store.delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "project: no such document") is None
+        assert await due_in_s(store, f"{task_id}-2") <= 0
+        await tried(outbox, task_id, 2)
+    assert said(hook) == [("task.completed", None)]
+
+
+async def test_an_id_that_comes_after_the_half_minute_is_told_by_a_second_webhook(store: Store, outbox: Outbox) -> None:
+    async with receiver() as hook:
+        task_id = await completed(store, hook.url)
+        assert await tried(outbox, task_id, 2) is None
+        await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 4, 201, "", 7)
+        assert await tried(outbox, task_id, 3) is None
+    assert said(hook) == [("task.completed", None), ("task.updated", 7)]
+    body = json.loads(hook.requests[1][1])
+    task = await store.task(task_id)
+    assert task is not None
+    assert (body["status"], body["event"], body["data"]["payload_media_id"]) == ("completed", "complete", 7)
+    assert body["completed_at"] == json.loads(hook.requests[0][1])["completed_at"]
+
+
+async def test_an_id_that_is_told_twice_is_one_event_and_the_first_stays(store: Store) -> None:
+    task_id = await completed(store, "http://127.0.0.1:9/hook")
+    assert await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7) == 7
+    assert await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7) == 7
+    assert await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 2, 201, "", 8) == 7  # of another worker
+    assert [entry.type for entry in await store.log_after(task_id, None)].count(EventType.UPDATED) == 1
+
+
+async def test_what_came_of_a_delivery_whose_task_was_swept_is_noted_nowhere(store: Store) -> None:
+    task_id = await completed(store, "http://127.0.0.1:9/hook")
+    await raw(store).delete(KEYS["delivery"] + f"{task_id}-1")
+    assert await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7) is None
+    assert not await raw(store).exists(KEYS["delivery"] + f"{task_id}-1")
+
+
+# In which order
+
+
+async def test_a_webhook_waits_for_the_one_before_it_of_the_same_task(store: Store, outbox: Outbox) -> None:
+    async with receiver(500, 200) as hook:
+        task_id = await completed(store, hook.url)
+        await tried(outbox, task_id, 2)
+        await raw(store).zincrby(KEYS["deliveries"], 36_000_000, f"{task_id}-2")
+        await store.delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7)
+        assert await due_in_s(store, f"{task_id}-2") <= 0  # it does not hold up what is new for ten hours
+        assert await tried(outbox, task_id, 3) == TURN_S
+        assert (await facts(store, task_id, 3)).tries == 0
+        await raw(store).zincrby(KEYS["deliveries"], TURN_S * 1000, f"{task_id}-3")
+        assert await tried(outbox, task_id, 2) is None
+        assert await due_in_s(store, f"{task_id}-3") <= 0
+        assert await tried(outbox, task_id, 3) is None
+    assert said(hook) == [("task.completed", None), ("task.completed", None), ("task.updated", 7)]
+
+
+# Again
+
+
+async def test_what_is_sent_again_has_all_its_tries_and_the_id_and_the_body_that_it_had(store: Store, outbox: Outbox) -> None:
+    async with receiver(410, 200) as hook:
+        task_id = await failed(store, hook.url)
+        await tried(outbox, task_id)
+        await store.resend(task_id, f"{task_id}-1")
+        delivery = await facts(store, task_id)
+        assert (delivery.state, delivery.tries) == (DeliveryState.PENDING, 0)
+        assert await due_in_s(store, f"{task_id}-1.1") <= 0
+        await tried(outbox, task_id)
+    assert (await facts(store, task_id)).state is DeliveryState.DELIVERED
+    assert hook.requests[0][1] == hook.requests[1][1]
+    assert hook.requests[0][0]["webhook-id"] == hook.requests[1][0]["webhook-id"]
+
+
+async def test_what_waits_is_due_at_once_when_it_is_sent_again(store: Store) -> None:
+    task_id = await failed(store, "http://127.0.0.1:9/hook")
+    await raw(store).zincrby(KEYS["deliveries"], 3_600_000, f"{task_id}-1")
+    await store.resend(task_id, f"{task_id}-1")
+    assert await due_in_s(store, f"{task_id}-1") <= 0
+    assert await raw(store).zcard(KEYS["deliveries"]) == 1

@@ -1,0 +1,158 @@
+"""The CMS and the worker are killed, stopped and cut off from each other: every result gets there, and no result twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from movieq.contracts import DeliveryState, TaskId
+from tests.fleet import eventually
+from tests.payload.conftest import Desk, tried
+from tests.payload.relay import Relay, relay
+from tests.payload.server import PayloadServer
+from workers.deliver import DOUBT_S, Outbox
+
+Fault = Callable[[Relay, PayloadServer], None]
+IN_HAND_S = 0.5
+"""What a CMS that comes to itself needs for the uploads of these tests; `DOUBT_S` stands for it outside."""
+
+
+@pytest.fixture
+async def cut(cms: PayloadServer) -> AsyncIterator[Relay]:
+    """A relay to the CMS, which runs again in the end."""
+    async with relay(cms.url) as made:
+        yield made
+    recovered(cms)
+
+
+def recovered(cms: PayloadServer) -> None:
+    """The CMS serves again, whatever had happened to it."""
+    cms.thaw()
+    if cms.process.poll() is not None:
+        cms.start()
+
+
+async def delivered(outbox: Outbox, task_id: TaskId) -> int:
+    """The delivery has been tried, without its waits, until nothing of it was left to do; how often."""
+    for count in range(1, 30):
+        wait_s = await tried(outbox, task_id)
+        if wait_s is None:
+            return count
+        await asyncio.sleep(IN_HAND_S if wait_s == DOUBT_S else 0)
+    raise AssertionError("it was tried thirty times")
+
+
+async def only_one(desk: Desk, cms: PayloadServer, task_id: TaskId) -> None:
+    """The CMS has one document of the task, whole, and the task's result names it."""
+    (document,) = cms.documents(task_id)
+    assert document["filesize"] == 100_000
+    assert await desk.media_id(task_id) == document["id"]
+    assert (await desk.delivery(task_id)).state is DeliveryState.DELIVERED
+
+
+FAULTS: dict[str, Fault] = {
+    "stopped as the upload begins": lambda cut, cms: cut.at_upload(cms.freeze),
+    "stopped in the upload": lambda cut, cms: cut.at_upload(cms.freeze, 50_000),
+    "killed as the upload begins": lambda cut, cms: cut.at_upload(cms.kill),
+    "killed in the upload": lambda cut, cms: cut.at_upload(cms.kill, 50_000),
+    "killed as it answers": lambda cut, cms: cut.at_answer(cms.kill),
+    "its answer lost": lambda cut, cms: cut.at_answer(),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_a_fault_of_the_cms_in_an_upload_costs_a_try_and_makes_no_second_document(
+    desk: Desk, cms: PayloadServer, cut: Relay, name: str
+) -> None:
+    task_id = await desk.completed(cms)
+    async with desk.outbox(cms, cut.url, answer_s=1) as outbox:
+        FAULTS[name](cut, cms)
+        assert await tried(outbox, task_id) is not None
+        assert cut.struck.is_set()
+        assert await desk.media_id(task_id) is None
+        recovered(cms)
+        await delivered(outbox, task_id)
+    await only_one(desk, cms, task_id)
+
+
+async def test_a_document_that_is_there_is_found_and_not_made_again(desk: Desk, cms: PayloadServer, cut: Relay) -> None:
+    task_id = await desk.completed(cms)
+    async with desk.outbox(cms, cut.url) as outbox:
+        cut.at_answer()
+        assert await tried(outbox, task_id) is not None
+        (first,) = cms.documents(task_id)
+        assert await tried(outbox, task_id) == DOUBT_S
+        assert [document["id"] for document in cms.documents(task_id)] == [first["id"]]
+
+
+@pytest.mark.parametrize("after_bytes", [0, 50_000, None])
+async def test_a_worker_that_dies_in_an_upload_leaves_it_to_the_next_which_makes_no_second_document(
+    desk: Desk, cms: PayloadServer, cut: Relay, after_bytes: int | None
+) -> None:
+    task_id = await desk.completed(cms)
+    async with desk.outbox(cms, cut.url) as outbox:
+        trying = asyncio.create_task(tried(outbox, task_id))
+        if after_bytes is None:
+            cut.at_answer(trying.cancel)
+        else:
+            cut.at_upload(trying.cancel, after_bytes)
+        with pytest.raises(asyncio.CancelledError):
+            await trying
+        assert cut.struck.is_set()
+        await delivered(outbox, task_id)
+    await only_one(desk, cms, task_id)
+
+
+async def test_an_upload_that_arrives_after_it_was_given_up_is_removed_again(desk: Desk, cms: PayloadServer, cut: Relay) -> None:
+    task_id = await desk.completed(cms)
+    async with desk.outbox(cms, cut.url, answer_s=0.5) as outbox:
+        late = cut.hold()
+        assert await tried(outbox, task_id) is not None
+        assert await tried(outbox, task_id) == DOUBT_S
+        kept = await desk.media_id(task_id)
+        late.set()
+        await eventually(lambda: len(cms.documents(task_id)) == 2)
+        assert await tried(outbox, task_id) is None
+    await only_one(desk, cms, task_id)
+    assert await desk.media_id(task_id) == kept
+    assert not (await desk.delivery(task_id)).doubt
+
+
+async def test_two_workers_that_hold_the_same_delivery_leave_one_document(desk: Desk, cms: PayloadServer) -> None:
+    task_id = await desk.completed(cms)
+    async with desk.outbox(cms) as one, desk.outbox(cms) as other:
+        await asyncio.gather(tried(one, task_id), tried(other, task_id))
+        await delivered(one, task_id)
+    await only_one(desk, cms, task_id)
+
+
+async def test_after_an_hour_of_kills_and_stops_every_document_is_there_and_none_twice(desk: Desk, cms: PayloadServer, cut: Relay) -> None:
+    tasks = [await desk.completed(cms) for _ in range(12)]
+    done: set[TaskId] = set()
+
+    async def persistent(outbox: Outbox, task_id: TaskId) -> None:
+        while True:
+            wait_s = await tried(outbox, task_id)
+            if (await desk.delivery(task_id)).state is DeliveryState.FAILED:  # ten tries are soon used up without their waits
+                await desk.store.resend(task_id, f"{task_id}-1")
+            elif wait_s is None:
+                break
+            await asyncio.sleep(IN_HAND_S if wait_s == DOUBT_S else random.uniform(0.05, 0.3))
+        done.add(task_id)
+
+    async with desk.outbox(cms, cut.url, answer_s=0.3) as outbox, asyncio.TaskGroup() as group:
+        for task_id in tasks:
+            group.create_task(persistent(outbox, task_id))
+        for strike in (cms.freeze, cms.kill, cms.freeze, cms.kill):
+            cut.struck.clear()
+            cut.at_upload(strike, random.choice([0, 50_000]))
+            if len(done) < len(tasks):
+                async with asyncio.timeout(5):
+                    await cut.struck.wait()
+                await asyncio.sleep(0.4)
+            recovered(cms)  # here, not in a thread: it would end with that
+    for task_id in tasks:
+        await only_one(desk, cms, task_id)
