@@ -47,18 +47,19 @@ class Watch:
         With the `loaded` model and what the pipeline is `given`, prompts that it knows are not encoded again, and there are previews.
         """
         self.seconds: dict[str, float] = {}
-        self._loaded = loaded
-        given = given or {}
-        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
-        self._shot: previews.Shot | None = None
-        self._knew = False
-        self._inside = ExitStack()
         self._call, self._calls = part
         self._take = take
         self._pipe = pipe
         self._stage = ""
         self._since_s = 0.0
         self._handles: list[RemovableHandle] = []
+        self._inside = ExitStack()
+        self._loaded = loaded
+        self._read: bool | None = None
+        """Whether a prompt was encoded that was not known; None before the first."""
+        given = given or {}
+        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
+        self._shot: previews.Shot | None = None
 
     def __enter__(self) -> Self:
         for name, module in parts(self._pipe):
@@ -68,13 +69,14 @@ class Watch:
         if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
             self._pipe.encode_prompt = self._encoding(self._pipe.encode_prompt, self._loaded.embeddings)
             self._inside.callback(delattr, self._pipe, "encode_prompt")
-        if self._loaded is not None and self._loaded.eye is not None:
-            self._inside.enter_context(previews.followed(self._pipe.scheduler, self._due, partial(self._see, self._loaded.eye)))
+        scheduler = getattr(self._pipe, "scheduler", None)
+        if self._loaded is not None and self._loaded.eye is not None and hasattr(scheduler, "step"):
+            self._inside.enter_context(previews.followed(scheduler, self._due, partial(self._see, self._loaded.eye)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave("")
-        if self._knew:
+        if self._read is False:
             self.seconds.pop("encode", None)  # how long it takes where a prompt is new, the task before has told
         for handle in self._handles:
             handle.remove()
@@ -92,7 +94,8 @@ class Watch:
         def encoded(*args: Any, **given: Any) -> Any:
             self._take.check()
             self._enter("encode")
-            answer, self._knew = known.of(encode, args, given)
+            answer, knew = known.of(encode, args, given)
+            self._read = self._read or not knew
             return answer
 
         return encoded
