@@ -47,19 +47,18 @@ class Watch:
         With the `loaded` model and what the pipeline is `given`, prompts that it knows are not encoded again, and there are previews.
         """
         self.seconds: dict[str, float] = {}
+        self._loaded = loaded
+        given = given or {}
+        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
+        self._shot: previews.Shot | None = None
+        self._knew = False
+        self._inside = ExitStack()
         self._call, self._calls = part
         self._take = take
         self._pipe = pipe
         self._stage = ""
         self._since_s = 0.0
         self._handles: list[RemovableHandle] = []
-        self._inside = ExitStack()
-        self._loaded = loaded
-        self._read: bool | None = None
-        """Whether a prompt was encoded that was not known; None before the first."""
-        given = given or {}
-        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
-        self._shot: previews.Shot | None = None
 
     def __enter__(self) -> Self:
         for name, module in parts(self._pipe):
@@ -76,7 +75,7 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave("")
-        if self._read is False:
+        if self._knew:
             self.seconds.pop("encode", None)  # how long it takes where a prompt is new, the task before has told
         for handle in self._handles:
             handle.remove()
@@ -94,8 +93,7 @@ class Watch:
         def encoded(*args: Any, **given: Any) -> Any:
             self._take.check()
             self._enter("encode")
-            answer, knew = known.of(encode, args, given)
-            self._read = self._read or not knew
+            answer, self._knew = known.of(encode, args, given)
             return answer
 
         return encoded
