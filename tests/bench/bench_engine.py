@@ -1,8 +1,9 @@
 """What serving costs beside a bare pipeline, on the CPU with tiny weights: `python -m tests.bench.bench_engine`.
 
-The same calls in turn, bare in this process and served by a child: the same class, weights, steps, size and threads. Then the lag of the
-worker's event loop while the child works, how soon a cancel takes effect in each stage, how soon a killed child is back, and the child's
-memory after twenty and after two hundred tasks. Prints a table and, as its last line, one JSON object.
+The same calls in turn, bare in this process and served by a child: the same class, weights, steps, size and threads. Then served with
+previews and without them, in turn, and what a preview of large latents takes by itself; the lag of the worker's event loop while the child
+works, how soon a cancel takes effect in each stage, how soon a killed child is back, and the child's memory after twenty and after two
+hundred tasks. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import psutil
 import torch
 from PIL import Image
 
@@ -23,8 +25,9 @@ from movieq.models import Model
 from tests.arrange import ran
 from tests.bench.report import percentile, report
 from tests.engines import tiny
-from workers.child import media, shelf
+from workers.child import media, previews, shelf
 from workers.child.media import Tags
+from workers.child.previews import Call, Eye, Learnt
 from workers.engine import Child, Progress
 from workers.protocol import Run, Step
 
@@ -32,6 +35,9 @@ CALLS: Final = 30
 STEPS: Final = 20
 SIDE: Final = 64
 TASKS: Final = 20, 200
+PREVIEW_CALLS: Final = 15
+PREVIEW_STEPS: Final = 100
+"""Two seconds or three, so that there are some."""
 
 
 class Bench:
@@ -66,6 +72,14 @@ class Bench:
         await ran(self.child, self.run(**given))
         return time.perf_counter() - begun
 
+    async def worked(self, preview: bool) -> float:
+        """Seconds of the processor that the child spends on a picture of many steps."""
+        process = psutil.Process(self.child.pid)
+        before = process.cpu_times()
+        await self.served(steps=PREVIEW_STEPS, preview=preview)
+        after = process.cpu_times()
+        return after.user + after.system - before.user - before.system
+
     def bare(self, pipe: Any) -> float:
         """Seconds of the same call and the same file, without anything of ours around it."""
         begun = time.perf_counter()
@@ -92,6 +106,17 @@ class Bench:
         return time.perf_counter() - begun
 
 
+def preview_seconds(shape: tuple[int, ...]) -> float:
+    """Of the processor for one preview, from the estimate to the JPEG: of a picture of 1024 px, or a clip of 257 frames of 1280 by 768."""
+    eye = Eye(Learnt(8, 8, torch.randn(shape[1] + 1, 3).div(shape[1]).tolist()))
+    latents = torch.randn(shape)
+    begun = time.process_time()
+    pictures = eye.look(latents, Call())
+    assert pictures is not None
+    previews.drawn(pictures)
+    return time.process_time() - begun
+
+
 async def lag(over: asyncio.Event) -> list[float]:
     """By how many milliseconds the loop came late, again and again."""
     found = []
@@ -110,6 +135,10 @@ async def measure(folder: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     pairs = [(bench.bare(pipe), await bench.served()) for _ in range(CALLS + 3)][3:]
     bare, served = (statistics.median(each) for each in zip(*pairs, strict=True))
+
+    pairs = [(await bench.worked(preview=False), await bench.worked(preview=True)) for _ in range(PREVIEW_CALLS)]
+    plain, shown = (sum(each) for each in zip(*pairs, strict=True))
+    preview = [preview_seconds(shape) for shape in ((1, 16, 128, 128), (1, 128, 33, 24, 40)) for _ in range(CALLS)]
 
     over = asyncio.Event()
     lagging = asyncio.create_task(lag(over))
@@ -143,6 +172,10 @@ async def measure(folder: Path) -> None:
             "served_to_bare_aim": 1.02,
             "overhead_ms": (served - bare) * 1000,
             "overhead_ms_aim": 50.0,
+            "with_previews_to_without": shown / plain,
+            "preview_ms": statistics.median(preview) * 1000,
+            "preview_share_at_two_a_second": statistics.median(preview) * 2,
+            "preview_share_at_two_a_second_aim": 0.01,
             "loop_lag_p99_ms": percentile(lags, 0.99),
             "loop_lag_p99_ms_aim": 15.0,
             **{f"cancel_in_{stage}_p50_ms": statistics.median(each) * 1000 for stage, each in cancels.items()},

@@ -33,9 +33,13 @@ class Embeddings:
         return sum(each.size for each in self._kept.values())
 
     def of(self, encode: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, bool]:
-        """What `encode`, a method of a pipeline, answers, and whether it was known: the same method and plain arguments mean the same."""
+        """What `encode`, a method of a pipeline, answers, and whether it was known: the same method and plain arguments mean the same.
+
+        Of a pipeline's own state such methods of diffusers read nothing else but whether there is guidance (one does, of 0.42's all).
+        """
+        guided = getattr(getattr(encode, "__self__", None), "do_classifier_free_guidance", None)
         try:
-            key = getattr(encode, "__func__", encode), _plain(args), _plain(given)
+            key = getattr(encode, "__func__", encode), bool(guided), _plain(args), _plain(given)
         except _Odd:
             return encode(*args, **given), False
         if (known := self._kept.pop(key, None)) is not None:

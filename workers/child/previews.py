@@ -124,7 +124,7 @@ def drawn(pictures: Tensor) -> bytes:
     """The pictures beside each other as a JPEG of at most 10 kB."""
     side = SIDE if len(pictures) == 1 else FRAME_SIDE
     scale = side / max(pictures.shape[1:3])
-    size = round(pictures.shape[2] * scale), round(pictures.shape[1] * scale)
+    size = max(1, round(pictures.shape[2] * scale)), max(1, round(pictures.shape[1] * scale))
     strip = Image.new("RGB", (size[0] * len(pictures), size[1]))
     for number, picture in enumerate(pictures.numpy()):
         strip.paste(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC), (number * size[0], 0))
@@ -143,7 +143,7 @@ def followed(scheduler: Any, due: Callable[[], bool], see: Callable[[Tensor], No
     """
     plain = type(scheduler)
     own_step = plain.step
-    form = inspect.signature(own_step)
+    form = inspect.signature(scheduler.step)
     blind = "return_dict" not in form.parameters
 
     def tried(call: Callable[[], Any]) -> Any:
@@ -159,7 +159,7 @@ def followed(scheduler: Any, due: Callable[[], bool], see: Callable[[Tensor], No
         if self is not scheduler or blind or not tried(due):
             return own_step(self, *args, **kwargs)
         answer = own_step(self, *args, **{**kwargs, "return_dict": True})  # by name: what stands second in the tuples differs
-        if (latents := tried(lambda: _estimate(answer, **form.bind(self, *args, **kwargs).arguments))) is not None:
+        if (latents := tried(lambda: _estimate(self, answer, **form.bind(*args, **kwargs).arguments))) is not None:
             tried(lambda: see(latents))
         return answer if kwargs.get("return_dict", True) else answer.to_tuple()
 
@@ -170,9 +170,8 @@ def followed(scheduler: Any, due: Callable[[], bool], see: Callable[[Tensor], No
         scheduler.__class__ = plain
 
 
-def _estimate(answer: Any, self: Any, model_output: Tensor, timestep: Any, sample: Tensor, **given: Any) -> Tensor | None:
-    """The finished latents as they look after this step of a scheduler: its own, else by the noise that was left before it."""
-    scheduler = self
+def _estimate(scheduler: Any, answer: Any, model_output: Tensor, timestep: Any, sample: Tensor, **given: Any) -> Tensor | None:
+    """The finished latents as they look after this step: the scheduler's own, else by the noise that was left before it."""
     for name in ("pred_original_sample", "denoised"):
         if (found := getattr(answer, name, None)) is not None:
             return cast(Tensor, found)

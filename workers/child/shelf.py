@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,8 +50,9 @@ class Loaded:
         for part in self._networks():
             part.to(place, non_blocking=place != "cpu")
             if place == "cpu" and torch.cuda.is_available():
-                for tensor in (*part.parameters(), *part.buffers()):
-                    tensor.data = tensor.data.pin_memory()
+                with contextlib.suppress(RuntimeError):  # the host gives no more of it: a copy takes longer
+                    for tensor in (*part.parameters(), *part.buffers()):
+                        tensor.data = tensor.data.pin_memory()
 
     def _networks(self) -> list[torch.nn.Module]:
         own = [part for pipe in (self.pipe, self.image_pipe) if pipe is not None for part in _networks(pipe)]

@@ -68,8 +68,9 @@ class Watch:
         if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
             self._pipe.encode_prompt = self._encoding(self._pipe.encode_prompt, self._loaded.embeddings)
             self._inside.callback(delattr, self._pipe, "encode_prompt")
-        if self._loaded is not None and self._loaded.eye is not None:
-            self._inside.enter_context(previews.followed(self._pipe.scheduler, self._due, partial(self._see, self._loaded.eye)))
+        scheduler = getattr(self._pipe, "scheduler", None)
+        if self._loaded is not None and self._loaded.eye is not None and hasattr(scheduler, "step"):
+            self._inside.enter_context(previews.followed(scheduler, self._due, partial(self._see, self._loaded.eye)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
