@@ -20,7 +20,7 @@ from tests.contract.conftest import Tasks, served
 WORKERS = "/api/v1/workers/status"
 WORKER = {
     *("worker_id", "worker_type", "status", "current_task_id", "gpu_utilization", "memory_usage", "tasks_completed", "last_heartbeat"),
-    *("queues", "device", "memory_total", "temperature", "power", "models", "models_parked", "model_swaps"),
+    *("queues", "device", "memory_total", "temperature", "power", "idle_gap", "models", "models_parked", "model_swaps"),
     *("host", "version"),
 }
 
@@ -155,9 +155,12 @@ async def test_the_schema_of_a_type_refuses_what_submit_refuses(api: Client, tas
     assert (await api.submit(task_type=task_type, task_data={"prompt": "x", **task_data})).status == 400
 
 
-async def test_an_engine_that_no_model_serves_is_refused_by_its_setting(settings: Settings, store: Store) -> None:
-    async with served(msgspec.structs.replace(settings, engine=EngineChoice.DIFFUSERS)) as api:
-        line = {"text": "Land ho."}  # which no model that ships speaks
+async def test_an_engine_that_no_model_serves_is_refused_by_its_setting(settings: Settings, store: Store, folder: Path) -> None:
+    mute = 'engine = "animatic"\nkind = "cpu_intensive"\ntasks = { generate_image = 1 }\n'
+    (folder / "models.toml").write_text(f"[csm]\n{mute}[mms-tts-eng]\n{mute}")  # so that no model speaks
+    models = str(folder / "models.toml")
+    async with served(msgspec.structs.replace(settings, engine=EngineChoice.DIFFUSERS, models=models)) as api:
+        line = {"text": "Land ho."}
         answer = await api.submit(task_type="process_audio", task_data=line)
         draft = await api.submit(task_type="process_audio", task_data={**line, "draft": True})
     assert (answer.status, "MOVIEQ_ENGINE" in answer.message, draft.status) == (400, True, 201)
