@@ -23,9 +23,9 @@ import aiohttp
 import msgspec
 from redis.exceptions import RedisError
 
-from movieq import credentials, fetch, logs, models, payload, settings, webhooks
+from movieq import credentials, fetch, logs, models, payload, settings, webhooks, weights
 from movieq.client import Client, Unreachable
-from movieq.errors import CmsFault, MovieqError, SettingsError, StorageFault
+from movieq.errors import CmsFault, ModelUnavailable, MovieqError, SettingsError, StorageFault
 from movieq.fetch import Guard, UrlRefused
 from movieq.payload import Payload
 from movieq.settings import Bucket, PayloadMode, Settings, variable
@@ -38,6 +38,8 @@ FULL_BYTES: Final = 100 * 1024**2
 EXPIRES_SOON: Final = timedelta(days=30)
 LARGE_BYTES: Final = 20 * 1024**2 + 1
 """Just more than Payload takes of a file unless it is told otherwise."""
+NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
+NO_GPU: Final = "none on this machine: animatics need none; a model that is asked for by name runs on the CPU, slowly"
 LEAST_REDIS: Final = (7, 0)
 """The first that knows scripts with flags (`#!lua`)."""
 
@@ -79,7 +81,7 @@ async def examine(
         whole = whole and finding.mark is not Mark.BROKEN
         found(finding)
 
-    for finding in (*_packages(), _speech()):
+    for finding in (*_packages(), _speech(), _gpu()):
         note(finding)
     for name in settings.unknown():
         near = difflib.get_close_matches(name, [variable(field) for field in Settings.__struct_fields__], 1)
@@ -142,6 +144,34 @@ def _speech() -> Finding:
     return Finding(Mark.GOOD, "speech", f"espeak-ng by espeakng-loader {importlib.metadata.version('espeakng-loader')}")
 
 
+def _gpu() -> Finding:
+    """What the driver knows of GPUs, and whether models can use them. It starts no CUDA."""
+    driver = NVIDIA_DRIVER.exists()
+    if importlib.util.find_spec("pynvml") is None:
+        if driver:
+            return Finding(Mark.BROKEN, "GPU", "a driver is here, and nothing that can use it: pip install 'movieq[gpu]'")
+        return Finding(Mark.GOOD, "GPU", NO_GPU)
+    library = importlib.import_module("pynvml")
+    try:
+        library.nvmlInit()
+        cards = [library.nvmlDeviceGetName(library.nvmlDeviceGetHandleByIndex(each)) for each in range(library.nvmlDeviceGetCount())]
+    except library.NVMLError as error:
+        if driver:
+            return Finding(
+                Mark.BROKEN, "GPU", f"the driver is here and does not answer ({error}): start the machine again, or its driver anew"
+            )
+        return Finding(Mark.GOOD, "GPU", NO_GPU)
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(Mark.BROKEN, "GPU", f"{', '.join(cards)}, and no torch: pip install 'movieq[gpu]'")
+    if torch.endswith("+cpu"):
+        return Finding(
+            Mark.BROKEN, "GPU", f"{', '.join(cards)}, and torch {torch}, which knows no GPU: pip install torch by its CUDA index"
+        )
+    return Finding(Mark.GOOD, "GPU", f"{', '.join(cards)}; torch {torch}")
+
+
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -172,7 +202,21 @@ def _models(read: Settings) -> Finding:
         table = models.load(read.models)
     except SettingsError as error:
         return Finding(Mark.BROKEN, "models", error.message)
-    return Finding(Mark.GOOD, "models", f"{len(table)}: {', '.join(table)}")
+    here: list[str] = []
+    wrong: list[str] = []
+    for name, model in table.items():
+        sources = weights.sources(model)
+        try:
+            for source in sources:
+                weights.find(source)
+            here.append(name)
+        except ModelUnavailable as error:
+            wrong += [f"{name}: {error.message}"] if any(weights.begun(source) for source in sources) else []
+    if wrong:
+        return Finding(Mark.BROKEN, "models", "; ".join(wrong))
+    lacking = [name for name in table if name not in here]
+    text = f"{len(table)}; here: {', '.join(here)}"
+    return Finding(Mark.GOOD, "models", f"{text}; `movieq models pull NAME` brings {', '.join(lacking)}" if lacking else text)
 
 
 def _signatures(read: Settings) -> Finding:

@@ -72,6 +72,11 @@ def beside(weights: Weights, name: str) -> Path | None:
     return cache / "movieq" / f"{hashlib.sha256(repr(files).encode()).hexdigest()[:32]}.{name}"
 
 
+def begun(weights: Weights) -> bool:
+    """Whether these weights have been pulled to this machine, whatever has become of them since; a folder always counts as that."""
+    return weights.revision is None or _stamp(weights).is_file()
+
+
 class Wanted(msgspec.Struct, frozen=True):
     """A file of a repository that a model needs."""
 

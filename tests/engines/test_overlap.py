@@ -184,6 +184,64 @@ async def test_pictures_that_wait_are_made_together_and_each_gets_its_own(tmp_pa
         assert np.abs(one - many).mean() < 1
 
 
+async def test_a_worker_learns_how_many_pictures_its_memory_has_room_for(tmp_path_factory: pytest.TempPathFactory, folders: Any) -> None:
+    folder = tmp_path_factory.mktemp("learns")
+    (folder / "library").mkdir()
+    (folder / "library" / "sitecustomize.py").write_text(  # a decoder whose memory suffices for two
+        """
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+class Small(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "diffusers.models.autoencoders.autoencoder_kl":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        load = spec.loader.exec_module
+        def loaded(module):
+            load(module)
+            import torch
+            decode = module.AutoencoderKL.decode
+            def small(self, latents, *args, **options):
+                if len(latents) > 2:
+                    raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+                return decode(self, latents, *args, **options)
+            module.AutoencoderKL.decode = small
+        spec.loader.exec_module = loaded
+        return spec
+
+sys.meta_path.insert(0, Small())
+"""
+    )
+    (folder / "models.toml").write_text(
+        f"""
+        [tiny]
+        engine = "diffusers"
+        kind = "cpu_intensive"
+        tasks = {{ generate_image = 1 }}
+        weights = {{ repository = "{folders("sd")}" }}
+        pipeline = "StableDiffusionPipeline"
+        defaults = {{ steps = 2 }}
+        limits = {{ sides = 8, pixels = [1, 4096], batch = [[4096, 4]] }}
+        """
+    )
+    with service(folder, MOVIEQ_MODELS=str(folder / "models.toml"), PYTHONPATH=python_path(folder / "library")) as running:
+        task = {"resolution": "64x64", "model": "tiny", "prompt": "a lamp"}
+        sizes = []
+        for _ in range(2):
+            blocker = await running.submit("generate_image", {**task, "steps": 150})
+            await running.until(blocker, "stage", "denoise")
+            ids = [await running.submit("generate_image", task) for _ in range(4)]
+            ended = [await running.ended(task_id) for task_id in ids]
+            assert [each["status"] for each in ended] == ["completed"] * 4, ended
+            sizes.append([each["result"]["metadata"].get("warnings") for each in ended])
+            assert {each["result"]["metadata"]["batch_size"] for each in ended} == {2}
+    assert sizes[0] == [["out of memory: the batch was halved"]] * 4
+    assert sizes[1] == [None] * 4, "the second time it takes no more than two"
+
+
 async def picture(ended: dict[str, Any]) -> Any:
     """The pixels of a result."""
     return np.asarray(Image.open(io.BytesIO(await body(ended["result"]["media_url"]))), np.int16)

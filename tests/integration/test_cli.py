@@ -24,7 +24,7 @@ from movieq.embedded import Valkey
 from movieq.store import Counts, Store
 from tests.arrange import raw
 from tests.arrange import running as claimed
-from tests.fleet import KEY, fleet
+from tests.fleet import KEY, fleet, python_path
 from tests.service import Service, service
 
 LONG = json.dumps({"prompt": "a long way up the stairs", "duration": 30, "fps": 60})
@@ -234,7 +234,19 @@ async def test_doctor_finds_nothing_broken_in_a_good_installation(server: Valkey
     marks = marked(out)
     assert (code, err) == (0, ""), out
     assert {subject for subject, mark in marks.items() if mark == "!"} == {"settings", "API"}
-    assert {"Redis", "Redis memory", "Redis disk", "storage", "models", "webhooks", "speech", "PyAV", "Pillow", "API keys"} <= marks.keys()
+    assert {
+        "Redis",
+        "Redis memory",
+        "Redis disk",
+        "storage",
+        "models",
+        "webhooks",
+        "speech",
+        "GPU",
+        "PyAV",
+        "Pillow",
+        "API keys",
+    } <= marks.keys()
     assert "do you mean MOVIEQ_STORAGE?" in out
     assert "a-key-of-the-tests" not in out
 
@@ -256,6 +268,41 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
         "signatures",
         "API",
     }, out
+
+
+async def test_doctor_says_which_models_are_here_and_what_is_wrong_with_them(folder: Path) -> None:
+    (folder / "weights").mkdir()
+    table = (
+        '[lamp]\nengine = "diffusers"\nkind = "gpu_medium"\ntasks = { generate_image = 1 }\npipeline = "FluxPipeline"\n'
+        f'weights = {{ repository = "{folder / "weights"}" }}\n'
+    )
+    (folder / "models.toml").write_text(table)
+    _, out, _ = await movieq("doctor", folder=folder, MOVIEQ_MODELS="models.toml", HF_HOME=str(folder / "hub"))
+    assert "here: animatic, lamp; `movieq models pull NAME` brings z-image-turbo" in " ".join(out.split())
+    (folder / "weights").rmdir()
+    code, out, _ = await movieq("doctor", folder=folder, MOVIEQ_MODELS="models.toml", HF_HOME=str(folder / "hub"))
+    assert (code, marked(out)["models"]) == (1, "✗")
+    assert "lamp: there is no folder" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("torch", "mark", "said"),
+    [
+        ("2.13.0+cu130", "✓", "NVIDIA H100 80GB HBM3; torch 2.13.0+cu130"),
+        ("2.13.0+cpu", "✗", "torch 2.13.0+cpu, which knows no GPU"),
+    ],
+)
+async def test_doctor_says_whether_the_gpu_of_this_machine_can_be_used(folder: Path, torch: str, mark: str, said: str) -> None:
+    site = folder / "site"
+    (site / "torch-0.dist-info").mkdir(parents=True)
+    (site / "torch-0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n")
+    (site / "pynvml.py").write_text(  # as NVIDIA's, of a machine with one card
+        "class NVMLError(Exception): pass\nnvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n"
+        "nvmlDeviceGetHandleByIndex = lambda number: number\nnvmlDeviceGetName = lambda handle: 'NVIDIA H100 80GB HBM3'\n"
+    )
+    _, out, _ = await movieq("doctor", folder=folder, PYTHONPATH=python_path(site))
+    assert marked(out)["GPU"] == mark, out
+    assert said in " ".join(out.split())
 
 
 async def test_a_worker_that_must_sign_and_cannot_does_not_start(server: Valkey, folder: Path) -> None:
