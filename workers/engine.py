@@ -288,6 +288,7 @@ class Child:
                     case Failed():
                         if message.broken:
                             self._gone()  # it ends by itself: nothing must be sent to it any more
+                            self._blamed = request.run
                         raise self._fault(message)
                     case None:
                         raise await self._obituary(request.run, stage)
