@@ -3,9 +3,8 @@
 -- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
 --   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, batch, start_by_ms, finish_by_ms: '' for none
 --   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
---   fingerprint: of what it makes, '' for none; made: the completed task of that fingerprint, '' for none, made_result: its result (JSON), made_prefix: where its
---   files are, made_ms: how old these may be, since older ones are swept, '' for any,
---   made_cms: address of the CMS's collection that is to have it, '' for none
+--   fingerprint: of what it makes; made: the completed task of that fingerprint; made_result: its result (JSON); made_prefix: where its files are;
+--   made_ms: how old these may be, since older ones are swept; made_cms: address of the CMS's collection that is to have it; '' for none
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
 --   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
 -- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's begins with `started`; with a result that was made before also

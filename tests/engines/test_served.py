@@ -93,12 +93,10 @@ async def test_a_storyboard_becomes_a_clip_by_a_model(running: Service) -> None:
 
 
 async def test_a_line_is_spoken_by_a_model_and_the_log_has_its_stages(running: Service) -> None:
-    task_id = await running.submit("process_audio", {"text": "Land ho. All hands!", "model": "tiny-voice"})
+    task_id = await running.submit("process_audio", {"text": "Land ho. All hands! " * 20, "model": "tiny-voice"})
     assert (await running.ended(task_id))["status"] == "completed"
     async with running.events(task_id) as events:
-        steps = [event["current_step"] async for event in events]
-    assert "loading_models" in steps
-    assert "synthesizing_speech" in steps
+        assert "synthesizing_speech" in [event["current_step"] async for event in events]
 
 
 async def test_a_draft_of_a_task_for_a_model_is_the_animatic(running: Service) -> None:
@@ -121,7 +119,10 @@ async def test_weights_that_are_not_here_fail_the_task_and_say_what_to_run(runni
 
 
 async def test_who_watches_a_model_at_work_sees_what_it_makes(running: Service) -> None:
-    task_id = await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture", "steps": 150})
+    # who comes while the task waits is known by the time that it runs: the worker looks every two seconds
+    task = {"prompt": "a lamp", "model": "tiny-picture", "steps": 150, "resolution": "512x512"}
+    await running.until(await running.submit("generate_image", task), "stage", "denoise")
+    task_id = await running.submit("generate_image", task)
     async with running.events(task_id) as events:
         told = [event async for event in events]
     previews = [event for event in told if event["event"] == "preview"]
