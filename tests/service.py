@@ -177,7 +177,7 @@ async def serving(routes: dict[str, Any], method: str = "GET", port: int = 0) ->
     application = web.Application()
     for path, handler in routes.items():
         application.router.add_route(method, path, handler)
-    runner = web.AppRunner(application)
+    runner = web.AppRunner(application, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()

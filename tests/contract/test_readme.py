@@ -15,8 +15,8 @@ from tests.service import service
 README = Path(movieq.__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = "--- end of block ---"
-OF_THE_HEARTBEAT = (".status", ".current_task_id", ".idle_gap")
-"""Of a worker's row: how it was at its last heartbeat, while a task before still ran, perhaps."""
+OF_THE_HEARTBEAT = (".status", ".current_task_id", ".idle_gap", ".models")
+"""Of a worker's row: how it was at its last heartbeat, before its engine was there or while a task still ran, perhaps."""
 
 
 def walkthrough() -> list[tuple[str, str]]:

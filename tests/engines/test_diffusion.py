@@ -108,7 +108,9 @@ def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills:
     assert [each.step == each.steps for each in result.said if isinstance(each, Step) and each.stage == "denoise"][-1]
 
 
-@pytest.mark.parametrize("name", ["sd", "flux", "ltx_condition", "wan", "animatediff", "stable_audio"])
+@pytest.mark.parametrize(
+    "name", ["sd", "flux", "ltx_condition", "wan", pytest.param("animatediff", marks=pytest.mark.slow), "stable_audio"]
+)
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
 def test_a_run_that_is_cancelled_in_any_stage_stops_there_and_the_next_is_clean(studio: Studio, name: str, stage: str) -> None:
     fresh = studio.make(name, **asked(name))

@@ -145,7 +145,7 @@ async def test_a_cancel_stops_a_model_between_two_steps_and_the_child_lives_on(r
     assert [each.pid for each in running.find("workers.child")] == [child.pid]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGSEGV, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 async def test_a_crash_while_a_model_works_costs_one_try(running: Service, signum: signal.Signals) -> None:
     task_id = await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture", "steps": 100})
     await running.until(task_id, "stage", "denoise")
