@@ -181,7 +181,7 @@ class FolderStorage(Storage):
             temporary.unlink(missing_ok=True)
         # The name must outlive a power cut like the bytes do, and so must the folders that were made for it.
         for folder in (self._root / parent for parent in target.relative_to(self._root).parents):
-            _sync(folder)
+            sync(folder)
         return size
 
     def _copied_in(self, target: Path, source: Path) -> Path:
@@ -191,7 +191,7 @@ class FolderStorage(Storage):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, temporary)
-                _sync(temporary)
+                sync(temporary)
                 break
             except OSError as error:
                 with contextlib.suppress(OSError):
@@ -276,7 +276,8 @@ def _usable(root: Path) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """The file, or what a folder lists, outlives a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

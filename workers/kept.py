@@ -19,6 +19,7 @@ import msgspec
 
 from movieq import logs
 from movieq.contracts import RunToken, TaskId, TaskStatus
+from movieq.storage import sync
 from movieq.store import Store
 from workers.protocol import Done
 from workers.spool import FOLDER
@@ -60,7 +61,7 @@ class Kept:
             manifest = _Manifest(named, tuple(Path(each.path).stat().st_size for each in done.files))
             (out_dir / MANIFEST).write_bytes(msgspec.msgpack.encode(manifest))
             for path in (*(Path(each.path) for each in done.files), out_dir / MANIFEST, out_dir):
-                _sync(path)
+                sync(path)
             out_dir.chmod(0o700)
             out_dir.rename(folder)
         except (OSError, ValueError) as error:
@@ -122,13 +123,5 @@ def _ours(folder: Path) -> bool:
         return False
     try:
         return os.fstat(fd).st_uid == os.geteuid()
-    finally:
-        os.close(fd)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)
