@@ -136,7 +136,7 @@ async def overlap(server: Seaweed, folder: Path) -> dict[str, float]:
             if name == "slow":
                 far.slow(put, SLOW_S, times=1000)
             ids = [
-                TaskId(await api.submit("generate_image", {"prompt": "a lamp", "resolution": "1024x1024", "seed": each}))
+                TaskId(await api.submit("generate_image", {"prompt": "a lamp", "resolution": "1024x1024", "seed": each, "no_cache": True}))
                 for each in range(CLIPS)
             ]
             for task_id in ids:
