@@ -603,7 +603,7 @@ class Store:
 
     async def grant(self, key_hash: str) -> Grant | None:
         """What the API key of this hash may; None for an unknown one."""
-        blob = await _answer(self.redis.hget(KEYS["keys"], key_hash))
+        blob = await self._line.call("HGET", KEYS["keys"], key_hash)
         return None if blob is None else msgspec.msgpack.decode(blob, type=Grant)
 
     async def add_grant(self, key_hash: str, grant: Grant) -> None:
@@ -628,7 +628,7 @@ class Store:
 
     async def had_gpu(self) -> bool:
         """Whether a GPU worker was heard of in the last 30 days."""
-        return bool(await self.redis.exists(KEYS["gpu"]))
+        return bool(await self._line.call("EXISTS", KEYS["gpu"]))
 
     # ── The log ──
 
@@ -728,7 +728,7 @@ class Store:
 
     async def upload(self, upload_id: str) -> Upload | None:
         """The upload; None where there is none (any more)."""
-        blob = await self.redis.get(KEYS["upload"] + upload_id)
+        blob = await self._line.call("GET", KEYS["upload"] + upload_id)
         return None if blob is None else msgspec.msgpack.decode(blob, type=Upload)
 
     async def add_orphan(self, prefix: str) -> None:

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from arq import ArqRedis
 from arq.jobs import Job
 
 from movieq.api import tasks
@@ -163,6 +164,12 @@ async def test_the_receipt_stays_the_same_whatever_has_become_of_the_task(api: C
     await tasks.store.fail(first.json["task_id"], await tasks.claim(), "broke", "internal")
     await api.post(f"/api/v1/tasks/{first.json['task_id']}/retry")
     assert (await api.submit(headers=ONCE)).body == first.body
+
+
+async def test_a_burst_of_requests_opens_one_connection_to_redis_at_most(api: Client, redis: ArqRedis) -> None:
+    before = (await redis.info("stats"))["total_connections_received"]
+    assert {answer.status for answer in await asyncio.gather(*(api.submit() for _ in range(50)))} == {201}
+    assert (await redis.info("stats"))["total_connections_received"] - before <= 1
 
 
 async def test_fifty_at_once_are_one_task_and_fifty_equal_answers(api: Client, store: Store) -> None:
