@@ -79,6 +79,7 @@ def test_secrets_are_read_in_their_order(size: int) -> None:
         secret()[:-3] + "!!=",
         secret(33)[:-1],
     ],
+    ids=["no prefix", "nothing", "too short for base64", "not ASCII", "too few bytes", "prefix cut off", "not base64", "cut off"],
 )
 def test_a_wrong_secret_is_named_by_its_place_and_not_shown(wrong: str) -> None:
     with pytest.raises(SettingsError, match="MOVIEQ_WEBHOOK_SECRET: secret 2 of 2") as raised:
