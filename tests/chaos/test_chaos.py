@@ -88,7 +88,6 @@ def test_the_checker_reports_what_is_lost_without_the_append_only_file(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("fence", [True, False])
 def test_the_checker_reports_what_is_done_twice_without_the_fence_and_nothing_with_it(tmp_path: Path, fence: bool) -> None:
     root = Path(movieq.__file__).parents[1]

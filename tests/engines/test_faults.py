@@ -14,8 +14,6 @@ from tests.service import Service, service
 from workers.engine import CANCEL_GRACE_S
 from workers.protocol import EXIT_BROKEN
 
-pytestmark = pytest.mark.timeout(120)
-
 ENGINE = """
 import re
 from pathlib import Path

@@ -18,8 +18,6 @@ from tests.engines.test_served import body
 from tests.fleet import python_path
 from tests.service import Service, service, serving
 
-pytestmark = pytest.mark.timeout(120)
-
 ENGINE = '''
 import time
 from PIL import Image

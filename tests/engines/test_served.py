@@ -22,8 +22,6 @@ from tests.fleet import eventually, fleet, python_path
 from tests.service import Service, service
 from workers.engine import Child
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Iterator[Service]:

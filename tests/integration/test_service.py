@@ -277,7 +277,6 @@ async def test_a_stopping_worker_hands_back_what_cannot_end_in_time_uncounted(ru
     assert (status["status"], status["attempt"]) == ("completed", 2)
 
 
-@pytest.mark.timeout(150)
 async def test_after_kill_9_of_the_worker_another_attempt_runs_within_13_s_and_leaves_one_file_and_one_webhook(tmp_path: Path) -> None:
     with service(tmp_path) as up:
         async with receiver() as hook:

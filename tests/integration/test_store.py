@@ -474,7 +474,6 @@ async def page_cost(store: Store, project: str) -> tuple[int, dict[str, Any]]:
     return await commands(store), await raw(store).info("commandstats")
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 async def test_a_project_page_costs_the_same_with_ten_and_with_very_many_tasks(store: Store, count: int) -> None:
     for _ in range(10):
