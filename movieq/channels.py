@@ -48,7 +48,9 @@ class Channel:
 class Subscriber:
     """The channels of a process. `run` must be running for anything to arrive."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, events: str = KEYS["events"]) -> None:
+        """`events` is the channel that is always subscribed to: it keeps an otherwise unused connection in its mode."""
+        self._events = events
         pool: Any = ConnectionPool.from_url(
             url, socket_connect_timeout=CONFIRM_S, socket_timeout=None, retry=Retry(NoBackoff(), 0), health_check_interval=0
         )
@@ -85,7 +87,7 @@ class Subscriber:
             try:
                 async with asyncio.timeout(CONFIRM_S):
                     await connection.connect()
-                    await connection.send_command("SUBSCRIBE", KEYS["events"])  # keeps an otherwise unused connection in its mode
+                    await connection.send_command("SUBSCRIBE", self._events)
                 wait_s = RECONNECT_S[0]
                 self._untold = dict.fromkeys(self._channels)
                 self._news.set()
@@ -109,11 +111,14 @@ class Subscriber:
             channel = self._channels.get(name)
             if channel is None:
                 continue  # left, and Redis does not know yet; or a PONG
-            if kind == b"message":
-                channel.on_message(rest[0])
-            elif kind == b"subscribe":
-                channel.confirmed.set()
-                channel.on_doubt()
+            try:
+                if kind == b"message":
+                    channel.on_message(rest[0])
+                elif kind == b"subscribe":
+                    channel.confirmed.set()
+                    channel.on_doubt()
+            except Exception:  # one message that cannot be read: the other channels go on
+                log.exception("message_failed", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:
         """Redis is told of each channel that was taken up or left."""

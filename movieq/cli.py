@@ -607,7 +607,7 @@ def _with_store(work: Callable[[Store], Awaitable[T]]) -> T:
 
     async def run() -> T:
         await _redis(settings)
-        store = Store(connect(settings.redis_url, patient=True))
+        store = Store(connect(settings.redis_url, patient=True), settings.key_prefix)
         try:
             return await work(store)
         finally:

@@ -32,11 +32,17 @@ class TaskStatus(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+    """Of a record that this version cannot read: a newer one wrote it, or it is damaged. No task is stored under it."""
 
     @property
     def ended(self) -> bool:
         """Nothing more happens by itself."""
-        return self not in (TaskStatus.QUEUED, TaskStatus.PROCESSING)
+        return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
+
+
+STATES: Final = (TaskStatus.QUEUED, TaskStatus.PROCESSING, TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
+"""The states that a task can be in."""
 
 
 class Verb(StrEnum):
@@ -120,12 +126,14 @@ KEYS: Final[Mapping[str, str]] = {
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms
     "totals": "movieq:totals",  # hash state -> how many tasks are in it
+    "dropped": "movieq:dropped",  # list "LIST TASK", entries without a record that scripts met in the last day, latest first
     "ended": "movieq:ended",  # zset task -> when it ended
     "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
     "media": "movieq:media",  # zset storage prefix of a result -> when it was committed
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
     "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
+    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model: what some workers cannot run; each has waiting, flows, ...
     "flows": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
     "spent": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
     "clock": "movieq:clock:",  # + kind: string, virtual time of the last claim
@@ -157,7 +165,24 @@ KEYS: Final[Mapping[str, str]] = {
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
 }
-"""Every key and channel, by the name that the scripts use. None holds a hash tag: movieq needs one Redis, not a cluster."""
+"""Every key and channel of an installation that sets no MOVIEQ_KEY_PREFIX, by the name that the scripts use.
+
+None holds a hash tag: movieq needs one Redis, not a cluster.
+"""
+
+PREFIX_PATTERN: Final = r"[a-z][a-z0-9_-]{0,31}"
+CHANNELS: Final = ("events", "control")
+
+
+def keys(prefix: str = "movieq", db: int = 0) -> Mapping[str, str]:
+    """Return the keys and channels of an installation: those of `KEYS` under its prefix.
+
+    Pub/sub knows no database numbers, so the channels of every database but 0 carry its number. arq's own keys have no prefix: what follows
+    `arq:job:` is unique.
+    """
+    named = {name: text.replace("movieq:", f"{prefix}:") for name, text in KEYS.items()}
+    return named if db == 0 else {**named, **{name: f"{named[name]}{db}:" for name in CHANNELS}}
+
 
 DELIVERY_KEPT_S: Final = 30 * 24 * 3600
 """How long what came of a delivery can be looked up, unless its task is swept before."""
@@ -225,8 +250,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     task_id: TaskId
     project_id: ProjectId
-    task_type: TaskType
-    kind: Kind
+    task_type: str
+    kind: str
     engine: str
     model: str
     shape: str
@@ -235,6 +260,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     created_at_ms: int
     estimate_ms: int
     max_ms: int
+    lane: str = ""
+    """Where it waits: its kind's own for ''."""
     batch: str = ""
     attempt: int = 0
     run: RunToken | None = None
@@ -304,14 +331,17 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child of a worker: a GPU, or the host's CPU."""
 
     worker_id: str
-    worker_type: Kind
-    status: WorkerState
+    worker_type: Annotated[str, Meta(description="gpu_heavy, gpu_medium or cpu_intensive; another in a newer version")]
+    status: Annotated[str, Meta(description="busy, active, idle or offline; another in a newer version")]
     current_task_id: TaskId | None
     gpu_utilization: float
     memory_usage: int
     tasks_completed: int
     last_heartbeat: datetime
-    queues: list[Kind]
+    queues: list[str]
+    task_types: list[str] = []
+    """Those that its worker knows, as with `models_known`: a task of another type or model waits for another worker."""
+    models_known: list[str] = []
     device: str
     memory_total: int
     temperature: float | None
@@ -343,7 +373,7 @@ class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
     result: Result | None = None
     error: str | None = None
     error_code: str | None = None
-    task_type: TaskType | None = None
+    task_type: str | None = None
 
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -395,7 +425,7 @@ class TaskState(msgspec.Struct, frozen=True):
 
     task_id: TaskId
     project_id: ProjectId
-    task_type: TaskType
+    task_type: str
     status: TaskStatus
     progress: float
     current_step: str
@@ -450,7 +480,7 @@ class TaskRow(msgspec.Struct, frozen=True):
     """A line of a project's page."""
 
     task_id: TaskId
-    task_type: TaskType
+    task_type: str
     status: TaskStatus
     created_at: datetime
     completed_at: datetime | None
@@ -540,7 +570,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     task_id: TaskId
     project_id: ProjectId
-    task_type: TaskType
+    task_type: str
     status: TaskStatus
     at_ms: int
     ended_at_ms: int
@@ -560,9 +590,9 @@ class DeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """How far a delivery is. `url` is without its query; `next_try_at` is null once it was delivered or given up."""
 
     delivery_id: str
-    kind: DeliveryKind
+    kind: Annotated[str, Meta(description="webhook or payload; another in a newer version")]
     type: str
-    state: DeliveryState
+    state: Annotated[str, Meta(description="pending, delivered or failed; another in a newer version")]
     url: str
     tries: int
     last_status: int | None
@@ -582,7 +612,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
     task_id: TaskId
     project_id: ProjectId
-    task_type: TaskType
+    task_type: str
     failed_at: datetime
     attempt: int
     error: str | None
@@ -676,7 +706,7 @@ class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     timestamp: datetime
     task_id: TaskId
     project_id: ProjectId
-    task_type: TaskType
+    task_type: str
     status: TaskStatus
     result: Result | None
     error: str | None

@@ -23,8 +23,8 @@ from redis import exceptions
 
 from movieq import logs
 from movieq.channels import Channel, Subscriber
-from movieq.contracts import KEYS, TERMINAL_EVENTS, EventType, ProjectId, TaskId
-from movieq.store import Logged, Store
+from movieq.contracts import TERMINAL_EVENTS, EventType, ProjectId, TaskId
+from movieq.store import Logged, Store, event_type
 
 COMMENT_S: Final = 15.0
 COMMENT: Final = b": still here\n\n"
@@ -103,6 +103,14 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 _facts = msgspec.json.Decoder(Facts)
+
+
+def _facts_of(data: bytes) -> Facts:
+    """Of an event's JSON; empty ones where it says none."""
+    try:
+        return _facts.decode(data)
+    except msgspec.MsgspecError:
+        return Facts("", "")
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -301,7 +309,7 @@ class Hub:
         if topic is None:
             topic = self._topics[source.log] = _Topic(source)
             topic.channel = self._subscriber.listen(
-                KEYS["events"] + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
+                self._store.keys["events"] + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
             )
         topic.watchers.add(watcher)
         watcher.topic = topic
@@ -324,7 +332,7 @@ class Hub:
         topic.live.discard(watcher)
         if not topic.watchers and self._topics.get(topic.source.log) is topic:
             del self._topics[topic.source.log]
-            self._subscriber.leave(KEYS["events"] + topic.source.log)
+            self._subscriber.leave(self._store.keys["events"] + topic.source.log)
             if topic.recovering is not None:
                 topic.recovering.cancel()
 
@@ -351,14 +359,10 @@ class Hub:
         id, at = head.decode(), pair(head.decode().removeprefix(">"))
         if at <= topic.since:
             return
-        try:
-            event_type = EventType(name.decode())
-        except ValueError:  # of a worker that is newer than this process
-            log.warning("event_unknown", type=name.decode())
-            return
+        type_ = event_type(name)
         if topic.live:
-            sent = frame(event_type, self._render(event_type, data), id if logged else None)
-            self._tell(topic, Event(at, logged, event_type, data, chunk(sent)))
+            sent = frame(type_, self._render(type_, data), id if logged else None)
+            self._tell(topic, Event(at, logged, type_, data, chunk(sent)))
         elif logged:
             topic.newest = at
 
@@ -369,7 +373,7 @@ class Hub:
         for watcher in topic.live:
             if at > watcher.since:
                 if watcher.wants is not None:
-                    facts = facts or _facts.decode(event.data)
+                    facts = facts or _facts_of(event.data)
                     if not watcher.wants(facts):
                         continue
                 if watcher.blocked:
@@ -470,7 +474,7 @@ class Hub:
                 continue
             if entries:
                 position, last = pair(entries[-1].id), entries[-1].type
-                wanted = entries if watcher.wants is None else [each for each in entries if watcher.wants(_facts.decode(each.data))]
+                wanted = entries if watcher.wants is None else [each for each in entries if watcher.wants(_facts_of(each.data))]
                 if wanted:
                     watcher.tell(chunk(b"".join(self._frame(entry) for entry in wanted)))
             if len(entries) == ENTRIES or heard != topic.heard:

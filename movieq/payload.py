@@ -461,10 +461,10 @@ def _id(text: str) -> Id:
     return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,14}", text) else text
 
 
-def _description(task_type: params.TaskType, task_data: Mapping[str, Any]) -> str:
+def _description(task_type: str, task_data: Mapping[str, Any]) -> str:
     try:
-        return params.convert(task_type, dict(task_data)).description.strip()
-    except (KeyError, msgspec.ValidationError):  # of another movieq, or gone
+        return params.convert(params.TaskType(task_type), dict(task_data)).description.strip()
+    except (ValueError, msgspec.ValidationError):  # of another movieq, or gone
         return ""
 
 

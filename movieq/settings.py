@@ -20,7 +20,7 @@ import msgspec
 from dotenv import dotenv_values
 from msgspec import Meta
 
-from movieq.contracts import PROJECT_PATTERN, Kind
+from movieq.contracts import PREFIX_PATTERN, PROJECT_PATTERN, Kind
 from movieq.errors import SettingsError
 
 PREFIX: Final = "MOVIEQ_"
@@ -63,6 +63,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator decides."""
 
     redis_url: Annotated[str, Meta(description="Redis or Valkey: redis://host:6379/0, or unix:///path; unset: `up` starts its own")] = ""
+    key_prefix: Annotated[
+        str,
+        Meta(
+            pattern=rf"^{PREFIX_PATTERN}(?!\n)$",
+            description="Begins every key and channel in Redis; two installations on one server need two",
+        ),
+    ] = "movieq"
     public_url: Annotated[
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
     ] = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import itertools
 import math
@@ -17,7 +18,7 @@ import secrets
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from arq.connections import ArqRedis
@@ -37,7 +38,7 @@ from redis.exceptions import (
 
 from movieq.contracts import (
     DELIVERY_KEPT_S,
-    KEYS,
+    STATES,
     UPLOAD_KEPT_S,
     DeadLetter,
     Delivery,
@@ -56,12 +57,13 @@ from movieq.contracts import (
     Upload,
     WorkerState,
     WorkerStatus,
+    keys,
     utc,
 )
 from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, RunLost
 from movieq.line import Line
 from movieq.params import TaskType
-from movieq.settings import Grant
+from movieq.settings import Grant, Scope
 
 LEASE_MS: Final = 10_000
 RENEW_S: Final = 3.0
@@ -149,8 +151,18 @@ class Slot(msgspec.Struct, frozen=True):
     free: bool = True
 
 
+class Able(msgspec.Struct, frozen=True):
+    """What a worker can run: tasks of these types, by these models."""
+
+    types: tuple[str, ...]
+    models: tuple[str, ...]
+
+
 class Claimed(msgspec.Struct, frozen=True):
-    """A task that a worker is to run: `job` is arq's definition (msgpack); those of one `slot` are to be made at once."""
+    """A task that a worker is to run: `job` is arq's definition (msgpack); those of one `slot` are to be made at once.
+
+    The status of a task whose record cannot be read is `unknown`: give it back.
+    """
 
     task: Task
     run: RunToken
@@ -159,11 +171,38 @@ class Claimed(msgspec.Struct, frozen=True):
 
 
 class Logged(msgspec.Struct, frozen=True):
-    """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored."""
+    """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored.
+
+    The type of an event that only a newer version knows is its name.
+    """
 
     id: str
     type: EventType
     data: bytes
+
+
+class Tidied(msgspec.Struct, frozen=True):
+    """What a call of `tidy` acted on: how many dead leases, due retries and missed deadlines.
+
+    `dropped`: entries of the queue's lists that named a task without a record ("LIST TASK"), found by any script since the last call.
+    """
+
+    reaped: int
+    due: int
+    past_deadline: int
+    dropped: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.reaped or self.due or self.past_deadline)
+
+
+class Stranded(msgspec.Struct, frozen=True):
+    """Tasks that no live worker can take: of a kind, or, where `task_type` is not empty, of this type and model in it."""
+
+    kind: str
+    task_type: str
+    model: str
+    waiting: int
 
 
 class LogState(msgspec.Struct, frozen=True):
@@ -174,8 +213,8 @@ class LogState(msgspec.Struct, frozen=True):
     trimmed: bool
 
 
-def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
-    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command.
+def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
+    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its queue.
 
     `patient` is for workers: it tries again for five seconds. The API fails fast, so that a client hears 503 within a second.
     """
@@ -195,7 +234,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
         pool,
         job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
         job_deserializer=msgspec.msgpack.decode,
-        default_queue_name=KEYS["deliveries"],
+        default_queue_name=keys(prefix)["deliveries"],
     )
 
 
@@ -228,13 +267,15 @@ def is_fault(error: Exception) -> bool:
 
 
 class Store:
-    """The one door to the tasks in Redis."""
+    """The one door to the tasks in Redis: those of the installation with this prefix of keys."""
 
-    def __init__(self, redis: ArqRedis) -> None:
+    def __init__(self, redis: ArqRedis, prefix: str = "movieq") -> None:
         self.redis = redis
         pool = cast("BlockingConnectionPool", redis.connection_pool)
+        self.keys = keys(prefix, int(pool.connection_kwargs.get("db") or 0))
         self._line = Line(pool, pool.connection_kwargs["retry"], pool.connection_kwargs["socket_timeout"], patience_s=pool.timeout or 0)
-        self._scripts = {path.stem: _Script(self._line, path) for path in sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))}
+        scripts = sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))
+        self._scripts = {path.stem: _Script(self._line, path, self.keys) for path in scripts}
 
     async def aclose(self) -> None:
         """Every connection, of the store and of its client, is closed."""
@@ -279,7 +320,7 @@ class Store:
             case [b"ok", previous, at_ms]:
                 return TaskStatus(previous.decode()), at_ms
             case [b"refused", state]:
-                raise InvalidState(f"the task is {state.decode()} and cannot be cancelled: only queued and processing tasks can")
+                raise InvalidState(f"the task is {_text(state)} and cannot be cancelled: only queued and processing tasks can")
         raise NotFound(f"no task {task_id}")
 
     async def retry(self, task_id: TaskId) -> Accepted:
@@ -287,7 +328,7 @@ class Store:
         answer = await self._verb("retry", task_id=task_id, nonce=secrets.token_hex(8))
         match answer[0]:
             case b"refused":
-                raise InvalidState(f"the task is {answer[1].decode()} and cannot be retried: only failed tasks can")
+                raise InvalidState(f"the task is {_text(answer[1])} and cannot be retried: only failed tasks can")
             case b"unknown":
                 raise NotFound(f"no task {task_id}")
         return _accepted(answer)
@@ -302,11 +343,12 @@ class Store:
         weights: bytes = b"{}",
         rows: Mapping[str, int] | None = None,
         host: str = "",
+        able: Able | None = None,
     ) -> list[Claimed]:
         """Tasks that this worker is to run now: one for each slot, or as many of one batch key. The same nonce answers the same tasks.
 
         `weights`: JSON of project -> share of the queue. `rows`: batch key -> how many the worker can make at once, where it knows.
-        Beside the slots come tasks whose finished files lie on this `host`, in slot -1.
+        Beside the slots come tasks whose finished files lie on this `host`, in slot -1. Only what the worker is `able` to run; None: all.
         """
         answer = await self._verb(
             "claim",
@@ -317,8 +359,9 @@ class Store:
             rows=msgspec.json.encode(rows or {}),
             slots=msgspec.json.encode(slots),
             host=host,
+            able=b"" if able is None else msgspec.json.encode(able),
         )
-        return [Claimed(_task(_pairs(flat)), RunToken(run.decode()), job, slot) for _, run, slot, job, flat in answer]
+        return [Claimed(_task(id.decode(), _pairs(flat)), RunToken(run.decode()), job, slot) for id, run, slot, job, flat in answer]
 
     async def report(
         self,
@@ -370,7 +413,7 @@ class Store:
 
     async def watched(self, task_id: TaskId) -> bool:
         """Whether anybody watches the task just now."""
-        channel = KEYS["events"] + task_id
+        channel = self.keys["events"] + task_id
         ((_, watchers),) = await self.redis.pubsub_numsub(channel)
         return bool(watchers)
 
@@ -428,12 +471,12 @@ class Store:
         """The worker is no longer listed."""
         await self._scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
 
-    async def tidy(self) -> tuple[int, int, int]:
-        """Dead leases, due retries and missed deadlines are acted on: how many of each."""
-        answer = await self._verb(
+    async def tidy(self) -> Tidied:
+        """Act on dead leases, due retries and missed deadlines."""
+        reaped, due, past_deadline, dropped = await self._verb(
             "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
-        return cast("tuple[int, int, int]", tuple(answer))
+        return Tidied(reaped, due, past_deadline, [each.decode() for each in dropped])
 
     async def sweep(self, age_s: float, batch: int = 200) -> int:
         """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""
@@ -443,31 +486,31 @@ class Store:
 
     async def task(self, task_id: TaskId) -> Task | None:
         """The task; None where there is none."""
-        flat = await self._line.call("HGETALL", KEYS["task"] + task_id)
-        return _task(_pairs(flat)) if flat else None
+        flat = await self._line.call("HGETALL", self.keys["task"] + task_id)
+        return _task(task_id, _pairs(flat)) if flat else None
 
     async def made_before(self, fingerprint: str) -> Task | None:
         """The task that made this last; None where there is none (any more)."""
-        task_id = await self._line.call("GET", KEYS["made"] + fingerprint)
+        task_id = await self._line.call("GET", self.keys["made"] + fingerprint)
         return await self.task(TaskId(task_id.decode())) if task_id else None
 
     async def position(self, task: Task) -> int | None:
         """The task's place in its project's queue, from 1; None while it does not wait."""
-        rank = await self._line.call("ZRANK", f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
+        rank = await self._line.call("ZRANK", f"{self.keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
         return None if rank is None else rank + 1
 
     async def positions(self, tasks: Sequence[Task]) -> list[int | None]:
         """The same of many."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for task in tasks:
-                pipe.zrank(f"{KEYS['waiting']}{task.kind}:{task.project_id}", task.task_id)
+                pipe.zrank(f"{self.keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
             return [None if rank is None else rank + 1 for rank in await pipe.execute()]
 
     async def page(
         self, project_id: ProjectId, status: TaskStatus | None, task_type: TaskType | None, page: int, limit: int
     ) -> tuple[list[Task], int]:
         """A page of a project's tasks, newest first, and how many there are. Cost: O(log n + limit), two round trips."""
-        key = f"{KEYS['index']}{project_id}|{status or ''}|{task_type or ''}"
+        key = f"{self.keys['index']}{project_id}|{status or ''}|{task_type or ''}"
         async with self.redis.pipeline(transaction=True) as pipe:
             pipe.zcard(key)
             pipe.zrevrange(key, (page - 1) * limit, page * limit - 1)
@@ -477,14 +520,14 @@ class Store:
     async def project(self, project_id: ProjectId) -> Project | None:
         """The project and how many of its tasks are in each state; None before its first task."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.zscore(KEYS["projects"], project_id)
-            for status in TaskStatus:
-                pipe.zcard(f"{KEYS['index']}{project_id}|{status}|")
-            pipe.hget(KEYS["gpu_ms"], project_id)
+            pipe.zscore(self.keys["projects"], project_id)
+            for status in STATES:
+                pipe.zcard(f"{self.keys['index']}{project_id}|{status}|")
+            pipe.hget(self.keys["gpu_ms"], project_id)
             created, *counts, gpu_ms = await pipe.execute()
         if created is None:
             return None
-        return Project(project_id, utc(int(created)), dict(zip(TaskStatus, counts, strict=True)), round(float(gpu_ms or 0) / 1000, 3))
+        return Project(project_id, utc(int(created)), dict(zip(STATES, counts, strict=True)), round(float(gpu_ms or 0) / 1000, 3))
 
     async def active(
         self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
@@ -497,7 +540,7 @@ class Store:
         async with self.redis.pipeline(transaction=False) as pipe:
             for status in wanted:
                 for task_type in task_types or ("",):
-                    pipe.zrange(f"{KEYS['index']}{project_id}|{status}|{task_type}", 0, limit - 1, withscores=True)
+                    pipe.zrange(f"{self.keys['index']}{project_id}|{status}|{task_type}", 0, limit - 1, withscores=True)
             found = await pipe.execute()
         width = len(task_types) or 1
         ids = [
@@ -510,84 +553,118 @@ class Store:
 
     async def queue_sizes(self) -> dict[Kind, int]:
         """How many tasks wait in each of the three queues."""
+        lanes = await self._lanes()
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for of in itertools.chain(*lanes.values()):
+                pipe.zcard(self.keys["waiting"] + of)
+            counts = iter(await pipe.execute())
+        return {kind: sum(itertools.islice(counts, len(of_kind))) for kind, of_kind in lanes.items()}
+
+    async def _lanes(self) -> dict[Kind, list[str]]:
+        """The lanes of each kind: its own, and those of tasks that some worker could not run."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for kind in Kind:
-                pipe.zcard(KEYS["waiting"] + kind)
-            return dict(zip(Kind, await pipe.execute(), strict=True))
+                pipe.smembers(self.keys["lanes"] + kind)
+            return {kind: [kind, *sorted(of.decode() for of in found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
+
+    async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
+        """Return what waits in vain: the lanes with waiting tasks that none of these workers serves."""
+        lanes = await self._lanes()
+        names = list(itertools.chain(*lanes.values()))
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for of in names:
+                pipe.zcard(self.keys["waiting"] + of)
+            waiting = dict(zip(names, await pipe.execute(), strict=True))
+        found = []
+        for of in filter(waiting.__getitem__, names):
+            kind, _, need = of.partition("/")
+            task_type, _, model = need.partition("/")
+            serving = [row for row in workers if kind in row.queues]
+            if not any(not need or (task_type in row.task_types and model in row.models_known) for row in serving):
+                found.append(Stranded(kind, task_type, model, waiting[of]))
+        return found
 
     async def queues(self) -> list[TaskQueue]:
         """The three queues. Runs whose lease is over count as waiting, so that an autoscaler sees them."""
+        lanes = await self._lanes()
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.time()
             (now_s, micros), *_ = await pipe.execute()
             now_ms = now_s * 1000 + micros // 1000
             for kind in Kind:
-                pipe.zcard(KEYS["waiting"] + kind)
-                pipe.zcount(KEYS["running"] + kind, "-inf", now_ms)
-                pipe.zcard(KEYS["running"] + kind)
-                pipe.hmget(KEYS["priorities"] + kind, [1, 2, 3])
-                pipe.zrange(KEYS["waiting"] + kind, 0, 0, withscores=True)
-                pipe.lrange(KEYS["pace"] + kind, 0, 99)
-            answers = await pipe.execute()
-        return [_queue(kind, now_ms, *answers[number * 6 : number * 6 + 6]) for number, kind in enumerate(Kind)]
+                pipe.zcount(self.keys["running"] + kind, "-inf", now_ms)
+                pipe.zcard(self.keys["running"] + kind)
+                pipe.hmget(self.keys["priorities"] + kind, [1, 2, 3])
+                pipe.lrange(self.keys["pace"] + kind, 0, 99)
+                for of in lanes[kind]:
+                    pipe.zcard(self.keys["waiting"] + of)
+                    pipe.zrange(self.keys["waiting"] + of, 0, 0, withscores=True)
+            answers = iter(await pipe.execute())
+        found = []
+        for kind in Kind:
+            dead, running, priorities, claims = itertools.islice(answers, 4)
+            found.append(_queue(kind, now_ms, dead, running, priorities, claims, list(itertools.islice(answers, 2 * len(lanes[kind])))))
+        return found
 
     async def totals(self, projects: Iterable[str] | None) -> dict[TaskStatus, int]:
         """How many tasks are in each state: of these projects, or of all for None."""
         if projects is None:
-            found = await self._line.call("HMGET", KEYS["totals"], *TaskStatus)
-            return {status: int(count or 0) for status, count in zip(TaskStatus, found, strict=True)}
-        sums = dict.fromkeys(TaskStatus, 0)
+            found = await self._line.call("HMGET", self.keys["totals"], *STATES)
+            return {status: int(count or 0) for status, count in zip(STATES, found, strict=True)}
+        sums = dict.fromkeys(STATES, 0)
         async with self.redis.pipeline(transaction=False) as pipe:
             for project in projects:
-                for status in TaskStatus:
-                    pipe.zcard(f"{KEYS['index']}{project}|{status}|")
+                for status in STATES:
+                    pipe.zcard(f"{self.keys['index']}{project}|{status}|")
             for number, count in enumerate(await pipe.execute()):
-                sums[list(TaskStatus)[number % len(TaskStatus)]] += count
+                sums[STATES[number % len(STATES)]] += count
         return sums
 
     async def average_durations_s(self) -> dict[TaskType, float]:
         """How long completed tasks of each type took, on average over all that ever completed."""
-        sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", KEYS["sums"])).items()}
+        sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", self.keys["sums"])).items()}
         return {each: sums[f"{each} ms"] / sums[f"{each} tasks"] / 1000 for each in TaskType if f"{each} tasks" in sums}
 
     async def gpu_seconds(self, projects: Collection[str] | None) -> float:
         """What runs that ended had of GPUs: those of these projects, or all for None."""
         whose = [""] if projects is None else list(projects)
-        found = await self._line.call("HMGET", KEYS["gpu_ms"], *whose) if whose else []
+        found = await self._line.call("HMGET", self.keys["gpu_ms"], *whose) if whose else []
         return round(sum(float(ms or 0) for ms in found) / 1000, 3)
 
     async def passed_over(self) -> int:
         """How often a task was claimed before an older one because its model was loaded."""
-        return int(await self._line.call("HGET", KEYS["sums"], "claims passed") or 0)
+        return int(await self._line.call("HGET", self.keys["sums"], "claims passed") or 0)
 
     async def dead_letters(self, count: int = 100, projects: Collection[str] | None = None) -> tuple[list[DeadLetter], int]:
         """The latest dead letters, of these projects where any are named, and how many there are."""
         async with self.redis.pipeline(transaction=False) as pipe:
             if projects is None:
-                pipe.zrevrange(KEYS["dead"], 0, count - 1, withscores=True)
-                pipe.zcard(KEYS["dead"])
+                pipe.zrevrange(self.keys["dead"], 0, count - 1, withscores=True)
+                pipe.zcard(self.keys["dead"])
                 found, total = await pipe.execute()
             else:
                 for project_id in projects:  # what a project has among them: when each was given up
-                    pipe.zinter({KEYS["dead"]: 1, f"{KEYS['index']}{project_id}|{TaskStatus.FAILED}|": 0}, withscores=True)
+                    pipe.zinter({self.keys["dead"]: 1, f"{self.keys['index']}{project_id}|{TaskStatus.FAILED}|": 0}, withscores=True)
                 all_found = sorted(itertools.chain(*await pipe.execute()), key=lambda letter: letter[1], reverse=True)
                 found, total = all_found[:count], len(all_found)
             for task_id, _ in found:
-                pipe.hgetall(KEYS["task"] + task_id.decode())
-                pipe.get(KEYS["job"] + task_id.decode())
+                pipe.hgetall(self.keys["task"] + task_id.decode())
+                pipe.get(self.keys["job"] + task_id.decode())
             facts = await pipe.execute()
-        letters = [_dead_letter(int(at_ms), facts[2 * n], facts[2 * n + 1]) for n, (_, at_ms) in enumerate(found) if facts[2 * n]]
+        letters = [
+            _dead_letter(id.decode(), int(at_ms), facts[2 * n], facts[2 * n + 1]) for n, (id, at_ms) in enumerate(found) if facts[2 * n]
+        ]
         return letters, total
 
     async def drop_dead_letter(self, task_id: TaskId) -> bool:
         """The task is no longer a dead letter, and stays failed; False where it was none."""
-        return bool(await self._line.call("ZREM", KEYS["dead"], task_id))
+        return bool(await self._line.call("ZREM", self.keys["dead"], task_id))
 
     async def workers(self) -> list[WorkerStatus]:
         """The rows of every worker's last heartbeat; those of a worker not heard of for 15 s are offline."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(KEYS["workers"])
-            pipe.zrange(KEYS["beats"], 0, -1, withscores=True)
+            pipe.hgetall(self.keys["workers"])
+            pipe.zrange(self.keys["beats"], 0, -1, withscores=True)
             pipe.time()
             blobs, beats, (seconds, micros) = await pipe.execute()
         now_ms = seconds * 1000 + micros // 1000
@@ -598,49 +675,49 @@ class Store:
                 **({"status": WorkerState.OFFLINE, "current_task_id": None} if now_ms - at_ms > OFFLINE_MS else {}),
             )
             for worker_id, at_ms in beats
-            for row in _rows.decode(blobs.get(worker_id, b"[]"))
+            for row in _heartbeat(blobs.get(worker_id))
         ]
 
     async def grant(self, key_hash: str) -> Grant | None:
         """What the API key of this hash may; None for an unknown one."""
-        blob = await self._line.call("HGET", KEYS["keys"], key_hash)
-        return None if blob is None else msgspec.msgpack.decode(blob, type=Grant)
+        blob = await self._line.call("HGET", self.keys["keys"], key_hash)
+        return None if blob is None else _grant(blob)
 
     async def add_grant(self, key_hash: str, grant: Grant) -> None:
         """The API key of this hash may do this."""
-        await _answer(self.redis.hset(KEYS["keys"], mapping={key_hash: msgspec.msgpack.encode(grant)}))
+        await _answer(self.redis.hset(self.keys["keys"], mapping={key_hash: msgspec.msgpack.encode(grant)}))
 
     async def grants(self) -> dict[str, Grant]:
         """Every API key that is kept in Redis, by its hash."""
-        found = await _answer(self.redis.hgetall(KEYS["keys"]))
-        return {key_hash.decode(): msgspec.msgpack.decode(blob, type=Grant) for key_hash, blob in found.items()}
+        found = await _answer(self.redis.hgetall(self.keys["keys"]))
+        return {key_hash.decode(): grant for key_hash, blob in found.items() if (grant := _grant(blob)) is not None}
 
     async def revoke(self, key_hash: str) -> bool:
         """The API key of this hash may do nothing any more; False where there was none. API processes notice within five seconds."""
-        return bool(await _answer(self.redis.hdel(KEYS["keys"], key_hash)))
+        return bool(await _answer(self.redis.hdel(self.keys["keys"], key_hash)))
 
     async def tasks(self, ids: Sequence[str]) -> list[Task]:
         """Those of these tasks that there are."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for task_id in ids:
-                pipe.hgetall(KEYS["task"] + task_id)
-            return [_task(fields) for fields in await pipe.execute() if fields]
+                pipe.hgetall(self.keys["task"] + task_id)
+            return [_task(task_id, fields) for task_id, fields in zip(ids, await pipe.execute(), strict=True) if fields]
 
     async def had_gpu(self) -> bool:
         """Whether a GPU worker was heard of in the last 30 days."""
-        return bool(await self._line.call("EXISTS", KEYS["gpu"]))
+        return bool(await self._line.call("EXISTS", self.keys["gpu"]))
 
     # ── The log ──
 
     async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
         """The next entries of a log (of a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None."""
-        entries = await self._line.call("XRANGE", KEYS["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
-        return [Logged(id.decode(), EventType(fields[1].decode()), fields[3]) for id, fields in entries]
+        entries = await self._line.call("XRANGE", self.keys["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
+        return [Logged(id.decode(), event_type(fields[1]), fields[3]) for id, fields in entries]
 
     async def log_state(self, log: str) -> LogState:
         """What the log holds."""
         try:
-            info = _pairs(await self._line.call("XINFO", "STREAM", KEYS["log"] + log))
+            info = _pairs(await self._line.call("XINFO", "STREAM", self.keys["log"] + log))
         except ResponseError as error:
             if "no such key" in str(error):
                 return LogState(None, None, False)
@@ -656,7 +733,7 @@ class Store:
         "wait" for a webhook while one before it, of the same task, is on its way; None where there is none (any more).
         """
         answer = await self._verb("begin", delivery_id=delivery_id)
-        return "wait" if answer == [b"wait"] else _delivery(_pairs(answer))
+        return "wait" if answer == [b"wait"] else _delivery(delivery_id, _pairs(answer))
 
     async def delivered(
         self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str, media_id: str | int | None = None
@@ -682,89 +759,89 @@ class Store:
         """Noted: whether a document may have been made that nobody heard of, and the one that was."""
         async with self.redis.pipeline(transaction=True) as pipe:
             if media_id is not None:
-                pipe.hset(KEYS["delivery"] + delivery_id, "media_id", msgspec.json.encode(media_id).decode())
+                pipe.hset(self.keys["delivery"] + delivery_id, "media_id", msgspec.json.encode(media_id).decode())
             if doubt:
-                pipe.hset(KEYS["delivery"] + delivery_id, "doubt", "1")
+                pipe.hset(self.keys["delivery"] + delivery_id, "doubt", "1")
             else:
-                pipe.hdel(KEYS["delivery"] + delivery_id, "doubt")
-            pipe.expire(KEYS["delivery"] + delivery_id, DELIVERY_KEPT_S)
+                pipe.hdel(self.keys["delivery"] + delivery_id, "doubt")
+            pipe.expire(self.keys["delivery"] + delivery_id, DELIVERY_KEPT_S)
             await pipe.execute()
 
     async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, int | None]]:
         """The deliveries of a task, the oldest first: id, facts, and when the next try is due (ms)."""
-        count = int(await _answer(self.redis.hget(KEYS["task"] + task_id, "deliveries")) or 0)
+        stored = await _answer(self.redis.hget(self.keys["task"] + task_id, "deliveries")) or b""
+        count = int(stored) if stored.isdigit() and len(stored) < 5 else 0  # else it is damaged
         ids = [f"{task_id}-{number}" for number in range(1, count + 1)]
         async with self.redis.pipeline(transaction=False) as pipe:
             for delivery_id in ids:
-                pipe.hgetall(KEYS["delivery"] + delivery_id)
+                pipe.hgetall(self.keys["delivery"] + delivery_id)
             hashes = await pipe.execute()
             for delivery_id, fields in zip(ids, hashes, strict=True):
-                pipe.zscore(KEYS["deliveries"], fields.get(b"job", delivery_id))
+                pipe.zscore(self.keys["deliveries"], fields.get(b"job", delivery_id))
             due = await pipe.execute()
-        found = zip(ids, map(_delivery, hashes), due, strict=True)
+        found = zip(ids, map(_delivery, ids, hashes), due, strict=True)
         return [(id, delivery, None if at_ms is None else int(at_ms)) for id, delivery, at_ms in found if delivery is not None]
 
     async def task_data(self, task_id: TaskId) -> dict[str, Any]:
         """What the task was submitted with; empty where that is gone."""
-        job = await self.redis.get(KEYS["job"] + task_id)
-        return cast("dict[str, Any]", msgspec.msgpack.decode(job)["k"].get("task_data", {})) if job else {}
+        return _task_data(await self.redis.get(self.keys["job"] + task_id))
 
     # ── The rest ──
 
     async def signing_secret(self) -> bytes:
         """The secret of signed urls: made by whoever asks first, kept in Redis."""
-        if (secret := await self.redis.get(KEYS["secret"])) is None:  # a server that takes no writes just now has one already
-            await self.redis.set(KEYS["secret"], secrets.token_bytes(32), nx=True)
-            secret = await self.redis.get(KEYS["secret"])
+        if (secret := await self.redis.get(self.keys["secret"])) is None:  # a server that takes no writes just now has one already
+            await self.redis.set(self.keys["secret"], secrets.token_bytes(32), nx=True)
+            secret = await self.redis.get(self.keys["secret"])
         return cast("bytes", secret)
 
     async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:
         """The upload can be referred to, and its file is deleted, seven days from now."""
         async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.set(KEYS["upload"] + upload_id, msgspec.msgpack.encode(upload), ex=UPLOAD_KEPT_S)
+            pipe.set(self.keys["upload"] + upload_id, msgspec.msgpack.encode(upload), ex=UPLOAD_KEPT_S)
             pipe.time()
             _, (seconds, _) = await pipe.execute()
-        await self.redis.zadd(KEYS["orphans"], {prefix: (seconds + UPLOAD_KEPT_S) * 1000})
+        await self.redis.zadd(self.keys["orphans"], {prefix: (seconds + UPLOAD_KEPT_S) * 1000})
 
     async def upload(self, upload_id: str) -> Upload | None:
         """The upload; None where there is none (any more)."""
-        blob = await self._line.call("GET", KEYS["upload"] + upload_id)
+        blob = await self._line.call("GET", self.keys["upload"] + upload_id)
         return None if blob is None else msgspec.msgpack.decode(blob, type=Upload)
 
     async def add_orphan(self, prefix: str) -> None:
         """What lies under the prefix is deleted in a minute, unless it is committed."""
         seconds, _ = await self.redis.time()
-        await self.redis.zadd(KEYS["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
+        await self.redis.zadd(self.keys["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
 
     async def due_orphans(self, count: int = 100) -> list[str]:
         """Storage prefixes that are to be deleted now: none of a committed result, whoever listed it."""
         seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
-        committed = await self.redis.zmscore(KEYS["media"], found) if found else []
+        found = await self.redis.zrangebyscore(self.keys["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
+        committed = await self.redis.zmscore(self.keys["media"], found) if found else []
         for prefix, at_ms in zip(found, committed, strict=True):
             if at_ms is not None:
-                await self.redis.zrem(KEYS["orphans"], prefix)
+                await self.redis.zrem(self.keys["orphans"], prefix)
         return [prefix.decode() for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
 
     async def due_media(self, age_s: float, count: int = 100) -> list[str]:
         """Storage prefixes of results that were committed so long ago."""
         seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(KEYS["media"], "-inf", seconds * 1000 + micros // 1000 - int(age_s * 1000), 0, count)
+        found = await self.redis.zrangebyscore(self.keys["media"], "-inf", seconds * 1000 + micros // 1000 - int(age_s * 1000), 0, count)
         return [prefix.decode() for prefix in found]
 
     async def forget_media(self, prefix: str) -> None:
         """The files of the result are deleted."""
-        await self.redis.zrem(KEYS["media"], prefix)
+        await self.redis.zrem(self.keys["media"], prefix)
 
     async def forget_orphan(self, prefix: str) -> None:
         """The prefix is deleted."""
-        await self.redis.zrem(KEYS["orphans"], prefix)
+        await self.redis.zrem(self.keys["orphans"], prefix)
 
 
 class _Script:
     """A Lua script called by the names of its arguments, as its `-- args:` line declares them."""
 
-    def __init__(self, line: Line, path: Path) -> None:
+    def __init__(self, line: Line, path: Path, keys: Mapping[str, str]) -> None:
         source = path.read_text()
         shebang, _, body = source.partition("\n")
         declared = _ARGS.search(source)
@@ -777,7 +854,7 @@ class _Script:
         head = f"local {names} = unpack(ARGV, 1, {len(self.args)})\n"
         whole = f"{shebang}\n{head}{common}\nlocal function main()\n{body}\nend\nlocal answer = main()\nsave()\nreturn answer\n"
         self._line = line
-        self._source = re.sub(r"\bK\.(\w+)", lambda found: f"'{KEYS[found[1]]}'", whole)  # cheaper than a table in every call
+        self._source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
         self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
@@ -790,9 +867,36 @@ class _Script:
             return await self._line.call("EVAL", self._source, 0, *arguments)
 
 
+class _Definition(msgspec.Struct):
+    """Of arq's job what is read here: its keyword arguments."""
+
+    k: dict[str, Any]
+
+
+class _StoredGrant(msgspec.Struct):
+    projects: frozenset[str] | None
+    scopes: frozenset[str]
+
+
+Record = TypeVar("Record", Task, Delivery)
+
+_definition = msgspec.msgpack.Decoder(_Definition)
+_stored_grant = msgspec.msgpack.Decoder(_StoredGrant)
 _rows = msgspec.json.Decoder(list[WorkerStatus])
+_EVENT_TYPES: Final = frozenset(EventType)
 _strings = msgspec.json.Decoder(list[str])
 _BLOBS = {"result", "metadata", "media_id"}
+
+
+def event_type(name: bytes) -> EventType:
+    """Return the type of this name; the name itself where only a newer version knows it."""
+    text = _text(name)
+    return EventType(text) if text in _EVENT_TYPES else cast("EventType", text)
+
+
+def _text(stored: bytes) -> str:
+    """The text of a field that may be damaged."""
+    return stored.decode(errors="replace")
 
 
 async def _answer(call: Awaitable[Any] | Any) -> Any:
@@ -812,38 +916,84 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
     return named
 
 
-def _delivery(fields: dict[bytes, bytes]) -> Delivery | None:
-    return msgspec.convert(_named(fields), Delivery, strict=False) if fields else None
+def _task(task_id: str, fields: dict[bytes, bytes]) -> Task:
+    """The task of a hash; what can be read of it, and the status `unknown`, where a newer version wrote it, or it is damaged."""
+    try:
+        return msgspec.convert(_named(fields), Task, strict=False)
+    except (msgspec.MsgspecError, ValueError):
+        return _salvaged(Task, {"task_id": task_id, **_readable(fields)}, status=TaskStatus.UNKNOWN)
 
 
-def _task(fields: dict[bytes, bytes]) -> Task:
-    return msgspec.convert(_named(fields), Task, strict=False)
+def _delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | None:
+    if not fields:
+        return None
+    try:
+        return msgspec.convert(_named(fields), Delivery, strict=False)
+    except (msgspec.MsgspecError, ValueError):
+        task_id = delivery_id.rpartition("-")[0]
+        return _salvaged(Delivery, {"task_id": task_id, **_readable(fields)}, status=TaskStatus.UNKNOWN)
+
+
+def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
+    """Those fields of a hash that can be decoded."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        with contextlib.suppress(msgspec.MsgspecError, ValueError):
+            found |= _named({name: value})
+    return found
+
+
+def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
+    """The record with those of its fields that can be read. A name that is not known here stays as it is; what is missing is empty."""
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(cls):
+        given = fields.get(field.name)
+        try:
+            found[field.name] = msgspec.convert(given, field.type, strict=False)
+        except msgspec.MsgspecError:
+            if isinstance(given, str) and isinstance(field.type, type) and issubclass(field.type, StrEnum):
+                found[field.name] = given
+            elif field.required:
+                found[field.name] = 0 if field.type is int else ""
+    return cls(**{**found, **said})
+
+
+def _heartbeat(blob: bytes | None) -> list[WorkerStatus]:
+    """The rows of a worker's heartbeat; none where they cannot be read."""
+    try:
+        return _rows.decode(blob or b"[]")
+    except msgspec.MsgspecError:
+        return []
+
+
+def _grant(blob: bytes) -> Grant | None:
+    """What a key may; scopes of a newer version are left out. None where that cannot be read: then it may nothing."""
+    try:
+        stored = _stored_grant.decode(blob)
+        return Grant(stored.projects, frozenset(Scope(scope) for scope in stored.scopes if scope in list(Scope)))
+    except (msgspec.MsgspecError, ValueError):
+        return None
 
 
 def _queue(
-    kind: Kind,
-    now_ms: int,
-    waiting: int,
-    dead: int,
-    running: int,
-    priorities: list[bytes | None],
-    oldest: list[tuple[bytes, float]],
-    claims: list[bytes],
+    kind: Kind, now_ms: int, dead: int, running: int, priorities: list[bytes | None], claims: list[bytes], lanes: list[Any]
 ) -> TaskQueue:
+    """`lanes`: of each lane in turn how many wait, and the oldest with its time."""
+    waiting, oldest = sum(lanes[::2]), [at_ms for first in lanes[1::2] for _, at_ms in first]
     pace_ms = (now_ms - int(claims[-1])) / len(claims) if len(claims) > 1 else 30_000.0
     return TaskQueue(
         kind,
         waiting + dead,
         {name: int(count or 0) for name, count in zip(Priority, priorities, strict=True)},
         running - dead,
-        max(0.0, (now_ms - oldest[0][1]) / 1000) if oldest else 0.0,
+        max(0.0, (now_ms - min(oldest)) / 1000) if oldest else 0.0,
         math.ceil((waiting + dead) * pace_ms / 1000),
     )
 
 
-def _dead_letter(at_ms: int, fields: dict[bytes, bytes], job: bytes | None) -> DeadLetter:
-    task = _task(fields)
-    exit_code = fields.get(b"dead_exit_code")
+def _dead_letter(task_id: str, at_ms: int, fields: dict[bytes, bytes], job: bytes | None) -> DeadLetter:
+    task = _task(task_id, fields)
+    exit_code = fields.get(b"dead_exit_code", b"")
     return DeadLetter(
         task.task_id,
         task.project_id,
@@ -851,15 +1001,30 @@ def _dead_letter(at_ms: int, fields: dict[bytes, bytes], job: bytes | None) -> D
         utc(at_ms),
         task.attempt,
         task.error,
-        fields[b"dead_stage"].decode() if b"dead_stage" in fields else None,
-        None if exit_code is None else int(exit_code),
-        msgspec.msgpack.decode(job)["k"].get("task_data", {}) if job else {},
+        _text(fields[b"dead_stage"]) if b"dead_stage" in fields else None,
+        int(exit_code) if exit_code.removeprefix(b"-").isdigit() else None,
+        _task_data(job),
     )
+
+
+def _task_data(job: bytes | None) -> dict[str, Any]:
+    """Of arq's definition; empty where that is gone, or cannot be read."""
+    try:
+        return _definition.decode(job).k.get("task_data", {}) if job else {}
+    except msgspec.MsgspecError:
+        return {}
 
 
 def _accepted(answer: Sequence[Any]) -> Accepted:
     code, task_id, created_at_ms, position, estimate_ms, warnings = answer
-    return Accepted(TaskId(task_id.decode()), created_at_ms, position, estimate_ms, _strings.decode(warnings), code == b"replayed")
+    return Accepted(TaskId(task_id.decode()), created_at_ms, position, estimate_ms, _warnings(warnings), code == b"replayed")
+
+
+def _warnings(stored: bytes) -> list[str]:
+    try:
+        return _strings.decode(stored)
+    except msgspec.MsgspecError:  # damaged: the receipt matters more
+        return []
 
 
 def _runs(flat: Sequence[bytes]) -> list[tuple[TaskId, RunToken]]:

@@ -29,14 +29,14 @@ from redis.exceptions import RedisError
 import movieq
 from movieq import credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
-from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
+from movieq.contracts import Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.payload import Payload
 from movieq.settings import Settings
 from movieq.storage import opened
-from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connect
+from movieq.store import LEASE_MS, RENEW_S, Able, Claimed, Counts, Slot, Store, connect
 from workers import gpus
 from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
@@ -72,6 +72,7 @@ class Worker(ArqWorker):
         drain_s: float,
         weights: Mapping[str, float],
         kept: Kept | None = None,
+        able: Able | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -83,6 +84,7 @@ class Worker(ArqWorker):
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
         self._kept = kept
+        self._able = able
         self._host = socket.gethostname() if kept else ""
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
@@ -192,7 +194,7 @@ class Worker(ArqWorker):
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
-            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, self._host)
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, self._host, self._able)
             self._nonce = None
             for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
                 for each in [list(together)] if slot >= 0 else [[one] for one in together]:
@@ -303,7 +305,7 @@ class Worker(ArqWorker):
     async def _listen(self) -> None:
         """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
         with contextlib.suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
-            await self._subscriber.listen(KEYS["control"] + self.worker_id, self._on_control, self._on_doubt).wait()
+            await self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt).wait()
 
     def _on_doubt(self) -> None:
         self._doubt.set()  # a cancel may have been missed
@@ -333,6 +335,8 @@ class Worker(ArqWorker):
                     tasks_completed=child.tasks_completed,
                     last_heartbeat=utc(int(time.time() * 1000)),
                     queues=list(child.kinds) if taking else [],
+                    task_types=list(self._able.types) if self._able else [],
+                    models_known=list(self._able.models) if self._able else [],
                     device=child.device,
                     memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
                     temperature=gpu.temperature if gpu else None,
@@ -395,8 +399,8 @@ async def serve(settings: Settings) -> None:
     table = models.load(settings.models)
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
     cms = payload.configured(settings)
-    redis = connect(settings.redis_url, patient=True)
-    store = Store(redis)
+    redis = connect(settings.redis_url, patient=True, prefix=settings.key_prefix)
+    store = Store(redis, settings.key_prefix)
     signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
     guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
@@ -411,18 +415,19 @@ async def serve(settings: Settings) -> None:
             worker = Worker(
                 worker_id=worker_id,
                 store=store,
-                subscriber=Subscriber(settings.redis_url),
+                subscriber=Subscriber(settings.redis_url, store.keys["events"]),
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
                 kept=kept,
+                able=Able(tuple(TaskType), tuple(table)),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
                 cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
-                queue_name=KEYS["deliveries"],
+                queue_name=store.keys["deliveries"],
                 redis_pool=redis,
                 job_timeout=CRON_S,
                 max_jobs=DELIVERIES,

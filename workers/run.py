@@ -28,7 +28,7 @@ from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Tas
 from movieq.errors import InputUnavailable, InternalFault, KeyTaken, RunLost, StorageFault, TaskFault, WorkerLost
 from movieq.fetch import Fetcher
 from movieq.models import Model
-from movieq.params import AudioParams, Params
+from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Group, Progress
@@ -189,7 +189,7 @@ async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
     made_ms = 0
     if running.made is None:
-        parsed = params.convert(running.task.task_type, task_data)
+        parsed = params.convert(TaskType(running.task.task_type), task_data)
         done = await _make(parts, running, parsed, task_data, spool)
         made_ms = max(1, int((time.monotonic() - running.begun_s) * 1000))
         running.take_gpu(0.0)
@@ -272,7 +272,7 @@ async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, ref
 async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> StoredResult:
     """The files are in the storage. Goes on trying for as long as the run holds its lease. Raises what only another run can mend."""
     task, done = running.task, made.done
-    folder, media_type = params.PRODUCTS[task.task_type]
+    folder, media_type = params.PRODUCTS[TaskType(task.task_type)]
     prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
     await insist(
         lambda: parts.store.report(

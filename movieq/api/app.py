@@ -97,12 +97,12 @@ def create(settings: Settings, public_url: str) -> Starlette:
 
 @asynccontextmanager
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
-    redis = connect(settings.redis_url, patient=False)
-    store = Store(redis)
+    redis = connect(settings.redis_url, patient=False, prefix=settings.key_prefix)
+    store = Store(redis, settings.key_prefix)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
         secrets = settings.signing_secrets() or (await store.signing_secret(),)
-        subscriber = Subscriber(settings.redis_url)
+        subscriber = Subscriber(settings.redis_url, store.keys["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
         app.state.api = state = Api(
             settings=settings,
@@ -129,10 +129,12 @@ async def _tidy(store: Store) -> None:
     away = False
     while True:
         try:
-            reaped, due, past = await store.tidy()
+            done = await store.tidy()
             away = False
-            if reaped or due or past:
-                log.info("tidy", reaped=reaped, due=due, past_deadline=past)
+            if done:
+                log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
+            if done.dropped:
+                log.warning("entries_dropped", entries=done.dropped, cure="movieq doctor --repair shows what else does not fit together")
         except (RedisError, OSError, TimeoutError) as error:
             if not away:
                 log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=is_fault(error))

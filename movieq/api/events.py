@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from movieq import signing
 from movieq.api.auth import project_of, task_of
 from movieq.api.state import Api, api, encode, only_query, query_choices
-from movieq.contracts import EventType, ProjectId, Task, TaskId, TaskStatus
+from movieq.contracts import STATES, EventType, ProjectId, Task, TaskId, TaskStatus
 from movieq.errors import NotFound, RequestError, ValidationFailed
 from movieq.events import START, Facts, Opening, SocketWatcher, Source, chunk, frame, pair, retry
 from movieq.params import TaskType
@@ -75,7 +75,7 @@ class ProjectEvents:
             project_id = _signed_project(movieq, request) if _signed(request) else (await project_of(request, KeyScope.READ))[0]
             only_query(request, "after", "task_type", "status", "expires", "signature")
             after = _resume_point(request)
-            wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", TaskStatus))
+            wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", STATES))
             if await movieq.store.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
         source = Source.of_project(project_id)

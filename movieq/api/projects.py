@@ -15,7 +15,7 @@ from movieq import fetch
 from movieq.api.auth import project_of
 from movieq.api.state import answered, api, only_query, query_choice, query_int
 from movieq.api.tasks import arriving
-from movieq.contracts import UPLOAD_BYTES, Pagination, TaskPage, TaskRow, TaskStatus, Upload, UploadAnswer, utc
+from movieq.contracts import STATES, UPLOAD_BYTES, Pagination, TaskPage, TaskRow, Upload, UploadAnswer, utc
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.params import TaskType
 from movieq.settings import Scope
@@ -41,7 +41,7 @@ async def tasks(request: Request) -> Response:
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request, "status", "task_type", "page", "limit")
     page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
-    status, task_type = query_choice(request, "status", TaskStatus), query_choice(request, "task_type", TaskType)
+    status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", TaskType)
     found, total = await movieq.store.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -10,7 +11,7 @@ import msgspec
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from movieq import signing
+from movieq import logs, signing
 from movieq.contracts import (
     EVENTS_URL_S,
     MEDIA_URL_S,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 GPU_KNOWN_S = 5.0
 
 Choice = TypeVar("Choice", TaskStatus, TaskType)
+log = logs.get()
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
 _stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -155,11 +157,15 @@ class Api(msgspec.Struct, kw_only=True):
         )
 
     def render(self, event_type: EventType, data: bytes) -> bytes:
-        """The JSON of an event as clients get it: results have signed addresses."""
+        """The JSON of an event as clients get it: results have signed addresses. One whose result cannot be read goes out as it is."""
         if event_type not in (EventType.COMPLETED, EventType.UPDATED):
             return data
-        event = _stored_event.decode(data)
-        result = self.storage.result(_stored_result.decode(event["result"]), self.media_expiry_s())
+        try:
+            event = _stored_event.decode(data)
+            result = self.storage.result(_stored_result.decode(event["result"]), self.media_expiry_s())
+        except (msgspec.MsgspecError, KeyError) as error:
+            log.warning("event_unreadable", type=event_type, problem=str(error))
+            return data
         return encode({**event, "result": result})
 
 
@@ -202,20 +208,20 @@ def query_int(request: HTTPConnection, name: str, default: int, least: int, most
     return int(text)
 
 
-def query_choice(request: HTTPConnection, name: str, values: type[Choice]) -> Choice | None:
+def query_choice(request: HTTPConnection, name: str, values: Iterable[Choice]) -> Choice | None:
     """One of these values. Raises ValidationFailed."""
     text = request.query_params.get(name)
     return None if text is None else _chosen(name, text, values)
 
 
-def query_choices(request: HTTPConnection, name: str, values: type[Choice]) -> frozenset[Choice]:
+def query_choices(request: HTTPConnection, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
     """Any number of these values, comma-separated. Raises ValidationFailed."""
     text = request.query_params.get(name)
     return frozenset() if text is None else frozenset(_chosen(name, part.strip(), values) for part in text.split(","))
 
 
-def _chosen(name: str, text: str, values: type[Choice]) -> Choice:
-    try:
-        return values(text)
-    except ValueError:
-        raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}") from None
+def _chosen(name: str, text: str, values: Iterable[Choice]) -> Choice:
+    for value in values:
+        if value == text:
+            return value
+    raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}")

@@ -6,22 +6,6 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local loaded, changed = {}, {}
 
--- The task's hash as a table; nil where there is none.
-local function load(task_id)
-  if loaded[task_id] then return loaded[task_id] end
-  local flat = redis.call('HGETALL', K.task .. task_id)
-  if #flat == 0 then return nil end
-  local t = {}
-  for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
-  loaded[task_id] = t
-  return t
-end
-
--- The fence: whether this run is the present one of a task in processing.
-local function present(t, run)
-  return t ~= nil and t.status == 'processing' and t.run == run
-end
-
 -- Fields of the hash: the table has them at once, the hash when the script ends, by `save`.
 local function set(t, fields)
   local names = changed[t] or {}
@@ -41,6 +25,71 @@ local function unset(t, ...)
       names[name] = true
     end
   end
+end
+
+-- What every record of a task holds, and what stands in for a field that was lost or damaged.
+local FIELDS = {
+  created_at_ms = now, created_us = 0, bias_ms = 0, priority = 2, estimate_ms = 60000, max_ms = 18000000, attempt = 0, tries = 0, deaths = 0,
+  silences = 0, progress = 0, queued_position = 1, engine = '', model = '', shape = 'unknown', current_step = 'waiting_in_queue', warnings = '[]',
+}
+-- Numbers that a record may hold: one that is damaged counts as absent.
+local NUMBERS = {
+  'start_by_ms', 'finish_by_ms', 'ended_at_ms', 'remaining_ms', 'weight', 'rows', 'refunded', 'made_ms', 'made_at_ms', 'gpu_ms', 'gpu_before_ms',
+  'gpu_billed_ms', 'gpu_at_ms', 'gpu_share', 'passed_ms', 'logged', 'batch_rows', 'deliveries', 'retried_position', 'step', 'steps',
+}
+
+local function numeric(text)
+  local value = tonumber(text)
+  return value and value > -1e15 and value < 1e15 -- so it is no NaN either
+end
+
+-- Completes a record from which fields are missing, so that one damaged task stops neither itself nor the others.
+local function mend(t)
+  local mended = {}
+  for name, default in pairs(FIELDS) do
+    if not t[name] or type(default) == 'number' and not numeric(t[name]) then mended[name] = default end
+  end
+  for _, name in ipairs(NUMBERS) do
+    if t[name] and not numeric(t[name]) then unset(t, name) end
+  end
+  if t.gpu_share and not (t.gpu_before_ms and t.gpu_at_ms and t.gpu_ms) then unset(t, 'gpu_share') end
+  if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- it is counted to
+  if t.status == 'processing' or t.reaped then
+    if not t.run and not t.reaped then mended.run = 'none' end
+    if not t.worker_id then mended.worker_id = 'none' end
+    if not numeric(t.started_at_ms or '') then mended.started_at_ms = now end
+    if t.reaped and not t.refunded then mended.refunded = 0 end
+  elseif t.started_at_ms and not numeric(t.started_at_ms) then
+    unset(t, 'started_at_ms')
+  end
+  if next(mended) then set(t, mended) end
+end
+
+-- The task's hash as a table; nil where there is none, or none of a task: without its project, type, kind and state nobody can say what it was.
+local function load(task_id)
+  if loaded[task_id] then return loaded[task_id] end
+  local flat = redis.call('HGETALL', K.task .. task_id)
+  if #flat == 0 then return nil end
+  local t = {}
+  for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
+  if not (t.project_id and t.task_type and t.kind and t.status) then return nil end
+  t.task_id = task_id
+  mend(t)
+  loaded[task_id] = t
+  return t
+end
+
+-- Notes that a list named a task without a record: the caller has taken the entry away. Logged by whoever calls `tidy` next.
+local function dropped(where, task_id)
+  redis.call('HINCRBY', K.sums, 'entries dropped', 1)
+  redis.call('LPUSH', K.dropped, where .. ' ' .. task_id)
+  redis.call('LTRIM', K.dropped, 0, 999)
+  redis.call('EXPIRE', K.dropped, 86400)
+end
+
+-- The fence: whether this run is the present one of a task in processing.
+local function present(t, run)
+  return t ~= nil and t.status == 'processing' and t.run == run
 end
 
 -- Writes what was changed, once for each task.
@@ -163,19 +212,25 @@ local function wake(kind)
   end
 end
 
-local function queue(t)
-  return K.waiting .. t.kind .. ':' .. t.project_id
+-- The lane that the task waits in: its kind, or, once a worker met it that cannot run it, one for its type and model alone (`claim`).
+local function lane(t)
+  return t.lane or t.kind
 end
 
--- Into the queue of the task's project and kind, at the place that its age and priority give it.
+local function queue(t)
+  return K.waiting .. lane(t) .. ':' .. t.project_id
+end
+
+-- Into the queue of the task's project and lane, at the place that its age and priority give it.
 local function enqueue(t)
   redis.call('ZADD', queue(t), created(t) - t.bias_ms, t.task_id)
-  redis.call('ZADD', K.waiting .. t.kind, created(t), t.task_id)
+  redis.call('ZADD', K.waiting .. lane(t), created(t), t.task_id)
   redis.call('HINCRBY', K.priorities .. t.kind, t.priority, 1)
-  if not redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
-    local spent = tonumber(redis.call('HGET', K.spent .. t.kind, t.project_id) or 0)
-    local claimed = tonumber(redis.call('GET', K.clock .. t.kind) or 0)
-    redis.call('ZADD', K.flows .. t.kind, math.max(spent, claimed), t.project_id)
+  if t.lane then redis.call('SADD', K.lanes .. t.kind, t.lane) end
+  if not redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then
+    local spent = tonumber(redis.call('HGET', K.spent .. lane(t), t.project_id) or 0)
+    local claimed = tonumber(redis.call('GET', K.clock .. lane(t)) or 0)
+    redis.call('ZADD', K.flows .. lane(t), math.max(spent or 0, claimed or 0), t.project_id)
   end
   wake(t.kind)
 end
@@ -189,24 +244,30 @@ local function offer(t, delay_ms)
   return true
 end
 
--- Out of the queue again; a project without waiting tasks leaves the flows, and its virtual time is kept.
+-- A project without waiting tasks leaves the flows of a lane, and its virtual time is kept; a lane of its own goes with its last task.
+local function settle(kind, of, project_id)
+  if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
+    local time = redis.call('ZSCORE', K.flows .. of, project_id)
+    if time then redis.call('HSET', K.spent .. of, project_id, time) end
+    redis.call('ZREM', K.flows .. of, project_id)
+  end
+  if of ~= kind and redis.call('EXISTS', K.flows .. of) == 0 then redis.call('SREM', K.lanes .. kind, of) end
+end
+
+-- Out of the queue again.
 local function dequeue(t)
   redis.call('ZREM', K.delayed, t.task_id)
-  if redis.call('ZREM', K.waiting .. t.kind, t.task_id) == 1 then redis.call('HINCRBY', K.priorities .. t.kind, t.priority, -1) end
-  if redis.call('ZREM', queue(t), t.task_id) == 1 and redis.call('EXISTS', queue(t)) == 0 then
-    local time = redis.call('ZSCORE', K.flows .. t.kind, t.project_id)
-    if time then redis.call('HSET', K.spent .. t.kind, t.project_id, time) end
-    redis.call('ZREM', K.flows .. t.kind, t.project_id)
-  end
+  if redis.call('ZREM', K.waiting .. lane(t), t.task_id) == 1 then redis.call('HINCRBY', K.priorities .. t.kind, t.priority, -1) end
+  if redis.call('ZREM', queue(t), t.task_id) == 1 then settle(t.kind, lane(t), t.project_id) end
 end
 
 -- Adds to the virtual time of the task's project: a heavier project's time runs slower; what is made at once shares the time.
 local function charge(t, ms)
   ms = ms / (t.weight or 1) / (t.rows or 1)
-  if redis.call('ZSCORE', K.flows .. t.kind, t.project_id) then
-    redis.call('ZINCRBY', K.flows .. t.kind, ms, t.project_id)
+  if redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then
+    redis.call('ZINCRBY', K.flows .. lane(t), ms, t.project_id)
   else
-    redis.call('HINCRBYFLOAT', K.spent .. t.kind, t.project_id, ms)
+    redis.call('HINCRBYFLOAT', K.spent .. lane(t), t.project_id, ms)
   end
 end
 

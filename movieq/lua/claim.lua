@@ -1,52 +1,151 @@
 #!lua flags=allow-oom
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
--- the task's estimate; every eighth claim takes the oldest task of the kind, unless its project is more than a task ahead of its share.
--- args: worker_id nonce lease_ms weights rows slots host
+-- the task's estimate; every eighth claim takes the oldest task of the lane, unless its project is more than a task ahead of its share.
+-- A task that this worker cannot run moves to a lane for its type and model alone, where those that can find it: it holds up nobody behind it. An entry of a
+-- queue without a record is dropped; a task whose definition is gone fails.
+-- args: worker_id nonce lease_ms weights rows slots host able
 --   nonce: random, of this call; the same nonce again gives the same tasks. weights: JSON of project -> weight, 1 where it names none. rows: JSON of batch key ->
 --   most rows. slots: JSON of a list of {kinds, models, free}: the kind `deliveries` has no tasks, its idle workers are woken for the outbox.
 --   host: whose worker it is; tasks whose finished files lie there come first, of whatever kind and in no slot (-1).
+--   able: JSON of {types, models}, the names of what this worker can run; '' for everything.
 -- Returns a list of {task_id, run, slot, job, hash}: the run's token, the slot from 0, arq's definition (msgpack), the task's hash as field, value, ...
 -- Appends `started`. A worker with a free slot left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task; where the next one's model
--- is not in the slot's memory, or it can be batched, 32 reads more.
+-- is not in the slot's memory, or it can be batched, 32 reads more; at most 100 tasks a call are moved aside or dropped.
 local share, most = cjson.decode(weights), cjson.decode(rows)
 local AFFINITY_MS, LOOK = 30000, 31
+local mendings = 100
+
+local types, known
+if able ~= '' then
+  types, known = {}, {}
+  local names = cjson.decode(able)
+  for _, name in ipairs(names.types) do types[name] = true end
+  for _, name in ipairs(names.models) do known[name] = true end
+end
+
+local function can_run(task_type, model)
+  return not types or types[task_type] and known[model]
+end
+
+-- Takes an entry out of a lane that no waiting task is behind.
+local function drop(kind, of, project, task_id)
+  local waited = redis.call('ZREM', K.waiting .. of, task_id) + redis.call('ZREM', K.waiting .. of .. ':' .. project, task_id)
+  if waited > 0 then dropped('waiting', task_id) end
+  settle(kind, of, project)
+end
+
+-- The waiting task of this id in this lane; nil where there is none, and then its entry is gone.
+local function waiting_task(kind, of, project, task_id)
+  local t = load(task_id)
+  if t and t.status == 'queued' and lane(t) == of and t.project_id == project then return t end
+  mendings = mendings - 1
+  drop(kind, of, project, task_id)
+end
+
+-- Whether this worker can run it; else it waits from now on in the lane of its type and model.
+local function mine(t)
+  if can_run(t.task_type, t.model) then return true end
+  mendings = mendings - 1
+  dequeue(t)
+  set(t, {lane = t.kind .. '/' .. t.task_type .. '/' .. t.model})
+  enqueue(t)
+  return false
+end
 
 -- Of a project's next tasks the first whose model is in the slot's memory, unless the first of all has been passed over for half a minute.
-local function favoured(waiting, resident)
-  local first = redis.call('ZRANGE', waiting, 0, 0)[1]
-  local t = load(first)
-  if not next(resident) or resident[t.model] or t.engine == 'animatic' or now - (t.passed_ms or now) >= AFFINITY_MS then return first end
-  for _, task_id in ipairs(redis.call('ZRANGE', waiting, 1, LOOK)) do
-    if resident[redis.call('HGET', K.task .. task_id, 'model')] then
-      if not t.passed_ms then set(t, {passed_ms = now}) end
-      redis.call('HINCRBY', K.sums, 'claims passed', 1)
-      return task_id
+local function favoured(first, resident)
+  if not next(resident) or resident[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
+  for _, task_id in ipairs(redis.call('ZRANGE', queue(first), 1, LOOK)) do
+    local model, task_type = unpack(redis.call('HMGET', K.task .. task_id, 'model', 'task_type'))
+    if resident[model] and can_run(task_type, model) then
+      local t = load(task_id)
+      if t and t.status == 'queued' then
+        if not first.passed_ms then set(first, {passed_ms = now}) end
+        redis.call('HINCRBY', K.sums, 'claims passed', 1)
+        return t
+      end
     end
   end
   return first
 end
 
--- The next task of the kind, and the least virtual time.
-local function pick(kind, resident)
-  local project, least = unpack(redis.call('ZRANGE', K.flows .. kind, 0, 0, 'WITHSCORES'))
-  least = tonumber(least)
-  if redis.call('INCR', K.claims .. kind) % 8 == 0 then
-    local oldest = redis.call('ZRANGE', K.waiting .. kind, 0, 0)[1]
-    local t = load(oldest)
-    local ahead = redis.call('ZSCORE', K.flows .. kind, t.project_id) - least
-    if ahead <= t.estimate_ms / (share[t.project_id] or 1) then return oldest, least end -- else its project has had more than its share
+-- Puts the oldest task of a lane back where its project's share of it was lost.
+local function readmit(kind, of)
+  local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
+  local t = load(oldest)
+  mendings = mendings - 1
+  if t and t.status == 'queued' and lane(t) == of then
+    redis.call('ZREM', K.waiting .. of, oldest)
+    redis.call('HINCRBY', K.priorities .. kind, t.priority, -1)
+    enqueue(t)
+  else
+    redis.call('ZREM', K.waiting .. of, oldest)
+    dropped('waiting', oldest)
   end
-  return favoured(K.waiting .. kind .. ':' .. project, resident), least
 end
 
--- Of the slot's kinds the one whose oldest task waits the longest; nil where none has any.
-local function pick_kind(kinds)
-  local found, since
-  for _, kind in ipairs(kinds) do
-    local oldest = redis.call('ZRANGE', K.waiting .. kind, 0, 0, 'WITHSCORES')
-    if oldest[1] and (not since or tonumber(oldest[2]) < since) then found, since = kind, tonumber(oldest[2]) end
+-- The next task of the lane that this worker can run, and the least virtual time; nil where there is none.
+local function pick(kind, of, resident)
+  local turn = redis.call('INCR', K.claims .. of)
+  while mendings > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
+    local project, least = unpack(redis.call('ZRANGE', K.flows .. of, 0, 0, 'WITHSCORES'))
+    local t
+    if project and turn % 8 == 0 then
+      local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
+      local found = load(oldest)
+      local time = found and redis.call('ZSCORE', K.flows .. of, found.project_id)
+      if not time then
+        project = nil
+      elseif time - least <= found.estimate_ms / (share[found.project_id] or 1) then -- else its project has had more than its share
+        t = waiting_task(kind, of, found.project_id, oldest)
+      end
+    end
+    if not project then
+      readmit(kind, of)
+    else
+      if not t then
+        local first = redis.call('ZRANGE', K.waiting .. of .. ':' .. project, 0, 0)[1]
+        if first then
+          t = waiting_task(kind, of, project, first)
+        else
+          mendings = mendings - 1
+          settle(kind, of, project)
+        end
+        if t and can_run(t.task_type, t.model) then t = favoured(t, resident) end
+      end
+      if t and mine(t) then return t, tonumber(least) end
+    end
   end
-  return found
+end
+
+-- Of the lanes of these kinds the one whose oldest task waits the longest, and its kind; nil where none has any that this worker can run.
+local function pick_lane(kinds, passed)
+  local found, found_kind, since
+  for _, kind in ipairs(kinds) do
+    local lanes = redis.call('SMEMBERS', K.lanes .. kind)
+    lanes[#lanes + 1] = kind
+    for _, of in ipairs(lanes) do
+      local task_type, model = string.match(of, '^[^/]*/([^/]*)/(.*)$')
+      if not passed[of] and (of == kind or can_run(task_type, model)) then
+        local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0, 'WITHSCORES')
+        if oldest[1] and (not since or tonumber(oldest[2]) < since) then found, found_kind, since = of, kind, tonumber(oldest[2]) end
+      end
+    end
+  end
+  return found, found_kind
+end
+
+-- The next task for a slot, its lane, and the least virtual time there; nil where there is none.
+local function next_task(slot)
+  local resident, passed = {}, {}
+  for _, model in ipairs(slot.models) do resident[model] = true end
+  while true do
+    local of, kind = pick_lane(slot.kinds, passed)
+    if not of then return nil end
+    local t, least = pick(kind, of, resident)
+    if t then return t, of, least end
+    passed[of] = true
+  end
 end
 
 -- The task, and those of its project's next that can be made with it at once.
@@ -55,18 +154,21 @@ local function batch(t)
   if cap < 2 then return found end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(t), 0, LOOK)) do
     if #found >= cap then break end
-    if task_id ~= t.task_id and redis.call('HGET', K.task .. task_id, 'batch') == t.batch then found[#found + 1] = load(task_id) end
+    if task_id ~= t.task_id and redis.call('HGET', K.task .. task_id, 'batch') == t.batch then
+      local other = load(task_id)
+      if other and other.status == 'queued' and can_run(other.task_type, other.model) then found[#found + 1] = other end
+    end
   end
   return found
 end
 
-local function given(task_id, run, slot)
+local function given(t, job, slot)
   local flat = {}
-  for name, value in pairs(load(task_id)) do
+  for name, value in pairs(t) do
     flat[#flat + 1] = name
     flat[#flat + 1] = value
   end
-  return {task_id, run, slot, redis.call('GET', K.job .. task_id), flat}
+  return {t.task_id, t.run, slot, job, flat}
 end
 
 local answer = {}
@@ -74,7 +176,8 @@ local last = redis.call('LRANGE', K.claimed .. worker_id, 0, -1)
 if last[1] == nonce then
   for i = 2, #last do
     local task_id, run, slot = string.match(last[i], '^(%S+) (%S+) (%S+)$')
-    if present(load(task_id), run) then answer[#answer + 1] = given(task_id, run, tonumber(slot)) end
+    local t, job = load(task_id), redis.call('GET', K.job .. task_id)
+    if job and present(t, run) then answer[#answer + 1] = given(t, job, tonumber(slot)) end
   end
   return answer
 end
@@ -82,6 +185,11 @@ end
 local claimed = {nonce}
 
 local function begin(t, slot, rows)
+  local job = redis.call('GET', K.job .. t.task_id)
+  if not job then
+    fail(t, 'the parameters of this task are no longer in Redis: submit it again', 'internal', false)
+    return
+  end
   local run = nonce .. '-' .. #claimed
   dequeue(t)
   set(t, {weight = share[t.project_id] or 1, rows = rows})
@@ -96,7 +204,7 @@ local function begin(t, slot, rows)
   if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- a first one has no log yet
   log(t, 'started')
   claimed[#claimed + 1] = t.task_id .. ' ' .. run .. ' ' .. slot
-  answer[#answer + 1] = given(t.task_id, run, slot)
+  answer[#answer + 1] = given(t, job, slot)
 end
 
 -- Whose finished files lie on this host.
@@ -104,24 +212,23 @@ local function begin_offered()
   for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.offered .. host, '-inf', now, 'LIMIT', 0, 20)) do
     local t = load(task_id)
     redis.call('ZREM', K.offered .. host, task_id)
-    if t and t.status == 'queued' and t.made_on == host then begin(t, -1, 1) end -- else it was cancelled, or begun elsewhere meanwhile
+    -- else it was cancelled, or begun elsewhere meanwhile, or waits for a worker that knows its type
+    if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then begin(t, -1, 1) end
   end
 end
 
 begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
-  local kind = pick_kind(slot.kinds)
-  if kind then
-    local resident = {}
-    for _, model in ipairs(slot.models) do resident[model] = true end
-    local task_id, least = pick(kind, resident)
-    if least > tonumber(redis.call('GET', K.clock .. kind) or 0) then redis.call('SET', K.clock .. kind, least) end
-    local together = batch(load(task_id))
+  local next_one, of, least = next_task(slot)
+  if next_one then
+    if least > tonumber(redis.call('GET', K.clock .. of) or 0) then redis.call('SET', K.clock .. of, least) end
+    local together = batch(next_one)
     for _, t in ipairs(together) do begin(t, number - 1, #together) end
   elseif slot.free then
     for _, each in ipairs(slot.kinds) do redis.call('SADD', K.idle .. each, worker_id) end
   end
 end
+if mendings <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there is more to move aside
 redis.call('DEL', K.claimed .. worker_id)
 redis.call('RPUSH', K.claimed .. worker_id, unpack(claimed))
 redis.call('EXPIRE', K.claimed .. worker_id, 60)

@@ -16,7 +16,7 @@ if before ~= 'pending' then return t.media_id or '' end
 redis.call('HSET', key, 'state', state, 'tries', tries, 'last_problem', problem)
 if status ~= '' then redis.call('HSET', key, 'last_status', status) end
 local tail = '"payload_media_id":' .. known .. '}'
-local new = media_id ~= '' and media_id ~= known and t.status == 'completed' and string.sub(t.result, -#tail) == tail
+local new = media_id ~= '' and media_id ~= known and t.status == 'completed' and string.sub(t.result or '', -#tail) == tail
 if new then
   set(t, {result = string.sub(t.result, 1, -#tail - 1) .. '"payload_media_id":' .. media_id .. '}', media_id = media_id})
   local extra = {'"result":' .. t.result}
@@ -30,13 +30,13 @@ if state == 'pending' then return t.media_id or '' end
 
 if kind == 'webhook' then
   local number = string.match(delivery_id, '(%d+)$')
-  for n = number + 1, tonumber(t.deliveries) do
+  for n = number + 1, tonumber(t.deliveries or 0) do
     if redis.call('HGET', K.delivery .. task_id .. '-' .. n, 'kind') == 'webhook' then hasten(task_id .. '-' .. n) end
   end
 elseif webhook and redis.call('HEXISTS', K.delivery .. webhook, 'begun') == 1 then
   if new then deliver(t, 'updated') end
 elseif webhook and redis.call('EXISTS', K.delivery .. webhook) == 1 then
-  redis.call('HSET', K.delivery .. webhook, 'result', t.result)
+  if t.result then redis.call('HSET', K.delivery .. webhook, 'result', t.result) end
   hasten(webhook)
 end
 return t.media_id or ''

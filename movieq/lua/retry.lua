@@ -7,7 +7,7 @@
 local t = load(task_id)
 if not t then return {'unknown'} end
 local function receipt()
-  return {'ok', task_id, tonumber(t.created_at_ms), tonumber(t.retried_position), tonumber(t.estimate_ms), t.warnings}
+  return {'ok', task_id, tonumber(t.created_at_ms), tonumber(t.retried_position or 1), tonumber(t.estimate_ms), t.warnings}
 end
 if t.retried == nonce then return receipt() end
 if t.status ~= 'failed' then return {'refused', t.status} end

@@ -49,7 +49,7 @@ end
 -- The median of what tasks of this shape took lately, once there are five.
 local past = redis.call('LRANGE', K.durations .. shape, 0, 20)
 if #past >= 5 then
-  for i, ms in ipairs(past) do past[i] = tonumber(ms) end
+  for i, ms in ipairs(past) do past[i] = tonumber(ms) or 0 end
   table.sort(past)
   estimate_ms = past[math.ceil(#past / 2)]
 end

@@ -3,7 +3,8 @@
 -- args: batch silences_limit outage_ms quiet_ms forget_ms
 --   batch: most tasks of each sort in one call; silences_limit: how many silences of workers fail a task; outage_ms: after nobody called for so long, or the
 --   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten
--- Returns {reaped, brought over, past their time}. Called by every worker with its renewal and once a second by every API process.
+-- Returns {reaped, brought over, past their time, {what was dropped, ...}}: entries of lists that named a task without a record, "LIST TASK", since the last call.
+-- Called by every worker with its renewal and once a second by every API process.
 -- Appends `retrying` or `failed`. Cost: O(log n) a task, O(kinds) without any.
 local heard = tonumber(redis.call('GET', K.heard) or now)
 redis.call('SET', K.heard, now)
@@ -12,14 +13,18 @@ if now - heard > tonumber(outage_ms) or now < heard then redis.call('SET', K.qui
 local due = redis.call('ZRANGEBYSCORE', K.delayed, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(due) do
   redis.call('ZREM', K.delayed, task_id)
-  enqueue(load(task_id))
+  local t = load(task_id)
+  if t and t.status == 'queued' then enqueue(t) else dropped('delayed', task_id) end
 end
 
 local past = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(past) do
   local t = load(task_id)
-  local running = t.status == 'processing' and t.run
-  if running then
+  local running = t and t.status == 'processing' and t.run
+  if not t or not running and t.status ~= 'queued' then
+    redis.call('ZREM', K.deadlines, task_id)
+    dropped('deadlines', task_id)
+  elseif running then
     set(t, {ended_run = t.run})
     local finish_by = t.finish_by_ms and now >= tonumber(t.finish_by_ms)
     if t.made_at_ms and not finish_by then
@@ -33,21 +38,31 @@ for _, task_id in ipairs(past) do
   end
 end
 
+-- Back to waiting, as its worker has not renewed its lease; after too many such silences it is a dead letter.
+local function reap(t)
+  local silences = t.silences + 1
+  set(t, {silences = silences})
+  if silences >= tonumber(silences_limit) then
+    set(t, {ended_run = t.run})
+    if t.stage then set(t, {dead_stage = t.stage}) end
+    bury(t, 'its worker fell silent ' .. silences .. ' times')
+  else
+    set(t, {reaped = t.run, refunded = worked(t) - t.estimate_ms})
+    put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
+  end
+end
+
 local reaped = 0
 if not redis.call('GET', K.quiet) then
   for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do
     for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.running .. kind, '-inf', now, 'LIMIT', 0, batch)) do
       local t = load(task_id)
-      local silences = t.silences + 1
-      set(t, {silences = silences})
-      reaped = reaped + 1
-      if silences >= tonumber(silences_limit) then
-        set(t, {ended_run = t.run})
-        if t.stage then set(t, {dead_stage = t.stage}) end
-        bury(t, 'its worker fell silent ' .. silences .. ' times')
+      if t and t.status == 'processing' and t.kind == kind then
+        reaped = reaped + 1
+        reap(t)
       else
-        set(t, {reaped = t.run, refunded = worked(t) - t.estimate_ms})
-        put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
+        redis.call('ZREM', K.running .. kind, task_id)
+        dropped('running', task_id)
       end
     end
   end
@@ -57,4 +72,8 @@ for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - fo
   redis.call('ZREM', K.beats, worker_id)
   redis.call('HDEL', K.workers, worker_id)
 end
-return {reaped, #due, #past}
+
+local count, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))
+local unlogged = (count or 0) - (logged or 0)
+if unlogged > 0 then redis.call('HSET', K.sums, 'entries dropped, logged', count) end
+return {reaped, #due, #past, unlogged > 0 and redis.call('LRANGE', K.dropped, 0, math.min(unlogged, 100) - 1) or {}}

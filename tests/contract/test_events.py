@@ -15,7 +15,7 @@ import pytest
 
 from movieq import channels, signing
 from movieq import events as hub_module
-from movieq.contracts import KEYS, ProcessingProgress, RunToken, TaskId, TaskStatus
+from movieq.contracts import KEYS, STATES, ProcessingProgress, RunToken, TaskId, TaskStatus
 from movieq.embedded import Valkey, valkey
 from movieq.settings import Settings
 from movieq.store import Counts, Store, connect
@@ -70,7 +70,7 @@ async def test_a_stream_is_one_that_no_proxy_keeps_back(api: Client, tasks: Task
         assert stream.retries == [2000]
 
 
-@pytest.mark.parametrize("state", TaskStatus)
+@pytest.mark.parametrize("state", STATES)
 async def test_the_snapshot_comes_first_and_is_the_status_with_the_newest_id(api: Client, tasks: Tasks, state: TaskStatus) -> None:
     task_id = await tasks.in_state(state)
     async with api.events(task_id) as stream:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from movieq import signing
-from movieq.contracts import KEYS, ProjectId, TaskId, TaskStatus
+from movieq.contracts import KEYS, STATES, ProjectId, TaskId
 from movieq.events import Source
 from movieq.params import TaskType
 from movieq.settings import Settings
@@ -303,7 +303,7 @@ async def test_the_log_is_filtered_as_what_comes_live_is(api: Client, tasks: Tas
 
 @pytest.mark.parametrize(
     ("query", "allowed"),
-    [("status=done", TaskStatus), ("status=queued,", TaskStatus), ("task_type=generate_image,mine", TaskType), ("task_type=", TaskType)],
+    [("status=done", STATES), ("status=queued,", STATES), ("task_type=generate_image,mine", TaskType), ("task_type=", TaskType)],
 )
 async def test_an_unknown_filter_is_a_400_that_names_those_allowed(api: Client, tasks: Tasks, query: str, allowed: Any) -> None:
     await tasks.queued()

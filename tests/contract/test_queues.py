@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from movieq.contracts import KEYS, TaskId, TaskStatus
+from movieq.contracts import KEYS, STATES, TaskId, TaskStatus
 from movieq.store import Counts, Store
 from tests.arrange import claim, new_task, raw, result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, Client
@@ -153,4 +153,4 @@ async def test_what_ended_long_ago_is_forgotten_with_every_trace_and_the_rest_st
     assert {key for key in left if key.startswith(KEYS["index"])} == {
         f"{KEYS['index']}film|{status}|{task_type}" for status in ("", "queued") for task_type in ("", "generate_image")
     }
-    assert await store.totals(None) == {**dict.fromkeys(TaskStatus, 0), TaskStatus.QUEUED: 1}
+    assert await store.totals(None) == {**dict.fromkeys(STATES, 0), TaskStatus.QUEUED: 1}

@@ -53,12 +53,12 @@ async def cancel(store: Store, task_id: TaskId, run: RunToken) -> None:
 
 async def fall_silent(store: Store, task_id: TaskId, run: RunToken) -> None:
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
-    assert (await store.tidy())[0] == 1
+    assert (await store.tidy()).reaped == 1
 
 
 async def run_late(store: Store, task_id: TaskId, run: RunToken) -> None:
     await raw(store).zadd(KEYS["deadlines"], {task_id: 1})
-    assert (await store.tidy())[2] == 1
+    assert (await store.tidy()).past_deadline == 1
 
 
 @pytest.mark.parametrize("end", [complete, fail, give_back, cancel, fall_silent, run_late])

@@ -36,7 +36,7 @@ async def reaped(store: Store, **fields: Any) -> TaskId:
     """One whose worker fell silent then."""
     task_id, _ = await made(store, **fields)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
-    assert (await store.tidy())[0] == 1
+    assert (await store.tidy()).reaped == 1
     return task_id
 
 

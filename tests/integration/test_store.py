@@ -14,13 +14,13 @@ from arq.jobs import Job
 from redis.exceptions import OutOfMemoryError
 
 from movieq import store as store_module
-from movieq.contracts import KEYS, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
+from movieq.contracts import KEYS, STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from movieq.errors import IdempotencyMismatch, InvalidState, QueueFull, RequestError, RunLost
 from movieq.store import Counts, Store
 from tests.arrange import CPU, claim, new_task, raw, result, running
 
 LUA = Path(store_module.__file__).with_name("lua")
-STATES: list[TaskStatus | None] = [None, *TaskStatus]
+BEFORE: list[TaskStatus | None] = [None, *STATES]
 
 
 async def bring_to(store: Store, state: TaskStatus | None) -> tuple[TaskId, RunToken]:
@@ -63,7 +63,7 @@ async def say(store: Store, verb: Verb, task_id: TaskId, run: RunToken) -> None:
             await store.retry(task_id)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", BEFORE)
 @pytest.mark.parametrize("verb", Verb)
 async def test_a_verb_leads_where_the_table_says_and_changes_nothing_elsewhere(store: Store, state: TaskStatus | None, verb: Verb) -> None:
     task_id, run = await bring_to(store, state)
@@ -92,7 +92,7 @@ async def test_a_verb_leads_where_the_table_says_and_changes_nothing_elsewhere(s
 async def holds_together(store: Store, task_id: TaskId, status: TaskStatus) -> None:
     """The task is in just the lists that its state says."""
     redis, name = raw(store), task_id.encode()
-    for each in TaskStatus:
+    for each in STATES:
         for task_type in ("", "generate_image"):
             listed = await redis.zrange(f"{KEYS['index']}film|{each}|{task_type}", 0, -1)
             assert (name in listed) == (each is status)
@@ -227,7 +227,7 @@ async def short_lease(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
 async def test_a_dead_lease_is_returned_by_tidy_and_counted_apart_from_tries(store: Store, short_lease: None) -> None:
     task_id, _ = await running(store)
     await asyncio.sleep(0.01)
-    assert (await store.tidy())[0] == 1
+    assert (await store.tidy()).reaped == 1
     (claimed,) = await claim(store, "w2")
     assert (claimed.task.task_id, claimed.task.attempt) == (task_id, 2)
     assert await raw(store).hmget(KEYS["task"] + task_id, "tries", "silences") == [b"0", b"1"]
@@ -240,7 +240,7 @@ async def test_a_task_whose_workers_fall_silent_waits_longer_each_time_and_is_a_
         (claimed,) = await claim(store)
         await store.report(task_id, claimed.run, 0.1, "rendering_video", stage="frames")
         await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
-        assert (await store.tidy())[0] == 1
+        assert (await store.tidy()).reaped == 1
         waits.append(msgspec.json.decode((await store.log_after(task_id, None, 1000))[-1].data).get("retry_in"))
         if waits[-1]:
             assert await claim(store) == []
@@ -282,9 +282,9 @@ async def test_nothing_is_reaped_after_an_outage_or_when_the_clock_went_back(sto
     await asyncio.sleep(0.01)
     seconds, _ = await raw(store).time()
     await raw(store).set(KEYS["heard"], (seconds - ago_s) * 1000)
-    assert (await store.tidy())[0] == 0
+    assert (await store.tidy()).reaped == 0
     await raw(store).delete(KEYS["quiet"])
-    assert (await store.tidy())[0] == 1
+    assert (await store.tidy()).reaped == 1
 
 
 async def test_missed_deadlines_fail_a_waiting_and_a_running_task(store: Store) -> None:
@@ -293,7 +293,7 @@ async def test_missed_deadlines_fail_a_waiting_and_a_running_task(store: Store) 
     run_out, _ = await running(store, max_ms=1)
     await store.submit(late)
     await asyncio.sleep(0.01)
-    assert (await store.tidy())[2] == 2
+    assert (await store.tidy()).past_deadline == 2
     for task_id in (late.task_id, run_out):
         task = await store.task(task_id)
         assert task is not None

@@ -89,7 +89,7 @@ async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(made: F
     task_id, run = claimed.task.task_id, claimed.run
     await store.report(task_id, run, 0.95, "uploading_result", prefix="prefix")
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
-    assert (await store.tidy())[0] == 1
+    assert (await store.tidy()).reaped == 1
     await raw(store).zadd(KEYS["orphans"], {"prefix": 1})
     assert (await store.renew("w1", [], [(task_id, run)], has_gpu=False))[0] == [(task_id, run)]
     assert (await found(store, task_id)).status is TaskStatus.QUEUED

@@ -1,0 +1,221 @@
+"""Records that are missing or damaged: each costs no more than itself, whichever key or field it is and whichever verb meets it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from movieq.contracts import KEYS, STATES, DeliveryState, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
+from movieq.errors import InvalidState, NotFound, RunLost
+from movieq.store import Counts, Slot, Store
+from tests.arrange import CPU, claim, new_task, raw, result, running
+
+_nonces = itertools.count()
+IDS = {
+    name: TaskId(f"00000000-0000-4000-8000-00000000000{number}")
+    for number, name in enumerate(["queued", "delayed", "processing", "reaped", "completed", "failed", "cancelled", "offered", "batched"])
+}
+"""Tasks of the busy installation, by what they are in."""
+
+REFUSALS = (RunLost, NotFound, InvalidState)
+
+
+async def busy(store: Store) -> dict[bytes, bytes]:
+    """Every key, serialised, of an installation with a task in every state, deliveries, leases, deadlines and orphans."""
+    hook: dict[str, Any] = {"callback_url": "http://127.0.0.1:1/", "max_ms": 10_000_000}
+    for name in ("completed", "failed", "cancelled", "processing", "reaped", "delayed"):
+        await store.submit(new_task(task_id=IDS[name], fingerprint=name, idempotency=name, body_hash="b", **hook))
+    runs = {c.task.task_id: c.run for c in await store.claim("w1", "first", CPU * 6)}
+    await store.complete(IDS["completed"], runs[IDS["completed"]], result(), "http://127.0.0.1:1/cms")
+    await store.requeue(IDS["failed"], runs[IDS["failed"]], Counts.DEATHS, 1, 0, "it died", "worker_lost", exit_code=-9, stage="decode")
+    await store.cancel(IDS["cancelled"])
+    await store.requeue(IDS["delayed"], runs[IDS["delayed"]], Counts.TRIES, 3, 1, "it broke", "network")
+    prefix = "projects/film/image/t/r"
+    for name in ("processing", "reaped"):
+        await store.report(IDS[name], runs[IDS[name]], 0.5, "generating_image", step=1, steps=2, prefix=prefix, gpu=(1.0, 1.0))
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {IDS["reaped"]: 1})
+    await store.renew("w1", [], [(IDS["processing"], runs[IDS["processing"]])], has_gpu=True)
+    await store.tidy()
+    for name in ("queued", "offered", "batched"):
+        await store.submit(new_task(task_id=IDS[name], finish_by_ms=9_000_000_000_000, batch="b", batch_rows=2, **hook))
+    await raw(store).hset(KEYS["task"] + IDS["offered"], "made_on", "here")
+    await raw(store).zadd(KEYS["offered"] + "here", {IDS["offered"]: 1})
+    await raw(store).set("runs", runs[IDS["processing"]])
+    await raw(store).set("reaped_run", runs[IDS["reaped"]])
+    return {key: await raw(store).dump(key) for key in await raw(store).keys("*")}
+
+
+async def put(store: Store, keys: dict[bytes, bytes]) -> None:
+    """Just these keys are there."""
+    await raw(store).flushdb()
+    async with raw(store).pipeline(transaction=False) as pipe:
+        for key, value in keys.items():
+            pipe.restore(key, 0, value)
+        await pipe.execute()
+
+
+async def all_verbs(store: Store) -> None:
+    """Every script and every read is called, and refuses at most as it does where nothing is damaged."""
+    run = RunToken((await raw(store).get("runs") or b"gone").decode())
+    reaped = RunToken((await raw(store).get("reaped_run") or b"gone").decode())
+    task = IDS["processing"]
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: store.tidy(),
+        lambda: store.submit(new_task(fingerprint="completed", idempotency="completed", body_hash="b")),
+        lambda: store.submit(new_task(task_id=IDS["queued"])),
+        lambda: store.submit(
+            new_task(
+                fingerprint="completed", made=IDS["completed"], made_result=b"{}", made_prefix="projects/film/image/t/r", max_queued=99
+            )
+        ),
+        lambda: store.report(task, run, 0.6, "generating_image", gpu=(2.0, 1.0), keep=True),
+        lambda: store.report(IDS["reaped"], reaped, 0.6, "generating_image"),
+        lambda: store.preview(task, run, b"jpeg"),
+        lambda: store.renew("w1", [], [(task, run), (IDS["reaped"], reaped)], has_gpu=True),
+        lambda: store.made_before("completed"),
+        *(lambda id=id: store.task(id) for id in IDS.values()),
+        *(lambda id=id: store.deliveries(id) for id in IDS.values()),
+        *(lambda id=id: store.log_after(id, None) for id in IDS.values()),
+        *(lambda id=id: store.task_data(id) for id in IDS.values()),
+        *(lambda s=s: store.page(ProjectId("film"), s, None, 1, 20) for s in [None, *STATES]),
+        lambda: store.project(ProjectId("film")),
+        lambda: store.active(ProjectId("film"), [], [], 100),
+        lambda: store.queues(),
+        lambda: store.queue_sizes(),
+        lambda: store.totals(None),
+        lambda: store.totals(["film"]),
+        lambda: store.dead_letters(),
+        lambda: store.workers(),
+        lambda: store.average_durations_s(),
+        lambda: store.claim("w2", f"n{next(_nonces)}", CPU * 2, host="here"),
+        lambda: store.claim("w1", "first", CPU),
+        lambda: store.begin(f"{IDS['completed']}-1"),
+        lambda: store.delivered(f"{IDS['completed']}-1", DeliveryState.DELIVERED, 1, 200, "", "cms-id"),
+        lambda: store.begin(f"{IDS['completed']}-2"),
+        lambda: store.delivered(f"{IDS['completed']}-2", DeliveryState.FAILED, 1, 500, "no"),
+        lambda: store.resend(IDS["completed"], f"{IDS['completed']}-2"),
+        *(lambda id=id: store.retry(id) for id in IDS.values()),
+        *(lambda id=id: store.cancel(id) for id in (IDS["delayed"], IDS["failed"], IDS["batched"])),
+        lambda: store.requeue(IDS["reaped"], reaped, Counts.TRIES, 3, 0, "it broke", "network"),
+        lambda: store.fail(task, run, "it broke", "internal"),
+        lambda: store.claim("w3", f"n{next(_nonces)}", CPU * 3),
+        lambda: store.complete(task, run, result()),
+        lambda: store.tidy(),
+        lambda: store.leave("w1"),
+        lambda: store.sweep(0),
+    ]
+    for call in calls:
+        with contextlib.suppress(*REFUSALS):
+            await call()
+
+
+async def another_project_is_served(store: Store) -> None:
+    """A task of a project that has nothing to do with it goes its way, whatever else waits."""
+    task = new_task("other", kind=Kind.CPU_INTENSIVE)
+    await store.submit(task)
+    for _ in range(40):
+        for claimed in await claim(store, "w9"):
+            if claimed.task.task_id == task.task_id:
+                await store.complete(task.task_id, claimed.run, result())
+                found = await store.task(task.task_id)
+                assert found is not None
+                assert found.status is TaskStatus.COMPLETED
+                return
+    raise AssertionError("it was not claimed")
+
+
+async def test_no_key_is_missed_by_any_verb(store: Store) -> None:
+    keys = await busy(store)
+    assert len(keys) > 60
+    for missing in keys:
+        await put(store, {key: value for key, value in keys.items() if key != missing})
+        try:
+            await all_verbs(store)
+            await another_project_is_served(store)
+        except BaseException as error:
+            error.add_note(f"without {missing!r}")
+            raise
+
+
+@pytest.mark.parametrize("value", [None, "nan", "\udcff"])
+@pytest.mark.parametrize("name", ["queued", "processing", "reaped", "completed", "failed"])
+async def test_no_field_of_a_task_is_missed_by_any_verb(store: Store, name: str, value: str | None) -> None:
+    keys = await busy(store)
+    key = KEYS["task"] + IDS[name]
+    for field in await raw(store).hkeys(key):
+        await put(store, keys)
+        if value is None:
+            await raw(store).hdel(key, field)
+        else:
+            await raw(store).hset(key, field, value.encode(errors="surrogateescape"))
+        try:
+            await all_verbs(store)
+            await another_project_is_served(store)
+        except BaseException as error:
+            error.add_note(f"{name}: {field!r} was {value!r}")
+            raise
+
+
+async def test_a_deadline_without_its_task_stops_no_lease_and_no_other_deadline(store: Store) -> None:
+    dead, _ = await running(store, finish_by_ms=1)
+    late, _ = await running(store, finish_by_ms=2)
+    silent, _ = await running(store)
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {silent: 1})
+    await raw(store).delete(KEYS["task"] + dead)
+    tidied = await store.tidy()
+    assert [(await found(store, each)).status for each in (late, silent)] == [TaskStatus.FAILED, TaskStatus.QUEUED]
+    assert tidied.dropped == [f"deadlines {dead}"]
+    assert (await store.tidy()).dropped == []
+
+
+async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store) -> None:
+    gone = [new_task() for _ in range(10)]
+    for task in gone:
+        await store.submit(task)
+    behind = new_task()
+    await store.submit(behind)
+    await raw(store).delete(*(KEYS["task"] + task.task_id for task in gone))
+    (claimed,) = await claim(store)
+    assert claimed.task.task_id == behind.task_id
+    assert sorted((await store.tidy()).dropped) == sorted(f"waiting {task.task_id}" for task in gone)
+    assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
+
+
+async def test_a_task_whose_definition_is_gone_fails_and_says_what_to_do(store: Store) -> None:
+    task = new_task()
+    await store.submit(task)
+    await raw(store).delete(KEYS["job"] + task.task_id)
+    assert await claim(store) == []
+    ended = await found(store, task.task_id)
+    assert ended.status is TaskStatus.FAILED
+    assert ended.error == "the parameters of this task are no longer in Redis: submit it again"
+    assert ended.retryable is False
+    assert [entry.type for entry in await store.log_after(task.task_id, None)] == [EventType.FAILED]
+
+
+async def test_a_queue_without_its_shares_is_served_all_the_same(store: Store) -> None:
+    tasks = [new_task(project) for project in ("film", "other", "film")]
+    for task in tasks:
+        await store.submit(task)
+    await raw(store).delete(KEYS["flows"] + "cpu_intensive", KEYS["waiting"] + "cpu_intensive:film")
+    claimed = [each.task.task_id for _ in range(6) for each in await claim(store)]
+    assert sorted(claimed) == sorted(task.task_id for task in tasks)
+
+
+async def test_a_record_that_cannot_be_read_is_claimed_as_unknown_and_can_be_given_back(store: Store) -> None:
+    task = new_task()
+    await store.submit(task)
+    await raw(store).hset(KEYS["task"] + task.task_id, "result", "{")
+    (claimed,) = await store.claim("w1", "nonce", [Slot((Kind.CPU_INTENSIVE,))])
+    assert (claimed.task.task_id, claimed.task.status, claimed.task.project_id) == (task.task_id, TaskStatus.UNKNOWN, "film")
+    assert await store.requeue(task.task_id, claimed.run, Counts.TRIES, 1, 0, "unreadable", "internal") is TaskStatus.FAILED
+
+
+async def found(store: Store, task_id: TaskId) -> Any:
+    task = await store.task(task_id)
+    assert task is not None
+    return task
