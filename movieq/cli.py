@@ -366,11 +366,18 @@ def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str 
 @main.command()
 @click.option("--data", "folder", default=DATA, show_default=True, type=click.Path(path_type=Path), help="Folder of `movieq up`.")
 @click.option("--callback", metavar="URL", help="A callback_url: may it be called, and does its server answer?")
-def doctor(folder: Path, callback: str | None) -> None:
+@click.option("--repair", is_flag=True, help="Instead, list the tasks in Redis whose records and lists do not fit together.")
+@click.option("--apply", is_flag=True, help="With --repair: mend them.")
+def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
-    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing.
+    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing, unless --apply is given.
     """
+    if apply and not repair:
+        raise click.UsageError("--apply goes with --repair")
+    if repair:
+        _repair(folder, apply)
+        return
     from movieq import doctor as checks
 
     marks = {checks.Mark.GOOD: "green", checks.Mark.NOTE: "yellow", checks.Mark.BROKEN: "red"}
@@ -396,6 +403,35 @@ def demo(out: Path, folder: Path | None) -> None:
     from movieq import demo as story
 
     _run(lambda: story.run(out, folder, Console()))
+
+
+def _repair(folder: Path, apply: bool) -> None:
+    """Lists what does not fit together in Redis; ends with 1 where something was found and is not mended."""
+    from movieq.embedded import Valkey
+    from movieq.repair import misfits
+
+    settings = _settings()
+    if not settings.redis_url:
+        settings = msgspec.structs.replace(settings, redis_url=Valkey(folder).url)  # that of a `movieq up` that runs
+
+    async def run() -> int:
+        await _redis(settings)
+        store, found = Store(connect(settings.redis_url, patient=True, prefix=settings.key_prefix), settings.key_prefix), 0
+        try:
+            async for each in misfits(store, apply=apply):
+                found += 1
+                click.echo(f"task {each.task_id} {_plain(each.text)}" if each.task_id else _plain(each.text))
+        finally:
+            await store.aclose()
+        return found
+
+    if (found := _run(run)) == 0:
+        click.echo("records and lists fit together")
+    elif apply:
+        click.echo(f"{found} misfits mended")
+    else:
+        click.echo(f"{found} misfits; mend them: movieq doctor --repair --apply")
+        sys.exit(1)
 
 
 def _known(task_type: str) -> str:

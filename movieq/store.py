@@ -482,6 +482,14 @@ class Store:
         """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""
         return cast("int", await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch))
 
+    async def repair(self, task_id: TaskId, lists: Sequence[str], *, apply: bool) -> list[str]:
+        """Return what does not fit between a task and the `lists` that name it, mended where `apply` is set."""
+        return [_text(each) for each in await self._verb("repair", lists, task_id=task_id, apply="1" if apply else "")]
+
+    async def recount(self, *, apply: bool) -> list[str]:
+        """Return which counters do not fit what they count, mended where `apply` is set."""
+        return [_text(each) for each in await self._verb("recount", apply="1" if apply else "")]
+
     # ── Reads ──
 
     async def task(self, task_id: TaskId) -> Task | None:

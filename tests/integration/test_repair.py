@@ -1,0 +1,98 @@
+"""`movieq doctor --repair`: it finds whatever was deleted by hand, says so, and with --apply mends it; then every task ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from movieq.contracts import KEYS, Kind, TaskStatus
+from movieq.embedded import Valkey
+from movieq.repair import misfits
+from movieq.store import Store
+from tests.arrange import claim, new_task, raw, result
+from tests.integration.test_damage import busy, put
+
+
+async def test_an_installation_in_order_has_no_misfits(store: Store) -> None:
+    await busy(store)
+    await raw(store).delete("runs", "reaped_run")
+    assert [each async for each in misfits(store, apply=False)] == []
+
+
+async def test_looking_changes_nothing(store: Store) -> None:
+    keys = await busy(store)
+    for missing in keys:
+        left = {key: value for key, value in keys.items() if key != missing}
+        await put(store, left)
+        async for _ in misfits(store, apply=False):
+            pass
+        assert {key: await raw(store).dump(key) for key in await raw(store).keys("*")} == left, missing
+
+
+async def test_what_was_mended_is_in_order(store: Store) -> None:
+    keys = await busy(store)
+    for missing in keys:
+        await put(store, {key: value for key, value in keys.items() if key != missing})
+        async for _ in misfits(store, apply=True):
+            pass
+        left = [each.text async for each in misfits(store, apply=False)]
+        assert [text for text in left if "parameters" not in text] == [], missing  # what is gone for good is only named
+
+
+@pytest.mark.parametrize("name", ["waiting", "flows", "kinds", "running", "deadlines", "index", "deliveries", "totals", "projects"])
+async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, name: str) -> None:
+    tasks = [new_task(project, callback_url="http://127.0.0.1:1/") for project in ("film", "other", "film")]
+    for task in tasks:
+        await store.submit(task)
+    await claim(store)
+    await store.cancel(tasks[1].task_id)
+    for key in await raw(store).keys(KEYS[name] + "*"):
+        await raw(store).delete(key)
+    assert [each.text async for each in misfits(store, apply=True)] != []
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {tasks[0].task_id: 1}, xx=True)  # its worker falls silent
+    for _ in range(3):
+        await store.tidy()
+        await raw(store).delete(KEYS["quiet"])
+        for claimed in await claim(store):
+            await store.complete(claimed.task.task_id, claimed.run, result())
+    states = [task.status for task in await store.tasks([task.task_id for task in tasks])]
+    assert set(states) == {TaskStatus.COMPLETED, TaskStatus.CANCELLED}
+    assert await raw(store).zcard(KEYS["deliveries"]) == 3
+    assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
+
+
+async def test_counters_are_counted_again(store: Store) -> None:
+    await store.submit(new_task())
+    await raw(store).hset(KEYS["totals"], "queued", 7)
+    await raw(store).hset(KEYS["priorities"] + "cpu_intensive", "2", -3)
+    assert [each.text async for each in misfits(store, apply=True)] == [
+        "queued tasks are counted as 7 and are 1",
+        "waiting tasks of cpu_intensive with priority 2 are counted as -3 and are 1",
+    ]
+    assert [each async for each in misfits(store, apply=False)] == []
+
+
+def movieq(folder: Path, server: Valkey, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MOVIEQ_REDIS_URL": server.url}
+    command = [sys.executable, "-m", "movieq.cli", "doctor", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+async def test_the_command_lists_and_then_mends(store: Store, server: Valkey, tmp_path: Path) -> None:
+    task = new_task()
+    await store.submit(task)
+    await raw(store).delete(KEYS["waiting"] + "cpu_intensive:film")
+    looked = movieq(tmp_path, server, "--repair")
+    assert (looked.returncode, looked.stdout) == (
+        1,
+        f"task {task.task_id} waits in half of its queue\n1 misfits; mend them: movieq doctor --repair --apply\n",
+    )
+    mended = movieq(tmp_path, server, "--repair", "--apply")
+    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "1 misfits mended")
+    assert movieq(tmp_path, server, "--repair").stdout == "records and lists fit together\n"
+    assert [each.task.task_id for each in await claim(store)] == [task.task_id]
+    assert "--apply goes with --repair" in movieq(tmp_path, server, "--apply").stderr
