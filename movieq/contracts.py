@@ -149,6 +149,7 @@ KEYS: Final[Mapping[str, str]] = {
     "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
     "held": "movieq:held:",  # + worker: set of tasks that it runs
     "workers": "movieq:workers",  # hash worker -> its heartbeat (JSON)
+    "able": "movieq:able",  # hash worker -> the task types and models that it knows (JSON), of workers that do not know all
     "beats": "movieq:beats",  # zset worker -> time of its last heartbeat
     "heard": "movieq:heard",  # string, when tidy last ran
     "quiet": "movieq:quiet",  # string, until when nothing is reaped
@@ -339,9 +340,6 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     tasks_completed: int
     last_heartbeat: datetime
     queues: list[str]
-    task_types: list[str] = []
-    """Those that its worker knows, as with `models_known`: a task of another type or model waits for another worker."""
-    models_known: list[str] = []
     device: str
     memory_total: int
     temperature: float | None

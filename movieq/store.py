@@ -454,7 +454,13 @@ class Store:
         return TaskStatus(_fenced(answer, task_id))
 
     async def renew(
-        self, worker_id: str, heartbeat: Sequence[WorkerStatus], runs: Iterable[tuple[TaskId, RunToken]], *, has_gpu: bool
+        self,
+        worker_id: str,
+        heartbeat: Sequence[WorkerStatus],
+        runs: Iterable[tuple[TaskId, RunToken]],
+        *,
+        has_gpu: bool,
+        able: Able | None = None,
     ) -> tuple[list[tuple[TaskId, RunToken]], list[tuple[TaskId, RunToken]]]:
         """The leases of these runs hold for another `LEASE_MS`. Returns the runs that are lost, and tasks held without being named."""
         lost, unmentioned = await self._verb(
@@ -464,6 +470,7 @@ class Store:
             lease_ms=LEASE_MS,
             heartbeat=msgspec.json.encode(heartbeat),
             has_gpu=int(has_gpu),
+            able=b"" if able is None else msgspec.json.encode(able),
         )
         return _runs(lost), _runs(unmentioned)
 
@@ -576,20 +583,21 @@ class Store:
             return {kind: [kind, *sorted(of.decode() for of in found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
 
     async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
-        """Return what waits in vain: the lanes with waiting tasks that none of these workers serves."""
-        lanes = await self._lanes()
-        names = list(itertools.chain(*lanes.values()))
+        """Return what waits in vain: the lanes with waiting tasks that none of these workers can run."""
+        lanes = list(itertools.chain(*(await self._lanes()).values()))
         async with self.redis.pipeline(transaction=False) as pipe:
-            for of in names:
+            pipe.hgetall(self.keys["able"])
+            for of in lanes:
                 pipe.zcard(self.keys["waiting"] + of)
-            waiting = dict(zip(names, await pipe.execute(), strict=True))
+            stored, *waiting = await pipe.execute()
+        able = {worker_id.decode(): _able(blob) for worker_id, blob in stored.items()}
         found = []
-        for of in filter(waiting.__getitem__, names):
+        for of, count in zip(lanes, waiting, strict=True):
             kind, _, need = of.partition("/")
             task_type, _, model = need.partition("/")
-            serving = [row for row in workers if kind in row.queues]
-            if not any(not need or (task_type in row.task_types and model in row.models_known) for row in serving):
-                found.append(Stranded(kind, task_type, model, waiting[of]))
+            serving = [able.get(row.worker_id.rpartition("/")[0]) for row in workers if kind in row.queues]
+            if count and not any(not need or each is None or (task_type in each.types and model in each.models) for each in serving):
+                found.append(Stranded(kind, task_type, model, count))
         return found
 
     async def queues(self) -> list[TaskQueue]:
@@ -972,6 +980,13 @@ def _heartbeat(blob: bytes | None) -> list[WorkerStatus]:
         return _rows.decode(blob or b"[]")
     except msgspec.MsgspecError:
         return []
+
+
+def _able(blob: bytes) -> Able | None:
+    try:
+        return msgspec.json.decode(blob, type=Able)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _grant(blob: bytes) -> Grant | None:

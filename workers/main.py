@@ -288,6 +288,7 @@ class Worker(ArqWorker):
                     self.rows(),
                     [(running.task.task_id, run) for run, running in self.runs.items()],
                     has_gpu=any(child.device != "cpu" for child in self.children),
+                    able=self._able,
                 )
             except BaseException:
                 self._doubt.set()
@@ -335,8 +336,6 @@ class Worker(ArqWorker):
                     tasks_completed=child.tasks_completed,
                     last_heartbeat=utc(int(time.time() * 1000)),
                     queues=list(child.kinds) if taking else [],
-                    task_types=list(self._able.types) if self._able else [],
-                    models_known=list(self._able.models) if self._able else [],
                     device=child.device,
                     memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
                     temperature=gpu.temperature if gpu else None,

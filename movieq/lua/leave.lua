@@ -3,6 +3,7 @@
 -- args: worker_id
 -- Returns 'ok'. Cost: O(kinds).
 redis.call('HDEL', K.workers, worker_id)
+redis.call('HDEL', K.able, worker_id)
 redis.call('ZREM', K.beats, worker_id)
 redis.call('SREM', K.idle .. 'deliveries', worker_id)
 redis.call('DEL', K.claimed .. worker_id)

@@ -71,6 +71,7 @@ end
 for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - forget_ms, 'LIMIT', 0, batch)) do
   redis.call('ZREM', K.beats, worker_id)
   redis.call('HDEL', K.workers, worker_id)
+  redis.call('HDEL', K.able, worker_id)
 end
 
 local count, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))

@@ -113,7 +113,7 @@ async def test_another_query_is_refused(api: Client, query: str) -> None:
 
 
 async def test_a_refused_filter_names_what_is_allowed(api: Client) -> None:
-    assert [state for state in TaskStatus if state not in (await api.get(PAGE + "?status=done")).message] == []
+    assert [state for state in STATES if state not in (await api.get(PAGE + "?status=done")).message] == []
 
 
 async def test_a_project_counts_its_tasks_by_state(api: Client, tasks: Tasks) -> None:
@@ -121,7 +121,7 @@ async def test_a_project_counts_its_tasks_by_state(api: Client, tasks: Tasks) ->
         await tasks.in_state(state)
     project = (await api.get("/api/v1/projects/film", key=FILM)).json
     assert project["project_id"] == "film"
-    assert project["tasks"] == dict.fromkeys(TaskStatus, 1)
+    assert project["tasks"] == dict.fromkeys(STATES, 1)
 
 
 async def test_a_project_without_tasks_is_unknown(api: Client) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from movieq.contracts import KEYS, Kind, ProjectId, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
-from movieq.store import Able, Claimed, Counts, Slot, Store
+from movieq.store import Able, Claimed, Counts, Slot, Store, Stranded
 from tests.arrange import new_task, raw, result
 
 _nonces = itertools.count()
@@ -101,16 +101,21 @@ async def test_shares_hold_among_projects_aside(store: Store) -> None:
 async def test_what_no_live_worker_can_run_is_named(store: Store) -> None:
     await submitted(store, "palette", "palettes")
     await claim(store, PLAIN)
-    assert [(each.kind, each.task_type, each.model, each.waiting) for each in await store.stranded([row(PLAIN)])] == [
-        ("cpu_intensive", "palette", "palettes", 1)
-    ]
-    assert await store.stranded([row(PLAIN), row(PLUGGED)]) == []
+    for worker, able in (("plain", PLAIN), ("plugged", PLUGGED)):
+        await store.renew(worker, [row(worker)], [], has_gpu=False, able=able)
+    assert await store.stranded([row("plain")]) == [Stranded("cpu_intensive", "palette", "palettes", 1)]
+    assert await store.stranded([row("plain"), row("plugged")]) == []
+    assert await store.stranded([row("plain"), row("one that says nothing")]) == []
+    await submitted(store)
+    assert [each.task_type for each in await store.stranded([])] == ["", "palette"]
+    await store.leave("plugged")
+    assert await raw(store).hkeys(KEYS["able"]) == [b"plain"]
 
 
-def row(able: Able) -> WorkerStatus:
+def row(worker: str) -> WorkerStatus:
     """The row of a worker that serves the CPU's queue."""
     return WorkerStatus(
-        worker_id="w",
+        worker_id=f"{worker}/cpu0",
         worker_type=Kind.CPU_INTENSIVE,
         status=WorkerState.IDLE,
         current_task_id=None,
@@ -119,8 +124,6 @@ def row(able: Able) -> WorkerStatus:
         tasks_completed=0,
         last_heartbeat=utc(0),
         queues=[Kind.CPU_INTENSIVE],
-        task_types=list(able.types),
-        models_known=list(able.models),
         device="cpu",
         memory_total=0,
         temperature=None,

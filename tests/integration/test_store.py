@@ -517,6 +517,8 @@ def test_every_script_opens_with_its_contract() -> None:
         "begin",
         "delivered",
         "resend",
+        "repair",
+        "recount",
     }
 
 
