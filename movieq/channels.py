@@ -109,11 +109,14 @@ class Subscriber:
             channel = self._channels.get(name)
             if channel is None:
                 continue  # left, and Redis does not know yet; or a PONG
-            if kind == b"message":
-                channel.on_message(rest[0])
-            elif kind == b"subscribe":
-                channel.confirmed.set()
-                channel.on_doubt()
+            try:
+                if kind == b"message":
+                    channel.on_message(rest[0])
+                elif kind == b"subscribe":
+                    channel.confirmed.set()
+                    channel.on_doubt()
+            except Exception:  # one listener's: the others go on
+                log.exception("listener_broke", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:
         """Redis is told of each channel that was taken up or left."""
