@@ -270,7 +270,7 @@ class Child:
         except psutil.Error:
             return 0
 
-    async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None]) -> None:
+    async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
         """Starts the child, again whenever it ended, and ends it when cancelled. `on_room` is called each time that it has a slot more.
 
         `on_unfit` is called each time that it said that it cannot work here; what that raises ends this.

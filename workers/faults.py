@@ -73,6 +73,9 @@ def device_problem(error: BaseException | None) -> str | None:
     return None
 
 
+_SYSTEM: Final = r"/(?:bin|data|dev|etc|home|lib|lib64|media|mnt|nix|opt|proc|root|run|srv|sys|tmp|usr|var|Users)(?=/)"
+
+
 def _inside(name: object, places: tuple[Path, ...]) -> bool:
     return isinstance(name, str | bytes) and any(Path(str(name)).is_relative_to(place) for place in places)
 
@@ -84,7 +87,7 @@ def said(error: BaseException) -> str:
 
 
 def without_paths(text: str, *places: Path | str) -> str:
-    """The text with every file of this machine cut down to its name."""
+    """The text with every file of this machine cut down to its name: those in these places, and in those that all machines have."""
     roots = {str(place).rstrip("/") for place in (*places, tempfile.gettempdir(), sys.prefix, sys.base_prefix, Path.home(), Path.cwd())}
-    named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if root.count("/") and len(root) > 1)
-    return re.sub(rf"(?<![\w/.:-])(?:{named})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)
+    named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
+    return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)
