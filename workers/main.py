@@ -109,7 +109,7 @@ class Worker(ArqWorker):
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
         self.on_signal: Callable[[float], None] = lambda seconds: None
-        """Is told by each signal within how many seconds the worker will be gone."""
+        """Is told by each signal within how many seconds the worker has to be gone."""
         # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
         self._leases = asyncio.Lock()
 
@@ -389,7 +389,7 @@ class Worker(ArqWorker):
                     self.worker_id,
                     self._heartbeat,
                     [(running.task.task_id, run) for run, running in self.runs.items()],
-                    has_gpu=any(child.device != "cpu" for child in self.children),
+                    has_gpu=any(child.device != "cpu" and child.unfit is None for child in self.children),
                 )
             except BaseException:
                 self._doubt.set()

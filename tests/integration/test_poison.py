@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from arq import cron, func
 
 from movieq.contracts import KEYS, Kind, Task, TaskId, TaskStatus
 from movieq.store import Store
-from tests.arrange import claim, new_task, raw
-from tests.fleet import eventually, fleet
-from workers.engine import Child
+from tests.arrange import claim, new_task, ran, raw
+from tests.engines.test_plugins import installed
+from tests.fleet import eventually, fleet, python_path
+from workers.engine import Child, Progress
 from workers.main import Worker
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.run import Running
+from workers.run import Running, _Reporter
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 BEYOND = b'{"n": 123456789012345678901234567890}'
@@ -240,3 +242,129 @@ def test_a_batch_too_long_for_one_frame_goes_run_by_run() -> None:
         found.append(to_child_decoder.decode(sent[at + 4 : at + 4 + size]))
         at += 4 + size
     assert [each.run for each in found if isinstance(each, Run)] == ["a", "b"]
+
+
+# ── What engines say ──
+
+ODD = """
+from movieq.params import Params
+from movieq.plugins import NewTaskType, Plugin
+from workers.child.take import Made
+from workers.protocol import Note, Produced, Stage
+from PIL import Image
+
+class OddParams(Params, frozen=True, kw_only=True):
+    odd: str
+
+    @property
+    def description(self):
+        return self.odd
+
+def make(take):
+    odd = take.params.odd
+    if odd == "no plan":
+        take.plan()
+    elif odd == "no weight":
+        take.plan(Stage("a", "a", 0.0), Stage("b", "b", float("nan")), Stage("c", "c", -1.0))
+    else:
+        take.plan(Stage("a", "a", 1.0))
+    take.begin("a")
+    if odd == "an unreadable step":
+        take.step("a", "one", "two")
+    if odd == "an unsendable note":
+        take._send(Note(take.run.run, object()))
+    take.step("a", 1, 1)
+    Image.new("RGB", (64, 64)).save(path := take.out_dir / "output.png")
+    width = "wide" if odd == "an unreadable answer" else 64
+    metadata = {"a number": 2**70, "an object": object()}.get(odd)
+    return Made((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
+
+plugin = Plugin(
+    task_types={"odd": NewTaskType(params=OddParams)},
+    engines={"odd": "odd"},
+    models={"odd": {"engine": "odd", "kind": "cpu_intensive", "tasks": {"odd": 1}}},
+)
+"""
+"""An engine of a plug-in that says what no engine of ours says."""
+
+
+async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Path) -> None:
+    site = folder / "site"
+    site.mkdir()
+    path = {"PYTHONPATH": python_path(installed(site, ("odd", ODD)))}
+    async with fleet(folder / "fleet") as made:
+        api, worker = await asyncio.gather(made.api("", 0, **path), made.worker("", **path))
+        for odd in ("no plan", "no weight", "an unreadable step"):
+            ended = await api.ended(await api.submit("odd", {"odd": odd}))
+            assert (ended["status"], ended["attempt"]) == ("completed", 1), (odd, ended, worker.log.read_text()[-3000:])
+        for odd in ("an unreadable answer", "a number", "an object", "an unsendable note"):
+            task_id = await api.submit("odd", {"odd": odd})
+            await eventually(partial(tried, made.store, TaskId(task_id)), 30)
+            assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200  # it would be tried again
+            for entry in await made.store.log_after(task_id, None):
+                assert b"Error" not in entry.data, entry.data
+            ended = await api.ended(await api.submit("generate_image", SMALL))
+            assert (ended["status"], ended["attempt"]) == ("completed", 1), odd
+        assert worker.said("child_ended") == worker.said("device_problem")  # the last of three in a row, at most
+        assert worker.alive
+
+
+async def tried(store: Store, task_id: TaskId) -> bool:
+    """Whether a run of the task was given back for a fault."""
+    return await raw(store).hget(KEYS["task"] + task_id, "tries") == b"1"
+
+
+async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_the_next(folder: Path) -> None:
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    ready = asyncio.Event()
+    keeping = asyncio.create_task(child.keep(ready.set))
+
+    def order(name: str, **params: Any) -> Run:
+        (folder / name).mkdir()
+        return msgspec.structs.replace(request(name, params={**SMALL, **params}), out_dir=str(folder / name))
+
+    def raises(message: Progress) -> None:
+        raise ValueError("nobody expected this")
+
+    try:
+        await asyncio.wait_for(ready.wait(), 60)
+        pid = child.pid
+        with pytest.raises(ValueError, match="nobody"):
+            await ran(child, order("first"), raises)
+        assert child.groups == []
+        assert (await ran(child, order("second"))).files
+        assert child.pid == pid
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store) -> None:
+    """Whatever a report raises, the next one is said."""
+    await store.submit(new_task())
+    (claimed,) = await claim(store)
+
+    class Odd(Store):
+        raised = 0
+
+        async def report(self, *args: Any, **named: Any) -> None:
+            if self.raised < 2:
+                self.raised += 1
+                raise ValueError("nobody expected this")
+            await super().report(*args, **named)
+
+        async def watched(self, task_id: TaskId) -> bool:
+            raise ValueError("nor this")
+
+    odd = Odd(store.redis)
+    reporter = _Reporter(odd, Running(claimed))
+
+    async def shown() -> bool:
+        reporter.say("drawing", stage="work")
+        task = await store.task(claimed.task.task_id)
+        return task is not None and task.current_step == "drawing"
+
+    async with reporter:
+        await eventually(shown, 30)
+        assert [task.done() for task in reporter._tasks] == [False, False]
+    await odd.aclose()
