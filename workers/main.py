@@ -233,10 +233,10 @@ class Worker(ArqWorker):
                     try:
                         self._begin(runs, each)
                     except Exception:
-                        log.exception("begin_broke", task_ids=[claimed.task.task_id for claimed in each])
-                        for claimed in each:
-                            if claimed.run not in self.runs:
-                                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES))
+                        log.exception("begin_broke", task_ids=[one.task.task_id for one in each])
+                        for one in each:
+                            if one.run not in self.runs:
+                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES))
 
     def _slots(self) -> list[Slot]:
         """Where a task can go now, or in a moment."""

@@ -31,8 +31,12 @@ def disk(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(place)], check=False, capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
+
+    def remount(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
     try:
-        yield place, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True) and None
+        yield place, remount
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 

@@ -311,7 +311,7 @@ async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Pa
 
 async def tried(store: Store, task_id: TaskId) -> bool:
     """Whether a run of the task was given back for a fault."""
-    return await raw(store).hget(KEYS["task"] + task_id, "tries") == b"1"
+    return bool(await raw(store).hget(KEYS["task"] + task_id, "tries") == b"1")
 
 
 async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_the_next(folder: Path) -> None:
