@@ -117,8 +117,8 @@ class Subscriber:
                 elif kind == b"subscribe":
                     channel.confirmed.set()
                     channel.on_doubt()
-            except Exception:  # one message that cannot be read: the other channels go on
-                log.exception("message_failed", channel=name.decode(errors="replace"))
+            except Exception:  # one listener's: the others go on
+                log.exception("listener_broke", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:
         """Redis is told of each channel that was taken up or left."""

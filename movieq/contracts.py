@@ -351,6 +351,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     model_swaps: ModelSwaps = ModelSwaps()
     host: str
     version: str
+    problem: str | None = None
+    """What is wrong with the machine or the device; then it takes no work, and looks again by itself. None while nothing is."""
 
 
 class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):

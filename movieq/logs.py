@@ -9,11 +9,12 @@ Secrets are never passed to a logger; urls go through `without_query`.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -41,6 +42,30 @@ def without_query(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+class _Unfailing:
+    """A stream that loses what it cannot write, as on a full disk: a line of log must not end what it tells of."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Writes the text, where that is possible."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flushes, where that is possible."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def _json(line: Any) -> str:
+    try:
+        return msgspec.json.encode(line, enc_hook=repr).decode()
+    except (ValueError, OverflowError, RecursionError):  # half a character, of the name of a file, say
+        return json.dumps(line, default=repr)
+
+
 def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Everything that this process logs goes to stderr in one format. Called once, by a command."""
     shared: list[structlog.typing.Processor] = [
@@ -61,12 +86,12 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
         last = [
             structlog.processors.format_exc_info,
             structlog.processors.EventRenamer("message"),
-            structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line, enc_hook=repr).decode()),
+            structlog.processors.JSONRenderer(serializer=lambda line, **_: _json(line)),
         ]
     severity = getattr(logging, level.upper())
     structlog.configure(
         processors=[*shared, *last],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _Unfailing(sys.stderr))),
         wrapper_class=structlog.make_filtering_bound_logger(severity),
         cache_logger_on_first_use=True,
     )

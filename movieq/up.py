@@ -24,6 +24,9 @@ RESTART_S: Final = 0.2, 10.0
 STEADY_S: Final = 10.0
 """Who lived so long begins with the shortest wait again."""
 API_STOP_S: Final = 10.0
+"""What the API has to end in."""
+WORKER_STOP_S: Final = 12.0
+"""What a worker has beyond its drain: it is gone after ten."""
 VALKEY_CHECK_S: Final = 0.2
 VALKEY_AGAIN_S: Final = 2.0
 
@@ -59,7 +62,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_keep("api", ["api", "--fd", str(sock.fileno())], environment, API_STOP_S, sock))]
             if worker:
-                tasks.append(group.create_task(_keep("worker", ["worker"], environment, settings.drain_s + API_STOP_S)))
+                tasks.append(group.create_task(_keep("worker", ["worker"], environment, settings.drain_s + WORKER_STOP_S)))
             if valkey is not None:
                 tasks.append(group.create_task(_keep_valkey(valkey)))
             await stop.wait()

@@ -12,24 +12,28 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
 import psutil
 
-from movieq import logs
+from movieq import logs, models
 from movieq.contracts import Kind, ModelSwaps, TaskId
-from movieq.errors import TASK_FAULTS, InternalFault, MovieqError, TaskFault
+from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError, OutOfMemory, TaskFault
+from movieq.params import TaskType
 from movieq.settings import PREFIX
+from workers.faults import HostFault
 from workers.protocol import (
     EXIT_UNFIT,
     HEADER,
     MAX_FRAME_BYTES,
-    Batch,
     Cancel,
+    Cancelled,
     Done,
     Failed,
     Free,
@@ -41,9 +45,11 @@ from workers.protocol import (
     Rows,
     Run,
     Step,
-    ToChild,
+    Unsendable,
     Watched,
+    encoded_run,
     frame,
+    framed,
     from_child_decoder,
 )
 
@@ -56,15 +62,34 @@ AHEAD_S: Final = 2.0
 """A child whose run ends in so short a time is given the next one, so that its inputs are there when the device is free."""
 AHEAD_MOST_S: Final = 10.0
 """What has waited for so long is given back: what it waited for takes longer than it looked."""
+FAILURES: Final = 3
+"""After so many different tasks in a row that failed on a device, it is examined before it takes more."""
+EXAMINE_S: Final = 120.0
+"""How long its self-test may take."""
+LOOK_S: Final = 1.0
+"""Between two looks of a run that waits for its device whether that still works."""
 IDLES: Final = 1000
 STDERR_LINES: Final = 40
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 """What an engine must not do, whoever started the worker: fetch models, or run code that comes with them."""
 
+SELF_TEST: Final = "self-test"
+ENDS: Final = frozenset(each.__struct_config__.tag for each in (Done, Failed, Cancelled))
+
 Progress = Plan | Step | Note | Rows | Preview | Free
 """What a child says of a run before its end."""
 
 log = logs.get()
+
+
+class _Whose(msgspec.Struct, frozen=True):
+    """What of a message that cannot be read tells whose it is."""
+
+    type: str
+    run: str
+
+
+_whose = msgspec.msgpack.Decoder(_Whose)
 
 
 class ChildUnfit(MovieqError):
@@ -102,12 +127,12 @@ class Group:
         """It was there already when the device became free."""
         self._missing = len(task_ids)
         self._left: set[str] = set()
-        self._requests: dict[str, Run] = {}
+        self._requests: dict[str, bytes] = {}
 
-    def come(self, request: Run) -> None:
-        """A row is ready to be made."""
+    def come(self, run: str, request: bytes) -> None:
+        """A row, with its encoded request, is ready to be made."""
         self._missing -= 1
-        self._requests[request.run] = request
+        self._requests[run] = request
 
     def leave(self, run: str) -> bool:
         """A row is over, whether it came or not; true where it was the last. Said again it changes nothing."""
@@ -117,10 +142,9 @@ class Group:
                 self._missing -= 1
         return not self._missing and not self._requests
 
-    def message(self) -> Run | Batch | None:
+    def frames(self) -> bytes | None:
         """What the child is sent, once no row is missing."""
-        runs = tuple(self._requests.values())
-        return None if self._missing or not runs else runs[0] if len(runs) == 1 else Batch(runs)
+        return None if self._missing or not self._requests else framed(list(self._requests.values()))
 
 
 class Child:
@@ -141,12 +165,25 @@ class Child:
         """Batch key -> how many rows its memory has room for, where that is known to be less than the table says."""
         self.idle_s: deque[float] = deque(maxlen=IDLES)
         """How long the device waited between two groups, where the second was there already when the first was done."""
+        self.problem: str | None = None
+        """What is wrong with its device, for people; None while nothing is. It takes nothing meanwhile."""
+        self.unfit: str | None = None
+        """What it said where it could not work here at all."""
+        self.served = False
+        """Whether it has ever worked."""
+        self.spool: Path | None = None
+        """Where its self-test makes a file; None for the system's temporary folder."""
+        self._suspect = False
+        """It is to be started anew, and examined, once it has no run."""
+        self._failed: list[Group] = []
+        """Groups of different tasks that failed since one was done."""
         self._on_room: Callable[[], None] = lambda: None
         self._on_device: Group | None = None
         self._free_since_s = time.monotonic()
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._serves = False
         self._killed = False
         self._blamed: str | None = None
         self._inboxes: dict[str, tuple[Group, asyncio.Queue[FromChild | None]]] = {}
@@ -155,12 +192,14 @@ class Child:
     @property
     def free(self) -> bool:
         """Whether a run can begin now."""
-        return self._ready is not None and not self.groups
+        return self._ready is not None and not self._suspect and not self.groups
 
     @property
     def soon(self) -> bool:
         """Whether a run that is claimed now can begin in a moment: its inputs are fetched while the one before it ends."""
-        return self._ready is not None and len(self.groups) == 1 and not self.groups[0].overdue and self.groups[0].remaining_s() < AHEAD_S
+        if self._ready is None or self._suspect or len(self.groups) != 1:
+            return False
+        return not self.groups[0].overdue and self.groups[0].remaining_s() < AHEAD_S
 
     @property
     def task_id(self) -> TaskId | None:
@@ -194,6 +233,10 @@ class Child:
         else:
             self._advance()
 
+    def drop(self, group: Group) -> None:
+        """The slot of a group that nobody runs is another's."""
+        self._release(group)
+
     def _release(self, group: Group) -> None:
         """The slot of the group is another's."""
         if group in self.groups:
@@ -205,14 +248,14 @@ class Child:
 
     def _advance(self) -> None:
         """The group that has waited the longest, of those that are whole, has the device, where that is free."""
-        if self._ready is None or self._on_device is not None:
+        if self._ready is None or self._suspect or self._on_device is not None:
             return
         for group in self.groups:
-            if (message := group.message()) is not None and not group.begun.is_set():
+            if not group.begun.is_set() and (frames := group.frames()) is not None:
                 self._on_device = group
                 group.waited = group.since_s < self._free_since_s
                 group.begun.set()
-                self._send(message)
+                self._send(frames)
                 return
 
     @property
@@ -227,22 +270,30 @@ class Child:
         except psutil.Error:
             return 0
 
-    async def keep(self, on_room: Callable[[], None]) -> None:
+    async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
         """Starts the child, again whenever it ended, and ends it when cancelled. `on_room` is called each time that it has a slot more.
 
-        Raises ChildUnfit.
+        `on_unfit` is called each time that it said that it cannot work here; what that raises ends this.
         """
         self._on_room = on_room
         wait_s = RESPAWN_S[0]
         while True:
             begun = time.monotonic()
+            self._serves, self.unfit = False, None
             try:
                 await self._live()
-            except* (OSError, TimeoutError, ValueError, msgspec.MsgspecError) as group:  # its reader's come in a group
-                error = group.exceptions[0]
+            except* Exception as group:  # its reader's come in a group
+                error = _first(group)
+                if isinstance(error, ChildUnfit):
+                    self.unfit = error.message
                 log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
+                log.debug("child_failed_at", child=self.name, exc_info=error)
+                if not self._serves:
+                    self.suspect("its engine cannot work on it" if self.unfit else "its engine does not start")
             finally:
                 await self._end()
+            if self.unfit is not None:
+                on_unfit()
             if self._killed or time.monotonic() - begun > RESPAWN_S[1]:
                 wait_s = RESPAWN_S[0]  # it was in order, or is not to blame
             else:
@@ -256,11 +307,18 @@ class Child:
         Waits for its turn, and for the next child where the one that was free has died since: that death was not this run's. Cancelled, it
         stops the child between two steps, kills it after a grace, and goes only when the child is free of it or gone.
         """
+        try:
+            body = encoded_run(request)
+        except Unsendable as error:
+            log.warning("unsendable", problem=str(error.__cause__ or error))
+            raise InvalidInput(f"task_data or metadata cannot be passed to the engine: {error}") from None
         inbox: asyncio.Queue[FromChild | None] = asyncio.Queue()
         self._inboxes[request.run] = group, inbox
         stage: str | None = None
+        over = False
+        """Whether the child works on it no more."""
         try:
-            group.come(request)
+            group.come(request.run, body)
             self._advance()
             await self._turn(group)
             while True:
@@ -268,8 +326,11 @@ class Child:
                     async with asyncio.timeout(self._step_timeout_s):
                         message = await inbox.get()
                 except TimeoutError:
+                    over = True
                     self.kill(request.run)
+                    self._failure(group)
                     raise ChildDied(f"the engine showed no progress for {self._step_timeout_s:g} s and was killed", None, stage) from None
+                over = message is None or isinstance(message, Done | Failed | Cancelled)
                 match message:
                     case Plan() | Step() | Note() | Preview():
                         stage = message.stage if isinstance(message, Step) else stage
@@ -283,19 +344,23 @@ class Child:
                         self.rows[group.batch] = message.rows
                     case Done():
                         self.tasks_completed += 1
+                        self._failed.clear()
                         self._hold(message)
                         return message
                     case Failed():
                         if message.broken:
                             self._gone()  # it ends by itself: nothing must be sent to it any more
                             self._blamed = request.run
-                        raise self._fault(message)
+                        raise self._fault(message, group)
                     case None:
-                        raise await self._obituary(request.run, stage)
+                        death = await self._obituary(request.run, stage)
+                        if not death.blameless:
+                            self._failure(group)
+                        raise death
                     case _:
-                        raise InternalFault(f"the engine answered {type(message).__name__} without being asked to")
-        except asyncio.CancelledError:
-            if group.begun.is_set():
+                        raise InternalFault("the engine stopped without being asked to")
+        except BaseException:  # a cancel, or what `on_message` raised: the child still works on it
+            if group.begun.is_set() and not over:
                 stopping = asyncio.ensure_future(self._stop(request.run, inbox))
                 while not stopping.done():  # bounded by the grace; a second cancel must not leave a child that still works
                     with contextlib.suppress(asyncio.CancelledError):
@@ -304,23 +369,46 @@ class Child:
             raise
         finally:
             del self._inboxes[request.run]
+            self._renew_if_suspect()
+
+    def suspect(self, problem: str) -> None:
+        """The device may be at fault: it takes nothing more until its child was started anew and a self-test was passed."""
+        if not self._suspect:
+            log.error("device_problem", child=self.name, device=self.device, problem=problem)
+        self._suspect, self.problem = True, problem
+        self._failed.clear()
+
+    def _failure(self, group: Group) -> None:
+        """A run failed by a fault of the engine: one that another task would have had too?"""
+        ids = set(group.task_ids)
+        if not any(ids & set(each.task_ids) for each in self._failed):
+            self._failed.append(group)
+        if len(self._failed) >= FAILURES:
+            self.suspect(f"the last {FAILURES} tasks failed on it")
+
+    def _renew_if_suspect(self) -> None:
+        if self._suspect and self._ready is not None and not any(group.begun.is_set() for group, _ in self._inboxes.values()):
+            self.kill()
 
     def watched(self, run: str, watched: bool) -> bool:
         """The child knows whether somebody watches this run; False where it does not work on it."""
         if run not in self._inboxes or not self._inboxes[run][0].begun.is_set():
             return False
-        self._send(Watched(run, watched))
+        self._send(frame(Watched(run, watched)))
         return True
 
     async def _turn(self, group: Group) -> None:
-        """The child has the group. Raises InternalFault where there is no child for too long."""
+        """The child has the group. Raises HostFault where there is no child for too long."""
+        since_s = time.monotonic()
         while not group.begun.is_set():
             try:
-                async with asyncio.timeout(START_S):
+                async with asyncio.timeout(LOOK_S):
                     await group.begun.wait()
             except TimeoutError:
-                if self._ready is None:
-                    raise InternalFault(f"no engine came back within {START_S:g} s") from None
+                if self._ready is not None:
+                    since_s = time.monotonic()
+                elif self.problem is not None or time.monotonic() - since_s > START_S:
+                    raise HostFault(self.problem or "its engine does not come back", device=True) from None
 
     def kill(self, blamed: str | None = None) -> None:
         """The child, and what it started, is gone, for the sake of one run or of all; the next one starts at once."""
@@ -365,7 +453,12 @@ class Child:
             async with asyncio.timeout(START_S):
                 first = await self._receive(process.stdout)
             if isinstance(first, Ready):
+                if self._suspect:
+                    await self._examine(process)
+                    log.info("device_problem_over", child=self.name, device=self.device, was=self.problem)
+                    self._suspect, self.problem = False, None
                 self._ready = first
+                self._serves = self.served = True
                 self._hold(first)
                 log.info("child_ready", child=self.name, pid=first.pid, device=first.device)
                 self._advance()
@@ -375,7 +468,12 @@ class Child:
                         self._inboxes[message.run][1].put_nowait(message)
                 self._gone()
                 self._tell_of_the_end()
-            await process.wait()
+            try:
+                async with asyncio.timeout(CANCEL_GRACE_S):
+                    await process.wait()
+            except TimeoutError:  # it says nothing more, and does not end
+                self._kill()
+                await process.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it started goes with it, and lets go of its standard error
         if isinstance(first, Ready):
@@ -400,22 +498,43 @@ class Child:
             if group.begun.is_set():
                 inbox.put_nowait(None)
 
+    async def _examine(self, process: asyncio.subprocess.Process) -> None:
+        """The new child makes a small picture before it has anything else. Raises OSError where it cannot."""
+        assert process.stdout is not None
+        with tempfile.TemporaryDirectory(dir=self.spool, prefix="self-test-") as folder:
+            params = {"prompt": "a self-test", "resolution": "64x64"}
+            run = Run(SELF_TEST, SELF_TEST, SELF_TEST, TaskType.GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
+            self._send(frame(run))
+            async with asyncio.timeout(EXAMINE_S):
+                while isinstance(answer := await self._receive(process.stdout), Progress):
+                    pass
+        if not isinstance(answer, Done):
+            raise OSError(f"it did not pass its self-test: {answer.message if isinstance(answer, Failed) else 'no result'}")
+
     async def _receive(self, stream: asyncio.StreamReader) -> FromChild | None:
         try:
-            (size,) = HEADER.unpack(await stream.readexactly(HEADER.size))
-            if size > MAX_FRAME_BYTES:
-                raise ValueError(f"a frame of {size} bytes, at most {MAX_FRAME_BYTES} are allowed")
-            return from_child_decoder.decode(await stream.readexactly(size))
+            while True:
+                (size,) = HEADER.unpack(await stream.readexactly(HEADER.size))
+                if size > MAX_FRAME_BYTES:
+                    raise ValueError(f"a frame of {size} bytes, at most {MAX_FRAME_BYTES} are allowed")
+                body = await stream.readexactly(size)
+                try:
+                    return from_child_decoder.decode(body)
+                except (msgspec.MsgspecError, RecursionError) as error:
+                    whose = _whose.decode(body)
+                    log.error("child_unreadable", child=self.name, what=whose.type, run=whose.run, problem=str(error))
+                    if whose.type in ENDS:
+                        return Failed(whose.run, InternalFault.code, "the engine's answer cannot be read")
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    def _send(self, message: ToChild) -> None:
+    def _send(self, frames: bytes) -> None:
         """Without waiting for room in the pipe: a child that hangs makes none, and what one run sends fits in memory."""
         process = self._process
         if process is None or process.stdin is None or process.returncode is not None:
             return  # the reader says that the child is gone
         with contextlib.suppress(ConnectionError, RuntimeError):  # uvloop's word for a closed pipe
-            process.stdin.write(frame(message))
+            process.stdin.write(frames)
 
     async def _read_stderr(self, stream: asyncio.StreamReader) -> None:
         while line := await stream.readline():
@@ -425,7 +544,7 @@ class Child:
 
     async def _stop(self, run: str, inbox: asyncio.Queue[FromChild | None]) -> None:
         """The child no longer works on the run: it answered, or it is dead."""
-        self._send(Cancel(run))
+        self._send(frame(Cancel(run)))
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
                 while isinstance(await inbox.get(), Progress):
@@ -436,11 +555,31 @@ class Child:
 
     async def _obituary(self, run: str, stage: str | None) -> ChildDied:
         exit_code = await self._process.wait() if self._process else None
-        how = f"signal {signal.Signals(-exit_code).name}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+        how = f"signal {_signal(-exit_code)}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
         text = f"the engine's process ended with {how}{f' at {stage}' if stage else ''}"
         return ChildDied(text, exit_code, stage, blameless=self._blamed not in (None, run))
 
-    def _fault(self, failed: Failed) -> TaskFault:
+    def _fault(self, failed: Failed, group: Group) -> TaskFault | HostFault:
         if failed.traceback:
             log.info("engine_fault", child=self.name, code=failed.code, traceback=failed.traceback)
-        return TASK_FAULTS.get(failed.code, InternalFault)(failed.message)
+        if failed.problem:
+            if failed.broken:
+                self.suspect(failed.problem)
+            return HostFault(failed.problem, device=failed.broken)
+        fault = TASK_FAULTS.get(failed.code, InternalFault)
+        if issubclass(fault, InternalFault | OutOfMemory):
+            self._failure(group)
+        return fault(failed.message)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Of a group, or of one in it."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time ones
+        return str(number)

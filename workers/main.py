@@ -7,7 +7,6 @@ registered functions stay. Deliveries and cron jobs are plain jobs of a plain ar
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import random
@@ -15,8 +14,11 @@ import secrets
 import signal
 import socket
 import statistics
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,6 @@ import msgspec
 import psutil
 from arq import cron, func
 from arq.worker import Worker as ArqWorker
-from redis.exceptions import RedisError
 
 import movieq
 from movieq import credentials, logs, models, payload, webhooks
@@ -34,15 +35,16 @@ from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.payload import Payload
-from movieq.settings import Settings
+from movieq.settings import Settings, variable
 from movieq.storage import opened
-from movieq.store import LEASE_MS, RENEW_S, Able, Claimed, Counts, Slot, Store, connect
+from movieq.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Able, Claimed, Counts, Slot, Store, connect
 from workers import gpus
 from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
+from workers.host import Host, set_within
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
-from workers.run import Parts, Running, refuse_task, run_task
+from workers.run import BROKE, Parts, Running, failed, refuse_task, run_task
 from workers.spool import spool
 
 POLL_S: Final = 1.0
@@ -53,8 +55,16 @@ AWAY_S: Final = 0.5
 CRON_S: Final = 20
 DELIVERIES: Final = 32
 """How many a worker has in hand at once."""
-LAST_S: Final = CANCEL_GRACE_S + 2.0
+LAST_S: Final = CANCEL_GRACE_S + 1.5
 """What a worker that has to go gives its runs to be handed back, after the drain: first an engine that does not listen has its grace."""
+GONE_S: Final = 10.0
+"""How long after the drain a worker is gone, whatever Redis, its engines and its disk do: first its runs have `LAST_S`, ..."""
+LETTING_GO_S: Final = 0.4
+"""... to each thing that was cancelled, to end, ..."""
+GOODBYE_S: Final = 1.0
+"""... and to a Redis that is told that the worker leaves."""
+SWEEP_AGAIN_S: Final = 1.0
+"""Before a part of the worker that broke goes on."""
 
 log = logs.get()
 
@@ -73,6 +83,7 @@ class Worker(ArqWorker):
         weights: Mapping[str, float],
         kept: Kept | None = None,
         able: Able | None = None,
+        machine: Host | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -86,6 +97,10 @@ class Worker(ArqWorker):
         self._kept = kept
         self._able = able
         self._host = socket.gethostname() if kept else ""
+        self._machine = machine
+        self._stale: set[RunToken | int] = set()
+        """Runs, and groups by their id, that had no living task when the worker last looked."""
+        self._heartbeat: list[WorkerStatus] = []
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
@@ -95,6 +110,8 @@ class Worker(ArqWorker):
         self._renewed_s = time.monotonic()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
+        self.on_signal: Callable[[float], None] = lambda seconds: None
+        """Is told by each signal within how many seconds the worker has to be gone."""
         # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
         self._leases = asyncio.Lock()
 
@@ -106,24 +123,38 @@ class Worker(ArqWorker):
         log.info("worker_started", worker=self.worker_id, queues=self._kinds(), children=[child.name for child in self.children])
         async with asyncio.TaskGroup() as group:
             serving = [
-                group.create_task(self._subscriber.run()),
-                group.create_task(self._listen()),
-                group.create_task(self._keep()),
-                group.create_task(self._sweep_kept()),
-                *(group.create_task(child.keep(self._wake.set)) for child in self.children),
+                group.create_task(_unending("subscriber", self._subscriber.run)),
+                group.create_task(_unending("listen", self._listen)),
+                group.create_task(_unending("keep", self._keep)),
+                group.create_task(_unending("read_gpus", self._read_gpus)),
+                group.create_task(_unending("sweep_kept", self._sweep_kept)),
+                *(group.create_task(child.keep(self._wake.set, self._on_unfit)) for child in self.children),
             ]
+            if self._machine is not None:
+                machine = self._machine
+                serving.append(group.create_task(_unending("machine", lambda: machine.keep(self._wake.set))))
             async with asyncio.TaskGroup() as runs:
-                await self._work(runs)
-                await self._drain()
-            for task in serving:
-                task.cancel()
+                working = runs.create_task(self._work(runs))
+                draining = asyncio.create_task(self._draining.wait())
+                try:
+                    await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    draining.cancel()
+                await self._drain(working)
+            await _let_go(serving)
         log.info("worker_ended", worker=self.worker_id)
+
+    def _on_unfit(self) -> None:
+        """Raises ChildUnfit where no child of this worker has ever worked, and each says that it cannot."""
+        if all(child.unfit is not None and not child.served for child in self.children):
+            raise ChildUnfit(str(self.children[0].unfit))
 
     def handle_sig(self, signum: signal.Signals) -> None:
         """The first signal drains, the second hands everything back at once."""
         log.info("drain", signal=signal.Signals(signum).name, runs=len(self.runs), seconds=self._drain_s)
         if self._draining.is_set():
             self._hurry.set()
+        self.on_signal((0.0 if self._draining.is_set() else self._drain_s) + GONE_S)
         self.allow_pick_jobs = False
         self._draining.set()
         self._wake.set()
@@ -131,12 +162,13 @@ class Worker(ArqWorker):
     async def close(self) -> None:
         """Leaves, and closes what arq opened."""
         try:
-            if self._kept:
-                await self._kept.sweep(self.store, committed_s=0)
-            await self.store.leave(self.worker_id)
-            await self.pool.delete(self.health_check_key)
-        except (RedisError, OSError, TimeoutError) as error:
-            log.warning("leave_failed", problem=str(error))
+            async with asyncio.timeout(GOODBYE_S):
+                await self.store.leave(self.worker_id)
+                await self.pool.delete(self.health_check_key)
+                if self._kept:
+                    await self._kept.sweep(self.store, committed_s=0)
+        except Exception as error:
+            failed("leave_failed", error)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.store.aclose()
@@ -150,13 +182,13 @@ class Worker(ArqWorker):
                 await self._claim(runs)
                 async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
                     await self._poll_iteration()
-            except (RedisError, OSError, TimeoutError) as error:
-                self._doubt.set()
-                log.warning("redis_away", problem=str(error) or type(error).__name__)
-            else:
                 if self.burst and await self._burst_over():
                     return
-            await _set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+            except Exception as error:
+                self._doubt.set()
+                if failed("redis_away", error):
+                    self._nonce = None  # what was claimed is handed back by the next renewal
+            await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
     async def _burst_over(self) -> bool:
         if not 0 <= self.max_burst_jobs <= self._jobs_started() and await self.pool.zcard(self.queue_name):
@@ -191,6 +223,8 @@ class Worker(ArqWorker):
     async def _claim(self, runs: asyncio.TaskGroup) -> None:
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
             await self._renew()  # what is still ours must not be claimed anew
+        if self._draining.is_set():
+            return
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
@@ -198,16 +232,26 @@ class Worker(ArqWorker):
             self._nonce = None
             for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
                 for each in [list(together)] if slot >= 0 else [[one] for one in together]:
-                    self._begin(runs, each)
+                    try:
+                        self._begin(runs, each)
+                    except Exception:
+                        log.exception("begin_broke", task_ids=[one.task.task_id for one in each])
+                        for one in each:
+                            if one.run not in self.runs:
+                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES))
 
     def _slots(self) -> list[Slot]:
         """Where a task can go now, or in a moment."""
         found = [
             Slot(child.kinds, tuple(name for name in child.models_then if name != models.ANIMATIC), child.free)
             for child in self.children
-            if child.free or child.soon
+            if (child.free or child.soon) and self._problem(child) is None
         ]
         return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
+
+    def _problem(self, child: Child) -> str | None:
+        """Why the child takes nothing; None while it does."""
+        return (self._machine.problem if self._machine else None) or child.problem
 
     def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
         """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
@@ -220,7 +264,11 @@ class Worker(ArqWorker):
         if not to_make:
             return
         task = to_make[0].task
-        able = [child for child in self.children if (child.free or child.soon) and task.kind in child.kinds]
+        able = [
+            child
+            for child in self.children
+            if (child.free or child.soon) and task.kind in child.kinds and self._problem(child) is None and not self._draining.is_set()
+        ]
         if not able:
             for claimed in to_make:
                 runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
@@ -234,60 +282,116 @@ class Worker(ArqWorker):
 
     def _start(self, runs: asyncio.TaskGroup, running: Running) -> None:
         claimed = running.claimed
+        self.runs[claimed.run] = running
+        running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
+        running.asyncio_task.add_done_callback(lambda _: self._over(running))  # also where it never came to its first step
+
+    def _over(self, running: Running) -> None:
+        """Nothing of the run is left here."""
+        self.runs.pop(running.run, None)
+        running.free_slot()
+
+    async def _run(self, running: Running) -> None:
+        """The run, whatever it raises: that is nobody else's."""
+        claimed = running.claimed
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
         try:
-            job = msgspec.msgpack.decode(claimed.job)
-            coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
-        except (msgspec.MsgspecError, KeyError, TypeError) as error:  # of a newer movieq, or no job at all
-            log.error("no_such_job", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
-            coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
-        self.runs[claimed.run] = running
-        running.asyncio_task = runs.create_task(coroutine, name=claimed.task.task_id)
-        running.asyncio_task.add_done_callback(lambda _: self.runs.pop(claimed.run))
+            try:
+                job = msgspec.msgpack.decode(claimed.job)
+                coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
+            except Exception as error:  # of a newer movieq, or no job at all
+                log.error("no_such_job", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
+                coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
+            await coroutine
+        except Exception:
+            log.exception("run_broke", task_id=claimed.task.task_id)
+            await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES)
 
-    async def _hand_back(self, task_id: TaskId, run: RunToken) -> None:
+    async def _hand_back(
+        self, task_id: TaskId, run: RunToken, why: str = "its worker had no free slot", counts: Counts = Counts.DRAIN
+    ) -> None:
         """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
         try:
-            await self.store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker had no free slot", "worker_lost")
+            limit = TRIES_LIMIT if counts is Counts.TRIES else 0
+            await self.store.requeue(task_id, run, counts, limit, 0, why, "internal" if limit else "worker_lost")
         except RunLost:
             pass
-        except (RedisError, OSError, TimeoutError) as error:
-            log.warning("hand_back_failed", task_id=task_id, problem=str(error))  # the next renewal names it again
+        except Exception as error:
+            failed("hand_back_failed", error)  # the next renewal names it again
 
     # ── Keeping it ──
 
     async def _keep(self) -> None:
         while True:
-            for running in self.runs.values():
-                if running.child and running.group is running.child.late():
-                    running.stop("late")
+            try:
+                self.tend()
+                for running in self.runs.values():
+                    if running.child and running.group is running.child.late():
+                        running.stop("late")
+            except Exception:
+                log.exception("tend_failed")
             try:
                 await self._renew()
-                await self.store.tidy()
-            except (RedisError, OSError, TimeoutError) as error:
-                log.warning("renew_failed", problem=str(error) or type(error).__name__)
+            except Exception as error:
+                failed("renew_failed", error)
                 await asyncio.sleep(AWAY_S)
-            else:
-                await _set_within(self._doubt, RENEW_S)
+                continue
+            try:
+                await self.store.tidy()
+            except Exception as error:
+                failed("tidy_failed", error)
+            await set_within(self._doubt, RENEW_S)
+
+    def tend(self) -> None:
+        """Frees what nobody runs: a run, or a group in a slot, that has had no living task since this was last called.
+
+        What it held is in no renewal from then on, and so is handed back.
+        """
+        found: set[RunToken | int] = set()
+        for run, running in list(self.runs.items()):
+            if running.asyncio_task is None or running.asyncio_task.done():
+                found.add(run)
+                if run in self._stale:
+                    log.error("run_without_task", task_id=running.task.task_id, run=run)
+                    self._over(running)
+        run_groups = {id(running.group) for running in self.runs.values()}
+        for child in self.children:
+            for group in [group for group in child.groups if id(group) not in run_groups]:
+                found.add(id(group))
+                if id(group) in self._stale:
+                    log.error("slot_without_run", child=child.name, task_ids=group.task_ids)
+                    child.drop(group)
+        self._stale = found
 
     async def _sweep_kept(self) -> None:
         while self._kept is not None:
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            try:
                 await self._kept.sweep(self.store)
+            except Exception as error:
+                failed("sweep_kept_failed", error)
             await asyncio.sleep(SWEEP_S)
 
+    async def _read_gpus(self) -> None:
+        """How the GPUs are: beside the renewals, since a driver that hangs must not cost the leases."""
+        while devices := [child.device for child in self.children if child.device != "cpu"]:
+            for device in devices:
+                if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
+                    self._readings[device] = reading
+            await asyncio.sleep(RENEW_S)
+
     async def _renew(self) -> None:
-        for child in self.children:
-            if child.device != "cpu" and (reading := await asyncio.to_thread(gpus.read, child.device)) is not None:
-                self._readings[child.device] = reading
+        try:
+            self._heartbeat = self.rows()
+        except Exception:  # too many open files, say: the leases hold all the same
+            log.exception("heartbeat_failed")
         async with self._leases:
             self._doubt.clear()
             try:
                 lost, forgotten = await self.store.renew(
                     self.worker_id,
-                    self.rows(),
+                    self._heartbeat,
                     [(running.task.task_id, run) for run, running in self.runs.items()],
-                    has_gpu=any(child.device != "cpu" for child in self.children),
+                    has_gpu=any(child.device != "cpu" and child.unfit is None for child in self.children),
                     able=self._able,
                 )
             except BaseException:
@@ -305,19 +409,23 @@ class Worker(ArqWorker):
 
     async def _listen(self) -> None:
         """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
-        with contextlib.suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
-            await self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt).wait()
+        channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt)
+        with suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
+            await channel.wait()
 
     def _on_doubt(self) -> None:
         self._doubt.set()  # a cancel may have been missed
         self._wake.set()
 
     def _on_control(self, message: bytes) -> None:
-        verb, *rest = message.decode().split()
-        if verb == "wake":
-            self._wake.set()
-        elif verb == "cancel" and (running := self.runs.get(RunToken(rest[1]))) is not None:
-            running.stop("cancelled")
+        match message.decode(errors="replace").split():
+            case ["wake"]:
+                self._wake.set()
+            case ["cancel", _, run]:
+                if (running := self.runs.get(RunToken(run))) is not None:
+                    running.stop("cancelled")
+            case _:  # of a newer movieq, or of somebody else
+                log.warning("unknown_message", said=message[:100].decode(errors="replace"))
 
     def rows(self) -> list[WorkerStatus]:
         """This worker's rows in the workers' status: one for each child."""
@@ -335,7 +443,8 @@ class Worker(ArqWorker):
                     memory_usage=gpu.memory_used if gpu else child.memory_bytes(),
                     tasks_completed=child.tasks_completed,
                     last_heartbeat=utc(int(time.time() * 1000)),
-                    queues=list(child.kinds) if taking else [],
+                    queues=list(child.kinds) if taking and self._problem(child) is None else [],
+                    problem=self._problem(child),
                     device=child.device,
                     memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
                     temperature=gpu.temperature if gpu else None,
@@ -352,8 +461,11 @@ class Worker(ArqWorker):
 
     # ── Ending ──
 
-    async def _drain(self) -> None:
-        """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left."""
+    async def _drain(self, working: asyncio.Task[None]) -> None:
+        """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left.
+
+        A claim that is under way meanwhile has until the end of the grace; what it brings is handed back.
+        """
         for running in list(self.runs.values()):
             if running.made is None and running.pace.remaining_s() > self._drain_s:
                 running.stop("drain")
@@ -365,7 +477,7 @@ class Worker(ArqWorker):
         await self._ended_within(LAST_S)
         for running in list(self.runs.values()):
             running.abandon()
-        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        await _let_go([working, *(running.asyncio_task for running in self.runs.values() if running.asyncio_task), *self.tasks.values()])
 
     async def _ended_within(self, seconds: float, unless: asyncio.Event | None = None) -> None:
         tasks: set[asyncio.Task[Any]] = {running.asyncio_task for running in self.runs.values() if running.asyncio_task}
@@ -383,13 +495,26 @@ class Worker(ArqWorker):
         return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
 
 
-async def _set_within(event: asyncio.Event, seconds: float) -> None:
-    """Returns when the event is set, or the time is over."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass
+async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
+    """A part of the worker, again where it broke: it ends only by itself, or cancelled."""
+    while True:
+        try:
+            await part()
+            return
+        except Exception as error:
+            log.error("part_broke", part=name)
+            failed("part_broke", error)
+        await asyncio.sleep(SWEEP_AGAIN_S)
+
+
+async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:
+    """The tasks have ended, or are left to themselves: one that waits for Redis to answer what it has said already hears it twice."""
+    for _ in range(2):
+        if not (left := {task for task in tasks if not task.done()}):
+            return
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=LETTING_GO_S)
 
 
 async def serve(settings: Settings) -> None:
@@ -404,13 +529,17 @@ async def serve(settings: Settings) -> None:
     guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
-    with spool(Path(settings.spool) if settings.spool else None) as folder:
+    with _spool(settings) as folder:
         async with (
             Fetcher(guard) as fetcher,
             guard.session() as session,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
+            machine = Host(folder)
+            places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
+            for child in children:
+                child.spool = folder
             worker = Worker(
                 worker_id=worker_id,
                 store=store,
@@ -420,6 +549,7 @@ async def serve(settings: Settings) -> None:
                 weights=settings.weights(),
                 kept=kept,
                 able=Able(tuple(TaskType), tuple(table)),
+                machine=machine,
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
@@ -433,11 +563,12 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else ""),
+                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else "", machine, places),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
                 },
             )
             worker.in_progress_timeout_s = HELD_S
+            worker.on_signal = _gone_within
             try:
                 await worker.async_run()
             except BaseExceptionGroup as group:
@@ -446,6 +577,33 @@ async def serve(settings: Settings) -> None:
                 raise SettingsError(f"an engine cannot work on this machine: {_first(unfit)}") from None
             finally:
                 await worker.close()
+
+
+@contextmanager
+def _spool(settings: Settings) -> Iterator[Path]:
+    """The worker's folder. Raises SettingsError where it cannot be had."""
+    try:
+        entered = ExitStack()
+        folder = entered.enter_context(spool(Path(settings.spool) if settings.spool else None))
+    except OSError as error:
+        where = settings.spool or tempfile.gettempdir()
+        raise SettingsError(
+            f"{variable('spool')}: no folder can be made in {where}: {error.strerror}; name one with room that this user may write to"
+        ) from None
+    with entered:
+        yield folder
+
+
+def _gone_within(seconds: float) -> None:
+    """The process is gone by then, even if a thread or a system call of it never returns."""
+    timer = threading.Timer(seconds, _leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _leave() -> None:
+    log.error("worker_cut_off", problem="something did not end within its time")
+    os._exit(1)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,9 +7,12 @@ done to know these, the estimate of the task stands in, which is the median of w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Final
+
+import msgspec
 
 from workers.protocol import Stage
 
@@ -17,6 +20,7 @@ FETCH_SHARE: Final = 0.02
 ENGINE_SHARE: Final = 0.93
 UPLOAD_AT: Final = FETCH_SHARE + ENGINE_SHARE
 """How much of the bar the inputs and the engine have; the upload has the rest, and the commit makes it 1."""
+LEAST_WEIGHT: Final = 1e-6
 KNOWN_AT: Final = 0.2
 """The share of the engine's work after which its pace counts alone, and no longer the estimate."""
 STAGE_KNOWN_AT: Final = 0.1
@@ -41,10 +45,11 @@ class Pace:
 
     def plan(self, stages: tuple[Stage, ...]) -> Stage | None:
         """The engine begins, and has these stages: the first."""
-        self._stages = stages
+        # a plug-in may announce anything: a weight that is none counts as next to nothing
+        self._stages = tuple(each if 0 < each.weight < math.inf else msgspec.structs.replace(each, weight=LEAST_WEIGHT) for each in stages)
         self._engine_begun_s = self._latest_s = self._clock()
         self.progress = FETCH_SHARE
-        return stages[0] if stages else None
+        return self._stages[0] if stages else None
 
     def step(self, name: str, step: int, steps: int) -> Stage | None:
         """`step` of `steps` of a stage are done; None for a stage that was not announced, or is over."""

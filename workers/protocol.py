@@ -9,6 +9,7 @@ End of file on the child's input tells it to end at once; on its output, that th
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import msgspec
@@ -164,6 +165,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     traceback: str = ""
     broken: bool = False
     """Whether the child ends now, since whatever it would do next would fail too."""
+    problem: str = ""
+    """Not the run but this machine is at fault, or, of a child that is `broken`, its device: what is wrong with it."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
@@ -180,10 +183,54 @@ to_child_decoder: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToC
 from_child_decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
 
 
+class Unsendable(ValueError):
+    """A message that cannot go over the pipe; says why."""
+
+
+class _Batch(msgspec.Struct, frozen=True, tag="batch"):
+    """A Batch of runs that are encoded already."""
+
+    runs: tuple[msgspec.Raw, ...]
+
+
+def encoded(message: ToChild | FromChild) -> bytes:
+    """The message in msgpack. Raises Unsendable."""
+    try:
+        body = _encoder.encode(message)
+    except OverflowError:
+        raise Unsendable("a whole number beyond 64 bits cannot be passed on") from None
+    except RecursionError:
+        raise Unsendable("it is nested too deeply") from None
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise Unsendable("it holds something other than text, numbers, true, false, null, lists and maps") from error
+    if len(body) > MAX_FRAME_BYTES:
+        raise Unsendable(f"it is {len(body)} bytes, at most {MAX_FRAME_BYTES} are allowed")
+    return body
+
+
+def encoded_run(run: Run) -> bytes:
+    """The run in msgpack, such that a child can read it. Raises Unsendable."""
+    body = encoded(run)
+    try:
+        to_child_decoder.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise Unsendable("it cannot be read again") from error
+    return body
+
+
 def frame(message: ToChild | FromChild) -> bytes:
-    """The message as it goes over the pipe."""
-    body = _encoder.encode(message)
+    """The message as it goes over the pipe. Raises Unsendable."""
+    body = encoded(message)
     return HEADER.pack(len(body)) + body
+
+
+def framed(runs: Sequence[bytes]) -> bytes:
+    """Encoded runs as they go over the pipe: together, as a Batch, unless that would be too long for one frame."""
+    bodies = runs
+    if len(runs) > 1:
+        batch = _encoder.encode(_Batch(tuple(map(msgspec.Raw, runs))))
+        bodies = [batch] if len(batch) <= MAX_FRAME_BYTES else runs
+    return b"".join(HEADER.pack(len(body)) + body for body in bodies)
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:

@@ -12,6 +12,7 @@ from movieq import logs
 from movieq.contracts import Task
 from movieq.credentials import Claim, Credentials
 from movieq.errors import Unsigned
+from workers.faults import without_paths
 from workers.protocol import Done
 
 log = logs.get()
@@ -49,7 +50,7 @@ async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) ->
         if provenance.required:
             raise
         log.warning("unsigned", problem=fault.message)
-        return _with(done, warnings=[*done.metadata.get("warnings", []), fault.message])
+        return _with(done, warnings=[*done.metadata.get("warnings", []), without_paths(fault.message)])
     return _with(done, signed_by=credentials.name)
 
 

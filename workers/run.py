@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import secrets
 import shutil
@@ -25,13 +26,25 @@ from redis.exceptions import RedisError, ResponseError
 
 from movieq import fetch, logs, models, params
 from movieq.contracts import ProjectId, RunToken, StoredMedia, StoredResult, Task, TaskId, TaskStatus
-from movieq.errors import InputUnavailable, InternalFault, KeyTaken, RunLost, StorageFault, TaskFault, WorkerLost
+from movieq.errors import (
+    EngineUnavailable,
+    InputUnavailable,
+    InternalFault,
+    KeyTaken,
+    ModelUnavailable,
+    RunLost,
+    StorageFault,
+    TaskFault,
+    WorkerLost,
+)
 from movieq.fetch import Fetcher
 from movieq.models import Model
 from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
 from workers.engine import Child, ChildDied, Group, Progress
+from workers.faults import HostFault, host_problem, without_paths
+from workers.host import Host
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Free, Note, Plan, Preview, Produced, Run, Step
@@ -44,6 +57,8 @@ WATCH_INTERVAL_S: Final = 2.0
 """Between two looks whether anybody watches the task."""
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
+UNCOUNTED: Final = 10
+"""So many attempts of a task may end by a fault of their machines before such a fault counts: it may be the task that causes it."""
 OUT: Final = "out"
 """The folder of a run's spool that its engine makes files in."""
 
@@ -64,6 +79,10 @@ class Parts(msgspec.Struct, frozen=True):
     """Where finished files outlive this worker; None where they need not."""
     cms: str = ""
     """Address of the collection that results go into; empty where there is no CMS."""
+    host: Host | None = None
+    """What hears of a fault of this machine."""
+    places: tuple[Path, ...] = ()
+    """Folders that clients need not know of."""
 
 
 class Running:
@@ -138,52 +157,107 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
     running.started = True
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("claim", task_type=task.task_type, attempt=task.attempt, child=running.child.name if running.child else None)
-        spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
+        spool: Path | None = None
         try:
             if running.reason is not None:
                 raise asyncio.CancelledError
-            await _make_and_commit(parts, running, task_data, spool)
+            if running.made is None:
+                check_able(parts, task)
+                spool = Path(tempfile.mkdtemp(prefix=f"{task.task_id}-", dir=parts.spool))
+            await _make_and_commit(parts, running, task_data, spool or parts.spool)
             log.info("complete", attempt=task.attempt, seconds=round(time.monotonic() - running.begun_s, 3))
+            if parts.host and spool:
+                parts.host.proven()
         except RunLost:
             log.info("run_lost", attempt=task.attempt)
             await _disown(parts.store, running)
         except ChildDied as death:
             counts, limit = (Counts.DRAIN, 0) if death.blameless else (Counts.DEATHS, DEATHS_LIMIT)
-            await _give_back(parts.store, running, counts, limit, death.message, WorkerLost.code, death)
+            await _give_back(parts, running, counts, limit, death.message, WorkerLost.code, death)
+        except HostFault as fault:
+            await _blame_host(parts, running, fault)
+        except Unable as unable:
+            log.warning("unable", problem=unable.message)
+            await _give_back(parts, running, Counts.DRAIN, 0, unable.message, unable.code, delay_ms=retry_delay_ms(task.attempt))
         except TaskFault as fault:
-            if fault.retryable:
-                await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
+            if (problem := _host_problem(parts, fault)) is not None:
+                await _blame_host(parts, running, HostFault(problem))
+            elif fault.retryable:
+                await _give_back(parts, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
             else:
-                await _fail(parts.store, running, fault.message, fault.code)
+                await _fail(parts, running, fault.message, fault.code)
         except asyncio.CancelledError:
             if running.reason in ("cancelled", "lost"):
                 log.info("run_stopped", reason=running.reason, attempt=task.attempt)
                 await _disown(parts.store, running)
             else:
                 why = "its worker was busy for longer than it looked" if running.reason == "late" else "its worker was stopped"
-                await _give_back(parts.store, running, Counts.DRAIN, 0, why, WorkerLost.code)
+                await _give_back(parts, running, Counts.DRAIN, 0, why, WorkerLost.code)
                 if running.reason is None:  # not the run but the worker is cancelled
                     raise
         except Exception as error:
-            log.exception("run_broke")
-            await _give_back(
-                parts.store, running, Counts.TRIES, TRIES_LIMIT, f"a fault of the worker: {type(error).__name__}", InternalFault.code
-            )
+            if (problem := _host_problem(parts, error)) is not None:
+                log.warning("host_fault", problem=str(error))
+                await _blame_host(parts, running, HostFault(problem))
+            else:
+                log.exception("run_broke")
+                await _give_back(parts, running, Counts.TRIES, TRIES_LIMIT, BROKE, InternalFault.code)
         finally:
             running.free_slot()
-            await asyncio.to_thread(shutil.rmtree, spool, ignore_errors=True)
+            if spool is not None:
+                await asyncio.to_thread(shutil.rmtree, spool, ignore_errors=True)
+
+
+BROKE: Final = "a fault of the worker: its log says more"
+
+
+class Unable(TaskFault):
+    """This worker has not what the task needs: another may have it. `code` is that of the fault where nobody has."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code  # type: ignore[misc]  # of one fault, not of all
+
+
+def check_able(parts: Parts, task: Task) -> None:
+    """Raises Unable where this worker has no such engine or model."""
+    if task.engine not in models.ENGINES:
+        raise Unable(f"this worker has no engine {task.engine}: it waits for one that has", EngineUnavailable.code)
+    if task.engine != models.ANIMATIC and task.model not in parts.models:
+        raise Unable(f"this worker's table has no model {task.model}: it waits for one that has", ModelUnavailable.code)
 
 
 async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
-    """Instead of `run_task`, for what this worker has no function for: another may have one, until the tries are used up."""
+    """Instead of `run_task`, for what this worker has no function for: the task goes back, uncounted, to one that has."""
     parts: Parts = ctx["parts"]
     running: Running = ctx["running"]
     running.started = True
     try:
         with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
-            await _give_back(parts.store, running, Counts.TRIES, TRIES_LIMIT, problem, InternalFault.code)
+            delay_ms = retry_delay_ms(running.task.attempt)  # nobody may have it yet
+            await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
     finally:
         running.free_slot()
+
+
+def _host_problem(parts: Parts, error: Exception) -> str | None:
+    """What is wrong with this machine, where the error says so."""
+    if isinstance(error, KeyTaken):
+        return None
+    cause = error.__cause__
+    outside = isinstance(cause, OSError) and cause.filename is not None and not str(cause.filename).startswith(str(parts.spool))
+    if isinstance(error, StorageFault) and outside and isinstance(cause, OSError) and cause.errno in (errno.EIO, errno.ESTALE):
+        return None  # the storage's disk, not the worker's
+    return host_problem(error, parts.spool)
+
+
+async def _blame_host(parts: Parts, running: Running, fault: HostFault) -> None:
+    """Another worker has the task at once; this one takes nothing more before it was examined."""
+    if parts.host and not fault.device:
+        parts.host.blame(fault.message)
+    counted = running.task.attempt >= UNCOUNTED
+    counts, limit = (Counts.TRIES, TRIES_LIMIT) if counted else (Counts.DRAIN, 0)
+    await _give_back(parts, running, counts, limit, f"the worker cannot work: {fault.message}", InternalFault.code)
 
 
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
@@ -210,7 +284,11 @@ async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[
     reporter = _Reporter(parts.store, running)
     async with reporter:
         reporter.say("fetching_inputs" if parsed.references else "starting", stage="fetch")
-        inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
+        try:
+            inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
+        except StorageFault as fault:
+            log.warning("input_not_read", problem=fault.message)  # which names folders of this machine
+            raise StorageFault("an input cannot be read from the storage, or kept by the worker, just now") from fault.__cause__
         out_dir = spool / OUT
         out_dir.mkdir()
         request = Run(
@@ -301,7 +379,8 @@ async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> St
                 if isinstance(fault, KeyTaken):
                     raise
                 if not Path(produced.path).exists():
-                    raise InternalFault(f"a file that was made is gone before it was stored: {produced.path}") from fault
+                    log.error("made_is_gone", path=produced.path)
+                    raise InternalFault("a file that was made is gone before it was stored") from None
                 log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
                 if parts.kept:
                     parts.kept.touch(made)
@@ -336,7 +415,7 @@ def _the_last_word() -> Iterator[None]:
     except RunLost:
         log.info("run_lost")
     except ResponseError:
-        log.exception("ending_broke")
+        log.exception("script_failed")
 
 
 async def _disown(store: Store, running: Running) -> None:
@@ -347,21 +426,31 @@ async def _disown(store: Store, running: Running) -> None:
             await _ended(running, lambda: store.add_orphan(prefix))
 
 
-async def _fail(store: Store, running: Running, error: str, code: str) -> None:
+async def _fail(parts: Parts, running: Running, error: str, code: str) -> None:
+    error = without_paths(error, *parts.places)
     with _the_last_word():
-        await _ended(running, lambda: store.fail(running.task.task_id, running.run, error, code))
+        await _ended(running, lambda: parts.store.fail(running.task.task_id, running.run, error, code))
         log.info("fail", error_code=code, error=error)
 
 
 async def _give_back(
-    store: Store, running: Running, counts: Counts, limit: int, error: str, code: str, death: ChildDied | None = None
+    parts: Parts,
+    running: Running,
+    counts: Counts,
+    limit: int,
+    error: str,
+    code: str,
+    death: ChildDied | None = None,
+    delay_ms: int | None = None,
 ) -> None:
-    delay_ms = 0 if counts is Counts.DRAIN else retry_delay_ms(running.task.attempt)
+    if delay_ms is None:
+        delay_ms = 0 if counts is Counts.DRAIN else retry_delay_ms(running.task.attempt)
+    error = without_paths(error, *parts.places)
     status: TaskStatus | None = None
 
     async def say() -> None:
         nonlocal status
-        status = await store.requeue(
+        status = await parts.store.requeue(
             running.task.task_id,
             running.run,
             counts,
@@ -395,6 +484,18 @@ async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
                 saying.cancel()
                 raise
     saying.result()
+
+
+def failed(event: str, error: Exception) -> bool:
+    """Logs an error as what it is; whether it is a fault of ours rather than a Redis that is away for now."""
+    if isinstance(error, ResponseError) and is_fault(error):
+        log.error("script_failed", during=event, exc_info=error)
+    elif isinstance(error, (RedisError, ConnectionError, TimeoutError)):
+        log.warning(event, problem=str(error) or type(error).__name__)
+        return False
+    else:
+        log.error(event, exc_info=error)
+    return True
 
 
 async def insist(verb: Callable[[], Awaitable[T]]) -> T:
@@ -451,7 +552,7 @@ class _Reporter:
                 self._running.take_gpu(0.0)
             case Note():
                 log.info("engine_note", text=message.text)
-                self._notes.append(message.text)
+                self._notes.append(without_paths(message.text))
                 self._news.set()
             case Preview():
                 if len(message.jpeg) <= PREVIEW_BYTES:
@@ -476,8 +577,9 @@ class _Reporter:
             except RunLost:
                 self._running.stop("lost")
                 return
-            except (RedisError, OSError, TimeoutError) as error:
-                log.warning("report_failed", problem=str(error) or type(error).__name__)
+            except Exception as error:
+                if failed("report_failed", error):  # saying it again would fail again
+                    self._notes.clear()
             await asyncio.sleep(REPORT_INTERVAL_S)
             if self._preview is not None:  # one that came too soon after the last
                 self._news.set()
@@ -488,10 +590,10 @@ class _Reporter:
         while True:
             try:
                 watched = await self._store.watched(self._running.task.task_id)
-            except (RedisError, OSError, TimeoutError) as error:
-                log.debug("look_failed", problem=str(error) or type(error).__name__)
-            if watched != said and (child := self._running.child) and child.watched(self._running.run, watched):
-                said = watched
+                if watched != said and (child := self._running.child) and child.watched(self._running.run, watched):
+                    said = watched
+            except Exception as error:
+                failed("look_failed", error)
             await asyncio.sleep(WATCH_INTERVAL_S if watched == said else REPORT_INTERVAL_S)  # it may not have the run yet
 
     async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None, keep: bool = False) -> None:

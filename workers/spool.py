@@ -38,6 +38,16 @@ def spool(parent: Path | None = None) -> Iterator[Path]:
         os.close(lock)
 
 
+def mend(folder: Path) -> None:
+    """The folder is there; where somebody removed it, it is made again, with a lock for as long as the process lives. Raises OSError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        return
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(folder, FOLDER), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock says that its worker lives
+
+
 def _made(parent: Path) -> tuple[Path, int]:
     """A new folder, and the lock on it."""
     while True:

@@ -75,7 +75,11 @@ async def health(request: Request) -> Response:
 
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
-    served = {kind for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE for kind in row.queues}
+    live = [row for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE]
+    served = {kind for row in live for kind in row.queues}
+    if problems := [row.problem for row in live if row.problem]:
+        said = "; ".join(sorted(set(problems)))
+        alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
     for queue in await movieq.store.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
         if queue.pending_count and name not in served:

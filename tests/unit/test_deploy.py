@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from movieq import __version__, settings
-from movieq.up import API_STOP_S
+from movieq.up import API_STOP_S, WORKER_STOP_S
 from tests.fleet import fleet
+from workers.main import GONE_S
 
 ROOT: Final = Path(__file__).parents[2]
 DEPLOY: Final = ROOT / "deploy"
@@ -78,11 +79,14 @@ def test_who_is_stopped_has_the_time_to_drain() -> None:
     """Less, and a worker is killed while it hands back what it runs."""
     for name in WORKERS:
         service = services()[name]
-        assert seconds(service["stop_grace_period"]) >= float(service["environment"]["MOVIEQ_DRAIN_S"]) + API_STOP_S
+        assert seconds(service["stop_grace_period"]) >= float(service["environment"]["MOVIEQ_DRAIN_S"]) + WORKER_STOP_S
     assert seconds(services()["api"]["stop_grace_period"]) >= API_STOP_S
     unit = (DEPLOY / "movieq-worker.service").read_text()
     (drain,), (stop,) = re.findall(r"MOVIEQ_DRAIN_S=(\d+)", unit), re.findall(r"^TimeoutStopSec=(\d+)", unit, re.MULTILINE)
-    assert float(stop) >= float(drain) + API_STOP_S
+    assert float(stop) >= float(drain) + WORKER_STOP_S
+    assert WORKER_STOP_S > GONE_S
+    (stop,) = re.findall(r"^TimeoutStopSec=(\d+)", (DEPLOY / "movieq-api.service").read_text(), re.MULTILINE)
+    assert float(stop) >= API_STOP_S
 
 
 def test_what_they_set_are_settings() -> None:

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
 from workers.child.take import Finish, Flag, Made, Take, TakeCancelled, broken
+from workers.faults import device_problem, host_problem, said
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
 T = TypeVar("T")
@@ -86,11 +88,18 @@ class Child:
 
     def send(self, message: FromChild) -> None:
         """Writes one frame, but a second answer to a run. A pipe that nobody reads ends the process, as the end of its input does."""
+        try:
+            frame = protocol.frame(message)
+        except protocol.Unsendable as error:
+            if not isinstance(message, Answer):
+                raise  # to the engine that said it: its run fails
+            why = f"the engine answered with something that cannot be passed on: {error}"
+            frame = protocol.frame(Failed(message.run, InternalFault.code, why, traceback.format_exc()))
         if isinstance(message, Answer) and self._flags.pop(message.run, None) is None:
             return
         try:
             with self._speaking:
-                self._sink.write(protocol.frame(message))
+                self._sink.write(frame)
                 self._sink.flush()
         except BrokenPipeError:
             os._exit(0)
@@ -163,13 +172,13 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
         return work()
     except TakeCancelled:
         return Cancelled(run.run)
-    except TaskFault as fault:
-        return Failed(run.run, fault.code, fault.message, traceback.format_exc())
     except MemoryError:
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
-        said = f"the {run.engine} engine failed: {type(error).__name__}: {error}"
-        return Failed(run.run, InternalFault.code, said, traceback.format_exc(), broken=broken(error))
+        fault = error if isinstance(error, TaskFault) else InternalFault(f"the {run.engine} engine failed: {said(error)}")
+        gone = broken(error) and not isinstance(error, TaskFault)
+        problem = (device_problem(error) if gone else host_problem(error, Path(run.out_dir).parent)) or ""
+        return Failed(run.run, fault.code, fault.message, traceback.format_exc(), broken=gone, problem=problem)
 
 
 def resident() -> tuple[str, ...]:
@@ -196,7 +205,9 @@ def fit(device: str) -> None:
     import torch
 
     torch.cuda.set_device(device)
-    torch.zeros(1, device=device)
+    ones = torch.ones(64, 64, device=device)
+    if float((ones @ ones).sum()) != 64**3:
+        raise RuntimeError("it computes wrongly")
     engine("diffusers")
 
 

@@ -24,6 +24,7 @@ from workers.child.media import Clip, Format, Samples
 from workers.child.shelf import Loaded
 from workers.child.take import Finish, Made, Take, TakeCancelled, Together, broken
 from workers.child.watch import Watch
+from workers.faults import said
 from workers.protocol import Produced, Stage
 
 SOUND_LUFS: Final = -18.0
@@ -68,7 +69,7 @@ def make_batch(takes: Sequence[Take]) -> list[Made | Finish | Exception]:
     except Exception as error:
         if broken(error):
             raise
-        whole.note(f"the batch failed, each of its {len(takes)} tasks is tried alone: {type(error).__name__}: {error}"[:500])
+        whole.note(f"the batch failed, each of its {len(takes)} tasks is tried alone: {said(error)}"[:500])
         made = {}
         for take in takes:
             try:

@@ -34,6 +34,7 @@ from movieq.credentials import SOURCES
 from movieq.errors import InvalidInput
 from movieq.params import AudioFormat, ImageFormat
 from workers.child.take import shown
+from workers.faults import said
 
 Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
@@ -246,7 +247,7 @@ def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[S
                 if size > wanted:
                     break
     except (av.FFmpegError, IndexError) as error:  # damaged behind its header, or a film without sound
-        raise InvalidInput(f"{shown(reference)}: its sound cannot be read: {error}") from error
+        raise InvalidInput(f"{shown(reference)}: its sound cannot be read: {said(error)}") from error
     if not size:
         raise InvalidInput(f"{shown(reference)}: there is no sound in it")
     return np.concatenate(found)[:wanted].astype(np.float32), size > wanted

@@ -17,6 +17,7 @@ from movieq.params import TaskType
 from workers.child import previews, residency
 from workers.child.embeddings import Embeddings
 from workers.child.take import Take
+from workers.faults import said
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ def get(take: Take, name: str, entry: Model, device: str) -> Loaded:
         try:
             loaded = _with_room(name, lambda: _load(entry, device, folders))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-            raise ModelUnavailable(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise ModelUnavailable(f"{name} cannot be loaded: {said(error)}") from error
     take.check()
     _models.put(name, loaded)
     return loaded

@@ -141,7 +141,8 @@ def _listen(speaker: subprocess.Popen[bytes], text: str, progress: Callable[[int
         words = speaker.stderr.read().decode(errors="replace").strip()
         if code == _NO_VOICE:
             raise InvalidInput(f"language: {words}")
-        raise InternalFault(f"espeak-ng ended with {code}: {words[-500:]}")
+        print(words[-2000:], file=sys.stderr)  # noqa: T201  # for the worker's log
+        raise InternalFault(f"espeak-ng ended with {code}: the worker's log says more")
     return np.frombuffer(bytes(samples), "<i2").astype(np.float32) / np.float32(32768)
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageEnhance, ImageFilter, ImageOps
 
 from movieq.errors import InvalidInput
 from workers.child.take import shown
+from workers.faults import without_paths
 
 MAX_PIXELS = 40_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -75,7 +76,7 @@ def _decoding(reference: str, path: Path) -> Iterator[None]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InvalidInput(f"{shown(reference)} has more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except _UNDECODABLE as error:
-        raise InvalidInput(f"{shown(reference)} is no picture that can be read ({error})".replace(str(path), path.name)) from error
+        raise InvalidInput(f"{shown(reference)} is no picture that can be read ({without_paths(str(error), path)})") from error
 
 
 def fill(still: Image.Image, size: tuple[int, int]) -> Image.Image:

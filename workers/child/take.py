@@ -19,6 +19,7 @@ import msgspec
 
 from movieq.errors import InputUnavailable
 from movieq.params import Params, TaskType, convert
+from workers.faults import without_paths
 from workers.protocol import FromChild, Note, Plan, Preview, Produced, Rows, Run, Stage, Step
 
 STEP_INTERVAL_S = 1 / 20
@@ -99,7 +100,7 @@ class Take:
 
     def warn(self, text: str) -> None:
         """Goes into the result's warnings."""
-        self.warnings.append(text)
+        self.warnings.append(without_paths(text))
 
     def note(self, text: str) -> None:
         """Goes into the log of the task, and into the result's warnings."""

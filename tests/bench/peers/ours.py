@@ -73,7 +73,7 @@ class Slot(Child):
         """Whether a run can begin now."""
         return not self.groups
 
-    async def keep(self, on_room: Callable[[], None]) -> None:
+    async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
         """It is ready at once."""
         self._on_room = on_room
         on_room()

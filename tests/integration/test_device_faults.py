@@ -1,0 +1,127 @@
+"""A device at fault is started anew and passes a self-test before it takes more; the tasks that wait, and the other devices, go on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from movieq.contracts import Kind, TaskId, WorkerStatus
+from movieq.store import Store
+from tests.engines.test_plugins import installed
+from tests.fleet import eventually, fleet, python_path
+from workers.engine import FAILURES
+from workers.protocol import EXIT_UNFIT
+
+SICK = """
+import os
+from movieq.plugins import Plugin
+from workers.child import animatic
+
+def make(take):
+    if os.path.exists(MARK):
+        if "at once" in getattr(take.params, "prompt", ""):
+            os._exit(9)
+        raise RuntimeError("cannot open /usr/lib/libsick.so.6: wrong magic")
+    return animatic.make(take)
+
+plugin = Plugin(engines={"animatic": "sick"})
+"""
+"""The animatic, which fails while a file is there: a library, or a device, at fault."""
+SMALL = {"prompt": "a lamp", "resolution": "64x64"}
+
+
+def sick(folder: Path) -> tuple[Path, str]:
+    """The mark that makes the engine fail, and the PYTHONPATH of a worker that has such an engine."""
+    site, mark = folder / "site", folder / "mark"
+    site.mkdir()
+    return mark, python_path(installed(site, ("sick", SICK.replace("MARK", repr(str(mark))))))
+
+
+async def row(store: Store, *, problem: bool) -> WorkerStatus:
+    """The worker's row, once it says that it has a problem, or none."""
+    found: list[WorkerStatus] = []
+
+    async def there() -> bool:
+        found[:] = [each for each in await store.workers() if (each.problem is not None) is problem]
+        return bool(found)
+
+    await eventually(there, 60)
+    return found[0]
+
+
+async def attempts(store: Store, task_id: str) -> int:
+    task = await store.task(TaskId(task_id))
+    assert task is not None
+    return task.attempt
+
+
+async def test_after_three_tasks_failed_in_a_row_the_device_takes_nothing_before_it_passes_a_self_test(folder: Path) -> None:
+    mark, path = sick(folder)
+    mark.touch()
+    async with fleet(folder / "fleet") as made:
+        api = await made.api()
+        task_ids = [await api.submit("generate_image", SMALL, project=f"p{number}") for number in range(FAILURES + 4)]
+        worker = await made.worker(PYTHONPATH=path)
+        said = await row(made.store, problem=True)
+        assert said.queues == []
+        await eventually(lambda: worker.said("child_failed") > 1, 60)  # the self-test fails too
+        tried = [task_id for task_id in task_ids if await attempts(made.store, task_id)]
+        assert len(tried) == FAILURES
+        mark.unlink()
+        for task_id in task_ids:
+            ended = await api.ended(task_id)
+            assert ended["status"] == "completed", ended
+            assert ended["attempt"] == (2 if task_id in tried else 1)
+        assert worker.said("device_problem_over") == 1
+        assert (await row(made.store, problem=False)).queues
+        for task_id in tried:
+            for entry in await made.store.log_after(task_id, None):
+                assert b"RuntimeError" not in entry.data
+
+
+async def test_deaths_of_different_tasks_are_such_failures_too(folder: Path) -> None:
+    mark, path = sick(folder)
+    mark.touch()
+    async with fleet(folder / "fleet") as made:
+        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=path))
+        task_ids = [
+            await api.submit("generate_image", {**SMALL, "prompt": "at once"}, project=f"p{number}") for number in range(FAILURES + 2)
+        ]
+        await eventually(lambda: worker.said("device_problem") == 1, 60)
+        mark.unlink()
+        for task_id in task_ids:
+            assert (await api.ended(task_id))["status"] == "completed"
+
+
+async def test_one_task_that_fails_three_times_does_not_make_its_device_suspect(folder: Path) -> None:
+    mark, path = sick(folder)
+    mark.touch()
+    async with fleet(folder / "fleet") as made:
+        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=path))
+        ended = await api.ended(await api.submit("generate_image", SMALL))
+        assert (ended["status"], ended["error"]) == ("failed", "the animatic engine failed: cannot open libsick.so.6: wrong magic")
+        assert worker.said("device_problem") == 0
+
+
+UNFIT = f"""
+import os, sys
+if "workers.child" in sys.orig_argv and sys.orig_argv[-1] == "cuda:0":
+    print("no such device", file=sys.stderr, flush=True)
+    os._exit({EXIT_UNFIT})
+"""
+
+
+async def test_an_unfit_gpu_stops_neither_the_cpu_nor_the_worker_which_says_so(folder: Path) -> None:
+    library = folder / "library"
+    library.mkdir()
+    (library / "pynvml.py").write_text("nvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n")
+    (library / "sitecustomize.py").write_text(UNFIT)
+    async with fleet(folder / "fleet") as made:
+        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=python_path(library)))
+        gpu = await row(made.store, problem=True)
+        assert (gpu.device, gpu.queues, gpu.problem) == ("cuda:0", [], "its engine cannot work on it")
+        assert (await row(made.store, problem=False)).queues == [Kind.CPU_INTENSIVE]
+        assert (await api.ended(await api.submit("generate_image", {**SMALL, "model": "animatic"})))["status"] == "completed"
+        assert worker.alive
+        _, health = await api.call("GET", "/tasks/health")
+        assert [alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem"]

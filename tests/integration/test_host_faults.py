@@ -1,0 +1,246 @@
+"""A machine whose disk cannot be worked on costs no task a try: it says so, takes nothing more, and comes back by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from movieq.contracts import KEYS, TaskId, TaskStatus, WorkerStatus
+from movieq.store import Store
+from tests.arrange import raw
+from tests.fleet import Fleet, eventually, fleet
+from tests.service import Service
+from workers.faults import host_problem, said, without_paths
+from workers.host import FLOOR_BYTES, Host, examine
+from workers.spool import spool
+
+TASKS = 8
+
+
+@pytest.fixture
+def disk(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A small file system of its own, and what gives it another size."""
+    place = folder / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(place)], check=False, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+
+    def remount(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+    try:
+        yield place, remount
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def rows(store: Store, *, with_problem: bool) -> list[WorkerStatus]:
+    """The workers that say that they have a problem, or those that say that they have none."""
+    return [row for row in await store.workers() if (row.problem is not None) is with_problem]
+
+
+async def healed(store: Store, count: int) -> None:
+    async def taking() -> bool:
+        return len([row for row in await rows(store, with_problem=False) if row.queues]) == count
+
+    await eventually(taking, 60)
+
+
+async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
+    """Every task completed, and nothing counted against it."""
+    for task_id in task_ids:
+
+        async def ended(task_id: str = task_id) -> bool:
+            task = await made.store.task(TaskId(task_id))
+            return task is not None and task.status.ended
+
+        await eventually(ended, 90)
+        task = await made.store.task(TaskId(task_id))
+        assert task is not None
+        assert task.status is TaskStatus.COMPLETED, (task.error, *[process.log.read_text()[-1500:] for process in made.processes])
+        assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"])
+
+
+async def submitted(api: Service, count: int = TASKS, **data: Any) -> list[str]:
+    params = {"prompt": "a lamp on a stair", "duration": 1, "fps": 12, "resolution": "320x180", **data}
+    return [await api.submit("generate_video", params, project=f"p{number}") for number in range(count)]
+
+
+def fill(place: Path, leave: int) -> Path:
+    """A file that leaves so many bytes on a file system of its own, whatever else is written there meanwhile."""
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):  # it is full
+            while file.write(bytes(65536)):
+                pass
+        file.truncate(file.tell() - leave)
+    return filler
+
+
+@pytest.mark.parametrize("leave", [0, 20_000], ids=["full", "all but full"])
+async def test_a_full_spool_sends_its_tasks_to_a_healthy_worker_and_takes_work_again_when_there_is_room(
+    folder: Path, disk: tuple[Path, Callable[[str], None]], leave: int
+) -> None:
+    place, _ = disk
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(place / "spool")))
+        await healed(made.store, 1)
+        filler = fill(place, leave)
+        task_ids = await submitted(api)
+        (row,) = await problem_of(made.store)
+        assert "its disk is full" in str(row.problem)
+        assert row.queues == []
+        status, health = await api.call("GET", "/tasks/health")
+        assert status == 200
+        assert "its disk is full" in next(alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem")
+        await made.worker()
+        await all_done_uncounted(made, task_ids)
+        filler.unlink()
+        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        await healed(made.store, 2)
+        assert await no_path_in_any_event(made, task_ids)
+
+
+async def problem_of(store: Store) -> list[WorkerStatus]:
+    found: list[WorkerStatus] = []
+
+    async def said_so() -> bool:
+        found[:] = await rows(store, with_problem=True)
+        return bool(found)
+
+    await eventually(said_so, 60)
+    return found
+
+
+async def no_path_in_any_event(made: Fleet, task_ids: list[str]) -> bool:
+    """Whether no client heard of a folder of this machine."""
+    for task_id in task_ids:
+        for entry in await made.store.log_after(task_id, None):
+            assert str(made.folder).encode() not in entry.data, entry.data
+            assert b"Errno" not in entry.data, entry.data
+    return True
+
+
+async def test_a_disk_that_fills_while_a_clip_is_encoded_costs_the_clip_no_try(
+    folder: Path, disk: tuple[Path, Callable[[str], None]]
+) -> None:
+    place, _ = disk
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(place / "spool")))
+        (task_id,) = await submitted(api, 1, duration=4, fps=24, resolution="640x360")
+        await api.until(task_id, "stage", "frames")
+        filler = fill(place, 0)
+        (row,) = await problem_of(made.store)
+        assert "its disk is full" in str(row.problem)
+        filler.unlink()
+        await all_done_uncounted(made, [task_id])
+        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        assert await no_path_in_any_event(made, [task_id])
+
+
+@pytest.mark.parametrize("damage", ["read-only", "gone", "a file"])
+async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
+    folder: Path, disk: tuple[Path, Callable[[str], None]], damage: str
+) -> None:
+    place, remount = disk
+    home = place / "spool"
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(home)))
+        await healed(made.store, 1)
+        match damage:
+            case "read-only":
+                remount("ro")
+            case "gone":
+                home.rename(place / "elsewhere")
+            case "a file":
+                home.rename(place / "elsewhere")
+                home.write_text("not a folder")
+        task_ids = await submitted(api, 4)
+        if damage != "gone":  # what is gone is made anew, so soon that no row says so
+            assert await problem_of(made.store)
+        await made.worker()
+        await all_done_uncounted(made, task_ids)
+        match damage:
+            case "read-only":
+                remount("rw")
+            case "a file":
+                home.unlink()
+        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        await healed(made.store, 2)
+        assert await no_path_in_any_event(made, task_ids)
+
+
+async def test_a_worker_whose_spool_cannot_be_made_ends_with_the_cure(folder: Path) -> None:
+    (folder / "file").write_text("")
+    async with fleet(folder) as made:
+        worker = made._start("worker", "", [], {"MOVIEQ_SPOOL": str(folder / "file" / "spool")})
+        assert await worker.ended() == 1
+        assert "MOVIEQ_SPOOL" in worker.log.read_text()
+        assert "Traceback" not in worker.log.read_text()
+
+
+# ── Examinations ──
+
+
+async def test_a_machine_that_was_blamed_is_examined_until_it_passes(folder: Path) -> None:
+    room = asyncio.Event()
+    with spool(folder) as place:
+        host = Host(place)
+        host.blame("its disk is full")
+        keeping = asyncio.create_task(host.keep(room.set))
+        try:
+            assert host.problem == "its disk is full"
+            await asyncio.wait_for(room.wait(), 30)
+            assert host.problem is None
+        finally:
+            keeping.cancel()
+
+
+def test_an_examination_makes_a_working_folder_that_was_removed_again_and_holds_it(folder: Path) -> None:
+    with spool(folder) as place:
+        place.rmdir()
+        assert examine(place) is None
+        with spool(folder):  # a worker that starts beside it takes away what no worker holds
+            assert place.is_dir()
+
+
+def test_too_little_room_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.host.FLOOR_BYTES", 2**60)
+    assert "its disk is full" in str(examine(folder))
+    assert FLOOR_BYTES < 2**30
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/var/x"), "its disk is full"),
+        (OSError(errno.EDQUOT, "Quota"), "its disk quota is used up"),
+        (OSError(errno.EMFILE, "Too many"), "it has too many files open"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/spool/t/output.mp4"), "its working folder is gone"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere"), None),
+        (PermissionError(errno.EACCES, "Permission denied", "/spool/t"), "it may not write to its working folder"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), None),
+        (ValueError("No space left on device"), None),
+    ],
+)
+def test_what_is_the_machines_fault_is_told_from_the_tasks(error: Exception, problem: str | None) -> None:
+    assert host_problem(error, Path("/spool")) == problem
+    wrapped = RuntimeError("the encoder failed")
+    wrapped.__cause__ = error
+    assert host_problem(wrapped, Path("/spool")) == problem
+
+
+def test_what_clients_read_of_an_error_names_no_path_and_no_class() -> None:
+    assert said(OSError(errno.ENOSPC, "No space left on device", "/var/spool/x")) == "No space left on device"
+    assert without_paths("cannot read /var/lib/movieq/media/a/b.mp4: gone", "/var/lib/movieq") == "cannot read b.mp4: gone"
+    assert (
+        without_paths("https://a.example/var/lib/movieq/x is no picture", "/var/lib/movieq")
+        == "https://a.example/var/lib/movieq/x is no picture"
+    )

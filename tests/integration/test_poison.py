@@ -1,0 +1,370 @@
+"""Tasks that a worker cannot pass on, read or run, among others: each fails or goes back by itself, and the others are done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from arq import cron, func
+
+from movieq.contracts import KEYS, Kind, Task, TaskId, TaskStatus
+from movieq.store import Store
+from tests.arrange import claim, new_task, ran, raw
+from tests.engines.test_plugins import installed
+from tests.fleet import eventually, fleet, python_path
+from workers.engine import Child, Progress
+from workers.main import Worker
+from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
+from workers.run import Running, _Reporter
+
+SMALL = {"prompt": "a lamp", "resolution": "64x64"}
+BEYOND = b'{"n": 123456789012345678901234567890}'
+"""Metadata that JSON can carry and msgpack cannot."""
+
+
+def kwargs(task_data: Any) -> bytes:
+    return msgspec.msgpack.encode({"task_data": task_data})
+
+
+async def submitted(store: Store, **fields: Any) -> TaskId:
+    task = new_task(**{"kwargs": kwargs(SMALL), **fields})
+    await store.submit(task)
+    return task.task_id
+
+
+async def ended(store: Store, task_id: TaskId, within_s: float = 60) -> Task:
+    found: list[Task] = []
+
+    async def over() -> bool:
+        task = await store.task(task_id)
+        assert task is not None
+        found[:] = [task]
+        return task.status.ended
+
+    await eventually(over, within_s)
+    return found[0]
+
+
+async def test_what_cannot_be_passed_to_an_engine_fails_for_good_and_its_neighbours_are_done_in_their_first_attempt(folder: Path) -> None:
+    async with fleet(folder) as made:
+        before = [await submitted(made.store) for _ in range(2)]
+        poison = [await submitted(made.store, metadata=BEYOND) for _ in range(4)]
+        after = [await submitted(made.store) for _ in range(3)]
+        worker = await made.worker()
+        for task_id in (*before, *after):
+            task = await ended(made.store, task_id)
+            assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1), worker.log.read_text()[-2000:]
+        for task_id in poison:
+            task = await ended(made.store, task_id)
+            assert (task.status, task.attempt, task.error_code) == (TaskStatus.FAILED, 1, "invalid_input")
+            assert "a whole number beyond 64 bits" in str(task.error)
+        assert worker.said("child_ready") == 1
+
+
+async def test_a_row_of_a_batch_that_cannot_be_passed_on_fails_alone(folder: Path) -> None:
+    async with fleet(folder) as made:
+        rows = {"batch": "one", "batch_rows": 3}
+        good = [await submitted(made.store, **rows)]
+        poison = await submitted(made.store, **rows, metadata=BEYOND)
+        good.append(await submitted(made.store, **rows))
+        worker = await made.worker()
+        assert (await ended(made.store, poison)).error_code == "invalid_input"
+        after = await submitted(made.store)
+        assert (await ended(made.store, after)).status is TaskStatus.COMPLETED
+        for task_id in good:  # the animatic makes no batches: what matters is that they end, and that their slot is free again
+            assert (await ended(made.store, task_id)).status.ended, worker.log.read_text()[-2000:]
+
+
+async def test_a_task_whose_engine_or_model_is_not_here_goes_back_uncounted_and_the_worker_does_the_rest(folder: Path) -> None:
+    async with fleet(folder) as made:
+        strange = [
+            await submitted(made.store, engine="of-a-plug-in", model="of-a-plug-in"),
+            await submitted(made.store, engine="diffusers", model="of-a-newer-table"),
+        ]
+        worker = await made.worker()
+        task = await ended(made.store, await submitted(made.store))
+        assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
+        for task_id in strange:
+
+            async def waits(task_id: TaskId = task_id) -> bool:
+                task = await made.store.task(task_id)
+                return task is not None and task.attempt >= 1 and task.status is TaskStatus.QUEUED
+
+            await eventually(waits, 30)
+            assert await raw(made.store).hget(KEYS["task"] + task_id, "tries") in (None, b"0")
+        assert worker.alive
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff\xfe", b"cancel", b"cancel a", b"cancel a b c", b"dance", b"wake up"])
+async def test_a_message_that_a_worker_does_not_know_is_not_the_end_of_it(folder: Path, message: bytes) -> None:
+    async with fleet(folder) as made:
+        worker = await made.worker()
+        (worker_id,) = [row.worker_id.partition("/")[0] for row in await workers(made.store)]
+        assert await raw(made.store).publish(KEYS["control"] + worker_id, message) == 1
+        assert (await ended(made.store, await submitted(made.store))).status is TaskStatus.COMPLETED
+        assert worker.said("unknown_message") == 1
+        assert worker.alive
+
+
+async def workers(store: Store) -> list[Any]:
+    found: list[Any] = []
+
+    async def there() -> bool:
+        found[:] = await store.workers()
+        return bool(found)
+
+    await eventually(there, 30)
+    return found
+
+
+async def test_a_fault_of_a_script_is_logged_as_that_and_the_worker_goes_on(folder: Path) -> None:
+    async with fleet(folder) as made:
+        worker = await made.worker()
+        await raw(made.store).set(KEYS["delayed"], "no sorted set")  # tidy fails on it
+        await eventually(lambda: worker.said("script_failed") > 0, 30)
+        assert "Traceback" in worker.log.read_text()
+        await raw(made.store).delete(KEYS["delayed"])
+        assert (await ended(made.store, await submitted(made.store))).status is TaskStatus.COMPLETED
+        assert worker.alive
+
+
+# ── The worker's own books ──
+
+
+@asynccontextmanager
+async def books(store: Store) -> AsyncIterator[tuple[Worker, Child]]:
+    """A worker that runs nothing, and its child, which is not started."""
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    worker = Worker(
+        worker_id="w1",
+        store=store,
+        subscriber=None,  # type: ignore[arg-type]  # it listens to nothing
+        children=[child],
+        drain_s=0.0,
+        weights={},
+        functions=[],
+        redis_pool=store.redis,
+        cron_jobs=[cron(_nothing, month=1)],
+        handle_signals=False,
+    )
+    yield worker, child
+
+
+async def _nothing(ctx: dict[str, Any]) -> None:
+    """arq wants a function or a cron job."""
+
+
+async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_task_waits_again(store: Store) -> None:
+    await store.submit(new_task())
+    (claimed,) = await claim(store)
+    async with books(store) as (worker, child):
+        group = child.reserve([claimed.task.task_id])
+        worker.runs[claimed.run] = Running(claimed, child, group)
+        worker.tend()
+        assert child.groups == [group], "it may be about to be tidied by itself"
+        worker.tend()
+        assert (child.groups, worker.runs) == ([], {})
+        await worker._renew()
+    task = await store.task(claimed.task.task_id)
+    assert task is not None
+    assert task.status is TaskStatus.QUEUED
+
+
+async def test_a_slot_that_nobody_runs_in_is_free_again(store: Store) -> None:
+    async with books(store) as (worker, child):
+        child.reserve([TaskId("gone")])
+        worker.tend()
+        worker.tend()
+        assert child.groups == []
+
+
+async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_as_a_try(store: Store) -> None:
+    await store.submit(new_task())
+    (claimed,) = await claim(store)
+    async with books(store) as (worker, child):
+
+        async def broke(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
+            raise ValueError("nobody expected this")
+
+        worker.functions = {"generate_image": func(broke, name="generate_image")}
+        group = child.reserve([claimed.task.task_id])
+        async with asyncio.TaskGroup() as runs:
+            worker._start(runs, Running(claimed, child, group))
+        assert (child.groups, worker.runs) == ([], {})
+    assert await raw(store).hget(KEYS["task"] + claimed.task.task_id, "tries") == b"1"
+
+
+# ── The pipe ──
+
+
+def request(run: str = "r", **fields: Any) -> Run:
+    params, metadata = fields.pop("params", {}), fields.pop("metadata", {})
+    return Run(run, "t", "p", "generate_image", "animatic", "animatic", params, metadata, {}, 1, "/out", **fields)
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"n": 2**64}, {"n": -(2**63) - 1}, {"n": nested(100_000)}, {"n": object()}, {"n": "\ud800"}, {"n": "x" * MAX_FRAME_BYTES}],
+    ids=["large", "small", "deep", "object", "surrogate", "long"],
+)
+def test_what_cannot_go_over_the_pipe_is_refused_before_anything_is_sent(metadata: dict[str, Any]) -> None:
+    with pytest.raises(Unsendable) as caught:
+        encoded_run(request(metadata=metadata))
+    for word in ("Error", "object", "msgpack", "OverflowError", "RecursionError"):
+        assert word not in str(caught.value)
+
+
+def test_params_that_are_no_map_are_refused_before_anything_is_sent() -> None:
+    with pytest.raises(Unsendable):
+        encoded_run(request(params=[1]))
+
+
+def test_a_batch_too_long_for_one_frame_goes_run_by_run() -> None:
+    bodies = [encoded_run(request(name, metadata={"n": "x" * (MAX_FRAME_BYTES // 2)})) for name in ("a", "b")]
+    sent, at = framed(bodies), 0
+    found = []
+    while at < len(sent):
+        size = int.from_bytes(sent[at : at + 4], "big")
+        assert size <= MAX_FRAME_BYTES
+        found.append(to_child_decoder.decode(sent[at + 4 : at + 4 + size]))
+        at += 4 + size
+    assert [each.run for each in found if isinstance(each, Run)] == ["a", "b"]
+
+
+# ── What engines say ──
+
+ODD = """
+from movieq.params import Params
+from movieq.plugins import NewTaskType, Plugin
+from workers.child.take import Made
+from workers.protocol import Note, Produced, Stage
+from PIL import Image
+
+class OddParams(Params, frozen=True, kw_only=True):
+    odd: str
+
+    @property
+    def description(self):
+        return self.odd
+
+def make(take):
+    odd = take.params.odd
+    if odd == "no plan":
+        take.plan()
+    elif odd == "no weight":
+        take.plan(Stage("a", "a", 0.0), Stage("b", "b", float("nan")), Stage("c", "c", -1.0))
+    else:
+        take.plan(Stage("a", "a", 1.0))
+    take.begin("a")
+    if odd == "an unreadable step":
+        take.step("a", "one", "two")
+    if odd == "an unsendable note":
+        take._send(Note(take.run.run, object()))
+    take.step("a", 1, 1)
+    Image.new("RGB", (64, 64)).save(path := take.out_dir / "output.png")
+    width = "wide" if odd == "an unreadable answer" else 64
+    metadata = {"a number": 2**70, "an object": object()}.get(odd)
+    return Made((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
+
+plugin = Plugin(
+    task_types={"odd": NewTaskType(params=OddParams)},
+    engines={"odd": "odd"},
+    models={"odd": {"engine": "odd", "kind": "cpu_intensive", "tasks": {"odd": 1}}},
+)
+"""
+"""An engine of a plug-in that says what no engine of ours says."""
+
+
+async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Path) -> None:
+    site = folder / "site"
+    site.mkdir()
+    path = {"PYTHONPATH": python_path(installed(site, ("odd", ODD)))}
+    async with fleet(folder / "fleet") as made:
+        api, worker = await asyncio.gather(made.api("", 0, **path), made.worker("", **path))
+        for odd in ("no plan", "no weight", "an unreadable step"):
+            ended = await api.ended(await api.submit("odd", {"odd": odd}))
+            assert (ended["status"], ended["attempt"]) == ("completed", 1), (odd, ended, worker.log.read_text()[-3000:])
+        for odd in ("an unreadable answer", "a number", "an object", "an unsendable note"):
+            task_id = await api.submit("odd", {"odd": odd})
+            await eventually(partial(tried, made.store, TaskId(task_id)), 30)
+            assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200  # it would be tried again
+            for entry in await made.store.log_after(task_id, None):
+                assert b"Error" not in entry.data, entry.data
+            ended = await api.ended(await api.submit("generate_image", SMALL))
+            assert (ended["status"], ended["attempt"]) == ("completed", 1), odd
+        assert worker.said("child_ended") == worker.said("device_problem")  # the last of three in a row, at most
+        assert worker.alive
+
+
+async def tried(store: Store, task_id: TaskId) -> bool:
+    """Whether a run of the task was given back for a fault."""
+    return bool(await raw(store).hget(KEYS["task"] + task_id, "tries") == b"1")
+
+
+async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_the_next(folder: Path) -> None:
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    ready = asyncio.Event()
+    keeping = asyncio.create_task(child.keep(ready.set))
+
+    def order(name: str, **params: Any) -> Run:
+        (folder / name).mkdir()
+        return msgspec.structs.replace(request(name, params={**SMALL, **params}), out_dir=str(folder / name))
+
+    def raises(message: Progress) -> None:
+        raise ValueError("nobody expected this")
+
+    try:
+        await asyncio.wait_for(ready.wait(), 60)
+        pid = child.pid
+        with pytest.raises(ValueError, match="nobody"):
+            await ran(child, order("first"), raises)
+        assert child.groups == []
+        assert (await ran(child, order("second"))).files
+        assert child.pid == pid
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store) -> None:
+    """Whatever a report raises, the next one is said."""
+    await store.submit(new_task())
+    (claimed,) = await claim(store)
+
+    class Odd(Store):
+        raised = 0
+
+        async def report(self, *args: Any, **named: Any) -> None:
+            if self.raised < 2:
+                self.raised += 1
+                raise ValueError("nobody expected this")
+            await super().report(*args, **named)
+
+        async def watched(self, task_id: TaskId) -> bool:
+            raise ValueError("nor this")
+
+    odd = Odd(store.redis)
+    reporter = _Reporter(odd, Running(claimed))
+
+    async def shown() -> bool:
+        reporter.say("drawing", stage="work")
+        task = await store.task(claimed.task.task_id)
+        return task is not None and task.current_step == "drawing"
+
+    async with reporter:
+        await eventually(shown, 30)
+        assert [task.done() for task in reporter._tasks] == [False, False]
+    await odd.aclose()

@@ -1,0 +1,93 @@
+"""Whose fault an exception is: the task's or this machine's, and what of it clients may read.
+
+Used on both sides of the pipe. The log keeps the whole of an error; what goes to clients names no path and no class.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from movieq.errors import MovieqError
+
+HOST: Final = {
+    errno.ENOSPC: "its disk is full",
+    errno.EDQUOT: "its disk quota is used up",
+    errno.EROFS: "its disk is read-only",
+    errno.EIO: "its disk fails",
+    errno.ESTALE: "its disk has gone",
+    errno.EMFILE: "it has too many files open",
+    errno.ENFILE: "it has too many files open",
+}
+"""Operating system errors that no task causes, and what is wrong with the machine then."""
+PLACE: Final = {
+    errno.ENOENT: "its working folder is gone",
+    errno.ENOTDIR: "its working folder is gone",
+    errno.EACCES: "it may not write to its working folder",
+    errno.EPERM: "it may not write to its working folder",
+}
+"""The same, where the file lies in the folder that the worker works in."""
+_LIBRARIES: Final = "av."
+"""FFmpeg says "input/output error" of damaged files too."""
+LONGEST: Final = 500
+
+_DEVICE: Final = re.compile(
+    r"ECC|uncorrectable|no CUDA-capable device|device\(s\) is/are busy|unavailable|initialization error|NVLink|unknown error"
+)
+"""What CUDA says of a device that is at fault itself, whatever was asked of it."""
+
+
+class HostFault(MovieqError):
+    """This machine, or one device of it (`device`), cannot work: whatever task comes next would fare no better. The message says why."""
+
+    def __init__(self, message: str, *, device: bool = False) -> None:
+        super().__init__(message)
+        self.device = device
+
+
+def host_problem(error: BaseException | None, *places: Path) -> str | None:
+    """What is wrong with this machine, where that is what the error, or its cause, says; `places` are the folders that it works in."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
+            foreign = type(error).__module__.startswith(_LIBRARIES)
+            if error.errno in HOST and not (foreign and error.errno == errno.EIO):
+                return HOST[error.errno]
+            if error.errno in PLACE and any(_inside(name, places) for name in (error.filename, error.filename2)):
+                return PLACE[error.errno]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def device_problem(error: BaseException | None) -> str | None:
+    """What is wrong with the device, where CUDA says so; a kernel that failed may be the fault of what it was given."""
+    while error is not None:
+        if "CUDA" in str(error) and _DEVICE.search(str(error)):
+            return "its GPU does not work"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_SYSTEM: Final = r"/(?:bin|data|dev|etc|home|lib|lib64|media|mnt|nix|opt|proc|root|run|srv|sys|tmp|usr|var|Users)(?=/)"
+
+
+def _inside(name: object, places: tuple[Path, ...]) -> bool:
+    return isinstance(name, str | bytes) and any(Path(str(name)).is_relative_to(place) for place in places)
+
+
+def said(error: BaseException) -> str:
+    """What an error says, for clients: no class, no path, one line."""
+    text = (error.strerror or "") if isinstance(error, OSError) and error.errno is not None else str(error)
+    return without_paths(text).partition("\n")[0][:LONGEST].strip()
+
+
+def without_paths(text: str, *places: Path | str) -> str:
+    """The text with every file of this machine cut down to its name: those in these places, and in those that all machines have."""
+    roots = {str(place).rstrip("/") for place in (*places, tempfile.gettempdir(), sys.prefix, sys.base_prefix, Path.home(), Path.cwd())}
+    named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
+    return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)

@@ -1,0 +1,111 @@
+"""The machine that a worker runs on: while its disk cannot be worked on, the worker takes nothing, says why, and looks again by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from movieq import logs
+from workers import spool
+from workers.faults import HOST, host_problem, said
+
+FLOOR_BYTES: Final = 32 * 1024 * 1024
+"""With less free space than this, nothing can be made."""
+SAMPLE_BYTES: Final = 1024 * 1024
+"""How much an examination writes."""
+SAMPLE_FILES: Final = 16
+"""How many files an examination opens at once."""
+EXAMINE_S: Final = 2.0, 30.0
+"""Shortest and longest wait before a machine at fault is examined again; the first run that ends well resets it."""
+LOOK_S: Final = 5.0
+"""Between two looks at the free space of a machine that is in order."""
+
+log = logs.get()
+
+
+class Host:
+    """Whether this machine can work. `keep` must be running for it to heal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.problem: str | None = None
+        """What is wrong, for people; None while nothing is."""
+        self._folder = folder
+        self._blamed = asyncio.Event()
+        self._wait_s = EXAMINE_S[0]
+
+    def blame(self, problem: str) -> None:
+        """Nothing more is taken until an examination passes."""
+        if self.problem is None:
+            log.error("worker_problem", problem=problem)
+        self.problem = problem
+        self._blamed.set()
+
+    def proven(self) -> None:
+        """A run ended well: the next fault is a new one."""
+        self._wait_s = EXAMINE_S[0]
+
+    async def keep(self, on_room: Callable[[], None]) -> None:
+        """Examines a machine that is at fault until it is in order, then calls `on_room`; watches the free space of one that is."""
+        while True:
+            if self.problem is None:
+                if (problem := await asyncio.to_thread(_look, self._folder)) is not None:
+                    self.blame(problem)
+                else:
+                    await set_within(self._blamed, LOOK_S)
+                continue
+            await asyncio.sleep(self._wait_s)
+            self._wait_s = min(self._wait_s * 2, EXAMINE_S[1])
+            if (problem := await asyncio.to_thread(examine, self._folder)) is not None:
+                log.warning("worker_problem_lasts", problem=problem, again_in_s=self._wait_s)
+                self.problem = problem
+                continue
+            log.info("worker_problem_over", was=self.problem)
+            self.problem = None
+            self._blamed.clear()
+            on_room()
+
+
+def examine(folder: Path) -> str | None:
+    """What is wrong with the folder that the worker works in; None where a file can be written there, synced and read again."""
+    try:
+        spool.mend(folder)
+        sample = os.urandom(SAMPLE_BYTES)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="examined-") as place:
+            path = Path(place) / "sample"
+            with path.open("wb") as file:
+                file.write(sample)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.read_bytes() != sample:
+                return HOST[errno.EIO]
+            with contextlib.ExitStack() as opened:
+                for _ in range(SAMPLE_FILES):
+                    opened.enter_context(path.open("rb"))
+    except OSError as error:
+        log.debug("examination_failed", problem=str(error))
+        return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
+    return _look(folder)
+
+
+def _look(folder: Path) -> str | None:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
+    return None if free >= FLOOR_BYTES else f"{HOST[errno.ENOSPC]}: {free // 2**20} MiB are free, {FLOOR_BYTES // 2**20} MiB are needed"
+
+
+async def set_within(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event is set, or the time is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
