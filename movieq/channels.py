@@ -94,7 +94,7 @@ class Subscriber:
                 async with asyncio.TaskGroup() as group:
                     for part in (self._read, self._ask, self._doubt):
                         group.create_task(part(connection))
-            except* (RedisError, OSError, TimeoutError) as errors:
+            except* (RedisError, OSError, TimeoutError, TypeError, ValueError) as errors:  # also what is no message of pub/sub
                 first: BaseException = errors
                 while isinstance(first, BaseExceptionGroup):
                     first = first.exceptions[0]

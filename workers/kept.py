@@ -71,7 +71,12 @@ class Kept:
 
     def find(self, task_id: TaskId) -> Made | None:
         """What an earlier run of the task made here; None where there is nothing whole."""
-        for folder in self._parent.glob(f"{PREFIX}{task_id}.*"):
+        try:
+            folders = list(self._parent.glob(f"{PREFIX}{task_id}.*"))
+        except OSError as error:
+            log.warning("kept_unread", problem=str(error))
+            return None
+        for folder in folders:
             if not _ours(folder):
                 continue
             try:

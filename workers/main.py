@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +64,7 @@ LETTING_GO_S: Final = 0.4
 """... to each thing that was cancelled, to end, ..."""
 GOODBYE_S: Final = 1.0
 """... and to a Redis that is told that the worker leaves."""
-SWEEP_AGAIN_S: Final = 1.0
+AGAIN_S: Final = 1.0
 """Before a part of the worker that broke goes on."""
 
 log = logs.get()
@@ -128,11 +129,10 @@ class Worker(ArqWorker):
                 group.create_task(_unending("keep", self._keep)),
                 group.create_task(_unending("read_gpus", self._read_gpus)),
                 group.create_task(_unending("sweep_kept", self._sweep_kept)),
-                *(group.create_task(child.keep(self._wake.set, self._on_unfit)) for child in self.children),
+                *(group.create_task(_unending(child.name, partial(child.keep, self._wake.set, self._on_unfit))) for child in self.children),
             ]
             if self._machine is not None:
-                machine = self._machine
-                serving.append(group.create_task(_unending("machine", lambda: machine.keep(self._wake.set))))
+                serving.append(group.create_task(_unending("machine", partial(self._machine.keep, self._wake.set))))
             async with asyncio.TaskGroup() as runs:
                 working = runs.create_task(self._work(runs))
                 draining = asyncio.create_task(self._draining.wait())
@@ -501,10 +501,12 @@ async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
         try:
             await part()
             return
+        except ChildUnfit:
+            raise
         except Exception as error:
             log.error("part_broke", part=name)
             failed("part_broke", error)
-        await asyncio.sleep(SWEEP_AGAIN_S)
+        await asyncio.sleep(AGAIN_S)
 
 
 async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:

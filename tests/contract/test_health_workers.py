@@ -21,7 +21,7 @@ WORKERS = "/api/v1/workers/status"
 WORKER = {
     *("worker_id", "worker_type", "status", "current_task_id", "gpu_utilization", "memory_usage", "tasks_completed", "last_heartbeat"),
     *("queues", "device", "memory_total", "temperature", "power", "idle_gap", "models", "models_parked", "model_swaps"),
-    *("host", "version"),
+    *("host", "version", "problem"),
 }
 
 
@@ -170,3 +170,16 @@ async def test_an_engine_that_no_model_serves_is_refused_by_its_setting(settings
 async def test_a_query_that_nothing_reads_is_refused(api: Client, path: str) -> None:
     answer = await api.get(f"{path}?x=1")
     assert (answer.status, answer.error) == (400, "validation_failed")
+
+
+async def test_a_worker_that_takes_nothing_says_why_and_is_an_alert_until_it_falls_silent(api: Client, store: Store) -> None:
+    await beat(store, problem="its disk is full", queues=[])
+    await beat(store, "w2")
+    by_worker = {row["worker_id"]: row["problem"] for row in (await api.get(WORKERS)).json["workers"]}
+    assert by_worker == {"w1": "its disk is full", "w2": None}
+    alerts = (await api.get("/api/v1/tasks/health")).json["alerts"]
+    assert [(alert["code"], alert["message"]) for alert in alerts] == [
+        ("worker_problem", "1 of 2 workers take no tasks: its disk is full; see /workers/status")
+    ]
+    await silent(store, "w1", 20)
+    assert (await api.get("/api/v1/tasks/health")).json["alerts"] == []

@@ -7,10 +7,11 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.fleet import Fleet, Process, eventually, fleet
-from tests.service import Service
+from tests.service import Service, service
 from workers.main import GONE_S
 
 LONG = {"prompt": "a way up the stairs", "duration": 30, "fps": 24, "resolution": "1280x720"}
@@ -71,7 +72,7 @@ async def test_an_idle_worker_whose_redis_hangs_has_gone_too(folder: Path) -> No
         worker = await made.worker(MOVIEQ_DRAIN_S="0")
         take_away(made, "hangs")
         try:
-            await asyncio.sleep(1.5)  # so that it is in the middle of asking
+            await asyncio.sleep(1.5)  # it is in the middle of asking then; if it is not, this asks for less
             worker.send(signal.SIGTERM)
             await worker.ended(GONE_S + SLACK_S)
             assert worker.said("worker_ended") == 1
@@ -93,3 +94,13 @@ async def test_an_api_process_whose_redis_is_dead_has_gone_within_ten_seconds(fo
                 await asyncio.to_thread(api.process.wait, GONE_S + SLACK_S)
             finally:
                 give_back(made)
+
+
+async def test_all_of_up_ends_by_itself_while_its_valkey_hangs(folder: Path) -> None:
+    with service(folder, MOVIEQ_DRAIN_S="1") as made:
+        await made.until(await made.submit("generate_video", LONG), "stage", "frames")
+        (valkey,) = [each for each in psutil.Process(made.process.pid).children() if "valkey" in each.name()]
+        valkey.suspend()
+    # nothing that it started is left, says `service`
+    assert made.process.returncode == 0
+    assert "process_killed" not in [line.get("message") for line in made.log]
