@@ -36,6 +36,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
+from movieq import logs
 from movieq.contracts import (
     DELIVERY_KEPT_S,
     STATES,
@@ -79,6 +80,8 @@ ORPHAN_S: Final = 60
 
 _STATES: Final = re.compile(r"(?:^|caused error: \W*)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
 """How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
+
+log = logs.get()
 
 _ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
 _REST = "..."
@@ -182,15 +185,11 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class Tidied(msgspec.Struct, frozen=True):
-    """What a call of `tidy` acted on: how many dead leases, due retries and missed deadlines.
-
-    `dropped`: entries of the queue's lists that named a task without a record ("LIST TASK"), found by any script since the last call.
-    """
+    """What a call of `tidy` acted on: how many dead leases, due retries and missed deadlines."""
 
     reaped: int
     due: int
     past_deadline: int
-    dropped: list[str]
 
     def __bool__(self) -> bool:
         return bool(self.reaped or self.due or self.past_deadline)
@@ -479,11 +478,16 @@ class Store:
         await self._scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
 
     async def tidy(self) -> Tidied:
-        """Act on dead leases, due retries and missed deadlines."""
+        """Act on dead leases, due retries and missed deadlines; log what scripts have dropped since the last call, as it had no record."""
         reaped, due, past_deadline, dropped = await self._verb(
             "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
-        return Tidied(reaped, due, past_deadline, [each.decode() for each in dropped])
+        if dropped:
+            entries = [_text(each) for each in dropped]
+            log.warning(
+                "entries_dropped", entries=entries, cure="they had no record; `movieq doctor --repair` shows what else does not fit"
+            )
+        return Tidied(reaped, due, past_deadline)
 
     async def sweep(self, age_s: float, batch: int = 200) -> int:
         """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""

@@ -31,7 +31,7 @@ from arq.worker import Worker as ArqWorker
 import movieq
 from movieq import credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
-from movieq.contracts import Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
+from movieq.contracts import Kind, RunToken, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
@@ -66,6 +66,9 @@ GOODBYE_S: Final = 1.0
 """... and to a Redis that is told that the worker leaves."""
 AGAIN_S: Final = 1.0
 """Before a part of the worker that broke goes on."""
+
+UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
+UNREADABLE_MS: Final = 5_000
 
 log = logs.get()
 
@@ -257,7 +260,9 @@ class Worker(ArqWorker):
         """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
         to_make = []
         for claimed in together:
-            if self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
+            if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may know it
+                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_MS))
+            elif self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
                 self._start(runs, Running(claimed, made=made))
             else:
                 to_make.append(claimed)
@@ -308,12 +313,17 @@ class Worker(ArqWorker):
             await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES)
 
     async def _hand_back(
-        self, task_id: TaskId, run: RunToken, why: str = "its worker had no free slot", counts: Counts = Counts.DRAIN
+        self,
+        task_id: TaskId,
+        run: RunToken,
+        why: str = "its worker had no free slot",
+        counts: Counts = Counts.DRAIN,
+        delay_ms: int = 0,
     ) -> None:
         """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
         try:
             limit = TRIES_LIMIT if counts is Counts.TRIES else 0
-            await self.store.requeue(task_id, run, counts, limit, 0, why, "internal" if limit else "worker_lost")
+            await self.store.requeue(task_id, run, counts, limit, delay_ms, why, "internal" if limit else "worker_lost")
         except RunLost:
             pass
         except Exception as error:

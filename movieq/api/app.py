@@ -133,8 +133,6 @@ async def _tidy(store: Store) -> None:
             away = False
             if done:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
-            if done.dropped:
-                log.warning("entries_dropped", entries=done.dropped, cure="movieq doctor --repair shows what else does not fit together")
         except (RedisError, OSError, TimeoutError) as error:
             if not away:
                 log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=is_fault(error))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 import pytest
+import structlog
 
 from movieq.contracts import KEYS, STATES, DeliveryState, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
 from movieq.errors import InvalidState, NotFound, RunLost
@@ -160,19 +161,21 @@ async def test_no_field_of_a_task_is_missed_by_any_verb(store: Store, name: str,
             raise
 
 
-async def test_a_deadline_without_its_task_stops_no_lease_and_no_other_deadline(store: Store) -> None:
+async def test_a_deadline_without_its_task_stops_no_lease_and_no_other_deadline(
+    store: Store, logged: list[MutableMapping[str, Any]]
+) -> None:
     dead, _ = await running(store, finish_by_ms=1)
     late, _ = await running(store, finish_by_ms=2)
     silent, _ = await running(store)
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {silent: 1})
     await raw(store).delete(KEYS["task"] + dead)
-    tidied = await store.tidy()
+    await store.tidy()
     assert [(await found(store, each)).status for each in (late, silent)] == [TaskStatus.FAILED, TaskStatus.QUEUED]
-    assert tidied.dropped == [f"deadlines {dead}"]
-    assert (await store.tidy()).dropped == []
+    await store.tidy()
+    assert dropped(logged) == [f"deadlines {dead}"]
 
 
-async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store) -> None:
+async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store, logged: list[MutableMapping[str, Any]]) -> None:
     gone = [new_task() for _ in range(10)]
     for task in gone:
         await store.submit(task)
@@ -181,7 +184,8 @@ async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store) -> No
     await raw(store).delete(*(KEYS["task"] + task.task_id for task in gone))
     (claimed,) = await claim(store)
     assert claimed.task.task_id == behind.task_id
-    assert sorted((await store.tidy()).dropped) == sorted(f"waiting {task.task_id}" for task in gone)
+    await store.tidy()
+    assert sorted(dropped(logged)) == sorted(f"waiting {task.task_id}" for task in gone)
     assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
 
 
@@ -213,6 +217,17 @@ async def test_a_record_that_cannot_be_read_is_claimed_as_unknown_and_can_be_giv
     (claimed,) = await store.claim("w1", "nonce", [Slot((Kind.CPU_INTENSIVE,))])
     assert (claimed.task.task_id, claimed.task.status, claimed.task.project_id) == (task.task_id, TaskStatus.UNKNOWN, "film")
     assert await store.requeue(task.task_id, claimed.run, Counts.TRIES, 1, 0, "unreadable", "internal") is TaskStatus.FAILED
+
+
+@pytest.fixture
+def logged() -> Iterator[list[MutableMapping[str, Any]]]:
+    """What is logged, as it comes."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+def dropped(logged: list[MutableMapping[str, Any]]) -> list[str]:
+    return [each for entry in logged if entry["event"] == "entries_dropped" for each in entry["entries"]]
 
 
 async def found(store: Store, task_id: TaskId) -> Any:
