@@ -110,7 +110,7 @@ class _Server(uvicorn.Server):
             if not (isinstance(connection, _Protocol) and connection.idle):
                 connection.shutdown()
         until_s = self._loop.time() + LAST_REQUESTS_S
-        while state.connections and self._loop.time() < until_s:
+        while state.connections and self._loop.time() < until_s:  # noqa: ASYNC110  # uvicorn sets no event where one goes
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 

@@ -27,7 +27,7 @@ from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import credentials, logs, models, payload, webhooks
+from movieq import credentials, logs, models, payload, signing, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
@@ -397,7 +397,6 @@ async def serve(settings: Settings) -> None:
     cms = payload.configured(settings)
     redis = connect(settings.redis_url, patient=True)
     store = Store(redis)
-    signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
     guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -405,6 +404,7 @@ async def serve(settings: Settings) -> None:
         async with (
             Fetcher(guard) as fetcher,
             guard.session() as session,
+            signing.current(settings, store) as signing_secrets,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
