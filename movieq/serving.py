@@ -140,7 +140,7 @@ class _Protocol(HttpToolsProtocol):
     @property
     def idle(self) -> bool:
         """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, but a client that offers another protocol (Java's: h2c) is answered in HTTP/1.1, as RFC 9110, 7.8 has it.

@@ -4,8 +4,8 @@ A signature binds a purpose ("media", "events"), a subject (a key, a task id) an
 says nothing about who asks, and cannot be taken back before it expires; a new secret ends all of them at once, unless the old one still
 stands behind it.
 
-Where the settings name no secret, the one in Redis counts, for every process: it is asked for again each second, since a Redis that was emptied
-or begun anew has another.
+Where the settings name no secret, the one in Redis counts, for every process: it is asked for again each second, since a Redis that was
+emptied or begun anew has another.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, s
 
 @asynccontextmanager
 async def current(settings: Settings, store: Store) -> AsyncIterator[Sequence[bytes]]:
-    """The secrets of this installation, for the length of a block: the first signs, each verifies. Raises RedisError where Redis is away."""
+    """The secrets of this installation, for the length of a block: the first signs, each verifies. Raises RedisError."""
     if given := settings.signing_secrets():
         yield given
         return
