@@ -29,7 +29,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from movieq import __version__, webhooks
+from movieq import __version__, values, webhooks
 from movieq.contracts import (
     TERMINAL_EVENTS,
     UPLOAD_BYTES,
@@ -54,6 +54,7 @@ from movieq.contracts import (
 )
 from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
 from movieq.logs import without_query
+from movieq.params import refused
 
 __all__ = ["Client", "ClientEvent", "Gap", "Preview", "Unreachable", "ended"]
 
@@ -578,6 +579,9 @@ def _part(text: str) -> str:
 
 
 def _json(request: SubmitRequest) -> bytes:
+    # what JSON has no word for, not a number or an infinite one, would be sent as null
+    if found := values.faults({"task_data": request.task_data, "metadata": request.metadata}):
+        raise refused(found)
     try:
         return msgspec.json.encode(request)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -160,16 +160,17 @@ class Watcher:
 
 
 class SocketWatcher(Watcher, asyncio.Protocol):
-    """A client on the other end of a socket whose HTTP answer has begun, chunked. It is the socket's protocol from here on.
+    """A client on the other end of a socket whose HTTP answer has begun, `chunked` or not. It is the socket's protocol from here on.
 
     What the client still sends is not read for anything: an event stream has the connection to itself, and closes it at its end.
     """
 
-    __slots__ = ("_connections", "_gone", "_lingering", "_taken", "_transport")
+    __slots__ = ("_chunked", "_connections", "_gone", "_lingering", "_taken", "_transport")
 
-    def __init__(self, gone: Callable[[Watcher], None], wants: Callable[[Facts], bool] | None = None) -> None:
+    def __init__(self, gone: Callable[[Watcher], None], wants: Callable[[Facts], bool] | None = None, *, chunked: bool = True) -> None:
         super().__init__(wants)
         self._gone = gone
+        self._chunked = chunked
         self._connections: set[Any] = set()
         self._lingering: asyncio.TimerHandle | None = None
         self._taken: asyncio.Event | None = None
@@ -186,10 +187,10 @@ class SocketWatcher(Watcher, asyncio.Protocol):
             self._option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_S * 1000))
 
     def tell(self, chunk: bytes) -> None:
-        self._transport.write(chunk)
+        self._transport.write(chunk if self._chunked else chunk[chunk.index(b"\r\n") + 2 : -2])
 
     def end(self, data: bytes, linger_s: float) -> None:
-        self._transport.write((chunk(data) if data else b"") + b"0\r\n\r\n")
+        self._transport.write(((chunk(data) if data else b"") + b"0\r\n\r\n") if self._chunked else data)
         self._transport.close()
         self._lingering = asyncio.get_running_loop().call_later(linger_s, self.drop)
 

@@ -223,9 +223,9 @@ def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[
     try:
         params = convert(task_type, task_data)
     except msgspec.ValidationError:
-        raise _refused(_problems(task_type, task_data)) from None
+        raise refused(_problems(task_type, task_data)) from None
     if errors := list(_inconsistent(task_type, params)):
-        raise _refused(errors)
+        raise refused(errors)
     return params, sorted(task_data.keys() - set(PARAMS[task_type].__struct_fields__))
 
 
@@ -287,7 +287,8 @@ def _problem(key: str, value: object, message: str) -> tuple[str, str]:
     return f"task_data.{key}{path.removesuffix('`')}", given(text, value)
 
 
-def _refused(errors: list[tuple[str, str]]) -> ValidationFailed:
+def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
+    """The refusal of values that are wrong, each with its path."""
     path, message = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import resource
 import socket
@@ -10,17 +11,20 @@ import weakref
 from functools import partial
 from types import FrameType
 
+import httptools
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from movieq.api import app
-from movieq.api.events import HAND_OVER
+from movieq.api.events import HAND_OVER, OLD_VERSIONS
 from movieq.errors import SettingsError, ValidationFailed
 from movieq.events import SocketWatcher
 from movieq.settings import Settings
 
 SHUTDOWN_S = 5
+LAST_REQUESTS_S = 0.5
+"""How long idle connections stay open at the end: a request may be on its way over one of them, and is answered."""
 OPEN_FILES = 65_536
 """How many the process may have open, where it is allowed that many: each stream is one."""
 READY = "movieq ready at "
@@ -97,12 +101,86 @@ class _Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(api.hub.close)  # a signal may come in the middle of a broadcast
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but it resets no connection that a client has just made or sends a request over."""
+        await self._stop_listening(sockets or [])
+        state = self.server_state
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]  # of every answer from here on
+        for connection in list(state.connections):
+            if not (isinstance(connection, _Protocol) and connection.idle):
+                connection.shutdown()
+        until_s = self._loop.time() + LAST_REQUESTS_S
+        while state.connections and self._loop.time() < until_s:  # noqa: ASYNC110  # uvicorn sets no event where one goes
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        """No new connections come; those that the kernel has made already are served, since closing the socket would reset them."""
+        for sock in sockets:
+            self._loop.remove_reader(sock)
+        await asyncio.sleep(0)  # what asyncio has accepted becomes a connection
+        waiting: list[socket.socket] = []
+        for sock, server in zip(sockets, self.servers, strict=True):
+            with contextlib.suppress(OSError):  # nobody waits any more
+                while True:
+                    waiting.append(sock.accept()[0])
+            server.close()
+        for accepted in waiting:
+            with contextlib.suppress(OSError):  # the client has gone
+                await self._loop.connect_accepted_socket(self._protocol, accepted)
+
+    def _protocol(self) -> _Protocol:
+        return _Protocol(self.config, self.server_state, self.lifespan.state, self._loop)
+
 
 class _Protocol(HttpToolsProtocol):
+    _offer = b""
+    """The head, without the offer, of a request whose client offers to speak another protocol."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's, but a client that offers another protocol (Java's: h2c) is answered in HTTP/1.1, as RFC 9110, 7.8 has it.
+
+        To the parser what follows such a head, a body too, is of the other protocol: it gets the head again, without the offer.
+        """
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as pause:
+                    head, self._offer = self._offer, b""
+                    if not head:  # CONNECT: what follows is not for us
+                        return
+                    rest = rest[pause.args[0] :]
+                    self.parser.feed_data(head)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
     def on_headers_complete(self) -> None:
         """As uvicorn's, with a way for the application to take the connection."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+            self._offer = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version.encode()), *kept, b"", b""])
+            return
+        if version in OLD_VERSIONS:
+            self.expect_100_continue = False
         super().on_headers_complete()
-        self.scope["extensions"] = {HAND_OVER: {"to": partial(_hand_over, weakref.ref(self), weakref.ref(self.cycle))}}
+        cycle = weakref.ref(self.cycle)
+        to, unchunked = partial(_hand_over, weakref.ref(self), cycle), partial(_unchunked, cycle)
+        self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
+
+    def on_message_complete(self) -> None:
+        """As uvicorn's."""
+        if not self._offer:
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, with the body of every error."""
@@ -110,6 +188,12 @@ class _Protocol(HttpToolsProtocol):
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(answer.body) + answer.body)
         self.transport.close()
+
+
+def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
+    """The body of this answer ends where its connection does."""
+    if (request := cycle()) is not None:
+        request.chunked_encoding = False
 
 
 def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestResponseCycle], watcher: SocketWatcher) -> bool:

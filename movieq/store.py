@@ -810,9 +810,8 @@ class Store:
 
     async def signing_secret(self) -> bytes:
         """The secret of signed urls: made by whoever asks first, kept in Redis."""
-        if (secret := await self.redis.get(self.keys["secret"])) is None:  # a server that takes no writes just now has one already
+        while (secret := await self.redis.get(self.keys["secret"])) is None:  # a server that takes no writes just now has one already
             await self.redis.set(self.keys["secret"], secrets.token_bytes(32), nx=True)
-            secret = await self.redis.get(self.keys["secret"])
         return cast("bytes", secret)
 
     async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:

@@ -29,7 +29,7 @@ from arq import cron, func
 from arq.worker import Worker as ArqWorker
 
 import movieq
-from movieq import credentials, logs, models, payload, webhooks
+from movieq import credentials, logs, models, payload, signing, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import Kind, RunToken, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
@@ -537,7 +537,6 @@ async def serve(settings: Settings) -> None:
     cms = payload.configured(settings)
     redis = connect(settings.redis_url, patient=True, prefix=settings.key_prefix)
     store = Store(redis, settings.key_prefix)
-    signing_secrets = settings.signing_secrets() or (await store.signing_secret(),)
     guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -545,6 +544,7 @@ async def serve(settings: Settings) -> None:
         async with (
             Fetcher(guard) as fetcher,
             guard.session() as session,
+            signing.current(settings, store) as signing_secrets,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)

@@ -7,8 +7,8 @@ dropped.
 
 The head goes out through ASGI, as of every answer: so CORS and the request log know of it. Then uvicorn hands the connection over, as it
 does to a websocket, and forgets the request: an open stream is a socket and a watcher, without a task, a parser, or the request's headers.
-The body stays chunked, so that a proxy or a client can tell a stream that ended from a connection that broke; `Connection: close`, since
-nobody would read another request.
+The body is chunked, so that a proxy or a client can tell a stream that ended from a connection that broke (a client of HTTP/1.0 cannot, and
+gets it plain); `Connection: close`, since nobody would read another request.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from movieq.store import LogState
 HAND_OVER: Final = "movieq.hand_over"
 """The extension of the ASGI scope with which the server gives a connection away; see `movieq.serving`."""
 
+OLD_VERSIONS: Final = ("0.9", "1.0")
+"""Versions of HTTP whose clients know neither chunks nor `100 Continue`."""
+
 ACTIVE: Final = 100
 """How many tasks the snapshot of a project names."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
+    (b"cache-control", b"no-store, no-transform"),  # whatever compresses on the way would hold events back
     (b"x-accel-buffering", b"no"),
 ]
 
@@ -106,9 +109,12 @@ async def _stream(
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
         return
+    server, chunked = request.scope["extensions"][HAND_OVER], request.scope["http_version"] not in OLD_VERSIONS
+    if not chunked:
+        server["unchunked"]()
     await send({"type": "http.response.start", "status": 200, "headers": [*headers, (b"connection", b"close")]})
-    watcher = SocketWatcher(hub.part, wants)
-    if request.scope["extensions"][HAND_OVER]["to"](watcher):
+    watcher = SocketWatcher(hub.part, wants, chunked=chunked)
+    if server["to"](watcher):
         watcher.tell(chunk(retry()))
         hub.follow(source, watcher, opening)
 

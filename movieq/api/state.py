@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -61,7 +61,7 @@ class Api(msgspec.Struct, kw_only=True):
     hub: Hub
     keys: Keys
     guard: Guard
-    signing_secrets: tuple[bytes, ...]
+    signing_secrets: Sequence[bytes]
     started_s: float
     gpu_seen: bool = False
     gpu_asked_s: float = 0.0

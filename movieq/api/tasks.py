@@ -18,7 +18,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from movieq import logs, models, params, payload
+from movieq import logs, models, params, payload, values
 from movieq.api.auth import Caller, caller, task_of
 from movieq.api.state import Api, answered, api, only_query, query_int
 from movieq.contracts import (
@@ -43,8 +43,6 @@ from movieq.store import Accepted, NewTask
 
 BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024
-NESTING: Final = 64
-"""How deep lists and objects may lie in each other. Python's own limit hangs on the stack: what can be read here could fail elsewhere."""
 BODY_S: Final = 30.0
 STORED_S: Final = 2.0
 """How long the storage may take to say whether a result is still there; else it is made again."""
@@ -167,31 +165,22 @@ async def arriving(seconds: float) -> AsyncIterator[None]:
 
 
 def decode(body: bytes) -> SubmitRequest:
-    """The request. Raises ValidationFailed that names the field."""
+    """The request, of values that everything behind it can carry. Raises ValidationFailed that names the field."""
+    values.check_elements(body)
     try:
         submitted = _decoder.decode(body)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
+        if "out of range" in text and (faults := values.faults_of(body)):
+            raise params.refused(faults) from None
         path = path.strip("`.")
         text = _with_given(text, body, path)
         raise ValidationFailed(f"{path}: {text}" if path else text, errors=((path, text),) if path else ()) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValidationFailed(f"the body is not JSON that can be read: {problem}") from None
-    if body.count(b"[") + body.count(b"{") > NESTING and _deeper((submitted.task_data, submitted.metadata), NESTING):
-        raise ValidationFailed(f"the body is nested too deeply: at most {NESTING} levels of lists and objects are allowed")
+    values.check(task_data=submitted.task_data, metadata=submitted.metadata)
     return submitted
-
-
-def _deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects lie in it more than so many levels deep."""
-    level: list[Any] = [value]
-    for _ in range(levels):
-        inner = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
-        level = [each for each in inner if isinstance(each, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 def _with_given(text: str, body: bytes, path: str) -> str:
@@ -227,7 +216,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         shape=models.shape(name, task_type, parsed),
         priority=priority,
         bias_ms=PRIORITY_BIAS_MS[priority],
-        kwargs=_packed(submitted.task_data),
+        kwargs=msgspec.msgpack.encode({"task_data": submitted.task_data}),
         metadata=_metadata(submitted.metadata),
         estimate_ms=int(model.tasks[task_type] * 1000),
         max_ms=MAX_DURATION_S[task_type] * 1000,
@@ -289,20 +278,8 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: floa
     )
 
 
-def _packed(task_data: dict[str, Any]) -> bytes:
-    try:
-        return msgspec.msgpack.encode({"task_data": task_data})
-    except OverflowError:
-        raise ValidationFailed("task_data: a whole number in it is beyond 64 bits") from None
-    except RecursionError:
-        raise ValidationFailed("task_data: nested too deeply") from None
-
-
 def _metadata(metadata: dict[str, Any] | None) -> bytes:
-    try:
-        encoded = msgspec.json.encode(metadata or {})
-    except (OverflowError, RecursionError):
-        raise ValidationFailed("metadata: nested too deeply, or a whole number in it is beyond 64 bits") from None
+    encoded = msgspec.json.encode(metadata or {})
     if len(encoded) > METADATA_BYTES:
         raise ValidationFailed(f"metadata: at most {METADATA_BYTES} bytes of JSON are allowed, got {len(encoded)}")
     return encoded

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import shutil
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +13,7 @@ from playwright.async_api import Page, async_playwright
 
 from movieq import store
 from tests.fleet import Fleet, eventually, fleet
+from tests.nginx import program
 from tests.service import serving
 
 ROOT: Final = Path(__file__).parents[2]
@@ -31,13 +28,6 @@ CHROMIUM_OPTIONS: Final = [
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
-
-
-def program(name: str, package: str) -> str:
-    """The path of a program of the machine."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
-    assert found, f"these tests need {name}: apt install {package}, or deselect them with --ignore=tests/browser"
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -69,49 +59,6 @@ async def page() -> AsyncIterator[Page]:
         yield page
         await browser.close()
     assert thrown == []
-
-
-class Nginx:
-    """An nginx with the configuration of deploy/, on free ports; `url` is its address."""
-
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
-        self._folder = folder
-
-    @property
-    def log(self) -> str:
-        """What it wrote of the requests that have ended."""
-        return (self._folder / "access.log").read_text()
-
-    @property
-    def errors(self) -> str:
-        """What it wrote of what went wrong."""
-        return "".join((self._folder / name).read_text() for name in ("error.log", "site-error.log"))
-
-
-@contextmanager
-def nginx(folder: Path, port: int, api_port: int) -> Iterator[Nginx]:
-    """An nginx at a port, in front of an API at another."""
-    folder.mkdir()
-    site = (ROOT / "deploy" / "nginx.conf").read_text()
-    for written, here in [
-        (r"listen 80;", f"listen 127.0.0.1:{port};"),
-        (r"server 127\.0\.0\.1:8001;", f"server 127.0.0.1:{api_port};"),
-        (r"/var/log/nginx/movieq\.log", str(folder / "access.log")),
-        (r"/var/log/nginx/movieq-error\.log", str(folder / "site-error.log")),
-    ]:
-        site, found = re.subn(written, here, site)
-        assert found == 1, written
-    kept = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    (folder / "site.conf").write_text(site)
-    (folder / "nginx.conf").write_text(f"pid {folder}/pid; events {{}} http {{ {kept} include {folder}/site.conf; }}")
-    command = [program("nginx", "nginx-light"), "-p", str(folder), "-c", "nginx.conf", "-e", str(folder / "error.log"), "-g", "daemon off;"]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        yield Nginx(f"http://127.0.0.1:{port}", folder)
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 async def listens(port: int) -> None:

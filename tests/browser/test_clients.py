@@ -15,8 +15,9 @@ from playwright.async_api import Page
 from movieq.contracts import EventType, RunToken, TaskId
 from movieq.store import Store
 from tests.arrange import result, running
-from tests.browser.conftest import NODE, program
+from tests.browser.conftest import NODE
 from tests.fleet import Fleet, eventually, free_port
+from tests.nginx import program
 
 LOGGED: Final = [each for each in EventType if each not in (EventType.SNAPSHOT, EventType.GAP, EventType.PREVIEW, EventType.GOODBYE)]
 """Events that have an id; in these runs every progress is one."""

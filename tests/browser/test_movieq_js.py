@@ -18,9 +18,10 @@ from playwright.async_api import Page
 from movieq import signing
 from movieq.contracts import TaskId
 from tests.arrange import claim, new_task, result, running
-from tests.browser.conftest import NODE, ROOT, Nginx, listens, nginx, program
+from tests.browser.conftest import NODE, ROOT, listens
 from tests.browser.test_clients import work
 from tests.fleet import Fleet, eventually, free_port
+from tests.nginx import Nginx, nginx, program
 from tests.service import Service
 
 FOLLOW = """async ([script, method, url, options, handlers]) => {

@@ -13,7 +13,8 @@ from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import Store
 from tests.arrange import running
-from tests.browser.conftest import NODE, program
+from tests.browser.conftest import NODE
+from tests.nginx import program
 from tests.service import receiver
 from workers.deliver import Outbox, deliver
 

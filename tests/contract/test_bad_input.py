@@ -9,11 +9,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from movieq.store import Store
+from tests.arrange import claim
 from tests.contract.client import ALL, BODY, Answer, Client
 from tests.contract.conftest import Tasks
+from workers.protocol import Run
 
 MIB = 1024 * 1024
 HUGE = int("1" + "0" * 400)
@@ -188,8 +191,29 @@ async def test_an_unknown_language_is_refused_with_the_list(api: Client) -> None
     refused(await api.submit(task_type="process_audio", task_data={"text": "x", "language": "qq"}), "task_data.language", "fr", "de")
 
 
-async def test_a_number_beyond_64_bits_that_nothing_reads_is_refused(api: Client) -> None:
-    refused(await api.submit(task_data={"prompt": "x", "colour": [{"a": HUGE}]}), "64 bits")
+@pytest.mark.parametrize("number", [HUGE, 2**64, -(2**63) - 1], ids=short)
+async def test_a_number_beyond_64_bits_that_nothing_reads_is_refused_by_its_path(api: Client, number: int) -> None:
+    refused(await api.submit(task_data={"prompt": "x", "colour": [{"a": number}]}), "task_data.colour[0].a: ", "64 bits")
+    refused(await api.submit(metadata={"a": {"b": [0, 1, 2, number]}}), "metadata.a.b[3]: ", "64 bits")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**64 - 1, -(2**63), 1.7976931348623157e308, 5e-324, -0.0, "a\0b", "\ufeff", {"": {"a.b": [[], {}, None, True, 1.0]}}],
+    ids=short,
+)
+async def test_what_is_accepted_reaches_the_worker_and_the_webhook_as_it_was(api: Client, tasks: Tasks, store: Store, value: Any) -> None:
+    task_id = await tasks.queued(project_id="other", task_data={"prompt": "x", "a": value}, metadata={"a": value})
+    (claimed,) = await claim(store)
+    job = msgspec.msgpack.decode(claimed.job)["k"]["task_data"]
+    request = Run(claimed.run, task_id, "other", "generate_image", "animatic", "animatic", job, claimed.task.metadata, {}, 1, "out")
+    framed = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=Run)
+    for found in (framed.params["a"], framed.metadata["a"], msgspec.json.decode(msgspec.json.encode(framed.metadata))["a"]):
+        assert repr(found) == repr(value)
+
+
+async def test_a_body_of_many_small_lists_is_refused_with_the_limit(api: Client) -> None:
+    refused(await api.submit_bytes(bytes_of(metadata={"a": [[]] * (MIB // 5)}).replace(b" ", b"")), "20000")
 
 
 @pytest.mark.parametrize("value", ["x" * 16 * 1024, {"x" * 9000: "y" * 9000}, ["€"] * 4000], ids=short)

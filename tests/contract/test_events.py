@@ -65,7 +65,7 @@ def types(events: list[Event]) -> list[str]:
 async def test_a_stream_is_one_that_no_proxy_keeps_back(api: Client, tasks: Tasks) -> None:
     async with api.events(await tasks.queued()) as stream:
         assert stream.response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-        assert (stream.response.headers["Cache-Control"], stream.response.headers["X-Accel-Buffering"]) == ("no-store", "no")
+        assert (stream.response.headers["Cache-Control"], stream.response.headers["X-Accel-Buffering"]) == ("no-store, no-transform", "no")
         await stream.next()
         assert stream.retries == [2000]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -203,6 +204,14 @@ async def test_a_failed_task_is_retried(client: Client, store: Store) -> None:
     await store.fail(task_id, claimed.run, "no paper", "internal")
     assert (await client.retry(task_id)).task_id == task_id
     assert (await client.status(task_id)).status is TaskStatus.QUEUED
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 2**64, -(2**63) - 1], ids=str)
+async def test_a_number_that_cannot_be_carried_is_refused_by_its_path_and_not_sent_as_another(client: Client, number: float) -> None:
+    with pytest.raises(ValidationFailed, match=r"^metadata\.a\[1\]: "):
+        await client.submit("film", "generate_image", {"prompt": "a lighthouse"}, metadata={"a": [1, number]})
+    with pytest.raises(ValidationFailed, match=r"^task_data\.a: "):
+        await client.submit("film", "generate_image", {"prompt": "a lighthouse", "a": number})
 
 
 async def test_what_the_server_refuses_is_raised_as_its_own_class(client: Client, shared: Api) -> None:

@@ -20,9 +20,9 @@ from arq.connections import ArqRedis
 from movieq.demo import sheet
 from movieq.embedded import Valkey
 from movieq.settings import Settings
-from tests.browser.conftest import program
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, fleet, free_port
+from tests.nginx import program
 
 HERE: Final = Path(__file__).parent
 PLUGIN: Final = HERE.parents[1] / "deploy" / "payload"

@@ -15,8 +15,9 @@ from playwright.async_api import Error, Page, Response, Route, async_playwright,
 from movieq import store as stores
 from movieq.store import Store
 from tests.arrange import claim, result
-from tests.browser.conftest import CHROMIUM_OPTIONS, listens, program
+from tests.browser.conftest import CHROMIUM_OPTIONS, listens
 from tests.fleet import KEY, Fleet, free_port
+from tests.nginx import program
 from tests.payload_plugin.conftest import PLUGIN, SECRET, Cms, Movieq, built, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

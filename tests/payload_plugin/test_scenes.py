@@ -13,9 +13,9 @@ from aiohttp import web
 from movieq.settings import Settings
 from movieq.store import Store
 from tests.arrange import claim
-from tests.browser.conftest import program
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, eventually
+from tests.nginx import program
 from tests.payload_plugin.conftest import SCENE, SECRET, Cms, Movieq
 from tests.service import serving
 

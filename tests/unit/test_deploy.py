@@ -16,7 +16,8 @@ import yaml
 
 from movieq import __version__, settings
 from movieq.up import API_STOP_S, WORKER_STOP_S
-from tests.fleet import fleet
+from tests import nginx
+from tests.fleet import fleet, free_port
 from workers.main import GONE_S
 
 ROOT: Final = Path(__file__).parents[2]
@@ -73,6 +74,21 @@ def test_the_client_of_docker_takes_the_compose_file(folder: Path) -> None:
     shutil.copytree(DEPLOY, folder / "deploy", ignore=shutil.ignore_patterns("payload"))
     (folder / "deploy" / "movieq.env").touch()
     assert said(["docker", "compose", "-f", str(folder / "deploy" / COMPOSE.name), "--profile", "gpu", "config", "--quiet"]) == ""
+
+
+def test_nginx_takes_its_configuration_for_one_process_and_for_three(folder: Path) -> None:
+    for count in (1, 3):
+        check = [*nginx.command(folder / str(count), free_port(), *range(8001, 8001 + count)), "-t"]
+        assert said(check) == ""
+    site = folder / "3" / "site.conf"
+    site.write_text(site.read_text().replace("max_fails=0", "max_fail=0"))
+    assert "max_fail" in said(check)
+
+
+def test_nginx_forgives_each_process_its_restart() -> None:
+    servers = re.findall(r"^ +(?:# )?server ([^{;]+);", nginx.SITE.read_text(), re.MULTILINE)
+    assert len(servers) == 2, "it shows how a second one is named"
+    assert all(server.endswith(" max_fails=0") for server in servers), servers
 
 
 def test_who_is_stopped_has_the_time_to_drain() -> None:

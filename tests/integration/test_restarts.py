@@ -1,0 +1,151 @@
+"""API processes that are restarted under load: no request that reached one, or nginx in front of two, is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+from collections import Counter
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from movieq import serving
+from movieq.api import app
+from movieq.embedded import Valkey
+from movieq.settings import Settings
+from movieq.store import Store
+from tests.fleet import KEY, Fleet, eventually, fleet, free_port
+from tests.nginx import nginx
+from tests.service import Service
+
+REQUESTS = 1500
+CLIENTS = 6
+SUBMIT = {"project_id": "film", "task_type": "generate_image", "task_data": {"prompt": "a lighthouse", "draft": True}}
+ASK = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+class Load:
+    """Clients that submit and ask for states by turns, one request after the other."""
+
+    def __init__(self, url: str) -> None:
+        self.url = f"{url}/api/v1"
+        self.answers: Counter[int] = Counter()
+        self.accepted: list[str] = []
+        self.over = False
+
+    async def run(self) -> None:
+        """Until it is over and enough was asked."""
+        async with aiohttp.ClientSession(headers={"X-API-Key": KEY}, timeout=aiohttp.ClientTimeout(total=60)) as session:
+            while not self.over or self.answers.total() < REQUESTS:
+                async with session.post(f"{self.url}/tasks/submit", json=SUBMIT) as answer:
+                    self.answers[answer.status] += 1
+                    if answer.status != 201:
+                        continue
+                    task_id = (await answer.json())["task_id"]
+                    self.accepted.append(task_id)
+                async with session.get(f"{self.url}/tasks/{task_id}/status") as answer:
+                    self.answers[answer.status] += 1
+
+
+async def restarted(made: Fleet, api: Service, port: int, signum: signal.Signals) -> Service:
+    """The API process that took the place of this one, which the signal has ended."""
+    api.process.send_signal(signum)
+    await asyncio.to_thread(api.process.wait, 60)
+    return await made.api(port=port)
+
+
+async def test_nginx_answers_every_request_while_two_api_processes_restart_in_turn(folder: Path) -> None:
+    ports = [free_port(), free_port()]
+    async with fleet(folder / "fleet") as made:
+        apis = [await made.api(port=port) for port in ports]
+        site = free_port()
+        with nginx(folder / "nginx", site, *ports) as proxy:
+            await eventually(lambda: not refuses(site), 30)
+            load = Load(proxy.url)
+            async with asyncio.timeout(300), asyncio.TaskGroup() as group:
+                for _ in range(CLIENTS):
+                    group.create_task(load.run())
+                await eventually(lambda: load.answers.total() > 100, 60)
+                for signum in (signal.SIGTERM, signal.SIGKILL):  # one that ends in order, and one that cannot
+                    for number, port in enumerate(ports):
+                        apis[number] = await restarted(made, apis[number], port, signum)
+                load.over = True
+        assert load.answers.keys() <= {200, 201}, load.answers
+        assert load.answers.total() >= REQUESTS
+        page = await made.store.project(SUBMIT["project_id"])  # type: ignore[arg-type]
+        assert page is not None
+        assert sum(page.tasks.values()) == len(load.accepted) == len(set(load.accepted)), "each was accepted once"
+
+
+async def test_connections_that_wait_for_a_process_when_it_is_told_to_end_are_served(folder: Path) -> None:
+    async with fleet(folder / "fleet") as made, AsyncExitStack() as stack:
+        api = await made.api()
+        port = int(api.url.rpartition(":")[2])
+        used = [await connected(stack, port) for _ in range(20)]
+        for reader, writer in used:
+            writer.write(ASK)
+            assert (await answered(reader))[0] == 200
+        api.process.send_signal(signal.SIGSTOP)
+        try:
+            api.process.send_signal(signal.SIGTERM)
+            fresh = [await connected(stack, port) for _ in range(50)]
+            for _, writer in (*used, *fresh):
+                writer.write(ASK)
+            await asyncio.sleep(0.2)  # so that it finds the signal, the connections and the requests at once
+        finally:
+            api.process.send_signal(signal.SIGCONT)
+        for reader, _ in (*used, *fresh):
+            assert (await answered(reader))[0] == 200
+            assert await reader.read() == b"", "closed in order"
+        assert await asyncio.to_thread(api.process.wait, 60) in (0, -signal.SIGTERM)
+
+
+async def test_a_request_over_an_idle_connection_is_answered_after_new_ones_are_refused(
+    server: Valkey, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LAST_REQUESTS_S", 30.0)
+    sock = serving.listen("127.0.0.1", 0)
+    url = serving.address(sock)
+    settings = Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY)
+    api = serving._Server(app.create(settings, url), url)
+    serves = asyncio.create_task(api.serve([sock]))
+    async with AsyncExitStack() as stack:
+        stack.callback(gc.unfreeze)
+        stack.push_async_callback(asyncio.wait_for, serves, 60)
+        stack.callback(setattr, api, "should_exit", True)
+        port = sock.getsockname()[1]
+        reader, writer = await connected(stack, port)
+        writer.write(ASK)
+        assert await answered(reader) == (200, False)
+        api.should_exit = True
+        await eventually(lambda: refuses(port))
+        writer.write(ASK)
+        assert await answered(reader) == (200, True)
+        assert await reader.read() == b""
+
+
+async def connected(stack: AsyncExitStack, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection for the length of the stack."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    stack.callback(writer.close)
+    return reader, writer
+
+
+async def answered(reader: asyncio.StreamReader) -> tuple[int, bool]:
+    """The status of the next answer, and whether it is the last of its connection."""
+    async with asyncio.timeout(30):
+        head = await reader.readuntil(b"\r\n\r\n")
+        fields: dict[str, Any] = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+        await reader.readexactly(int(fields["content-length"]))
+    return int(head.split()[1]), fields.get("connection") == "close"
+
+
+def refuses(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
