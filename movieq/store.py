@@ -936,11 +936,13 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _task(task_id: str, fields: dict[bytes, bytes]) -> Task:
-    """The task of a hash; what can be read of it, and the status `unknown`, where a newer version wrote it, or it is damaged."""
+    """The task of a hash; what can be read of it, and mostly the status `unknown`, where a newer version wrote it, or it is damaged."""
     try:
         return msgspec.convert(_named(fields), Task, strict=False)
     except (msgspec.MsgspecError, ValueError):
-        return _salvaged(Task, {"task_id": task_id, **_readable(fields)}, status=TaskStatus.UNKNOWN)
+        found = _readable(fields)
+        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # of such an end nothing else need be known
+        return _salvaged(Task, {"task_id": task_id, **found}, **({} if given_up else {"status": TaskStatus.UNKNOWN}))
 
 
 def _delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | None:
@@ -950,7 +952,7 @@ def _delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | None:
         return msgspec.convert(_named(fields), Delivery, strict=False)
     except (msgspec.MsgspecError, ValueError):
         task_id = delivery_id.rpartition("-")[0]
-        return _salvaged(Delivery, {"task_id": task_id, **_readable(fields)}, status=TaskStatus.UNKNOWN)
+        return _salvaged(Delivery, {"task_id": task_id, **_readable(fields)})
 
 
 def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:

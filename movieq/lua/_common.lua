@@ -395,6 +395,7 @@ local function finish(t, status, extra, cms)
 end
 
 local function fail(t, message, code, retryable)
+  unset(t, 'result') -- of a damaged record
   set(t, {error = message, error_code = code, retryable = retryable, ended_as = 'failed'})
   finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})
 end

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,20 +16,78 @@ from pathlib import Path
 
 import psutil
 
+import movieq
 from movieq import serving
 from movieq.embedded import Valkey
 
 APIS, WORKERS = 2, 3
 RESPAWN_S = 0.2
+ROOT = Path(movieq.__file__).parents[1]
+PLUGIN = ROOT / "tests/engines/palettes/movieq_palettes.py"
+NEWER: dict[str, list[tuple[str, str]]] = {
+    "movieq/contracts.py": [
+        ('    GOODBYE = "goodbye"\n', '    GOODBYE = "goodbye"\n    NOTED = "noted"\n'),
+        ('    CPU_INTENSIVE = "cpu_intensive"\n', '    CPU_INTENSIVE = "cpu_intensive"\n    GPU_TINY = "gpu_tiny"\n'),
+        ('    IDLE = "idle"\n', '    IDLE = "resting"\n'),
+    ],
+    "movieq/lua/submit.lua": [("set(t, fields)\n", 'fields.labels = \'{"scene":"12"}\'\nset(t, fields)\n')],
+    "movieq/lua/complete.lua": [("finish(t, 'completed'", "log(t, 'noted', {'\"text\":\"of a newer version\"'})\nfinish(t, 'completed'")],
+}
+"""What the newer version that runs beside this one knows more: an event, a kind, a state of workers, a field of tasks."""
+
+
+def newer(folder: Path) -> Path:
+    """A place with the packages of a newer version, and with a plug-in."""
+    for package in ("movieq", "workers"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, changes in NEWER.items():
+        text = (folder / name).read_text()
+        for old, new in changes:
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+    shutil.copy(PLUGIN, folder)
+    about = folder / "movieq_palettes-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: movieq-palettes\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[movieq.plugins]\npalettes = movieq_palettes:plugin\n")
+    return folder
+
+
+class Disk:
+    """A small disk of its own that can be full; none where file systems cannot be mounted."""
+
+    def __init__(self, place: Path) -> None:
+        place.mkdir()
+        self.place = place
+        mount = ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(place)]
+        self.mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+
+    def fill(self) -> None:
+        with (self.place / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**20))
+
+    def clear(self) -> None:
+        (self.place / "filler").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.place)], check=True)
 
 
 class Farm:
-    """What runs. `keep` starts again whatever has ended, as systemd or Kubernetes would."""
+    """What runs. `keep` starts again whatever has ended, as systemd or Kubernetes would.
 
-    def __init__(self, folder: Path, source: Path | None = None) -> None:
+    Of a `mixed` one the last API and the last worker are of a newer version and have a plug-in, and the worker before has a small disk.
+    """
+
+    def __init__(self, folder: Path, source: Path | None = None, *, mixed: bool = False) -> None:
         """`source`: a folder with another movieq and workers to run."""
         self.folder = folder
         self.source = source
+        self.newer = newer(folder / "newer") if mixed else None
+        self.disk = Disk(folder / "disk") if mixed else None
         self.valkey = Valkey(folder / "valkey")
         self.sockets: list[socket.socket] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -67,10 +126,17 @@ class Farm:
             command, fds = ["api", "--fd", str(fd)], [fd]
         else:
             command, fds = ["worker"], []
+        environment, source = self.environment, self.source
+        if self.newer is not None and name in (f"api{APIS - 1}", f"worker{WORKERS - 1}"):
+            source = self.newer
+        if self.disk is not None and self.disk.mounted and name == f"worker{WORKERS - 2}":
+            environment = {**environment, "MOVIEQ_SPOOL": str(self.disk.place / "spool")}
+        if source is not None:
+            environment = {**environment, "PYTHONPATH": str(source)}
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", "movieq.cli", *command],
-            cwd=self.source,
-            env=self.environment,
+            cwd=source,
+            env=environment,
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -132,6 +198,8 @@ class Farm:
         for sock in self.sockets:
             sock.close()
         self._log.close()
+        if self.disk is not None:
+            self.disk.remove()
 
     def any_worker(self, chance: random.Random) -> str:
         return f"worker{chance.randrange(WORKERS)}"

@@ -1,9 +1,10 @@
 """`make chaos N=10000`: N tasks through real processes while a driver kills them. Nothing accepted may be lost, nothing done twice.
 
 A random worker or child is killed (-9) every 2 s, an API every 5 s, Redis every 20 s (kill -9 and SIGTERM in turn), a worker is stopped for
-15 s once a minute, one task in twenty is cancelled at random. At the end every accepted task must be in exactly one terminal state, its
-receiver must have heard that state, each completed one must have one committed file whose bytes are right, and no key or file may be left
-behind. The last line is one JSON object with the counts.
+15 s once a minute, one task in twenty is cancelled at random. Two versions and two sets of plug-ins run side by side; among the work are
+records that are poisoned or deleted, tasks that no worker knows, and a full disk (`odd.py`). At the end every accepted task must be in
+exactly one terminal state, its receiver must have heard that state, each completed one must have one committed file whose bytes are right,
+no key or file may be left behind, and every alert that should have come must have. The last line is one JSON object with the counts.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from redis.exceptions import RedisError
 from movieq.contracts import KEYS, EventType, Task, TaskId, TaskStatus
 from movieq.storage import FolderStorage
 from movieq.store import Store, connect
+from tests.arrange import raw
 from tests.bench.report import percentile, report
 from tests.chaos.farm import Farm
+from tests.chaos.odd import Oddities
 from tests.service import Receiver, serving
 
 KEY = "chaos-key-0123456789"
@@ -43,10 +46,12 @@ WORK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("process_audio", {"text": "Land ho."}),
 )
 """Tiny work of every type; none takes more than half a second."""
+PLUGGED: tuple[tuple[str, dict[str, Any]], ...] = (("make_palette", {"prompt": "a lamp", "colours": 3}),)
+"""Work that one API and one worker know."""
 
 
 class Findings(msgspec.Struct):
-    """What the checker found; all but the first five should be 0."""
+    """What the checker found. From `lost` to `silent` all should be 0; `named` says what each is about."""
 
     accepted: int = 0
     completed: int = 0
@@ -59,8 +64,13 @@ class Findings(msgspec.Struct):
     wrong_bytes: int = 0
     orphans: int = 0
     leftover_keys: int = 0
+    silent: int = 0
+    poisoned: int = 0
+    strangers: int = 0
+    deleted: int = 0
     recovery_p99_s: float = 0.0
     recoveries: int = 0
+    named: list[str] = []
 
 
 class Driver:
@@ -79,11 +89,12 @@ class Driver:
         """Every task, over either API, until it is accepted; said again under its key it is one task."""
         async with aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session, asyncio.TaskGroup() as group:
             for number in range(self.tasks):
-                group.create_task(self._submit(session, number, callback))
+                group.create_task(self.submit_one(session, number, callback))
                 await asyncio.sleep(self.chance.expovariate(self.per_second))
 
-    async def _submit(self, session: aiohttp.ClientSession, number: int, callback: str) -> None:
-        task_type, task_data = self.chance.choice(WORK)
+    async def submit_one(self, session: aiohttp.ClientSession, number: int, callback: str) -> None:
+        task_type, task_data = self.chance.choice(WORK) if self.farm.newer is None else self.chance.choice((*WORK, *PLUGGED))
+        url = self.farm.urls[-1] if task_type == "make_palette" else None
         body: dict[str, Any] = {
             "project_id": f"film{number % 5}",
             "task_type": task_type,
@@ -92,21 +103,22 @@ class Driver:
             "callback_url": callback,
             "metadata": {"number": number},
         }
-        answer = await self._insist(session, "POST", "/tasks/submit", json=body, headers={"Idempotency-Key": f"take-{number}"})
+        answer = await self.insist(session, "POST", "/tasks/submit", url, json=body, headers={"Idempotency-Key": f"take-{number}"})
         task_id = TaskId(answer["task_id"])
         assert task_id not in self.accepted
         self.accepted[task_id] = task_data
         if self.chance.random() < CANCELLED_SHARE:
             await asyncio.sleep(self.chance.random())
             with contextlib.suppress(PermissionError):
-                await self._insist(session, "DELETE", f"/tasks/{task_id}/cancel")
+                await self.insist(session, "DELETE", f"/tasks/{task_id}/cancel")
 
-    async def _insist(self, session: aiohttp.ClientSession, method: str, path: str, **options: Any) -> Any:
+    async def insist(self, session: aiohttp.ClientSession, method: str, path: str, url: str | None = None, **options: Any) -> Any:
+        """The answer of one API, or of whichever answers first."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            url = self.chance.choice(self.farm.urls)
+            at = url or self.chance.choice(self.farm.urls)
             try:
-                async with session.request(method, f"{url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=5), **options) as answer:
+                async with session.request(method, f"{at}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=5), **options) as answer:
                     if answer.status < 300:
                         return await answer.json()
                     if answer.status == 400:
@@ -170,9 +182,14 @@ async def all_ended(store: Store, accepted: Iterable[TaskId], patience_s: float)
         await asyncio.sleep(0.5)
 
 
-async def check(store: Store, driver: Driver, hook: Receiver, media: Path) -> Findings:
+async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: Oddities | None = None) -> Findings:
     """What became of every accepted task, by Redis, by the files and by what the receiver heard."""
     found = Findings(accepted=len(driver.accepted), webhooks=len(hook.requests))
+    poisoned: set[TaskId] = set()
+    if odd is not None:
+        poisoned = odd.poisoned
+        found.poisoned, found.strangers, found.deleted, found.silent = len(poisoned), len(odd.strangers), odd.deleted, len(odd.silent)
+        found.named += [f"silent: {alert}" for alert in odd.silent]
     heard: dict[str, set[str]] = defaultdict(set)
     for _, body in hook.requests:
         said = msgspec.json.decode(body)
@@ -186,24 +203,34 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path) -> Fi
         task = tasks.get(task_id)
         if task is None or not task.status.ended:
             found.lost += 1
+            found.named.append(f"lost: {task_id} {task and task.status} {task_id in poisoned and 'poisoned'}")
             continue
         ends = [entry.type for entry in await store.log_after(task_id, None) if entry.type in ("completed", "failed", "cancelled")]
         if len(ends) != 1 or len(heard[task_id]) > 1:
             found.doubled += 1
+            found.named.append(f"doubled: {task_id} ended {ends}, heard {heard[task_id]}")
         if heard[task_id] != {task.status}:
             found.unheard += 1
+            found.named.append(f"unheard: {task_id} is {task.status}, heard {heard[task_id]}")
         if task.result is not None:
             media_of = task.result.media[0]
             committed |= {key for key in (media_of.key, media_of.poster_key) if key}
-            found.wrong_bytes += not right_bytes(task, media, task_data)
-    found.doubled += sum(count - 1 for count in Counter(task.metadata["number"] for task in tasks.values()).values())
+            if not right_bytes(task, media, task_data):
+                found.wrong_bytes += 1
+                found.named.append(f"wrong bytes: {task_id} {media_of.key}")
+    numbers = Counter(task.metadata["number"] for task_id, task in tasks.items() if task_id not in poisoned)
+    found.doubled += sum(count - 1 for count in numbers.values())
+    found.named += [f"doubled: number {number} was accepted {count} times" for number, count in numbers.items() if count > 1]
     storage = FolderStorage(media, "http://unused", (b"unused",))
     for prefix, _ in await store.redis.zrange(KEYS["orphans"], 0, -1, withscores=True):
         await storage.delete_prefix(prefix.decode())
         await store.forget_orphan(prefix.decode())
     files = {str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()}
     found.orphans = len(files - committed)
-    found.leftover_keys = await leftover_keys(store)
+    found.named += [f"orphan: {file}" for file in sorted(files - committed)]
+    left = await leftover_entries(store)
+    found.leftover_keys = len(left)
+    found.named += [f"left over: {entry}" for entry in left]
     recoveries = await recovery_times(store, driver)
     found.recoveries = len(recoveries)
     found.recovery_p99_s = percentile(recoveries, 0.99) if recoveries else 0.0
@@ -217,6 +244,8 @@ def right_bytes(task: Task, media: Path, task_data: dict[str, Any]) -> bool:
     try:
         if path.stat().st_size != task.result.metadata["file_size"]:
             return False
+        if task.task_type == "make_palette":
+            return Image.open(path).size == (192, 64)
         if task.task_type == "generate_image":
             image = Image.open(path)
             image.load()
@@ -230,17 +259,16 @@ def right_bytes(task: Task, media: Path, task_data: dict[str, Any]) -> bool:
         return False
 
 
-async def leftover_keys(store: Store) -> int:
-    """Entries of the queue's own structures that should be empty when everything has ended."""
-    names = ("waiting", "flows", "running", "held")
-    left = 0
-    for name in names:
-        for key in await store.redis.keys(f"{KEYS[name]}*"):
-            held = name == "held"
-            left += await (store.redis.scard(key) if held else store.redis.zcard(key))  # type: ignore[misc]  # redis-py's union of sync and async
-    for name in ("delayed", "deadlines", "deliveries"):
-        left += await store.redis.zcard(KEYS[name])
-    return left
+async def leftover_entries(store: Store) -> list[str]:
+    """Entries of the queue's own structures that should be empty when everything has ended: key and entry."""
+    left = []
+    for name in ("waiting", "flows", "running", "held", "lanes", "delayed", "deadlines", "deliveries"):
+        for key in await raw(store).keys(f"{KEYS[name]}*"):
+            is_set = name in ("held", "lanes")
+            entries = await (raw(store).smembers(key) if is_set else raw(store).zrange(key, 0, -1))
+            left += [f"{key.decode()} {entry.decode()}" for entry in entries]
+    # arq puts its cron jobs among the deliveries, each minute anew
+    return [each for each in left if " cron:" not in each]
 
 
 async def recovery_times(store: Store, driver: Driver) -> list[float]:
@@ -258,7 +286,7 @@ async def recovery_times(store: Store, driver: Driver) -> list[float]:
 
 async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findings:
     """One run."""
-    farm = Farm(folder)
+    farm = Farm(folder, mixed=True)
     farm.start(MOVIEQ_API_KEYS=KEY)
     hook = Receiver()
     client = connect(farm.valkey.url, patient=True)
@@ -267,9 +295,10 @@ async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findi
         async with serving({"/hook": hook.handle}, "POST") as url:
             keeper = asyncio.create_task(farm.keep())
             driver = Driver(farm, tasks, per_second, seed)
+            odd = Oddities(driver, store)
             breaking = [
                 asyncio.create_task(work)
-                for work in (driver.break_workers(store), driver.break_apis(), driver.break_redis(), driver.stop_workers())
+                for work in (driver.break_workers(store), driver.break_apis(), driver.break_redis(), driver.stop_workers(), odd.run())
             ]
             try:
                 await driver.submit_all(f"{url}/hook")
@@ -280,11 +309,13 @@ async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findi
                 await asyncio.gather(*breaking, return_exceptions=True)
                 for process in farm.processes.values():
                     process.send_signal(18)  # SIGCONT, for one that was stopped
+            async with aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session:
+                await odd.afterwards(session, f"{url}/hook")
             await all_ended(store, driver.accepted, 60)
             end = time.monotonic() + 60
             while await client.zcard(KEYS["deliveries"]) and time.monotonic() < end:  # those of a killed worker come 30 s later
                 await asyncio.sleep(0.5)
-            findings = await check(store, driver, hook, folder / "media")
+            findings = await check(store, driver, hook, folder / "media", odd)
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
             print("kills", farm.kills)
@@ -304,8 +335,17 @@ def main() -> None:
     print("seed", options.seed)
     with tempfile.TemporaryDirectory(prefix="movieq-chaos-") as folder:
         findings = asyncio.run(chaos(Path(folder), options.tasks, options.per_second, options.seed))
-    report("chaos", msgspec.structs.asdict(findings))
-    bad = findings.lost + findings.doubled + findings.unheard + findings.wrong_bytes + findings.orphans + findings.leftover_keys
+    print("\n".join(findings.named))
+    report("chaos", {name: value for name, value in msgspec.structs.asdict(findings).items() if name != "named"})
+    bad = (
+        findings.lost
+        + findings.doubled
+        + findings.unheard
+        + findings.wrong_bytes
+        + findings.orphans
+        + findings.leftover_keys
+        + findings.silent
+    )
     raise SystemExit(bool(bad))
 
 

@@ -22,8 +22,9 @@ from tests.service import Receiver, serving
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_or_done_twice_while_everything_is_killed(tmp_path: Path) -> None:
     found = asyncio.run(chaos(tmp_path, tasks=160, per_second=8.0, seed=7))
-    assert found.accepted == found.completed + found.failed + found.cancelled == 160
-    assert (found.lost, found.doubled, found.unheard, found.wrong_bytes, found.orphans, found.leftover_keys) == (0, 0, 0, 0, 0, 0)
+    assert found.named == []
+    assert found.accepted == found.completed + found.failed + found.cancelled >= 160
+    assert min(found.poisoned, found.strangers, found.deleted) > 0
     assert found.recoveries > 2
     assert found.recovery_p99_s < 13
 
