@@ -101,6 +101,19 @@ async def test_a_task_whose_engine_or_model_is_not_here_goes_back_uncounted_and_
         assert worker.alive
 
 
+async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_else_anything(folder: Path) -> None:
+    async with fleet(folder) as made:
+        odd = [await submitted(made.store, kwargs=kwargs(data)) for data in ({"prompt": 7}, [1], "text", None)]
+        worker = await made.worker()
+        task = await ended(made.store, await submitted(made.store))
+        assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
+        for task_id in odd:
+            await eventually(partial(tried, made.store, task_id), 30)
+            (said,) = [entry.data for entry in await made.store.log_after(task_id, None) if entry.type == "retrying"]
+            assert b"this worker cannot read task_data" in said
+        assert worker.alive
+
+
 @pytest.mark.parametrize("message", [b"", b"\xff\xfe", b"cancel", b"cancel a", b"cancel a b c", b"dance", b"wake up"])
 async def test_a_message_that_a_worker_does_not_know_is_not_the_end_of_it(folder: Path, message: bytes) -> None:
     async with fleet(folder) as made:
@@ -319,9 +332,9 @@ async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))
 
-    def order(name: str, **params: Any) -> Run:
+    def order(name: str, task_type: str = "generate_image", **params: Any) -> Run:
         (folder / name).mkdir()
-        return msgspec.structs.replace(request(name, params={**SMALL, **params}), out_dir=str(folder / name))
+        return msgspec.structs.replace(request(name, params={**SMALL, **params}), task_type=task_type, out_dir=str(folder / name))
 
     def raises(message: Progress) -> None:
         raise ValueError("nobody expected this")
@@ -330,9 +343,9 @@ async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_
         await asyncio.wait_for(ready.wait(), 60)
         pid = child.pid
         with pytest.raises(ValueError, match="nobody"):
-            await ran(child, order("first"), raises)
+            await ran(child, order("minutes of work", "generate_video", duration=30, fps=60, resolution="3840x2160"), raises)
         assert child.groups == []
-        assert (await ran(child, order("second"))).files
+        assert (await asyncio.wait_for(ran(child, order("second")), 60)).files
         assert child.pid == pid
     finally:
         keeping.cancel()
