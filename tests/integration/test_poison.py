@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from movieq.store import Store
 from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
-from workers.engine import Child, Progress
+from workers.engine import Child, Group, Progress
 from workers.main import Worker
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
 from workers.run import Running, _Reporter
@@ -211,6 +211,41 @@ async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_a
             worker._start(runs, Running(claimed, child, group))
         assert (child.groups, worker.runs) == ([], {})
     assert await raw(store).hget(KEYS["task"] + claimed.task.task_id, "tries") == b"1"
+
+
+class Free(Child):
+    """Always free, and at a loss what to do with one task."""
+
+    free = True
+    bad = TaskId("")
+
+    def reserve(self, task_ids: Sequence[TaskId], model: str = "", batch: str = "") -> Group:
+        if self.bad in task_ids:
+            raise ValueError("nobody expected this")
+        return super().reserve(task_ids, model, batch)
+
+
+async def test_one_claimed_task_that_cannot_be_begun_is_given_back_as_a_try_and_the_others_begin(store: Store) -> None:
+    tasks = [new_task(project=f"p{number}") for number in range(3)]
+    for task in tasks:
+        await store.submit(task)
+    begun: list[str] = []
+
+    async def begins(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
+        begun.append(ctx["job_id"])
+
+    async with books(store) as (worker, _):
+        children = [Free(f"cpu{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(3)]
+        for child in children:
+            child.bad = tasks[1].task_id
+        worker.children = list(children)
+        worker.functions = {"generate_image": func(begins, name="generate_image")}
+        async with asyncio.TaskGroup() as runs:
+            await worker._claim(runs)
+        assert sorted(begun) == sorted([tasks[0].task_id, tasks[2].task_id])
+        assert worker.runs == {}
+        assert all(child.groups == [] for child in children)
+    assert await tried(store, tasks[1].task_id)
 
 
 # ── The pipe ──
