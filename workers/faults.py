@@ -17,6 +17,7 @@ from movieq.errors import MovieqError
 HOST: Final = {
     errno.ENOSPC: "its disk is full",
     errno.EDQUOT: "its disk quota is used up",
+    errno.EFBIG: "it may not write files of this size",
     errno.EROFS: "its disk is read-only",
     errno.EIO: "its disk fails",
     errno.ESTALE: "its disk has gone",
@@ -27,6 +28,7 @@ HOST: Final = {
 PLACE: Final = {
     errno.ENOENT: "its working folder is gone",
     errno.ENOTDIR: "its working folder is gone",
+    errno.ENOTCONN: "its working folder is gone",
     errno.EACCES: "it may not write to its working folder",
     errno.EPERM: "it may not write to its working folder",
 }

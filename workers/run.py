@@ -263,7 +263,7 @@ async def _blame_host(parts: Parts, running: Running, fault: HostFault) -> None:
 async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, Any], spool: Path) -> None:
     made_ms = 0
     if running.made is None:
-        parsed = params.convert(TaskType(running.task.task_type), task_data)
+        parsed = _parsed(running.task, task_data)
         done = await _make(parts, running, parsed, task_data, spool)
         made_ms = max(1, int((time.monotonic() - running.begun_s) * 1000))
         running.take_gpu(0.0)
@@ -275,6 +275,18 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
     await _ended(running, lambda: parts.store.complete(running.task.task_id, running.run, stored, parts.cms))
     if parts.kept:
         parts.kept.touch(running.made)
+
+
+def _parsed(task: Task, task_data: Any) -> Params:
+    """The parameters of the task. Raises InternalFault: a worker of another version may be able to read them."""
+    if task.task_type not in params.PARAMS:
+        raise Unable(f"this worker knows no {task.task_type}: it waits for one that does", EngineUnavailable.code)
+    try:
+        return params.convert(TaskType(task.task_type), task_data)
+    except (msgspec.ValidationError, AttributeError) as error:
+        place = str(error).partition(" - at `$")[2].removesuffix("`")
+        log.warning("params_unread", problem=str(error))
+        raise InternalFault(f"this worker cannot read task_data{place}: it was accepted by another version") from None
 
 
 async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[str, Any], spool: Path) -> Done:

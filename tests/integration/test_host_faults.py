@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from movieq.contracts import KEYS, TaskId, TaskStatus, WorkerStatus
@@ -177,6 +179,25 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
         assert await no_path_in_any_event(made, task_ids)
 
 
+async def test_a_worker_that_may_not_write_large_files_hands_its_tasks_to_others(folder: Path) -> None:
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker())
+        await healed(made.store, 1)
+        processes = psutil.Process(bad.popen.pid), bad.child()
+        before = processes[0].rlimit(resource.RLIMIT_FSIZE)
+        for process in processes:
+            process.rlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        task_ids = await submitted(api, 4)
+        (row,) = await problem_of(made.store)
+        assert row.problem == "it may not write files of this size"
+        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await all_done_uncounted(made, task_ids)
+        for process in processes:
+            process.rlimit(resource.RLIMIT_FSIZE, before)
+        await healed(made.store, 2)
+        assert await no_path_in_any_event(made, task_ids)
+
+
 async def test_a_worker_whose_spool_cannot_be_made_ends_with_the_cure(folder: Path) -> None:
     (folder / "file").write_text("")
     async with fleet(folder) as made:
@@ -222,6 +243,7 @@ def test_too_little_room_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPa
     [
         (OSError(errno.ENOSPC, "No space left on device", "/var/x"), "its disk is full"),
         (OSError(errno.EDQUOT, "Quota"), "its disk quota is used up"),
+        (OSError(errno.EFBIG, "File too large"), "it may not write files of this size"),
         (OSError(errno.EMFILE, "Too many"), "it has too many files open"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/spool/t/output.mp4"), "its working folder is gone"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere"), None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from movieq.store import Store
 from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
-from workers.engine import Child, Progress
+from workers.engine import Child, Group, Progress
 from workers.main import Worker
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
 from workers.run import Running, _Reporter
@@ -97,6 +97,19 @@ async def test_a_task_whose_model_is_not_here_waits_untouched_and_the_worker_doe
                 return task is not None and task.lane != "" and (task.status, task.attempt) == (TaskStatus.QUEUED, 0)
 
             await eventually(waits, 30)
+        assert worker.alive
+
+
+async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_else_anything(folder: Path) -> None:
+    async with fleet(folder) as made:
+        odd = [await submitted(made.store, kwargs=kwargs(data)) for data in ({"prompt": 7}, [1], "text", None)]
+        worker = await made.worker()
+        task = await ended(made.store, await submitted(made.store))
+        assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
+        for task_id in odd:
+            await eventually(partial(tried, made.store, task_id), 30)
+            (said,) = [entry.data for entry in await made.store.log_after(task_id, None) if entry.type == "retrying"]
+            assert b"this worker cannot read task_data" in said
         assert worker.alive
 
 
@@ -197,6 +210,41 @@ async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_a
             worker._start(runs, Running(claimed, child, group))
         assert (child.groups, worker.runs) == ([], {})
     assert await raw(store).hget(KEYS["task"] + claimed.task.task_id, "tries") == b"1"
+
+
+class Free(Child):
+    """Always free, and at a loss what to do with one task."""
+
+    free = True
+    bad = TaskId("")
+
+    def reserve(self, task_ids: Sequence[TaskId], model: str = "", batch: str = "") -> Group:
+        if self.bad in task_ids:
+            raise ValueError("nobody expected this")
+        return super().reserve(task_ids, model, batch)
+
+
+async def test_one_claimed_task_that_cannot_be_begun_is_given_back_as_a_try_and_the_others_begin(store: Store) -> None:
+    tasks = [new_task(project=f"p{number}") for number in range(3)]
+    for task in tasks:
+        await store.submit(task)
+    begun: list[str] = []
+
+    async def begins(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
+        begun.append(ctx["job_id"])
+
+    async with books(store) as (worker, _):
+        children = [Free(f"cpu{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(3)]
+        for child in children:
+            child.bad = tasks[1].task_id
+        worker.children = list(children)
+        worker.functions = {"generate_image": func(begins, name="generate_image")}
+        async with asyncio.TaskGroup() as runs:
+            await worker._claim(runs)
+        assert sorted(begun) == sorted([tasks[0].task_id, tasks[2].task_id])
+        assert worker.runs == {}
+        assert all(child.groups == [] for child in children)
+    assert await tried(store, tasks[1].task_id)
 
 
 # ── The pipe ──
@@ -318,9 +366,9 @@ async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))
 
-    def order(name: str, **params: Any) -> Run:
+    def order(name: str, task_type: str = "generate_image", **params: Any) -> Run:
         (folder / name).mkdir()
-        return msgspec.structs.replace(request(name, params={**SMALL, **params}), out_dir=str(folder / name))
+        return msgspec.structs.replace(request(name, params={**SMALL, **params}), task_type=task_type, out_dir=str(folder / name))
 
     def raises(message: Progress) -> None:
         raise ValueError("nobody expected this")
@@ -329,9 +377,9 @@ async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_
         await asyncio.wait_for(ready.wait(), 60)
         pid = child.pid
         with pytest.raises(ValueError, match="nobody"):
-            await ran(child, order("first"), raises)
+            await ran(child, order("minutes of work", "generate_video", duration=30, fps=60, resolution="3840x2160"), raises)
         assert child.groups == []
-        assert (await ran(child, order("second"))).files
+        assert (await asyncio.wait_for(ran(child, order("second")), 60)).files
         assert child.pid == pid
     finally:
         keeping.cancel()

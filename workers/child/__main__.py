@@ -175,8 +175,9 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
     except MemoryError:
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
-        fault = error if isinstance(error, TaskFault) else InternalFault(f"the {run.engine} engine failed: {said(error)}")
-        gone = broken(error) and not isinstance(error, TaskFault)
+        gone = broken(error)
+        ours = isinstance(error, TaskFault) and not gone  # a model that could not be loaded since CUDA broke is no fault of the model
+        fault = error if isinstance(error, TaskFault) and ours else InternalFault(f"the {run.engine} engine failed: {said(error)}")
         problem = (device_problem(error) if gone else host_problem(error, Path(run.out_dir).parent)) or ""
         return Failed(run.run, fault.code, fault.message, traceback.format_exc(), broken=gone, problem=problem)
 
