@@ -146,12 +146,14 @@ KEYS: Final[Mapping[str, str]] = {
     "quiet": "movieq:quiet",  # string, until when nothing is reaped
     "gpu": "movieq:gpu",  # string, there while a GPU worker was seen in the last 30 days
     # the way out
-    "deliveries": "movieq:deliveries",  # an arq queue: deliveries and cron jobs
+    "deliveries": "movieq:deliveries",  # an arq queue
     "delivery": "movieq:delivery:",  # + delivery: hash, the facts frozen when the task ended
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
+    "sweeper": "movieq:sweeper",  # string, the worker that deletes what is over just now
     # the rest
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
+    "write_check": "movieq:write_check",  # string, what the health checks last wrote
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
     # pub/sub channels
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, cast
 import msgspec
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -177,7 +178,8 @@ class LogState(msgspec.Struct, frozen=True):
 def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
     """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command.
 
-    `patient` is for workers: it tries again for five seconds. The API fails fast, so that a client hears 503 within a second.
+    `patient` is for workers: it tries again for five seconds, and a full memory does not refuse its writes, which end tasks and make room.
+    The API fails fast, so that a client hears 503 within a second.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -191,12 +193,37 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
         retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     pool.connection_class = _cancellable(pool.connection_class)
-    return ArqRedis(
+    return (_Unrefused if patient else ArqRedis)(
         pool,
         job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
         job_deserializer=msgspec.msgpack.decode,
         default_queue_name=KEYS["deliveries"],
     )
+
+
+_GROW: Final = frozenset({"HSET", "INCR", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
+"""Commands of ours and arq's that a full memory refuses."""
+_ALLOWED: Final = "#!lua flags=allow-oom\nreturn redis.call(unpack(ARGV))"
+
+
+def _allowed(command: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The command in a script that a full memory does not refuse, where it would refuse the command."""
+    return ("EVAL", _ALLOWED, 0, *command) if command[0] in _GROW else command
+
+
+class _UnrefusedPipeline(Pipeline):
+    def execute_command(self, *command: Any, **options: Any) -> Any:
+        return super().execute_command(*_allowed(command), **options)
+
+
+class _Unrefused(ArqRedis):
+    """arq's client, whose writes a full memory does not refuse: deliveries are jobs of arq's, which begin and end with plain writes."""
+
+    async def execute_command(self, *command: Any, **options: Any) -> Any:
+        return await super().execute_command(*_allowed(command), **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _UnrefusedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 
 def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
@@ -225,6 +252,20 @@ def is_fault(error: Exception) -> bool:
         and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
         and _STATES.search(str(error)) is None
     )
+
+
+def refusal(error: BaseException) -> tuple[str, str] | None:
+    """Why Redis takes no writes, and what its operator can do; None for an error that says nothing of the kind."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "OOM " in text:
+        return "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
+    if isinstance(error, ReadOnlyError) or "READONLY " in text:
+        return "it is a read-only replica", "promote it, or name its primary in MOVIEQ_REDIS_URL"
+    if "MISCONF " in text:
+        return "it cannot save its data to its disk", "see its log, and make room on its disk"
+    if "NOREPLICAS " in text:
+        return "too few of its replicas are connected", "bring its replicas back, or lower its `min-replicas-to-write`"
+    return None
 
 
 class Store:
@@ -435,9 +476,27 @@ class Store:
         )
         return cast("tuple[int, int, int]", tuple(answer))
 
-    async def sweep(self, age_s: float, batch: int = 200) -> int:
-        """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""
-        return cast("int", await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch))
+    # ── Keeping ──
+
+    async def take_turn(self, worker_id: str, turn_ms: int) -> bool:
+        """Whether this worker is the one that sweeps, for so long at most; 0 gives its turn back."""
+        return bool(await self._verb("take_turn", worker_id=worker_id, turn_ms=turn_ms))
+
+    async def sweep(self, age_s: float, batch: int = 25) -> tuple[int, list[TaskId]]:
+        """Tasks that ended so long ago are forgotten: how many, and those whose record was damaged.
+
+        Where there were `batch`, there may be more. Its default takes Redis about a millisecond.
+        """
+        count, damaged = await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch)
+        return count, [TaskId(task_id.decode(errors="replace")) for task_id in damaged]
+
+    async def retire(self, age_s: float, batch: int = 200) -> int:
+        """Files of results that were committed so long ago are due to be deleted: how many; where there were `batch`, there may be more."""
+        return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
+
+    async def check_write(self) -> None:
+        """Redis takes what is submitted. Raises its refusal."""
+        await self._scripts["write_check"]((), expires_ms=10_000)
 
     # ── Reads ──
 
@@ -736,29 +795,20 @@ class Store:
         seconds, _ = await self.redis.time()
         await self.redis.zadd(KEYS["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
 
-    async def due_orphans(self, count: int = 100) -> list[str]:
-        """Storage prefixes that are to be deleted now: none of a committed result, whoever listed it."""
+    async def due_orphans(self, count: int = 100, skip: int = 0) -> list[str]:
+        """Storage prefixes that are to be deleted now, but the first few: none of a committed result, whoever listed it."""
         seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
+        found = await self.redis.zrangebyscore(KEYS["orphans"], "-inf", seconds * 1000 + micros // 1000, skip, count)
         committed = await self.redis.zmscore(KEYS["media"], found) if found else []
         for prefix, at_ms in zip(found, committed, strict=True):
             if at_ms is not None:
                 await self.redis.zrem(KEYS["orphans"], prefix)
-        return [prefix.decode() for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
+        return [prefix.decode(errors="surrogateescape") for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
 
-    async def due_media(self, age_s: float, count: int = 100) -> list[str]:
-        """Storage prefixes of results that were committed so long ago."""
-        seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(KEYS["media"], "-inf", seconds * 1000 + micros // 1000 - int(age_s * 1000), 0, count)
-        return [prefix.decode() for prefix in found]
-
-    async def forget_media(self, prefix: str) -> None:
-        """The files of the result are deleted."""
-        await self.redis.zrem(KEYS["media"], prefix)
-
-    async def forget_orphan(self, prefix: str) -> None:
-        """The prefix is deleted."""
-        await self.redis.zrem(KEYS["orphans"], prefix)
+    async def forget_orphans(self, prefixes: Sequence[str]) -> None:
+        """The prefixes are deleted."""
+        if prefixes:
+            await self.redis.zrem(KEYS["orphans"], *(prefix.encode(errors="surrogateescape") for prefix in prefixes))
 
 
 class _Script:

@@ -1,7 +1,7 @@
 """The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
 
 For tasks the claim brings what arq would fetch, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
-registered functions stay. Deliveries and cron jobs are plain jobs of a plain arq queue, polled and finished by arq's own code.
+registered functions stay. Deliveries are plain jobs of a plain arq queue, polled and finished by arq's own code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 import psutil
-from arq import cron, func
+from arq import func
 from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
@@ -38,10 +38,11 @@ from movieq.settings import Settings
 from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, Claimed, Counts, Slot, Store, connect
 from workers import gpus
-from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
+from workers.deliver import DAY_S, HELD_S, Outbox, deliver
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
+from workers.retention import Retention
 from workers.run import Parts, Running, refuse_task, run_task
 from workers.spool import spool
 
@@ -50,7 +51,6 @@ POLL_S: Final = 1.0
 POLL_MOST_S: Final = 5.0
 AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
-CRON_S: Final = 20
 DELIVERIES: Final = 32
 """How many a worker has in hand at once."""
 LAST_S: Final = CANCEL_GRACE_S + 2.0
@@ -72,6 +72,7 @@ class Worker(ArqWorker):
         drain_s: float,
         weights: Mapping[str, float],
         kept: Kept | None = None,
+        retention: Retention | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -83,6 +84,7 @@ class Worker(ArqWorker):
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
         self._kept = kept
+        self._retention = retention
         self._host = socket.gethostname() if kept else ""
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
@@ -108,6 +110,7 @@ class Worker(ArqWorker):
                 group.create_task(self._listen()),
                 group.create_task(self._keep()),
                 group.create_task(self._sweep_kept()),
+                *([group.create_task(self._retention.run())] if self._retention else []),
                 *(group.create_task(child.keep(self._wake.set)) for child in self.children),
             ]
             async with asyncio.TaskGroup() as runs:
@@ -416,15 +419,14 @@ async def serve(settings: Settings) -> None:
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
                 kept=kept,
+                retention=Retention(worker_id, store, storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
-                cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=KEYS["deliveries"],
                 redis_pool=redis,
-                job_timeout=CRON_S,
                 max_jobs=DELIVERIES,
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
