@@ -201,7 +201,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64) -> ArqRedis:
     )
 
 
-_GROW: Final = frozenset({"HSET", "INCR", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
+_GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
 """Commands of ours and arq's that a full memory refuses."""
 _ALLOWED: Final = "#!lua flags=allow-oom\nreturn redis.call(unpack(ARGV))"
 

@@ -29,7 +29,7 @@ ROUND_S: Final = 10.0
 TURN_MS: Final = 30_000
 """After so long the turn of a worker that died is over."""
 REST: Final = 2.0
-"""A pause after a batch of tasks, in times of what the batch took."""
+"""A pause after a batch that Redis works off, in times of what the batch took."""
 TASKS_AT_ONCE: Final = 25
 RESULTS_AT_ONCE: Final = 200
 FILES_AT_ONCE: Final = 64
@@ -113,8 +113,13 @@ class Retention:
 
     async def _retire_results(self, end_s: float) -> None:
         """Files that are old enough are listed for `_delete_files`."""
-        while await self._store.retire(self._media_s, RESULTS_AT_ONCE) == RESULTS_AT_ONCE and time.monotonic() < end_s:
-            await asyncio.sleep(0.01)
+        while True:
+            begun_s = time.monotonic()
+            count = await self._store.retire(self._media_s, RESULTS_AT_ONCE)
+            ended_s = time.monotonic()
+            if count < RESULTS_AT_ONCE or ended_s > end_s:
+                break
+            await asyncio.sleep(REST * (ended_s - begun_s))
 
     async def _delete_files(self, end_s: float) -> None:
         now_s = time.monotonic()

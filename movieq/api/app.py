@@ -31,7 +31,7 @@ from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import opened
-from movieq.store import TIDY_S, Store, connect, is_fault
+from movieq.store import TIDY_S, Store, connect, is_fault, refusal
 
 log = logs.get()
 
@@ -170,7 +170,8 @@ async def _redis_away(request: Request, error: Exception) -> Response:
         return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
     if isinstance(error, ResponseError):
-        return error_answer(Unavailable("Redis takes no such command just now: nothing was changed; try again", retry_after_s=2))
+        why = f"refuses writes, since {refused[0]}" if (refused := refusal(error)) else "takes no such command just now"
+        return error_answer(Unavailable(f"Redis {why}: nothing was changed; try again later", retry_after_s=2))
     # what a Redis that hangs was sent it may still do
     return error_answer(Unavailable("Redis is away; try again: with an Idempotency-Key, nothing is accepted twice", retry_after_s=2))
 

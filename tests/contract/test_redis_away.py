@@ -115,6 +115,8 @@ async def test_a_redis_that_takes_no_writes_refuses_them_with_a_503_and_answers_
         "upload": await timed(away, "POST", "/projects/film/uploads", image("PNG")),
     }
     unavailable(writes, within_s=1)
+    why = {"out of memory": "memory is full", "without its replica": "too few", "read-only": "read-only", "cannot save": "cannot save"}
+    assert all(why[state] in answer.message for answer, _ in writes.values())
     assert (await away.status(task_id))["status"] == "queued"
     cancelled = await away.delete(f"/api/v1/tasks/{task_id}/cancel")
     assert cancelled.status == (200 if state == "out of memory" else 503)  # what ends a task makes room
