@@ -486,7 +486,10 @@ class WorkersAnswer(msgspec.Struct, frozen=True):
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
-    """`degraded`: a queue with waiting tasks has no live worker, or storage is away; `unhealthy`: Redis is away."""
+    """`degraded`: a queue with waiting tasks has no live worker, Redis refuses writes, or storage is away; `unhealthy`: Redis is away.
+
+    `problems` says which of these it is, and what to do.
+    """
 
     status: str
     timestamp: datetime
@@ -495,6 +498,41 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     worker_count: int
     queue_sizes: dict[Kind, int]
     uptime: float
+    problems: list[str]
+
+
+class LiveAnswer(msgspec.Struct, frozen=True):
+    """The process answers; nothing else was asked."""
+
+    status: str
+    timestamp: datetime
+    version: str
+    uptime: float
+
+
+class CheckName(StrEnum):
+    """What has to work before a task can be accepted and run."""
+
+    REDIS = "redis"
+    STORAGE = "storage"
+    WORKER = "worker"
+
+
+class Check(msgspec.Struct, frozen=True):
+    """Whether one of them worked a second ago or later. `message` says what is wrong and what to do; it is empty where nothing is."""
+
+    name: CheckName
+    ok: bool
+    message: str
+
+
+class ReadyAnswer(msgspec.Struct, frozen=True):
+    """`ready`, or `not_ready` where a check failed."""
+
+    status: str
+    timestamp: datetime
+    version: str
+    checks: list[Check]
 
 
 class UploadAnswer(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -493,6 +494,14 @@ class Store:
     async def retire(self, age_s: float, batch: int = 200) -> int:
         """Files of results that were committed so long ago are due to be deleted: how many; where there were `batch`, there may be more."""
         return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
+
+    async def memory(self) -> tuple[int, int] | None:
+        """The bytes that Redis uses, and how many it may use at most, 0 for no limit; None where its user may not ask."""
+        try:
+            facts = await _answer(self.redis.info("memory"))
+        except NoPermissionError:
+            return None
+        return int(facts["used_memory"]), int(facts.get("maxmemory", 0))
 
     async def check_write(self) -> None:
         """Redis takes what is submitted. Raises its refusal."""

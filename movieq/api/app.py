@@ -42,6 +42,8 @@ def create(settings: Settings, public_url: str) -> Starlette:
     """The API of these settings; `public_url` is where clients reach it."""
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
+        *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
+        *(Route(path, health.ready) for path in ("/health/ready", "/api/v1/health/ready")),
         Route("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
         Route("/api/v1/tasks/metrics", queues.metrics),
         Route("/api/v1/tasks/health", queues.health),
@@ -104,6 +106,8 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
         secrets = settings.signing_secrets() or (await store.signing_secret(),)
         subscriber = Subscriber(settings.redis_url)
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
+        readiness = health.Readiness(store, storage)
+        stack.push_async_callback(readiness.aclose)
         app.state.api = state = Api(
             settings=settings,
             public_url=public_url,
@@ -115,6 +119,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             guard=Guard(settings.private_networks(), settings.own_origins()),
             signing_secrets=secrets,
             started_s=time.monotonic(),
+            readiness=readiness,
         )
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]

@@ -9,14 +9,15 @@ from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
 from movieq.api.state import Api, answered, api, only_query, query_int
-from movieq.contracts import Alert, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
+from movieq.contracts import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
 from movieq.errors import NotFound
 from movieq.settings import Scope
 
 OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
-"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends."""
+FULL_PERCENT: Final = 90.0
+"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends; so much of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:
@@ -75,6 +76,12 @@ async def health(request: Request) -> Response:
 
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
+    if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
+        alerts.append(Alert("redis_refuses_writes", redis.message))
+    used, most = await movieq.store.memory() or (0, 0)
+    if most and 100 * used > FULL_PERCENT * most:
+        cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
+        alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * used / most:.0f} % of its memory: {cure}"))
     served = {kind for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE for kind in row.queues}
     for queue in await movieq.store.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
