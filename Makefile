@@ -5,7 +5,7 @@ PYTEST ?= --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
+.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
 
 help:           ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench-animatic: setup-test  ## Measure: seconds and memory of clips, cards and s
 
 bench-queue: setup-test  ## Measure: the queue beside arq, SAQ, Taskiq, Celery and BullMQ
 	$(BIN)/python -m tests.bench.bench_queue
+
+bench-sweep: setup-test  ## Measure: deleting 100,000 ended tasks and their files, and what others notice of it
+	$(BIN)/python -m tests.bench.bench_sweep
 
 bench-sse: setup-test  ## Measure: thousands of open streams, beside sse-starlette
 	$(BIN)/python -m tests.bench.bench_sse

@@ -1,4 +1,8 @@
-"""Whether a container serves: `health.py URL` asks its API, `health.py worker` asks Redis for the heartbeat of its worker."""
+"""Whether a container works: `health.py URL` asks its API, `health.py worker` asks Redis for the heartbeat of its worker.
+
+The image asks the API whether it lives: what a restart would not mend, a Redis that is away, say, must not restart it. A load balancer asks
+`/health/ready`.
+"""
 
 import asyncio
 import socket
@@ -13,7 +17,7 @@ WAIT_S = 5
 
 
 def api(url: str) -> bool:
-    """The API answers. Raises HTTPError where it says 503: Redis is away."""
+    """The API answers with a 200. Raises HTTPError where it says 503."""
     with urllib.request.urlopen(url, timeout=WAIT_S) as answer:  # noqa: S310  # the url is the image's own
         return bool(answer.status == 200)
 

@@ -155,12 +155,14 @@ KEYS: Final[Mapping[str, str]] = {
     "quiet": "movieq:quiet",  # string, until when nothing is reaped
     "gpu": "movieq:gpu",  # string, there while a GPU worker was seen in the last 30 days
     # the way out
-    "deliveries": "movieq:deliveries",  # an arq queue: deliveries and cron jobs
+    "deliveries": "movieq:deliveries",  # an arq queue
     "delivery": "movieq:delivery:",  # + delivery: hash, the facts frozen when the task ended
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
+    "sweeper": "movieq:sweeper",  # string, the worker that deletes what is over just now
     # the rest
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
+    "write_check": "movieq:write_check",  # string, what the health checks last wrote
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
     # pub/sub channels
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
@@ -514,7 +516,10 @@ class WorkersAnswer(msgspec.Struct, frozen=True):
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
-    """`degraded`: a queue with waiting tasks has no live worker, or storage is away; `unhealthy`: Redis is away."""
+    """`degraded`: a queue with waiting tasks has no live worker, Redis refuses writes, or storage is away; `unhealthy`: Redis is away.
+
+    `problems` says which of these it is, and what to do.
+    """
 
     status: str
     timestamp: datetime
@@ -523,6 +528,41 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     worker_count: int
     queue_sizes: dict[Kind, int]
     uptime: float
+    problems: list[str]
+
+
+class LiveAnswer(msgspec.Struct, frozen=True):
+    """The process answers; nothing else was asked."""
+
+    status: str
+    timestamp: datetime
+    version: str
+    uptime: float
+
+
+class CheckName(StrEnum):
+    """What has to work before a task can be accepted and run."""
+
+    REDIS = "redis"
+    STORAGE = "storage"
+    WORKER = "worker"
+
+
+class Check(msgspec.Struct, frozen=True):
+    """Whether one of them worked a second ago or later. `message` says what is wrong and what to do; it is empty where nothing is."""
+
+    name: CheckName
+    ok: bool
+    message: str
+
+
+class ReadyAnswer(msgspec.Struct, frozen=True):
+    """`ready`, or `not_ready` where a check failed."""
+
+    status: str
+    timestamp: datetime
+    version: str
+    checks: list[Check]
 
 
 class UploadAnswer(msgspec.Struct, frozen=True):

@@ -23,12 +23,14 @@ from typing import Any, Final, Literal, TypeVar, cast
 import msgspec
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -203,6 +205,13 @@ class Stranded(msgspec.Struct, frozen=True):
     model: str
     waiting: int
 
+    @property
+    def text(self) -> str:
+        """What an operator is told."""
+        if self.task_type:
+            return f"{self.waiting} tasks of {self.task_type} by {self.model} wait in {self.kind}, and no live worker can run them"
+        return f"{self.waiting} tasks wait in {self.kind}, and no live worker serves it"
+
 
 class LogState(msgspec.Struct, frozen=True):
     """What the log of a task holds: `first` and `last` entry, None where it is empty, and whether entries were trimmed away."""
@@ -215,7 +224,8 @@ class LogState(msgspec.Struct, frozen=True):
 def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
     """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its queue.
 
-    `patient` is for workers: it tries again for five seconds. The API fails fast, so that a client hears 503 within a second.
+    `patient` is for workers: it tries again for five seconds, and a full memory does not refuse its writes, which end tasks and make room.
+    The API fails fast, so that a client hears 503 within a second.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -229,12 +239,37 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
         retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     pool.connection_class = _cancellable(pool.connection_class)
-    return ArqRedis(
+    return (_Unrefused if patient else ArqRedis)(
         pool,
         job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
         job_deserializer=msgspec.msgpack.decode,
         default_queue_name=keys(prefix)["deliveries"],
     )
+
+
+_GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
+"""Commands of ours and arq's that a full memory refuses."""
+_ALLOWED: Final = "#!lua flags=allow-oom\nreturn redis.call(unpack(ARGV))"
+
+
+def _allowed(command: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The command in a script that a full memory does not refuse, where it would refuse the command."""
+    return ("EVAL", _ALLOWED, 0, *command) if command[0] in _GROW else command
+
+
+class _UnrefusedPipeline(Pipeline):
+    def execute_command(self, *command: Any, **options: Any) -> Any:
+        return super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+
+
+class _Unrefused(ArqRedis):
+    """arq's client, whose writes a full memory does not refuse: deliveries are jobs of arq's, which begin and end with plain writes."""
+
+    async def execute_command(self, *command: Any, **options: Any) -> Any:
+        return await super().execute_command(*_allowed(command), **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _UnrefusedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 
 def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
@@ -263,6 +298,20 @@ def is_fault(error: Exception) -> bool:
         and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
         and _STATES.search(str(error)) is None
     )
+
+
+def refusal(error: BaseException) -> tuple[str, str] | None:
+    """Why Redis takes no writes, and what its operator can do; None for an error that says nothing of the kind."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "OOM " in text:
+        return "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
+    if isinstance(error, ReadOnlyError) or "READONLY " in text:
+        return "it is a read-only replica", "promote it, or name its primary in MOVIEQ_REDIS_URL"
+    if "MISCONF " in text:
+        return "it cannot save its data to its disk", "see its log, and make room on its disk"
+    if "NOREPLICAS " in text:
+        return "too few of its replicas are connected", "bring its replicas back, or lower its `min-replicas-to-write`"
+    return None
 
 
 class Store:
@@ -489,9 +538,35 @@ class Store:
             )
         return Tidied(reaped, due, past_deadline)
 
-    async def sweep(self, age_s: float, batch: int = 200) -> int:
-        """Tasks that ended so long ago are forgotten: how many; where it is `batch`, there may be more."""
-        return cast("int", await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch))
+    # ── Keeping ──
+
+    async def take_turn(self, worker_id: str, turn_ms: int) -> bool:
+        """Whether this worker is the one that sweeps, for so long at most; 0 gives its turn back."""
+        return bool(await self._verb("take_turn", worker_id=worker_id, turn_ms=turn_ms))
+
+    async def sweep(self, age_s: float, batch: int = 25) -> tuple[int, list[TaskId]]:
+        """Tasks that ended so long ago are forgotten: how many, and those whose record was damaged.
+
+        Where there were `batch`, there may be more. Its default takes Redis about a millisecond.
+        """
+        count, damaged = await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch)
+        return count, [TaskId(task_id.decode(errors="replace")) for task_id in damaged]
+
+    async def retire(self, age_s: float, batch: int = 200) -> int:
+        """Files of results that were committed so long ago are due to be deleted: how many; where there were `batch`, there may be more."""
+        return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
+
+    async def memory(self) -> tuple[int, int] | None:
+        """The bytes that Redis uses, and how many it may use at most, 0 for no limit; None where its user may not ask."""
+        try:
+            facts = await _answer(self.redis.info("memory"))
+        except NoPermissionError:
+            return None
+        return int(facts["used_memory"]), int(facts.get("maxmemory", 0))
+
+    async def check_write(self) -> None:
+        """Redis takes what is submitted. Raises its refusal."""
+        await self._scripts["write_check"]((), expires_ms=10_000)
 
     async def repair(self, task_id: TaskId, lists: Sequence[str], *, apply: bool) -> list[str]:
         """Return what does not fit between a task and the `lists` that name it, mended where `apply` is set."""
@@ -832,29 +907,20 @@ class Store:
         seconds, _ = await self.redis.time()
         await self.redis.zadd(self.keys["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
 
-    async def due_orphans(self, count: int = 100) -> list[str]:
-        """Storage prefixes that are to be deleted now: none of a committed result, whoever listed it."""
+    async def due_orphans(self, count: int = 100, skip: int = 0) -> list[str]:
+        """Storage prefixes that are to be deleted now, but the first few: none of a committed result, whoever listed it."""
         seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(self.keys["orphans"], "-inf", seconds * 1000 + micros // 1000, 0, count)
+        found = await self.redis.zrangebyscore(self.keys["orphans"], "-inf", seconds * 1000 + micros // 1000, skip, count)
         committed = await self.redis.zmscore(self.keys["media"], found) if found else []
         for prefix, at_ms in zip(found, committed, strict=True):
             if at_ms is not None:
                 await self.redis.zrem(self.keys["orphans"], prefix)
-        return [prefix.decode() for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
+        return [prefix.decode(errors="surrogateescape") for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
 
-    async def due_media(self, age_s: float, count: int = 100) -> list[str]:
-        """Storage prefixes of results that were committed so long ago."""
-        seconds, micros = await self.redis.time()
-        found = await self.redis.zrangebyscore(self.keys["media"], "-inf", seconds * 1000 + micros // 1000 - int(age_s * 1000), 0, count)
-        return [prefix.decode() for prefix in found]
-
-    async def forget_media(self, prefix: str) -> None:
-        """The files of the result are deleted."""
-        await self.redis.zrem(self.keys["media"], prefix)
-
-    async def forget_orphan(self, prefix: str) -> None:
-        """The prefix is deleted."""
-        await self.redis.zrem(self.keys["orphans"], prefix)
+    async def forget_orphans(self, prefixes: Sequence[str]) -> None:
+        """The prefixes are deleted."""
+        if prefixes:
+            await self.redis.zrem(self.keys["orphans"], *(prefix.encode(errors="surrogateescape") for prefix in prefixes))
 
 
 class _Script:

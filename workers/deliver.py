@@ -271,22 +271,3 @@ async def _remove_doubles(outbox: Outbox, delivery_id: str, delivery: Delivery) 
         log.warning("doubles_not_removed", delivery_id=delivery_id, problem=fault.message)
         raise Retry(defer=wait_s(len(SCHEDULE_S) // 2)) from None
     await outbox.store.doubt(delivery_id, False)
-
-
-# ── Keeping ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def sweep(ctx: dict[str, Any]) -> None:
-    """The arq cron job that deletes what is over, in small batches: what runs stored and did not commit, uploads, old results and tasks."""
-    outbox: Outbox = ctx["outbox"]
-    for prefix in await outbox.store.due_orphans():
-        await outbox.storage.delete_prefix(prefix)
-        await outbox.store.forget_orphan(prefix)
-        log.info("orphan_deleted", prefix=prefix)
-    if outbox.settings.keep_media_days:
-        for prefix in await outbox.store.due_media(outbox.settings.keep_media_days * DAY_S):
-            await outbox.storage.delete_prefix(prefix)
-            await outbox.store.forget_media(prefix)
-            log.info("media_deleted", prefix=prefix)
-    if outbox.settings.keep_tasks_days and (count := await outbox.store.sweep(outbox.settings.keep_tasks_days * DAY_S)):
-        log.info("tasks_forgotten", count=count)

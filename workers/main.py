@@ -1,7 +1,7 @@
 """The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
 
 For tasks the claim brings what arq would fetch, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
-registered functions stay. Deliveries and cron jobs are plain jobs of a plain arq queue, polled and finished by arq's own code.
+registered functions stay. Deliveries are plain jobs of a plain arq queue, polled and finished by arq's own code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import msgspec
 import psutil
-from arq import cron, func
+from arq import func
 from arq.worker import Worker as ArqWorker
 
 import movieq
@@ -40,11 +40,12 @@ from movieq.settings import Settings, variable
 from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Able, Claimed, Counts, Slot, Store, connect
 from workers import gpus
-from workers.deliver import DAY_S, HELD_S, Outbox, deliver, sweep
+from workers.deliver import DAY_S, HELD_S, Outbox, deliver
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.host import Host, set_within
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
+from workers.retention import Retention
 from workers.run import BROKE, Parts, Running, failed, refuse_task, run_task
 from workers.spool import spool
 
@@ -53,7 +54,6 @@ POLL_S: Final = 1.0
 POLL_MOST_S: Final = 5.0
 AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
-CRON_S: Final = 20
 DELIVERIES: Final = 32
 """How many a worker has in hand at once."""
 LAST_S: Final = CANCEL_GRACE_S + 1.5
@@ -88,6 +88,7 @@ class Worker(ArqWorker):
         kept: Kept | None = None,
         able: Able | None = None,
         machine: Host | None = None,
+        retention: Retention | None = None,
         **arq: Any,
     ) -> None:
         super().__init__(**arq)
@@ -100,6 +101,7 @@ class Worker(ArqWorker):
         self._weights = msgspec.json.encode(weights)
         self._kept = kept
         self._able = able
+        self._retention = retention
         self._host = socket.gethostname() if kept else ""
         self._machine = machine
         self._stale: set[RunToken | int] = set()
@@ -132,6 +134,7 @@ class Worker(ArqWorker):
                 group.create_task(_unending("keep", self._keep)),
                 group.create_task(_unending("read_gpus", self._read_gpus)),
                 group.create_task(_unending("sweep_kept", self._sweep_kept)),
+                *([group.create_task(_unending("retention", self._retention.run))] if self._retention else []),
                 *(group.create_task(_unending(child.name, partial(child.keep, self._wake.set, self._on_unfit))) for child in self.children),
             ]
             if self._machine is not None:
@@ -562,15 +565,14 @@ async def serve(settings: Settings) -> None:
                 kept=kept,
                 able=Able(tuple(TaskType), tuple(table)),
                 machine=machine,
+                retention=Retention(worker_id, store, storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
-                cron_jobs=[cron(sweep, name="sweep", second=0, keep_result=0)],
                 queue_name=store.keys["deliveries"],
                 redis_pool=redis,
-                job_timeout=CRON_S,
                 max_jobs=DELIVERIES,
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,

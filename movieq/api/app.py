@@ -31,7 +31,7 @@ from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import opened
-from movieq.store import TIDY_S, Store, connect, is_fault
+from movieq.store import TIDY_S, Store, connect, is_fault, refusal
 
 log = logs.get()
 
@@ -42,6 +42,8 @@ def create(settings: Settings, public_url: str) -> Starlette:
     """The API of these settings; `public_url` is where clients reach it."""
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
+        *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
+        *(Route(path, health.ready) for path in ("/health/ready", "/api/v1/health/ready")),
         Route("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
         Route("/api/v1/tasks/metrics", queues.metrics),
         Route("/api/v1/tasks/health", queues.health),
@@ -104,6 +106,8 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
         secrets = await stack.enter_async_context(signing.current(settings, store))
         subscriber = Subscriber(settings.redis_url, store.keys["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
+        readiness = health.Readiness(store, storage)
+        stack.push_async_callback(readiness.aclose)
         app.state.api = state = Api(
             settings=settings,
             public_url=public_url,
@@ -115,6 +119,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
             guard=Guard(settings.private_networks(), settings.own_origins()),
             signing_secrets=secrets,
             started_s=time.monotonic(),
+            readiness=readiness,
         )
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]
@@ -170,7 +175,8 @@ async def _redis_away(request: Request, error: Exception) -> Response:
         return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
     if isinstance(error, ResponseError):
-        return error_answer(Unavailable("Redis takes no such command just now: nothing was changed; try again", retry_after_s=2))
+        why = f"refuses writes, since {refused[0]}" if (refused := refusal(error)) else "takes no such command just now"
+        return error_answer(Unavailable(f"Redis {why}: nothing was changed; try again later", retry_after_s=2))
     # what a Redis that hangs was sent it may still do
     return error_answer(Unavailable("Redis is away; try again: with an Idempotency-Key, nothing is accepted twice", retry_after_s=2))
 

@@ -1,11 +1,16 @@
-"""Is it there, and does it work? Also what can be submitted."""
+"""Health: whether the process lives, whether tasks can be accepted and run, and how the installation is. Also what can be submitted.
+
+None of it needs a key, so none of it tells names, addresses or paths, and its writes cost at most one a second, however often it is asked.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from typing import Final
 
 import msgspec
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,28 +18,130 @@ import movieq as package
 from movieq import models
 from movieq.api.auth import caller
 from movieq.api.state import answered, api, now, only_query
-from movieq.contracts import HealthAnswer, Kind, TaskTypeAnswer, TaskTypesAnswer, WorkerState
+from movieq.contracts import (
+    Check,
+    CheckName,
+    HealthAnswer,
+    Kind,
+    LiveAnswer,
+    ReadyAnswer,
+    TaskTypeAnswer,
+    TaskTypesAnswer,
+    WorkerState,
+    WorkerStatus,
+)
 from movieq.models import Engine
 from movieq.params import MAX_DURATION_S, PARAMS
 from movieq.settings import EngineChoice, Scope
+from movieq.storage import Storage
+from movieq.store import Store, refusal
+
+FRESH_S: Final = 1.0
+"""For so long what the checks said answers everybody."""
+CHECK_S: Final = 3.0
+"""What a check may take."""
+AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` says what is wrong"
+
+
+class Readiness:
+    """What the checks say: asked once at a time and at most once a second, for however many want to know."""
+
+    def __init__(self, store: Store, storage: Storage) -> None:
+        self._store = store
+        self._storage = storage
+        self._asking: asyncio.Task[list[Check]] | None = None
+        self._asked_s = 0.0
+        self._looking: asyncio.Task[bool] | None = None
+
+    async def checks(self) -> dict[CheckName, Check]:
+        """Every check, by its name."""
+        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_s >= FRESH_S):
+            self._asked_s = time.monotonic()
+            self._asking = asyncio.create_task(self._ask())
+        return {check.name: check for check in await asyncio.shield(self._asking)}
+
+    async def aclose(self) -> None:
+        """Nothing is asked any more."""
+        asked = [task for task in (self._asking, self._looking) if task is not None]
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _ask(self) -> list[Check]:
+        redis, storage, worker = await asyncio.gather(self._redis(), self._files(), self._worker())
+        return [
+            Check(name, not message, message)
+            for name, message in ((CheckName.REDIS, redis), (CheckName.STORAGE, storage), (CheckName.WORKER, worker))
+        ]
+
+    async def _redis(self) -> str:
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._store.check_write()
+        except (RedisError, OSError) as error:
+            if (refused := refusal(error)) is not None:
+                return f"Redis refuses writes, since {refused[0]}: {refused[1]}"
+            if isinstance(error, ResponseError):
+                return "Redis refuses writes: `movieq doctor` says what is wrong"
+            return AWAY
+        return ""
+
+    async def _files(self) -> str:
+        # a file system that hangs holds its thread: there is never more than one
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._storage.usable())
+        await asyncio.wait({self._looking}, timeout=CHECK_S)
+        if not self._looking.done():
+            return "the storage does not answer: `movieq doctor` says what is wrong"
+        if self._looking.exception() is not None or not self._looking.result():
+            return "the storage cannot be used: check MOVIEQ_STORAGE and its free space; `movieq doctor` says what is wrong"
+        return ""
+
+    async def _worker(self) -> str:
+        try:
+            async with asyncio.timeout(CHECK_S):
+                living = _living(await self._store.workers())
+        except (RedisError, OSError):
+            return "workers are not known while Redis cannot be used"
+        return "" if living else "no live worker: start `movieq worker`"
+
+
+def _living(rows: list[WorkerStatus]) -> list[WorkerStatus]:
+    return [row for row in rows if row.status is not WorkerState.OFFLINE]
+
+
+async def live(request: Request) -> Response:
+    """`GET /health/live`: 200 while this process answers. Asks nothing else: a restart would mend nothing else. Needs no key."""
+    return answered(LiveAnswer("alive", now(), package.__version__, _uptime_s(request)))
+
+
+async def ready(request: Request) -> Response:
+    """`GET /health/ready`: 200 where a task can be accepted, stored and run; else 503, and which check failed. Needs no key."""
+    checks = list((await api(request).readiness.checks()).values())
+    if all(check.ok for check in checks):
+        return answered(ReadyAnswer("ready", now(), package.__version__, checks))
+    return answered(ReadyAnswer("not_ready", now(), package.__version__, checks), 503, {"Retry-After": "2"})
 
 
 async def health(request: Request) -> Response:
     """`GET /health`: 200 healthy or degraded, 503 where Redis is away. Needs no key."""
     movieq = api(request)
-    uptime = round(time.monotonic() - movieq.started_s, 3)
+    uptime = _uptime_s(request)
     try:
-        workers = [row for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE]
-        sizes = await movieq.store.queue_sizes()
-    except (RedisError, OSError, TimeoutError):
-        away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime)
+        workers = _living(await movieq.store.workers())
+        sizes, stranded = await movieq.store.queue_sizes(), await movieq.store.stranded(workers)
+    except (RedisError, OSError):
+        away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])
         return answered(away, 503, {"Retry-After": "2"})
-    served = {kind for row in workers for kind in row.queues}
-    stuck = any(size and kind not in served for kind, size in sizes.items())
-    healthy = not stuck and await movieq.storage.usable()
-    return answered(
-        HealthAnswer("healthy" if healthy else "degraded", now(), package.__version__, "connected", len(workers), sizes, uptime)
-    )
+    checks = await movieq.readiness.checks()
+    problems = [checks[name].message for name in (CheckName.REDIS, CheckName.STORAGE) if not checks[name].ok]
+    problems += [f"{each.waiting} tasks wait in {each.kind}, and no live worker can run them: start one" for each in stranded]
+    state = "degraded" if problems else "healthy"
+    return answered(HealthAnswer(state, now(), package.__version__, "connected", len(workers), sizes, uptime, problems))
+
+
+def _uptime_s(request: Request) -> float:
+    return round(time.monotonic() - api(request).started_s, 3)
 
 
 async def task_types(request: Request) -> Response:

@@ -45,7 +45,9 @@ _SIGNED: Final[dict[str, dict[str, Any]]] = {"expires": {"type": "integer"}, "si
 _MANY: Final = {"type": "string", "description": "one or more, comma-separated"}
 
 OPERATIONS: Final = (
-    Operation("get", "/health", "Is it there, and does it work?", c.HealthAnswer, errors=(), also={503: c.HealthAnswer}),
+    Operation("get", "/health", "Health check", c.HealthAnswer, errors=(), also={503: c.HealthAnswer}),
+    Operation("get", "/health/live", "Liveness: the process answers", c.LiveAnswer, errors=()),
+    Operation("get", "/health/ready", "Readiness: tasks can be accepted and run", c.ReadyAnswer, errors=(), also={503: c.ReadyAnswer}),
     Operation("post", "/tasks/submit", "Accept a task", c.Receipt, 201, c.SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
     Operation("get", "/tasks/{task_id}/status", "The state of a task", c.TaskState, query={"wait": _WAIT}),
     Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", c.CancelAnswer),
@@ -161,7 +163,7 @@ def _operation(op: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]
     if op.body is not None:
         body = {op.body: {}} if isinstance(op.body, str) else {"application/json": {"schema": schemas[op.body]}}
         described["requestBody"] = {"required": True, "content": body}
-    if op.path == "/health":
+    if op.path.startswith("/health"):
         described["security"] = []
     if "signature" in op.query:
         described["security"] = [{"key": []}, {"bearer": []}, {}]

@@ -9,14 +9,15 @@ from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
 from movieq.api.state import Api, answered, api, only_query, query_int
-from movieq.contracts import Alert, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
+from movieq.contracts import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
 from movieq.errors import NotFound
 from movieq.settings import Scope
 
 OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
-"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends."""
+FULL_PERCENT: Final = 90.0
+"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends; so much of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:
@@ -76,14 +77,18 @@ async def health(request: Request) -> Response:
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
     live = [row for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE]
-    served = {kind for row in live for kind in row.queues}
+    if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
+        alerts.append(Alert("redis_refuses_writes", redis.message))
+    used, most = await movieq.store.memory() or (0, 0)
+    if most and 100 * used > FULL_PERCENT * most:
+        cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
+        alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * used / most:.0f} % of its memory: {cure}"))
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
         alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
+    alerts += [Alert("no_worker", each.text) for each in await movieq.store.stranded(live)]
     for queue in await movieq.store.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
-        if queue.pending_count and name not in served:
-            alerts.append(Alert("no_worker", f"{queue.pending_count} tasks wait in {name}, and no live worker serves it"))
         if waiting_s > OLDEST_WAITING_S:
             alerts.append(Alert("long_wait", f"the oldest task of {name} has waited for {waiting_s / 60:.0f} minutes"))
     failed = _percent(totals, TaskStatus.FAILED)

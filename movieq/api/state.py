@@ -33,6 +33,7 @@ from movieq.params import TaskType
 
 if TYPE_CHECKING:
     from movieq.api.auth import Keys
+    from movieq.api.health import Readiness
     from movieq.events import Hub
     from movieq.fetch import Guard
     from movieq.models import Model
@@ -63,6 +64,7 @@ class Api(msgspec.Struct, kw_only=True):
     guard: Guard
     signing_secrets: Sequence[bytes]
     started_s: float
+    readiness: Readiness
     gpu_seen: bool = False
     gpu_asked_s: float = 0.0
 

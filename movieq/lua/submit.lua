@@ -1,5 +1,5 @@
 #!lua
--- Accepts a task: none -> queued, and on to completed at once where the same was made before. The only verb that a full memory refuses.
+-- Accepts a task: none -> queued, and on to completed at once where the same was made before. A full memory refuses it, as it does a retry.
 -- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
 --   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, batch, start_by_ms, finish_by_ms: '' for none
 --   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit

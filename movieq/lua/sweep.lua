@@ -1,27 +1,37 @@
 #!lua flags=allow-oom
 -- Forgets tasks that ended long ago: their hash, definition, log, and every list that names them.
 -- args: age_ms batch
--- Returns how many; where it is `batch`, there may be more. Files are swept by their own age. Cost: O(batch log n).
-local old = redis.call('ZRANGEBYSCORE', K.ended, '-inf', now - age_ms, 'LIMIT', 0, batch)
-for _, task_id in ipairs(old) do
+-- Returns {tasks taken off the list of those that ended, {the task_id of each whose record was damaged, ...}}; where the first is `batch`, there may be more.
+-- A damaged record stops nothing: what can be read of it is forgotten, the rest is deleted with it. A task on the list that has not ended stays.
+-- Files are swept by their own age. Cost: O(batch log n).
+local function forget(task_id)
   local t = load(task_id)
-  if t then
-    for _, status in ipairs({'', t.status}) do
-      redis.call('ZREM', index(t, status, ''), task_id)
-      redis.call('ZREM', index(t, status, t.task_type), task_id)
-    end
-    redis.call('HINCRBY', K.totals, t.status, -1)
-    if redis.call('EXISTS', index(t, '', '')) == 0 then
-      redis.call('ZREM', K.projects, t.project_id)
-      redis.call('HDEL', K.spent .. t.kind, t.project_id)
-      redis.call('HDEL', K.gpu_ms, t.project_id)
-      redis.call('DEL', K.log .. 'project:' .. t.project_id)
-    end
-    if t.fingerprint and redis.call('GET', K.made .. t.fingerprint) == task_id then redis.call('DEL', K.made .. t.fingerprint) end
-    for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
+  if not t then return end
+  for _, status in ipairs({'', t.status}) do
+    redis.call('ZREM', index(t, status, ''), task_id)
+    redis.call('ZREM', index(t, status, t.task_type), task_id)
+  end
+  redis.call('HINCRBY', K.totals, t.status, -1)
+  if redis.call('EXISTS', index(t, '', '')) == 0 then
+    redis.call('ZREM', K.projects, t.project_id)
+    redis.call('HDEL', K.spent .. t.kind, t.project_id)
+    redis.call('HDEL', K.spent .. lane(t), t.project_id)
+    redis.call('HDEL', K.gpu_ms, t.project_id)
+    redis.call('DEL', K.log .. 'project:' .. t.project_id)
+  end
+  if t.fingerprint and redis.call('GET', K.made .. t.fingerprint) == task_id then redis.call('DEL', K.made .. t.fingerprint) end
+  for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
+  changed[t] = nil -- nothing of it is written any more
+end
+
+local old, damaged = redis.call('ZRANGEBYSCORE', K.ended, '-inf', now - age_ms, 'LIMIT', 0, batch), {}
+for _, task_id in ipairs(old) do
+  local status = redis.pcall('HGET', K.task .. task_id, 'status')
+  if status ~= 'queued' and status ~= 'processing' then
+    if not pcall(forget, task_id) then damaged[#damaged + 1] = task_id end
+    redis.call('ZREM', K.dead, task_id)
+    redis.call('UNLINK', K.task .. task_id, K.job .. task_id, K.log .. task_id)
   end
   redis.call('ZREM', K.ended, task_id)
-  redis.call('ZREM', K.dead, task_id)
-  redis.call('DEL', K.task .. task_id, K.job .. task_id, K.log .. task_id)
 end
-return #old
+return {#old, damaged}

@@ -224,7 +224,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
     storage = FolderStorage(media, "http://unused", (b"unused",))
     for prefix, _ in await store.redis.zrange(KEYS["orphans"], 0, -1, withscores=True):
         await storage.delete_prefix(prefix.decode())
-        await store.forget_orphan(prefix.decode())
+        await store.forget_orphans([prefix.decode()])
     files = {str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()}
     found.orphans = len(files - committed)
     found.named += [f"orphan: {file}" for file in sorted(files - committed)]

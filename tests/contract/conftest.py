@@ -10,8 +10,9 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 import pytest
 import structlog
 import uvicorn
@@ -20,9 +21,9 @@ from arq.connections import ArqRedis
 from movieq import serving
 from movieq.api import app
 from movieq.contracts import RunToken, TaskId, TaskStatus
-from movieq.embedded import Valkey
+from movieq.embedded import Valkey, valkey
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.store import Store, connect
 from tests.arrange import claim, result
 from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBMIT, Client
 
@@ -107,6 +108,64 @@ def stopped(server: Valkey) -> Iterator[None]:
         yield
     finally:
         os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def own(folder: Path) -> Iterator[Valkey]:
+    """A Valkey that may be killed."""
+    with valkey(folder / "own") as running:
+        yield running
+
+
+@pytest.fixture
+async def away(own: Valkey, settings: Settings) -> AsyncIterator[Client]:
+    """The API on that Valkey."""
+    async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
+        yield api
+
+
+@pytest.fixture
+async def direct(own: Valkey) -> AsyncIterator[Any]:
+    """A client of that Valkey."""
+    client = connect(own.url, patient=True)
+    yield client
+    await client.aclose()
+    await client.connection_pool.disconnect()
+
+
+REFUSALS: Final = {
+    "out of memory": "memory is full",
+    "without its replica": "too few",
+    "read-only": "read-only",
+    "cannot save": "cannot save",
+}
+"""States in which Redis takes no writes, and what an answer says of each."""
+
+
+async def refuse_writes(server: Valkey, direct: Any, state: str) -> None:
+    """The server is in this state."""
+    match state:
+        case "out of memory":
+            await direct.config_set("maxmemory", 1)
+        case "without its replica":
+            await direct.config_set("min-replicas-to-write", 1)
+        case "read-only":
+            await direct.replicaof("127.0.0.1", 1)
+        case "cannot save":
+            (server.folder / "dump.rdb" / "in the way").mkdir(parents=True)
+            await direct.config_set("save", "3600 1")
+            await direct.bgsave()
+            async with asyncio.timeout(10):
+                while (await direct.info("persistence"))["rdb_last_bgsave_status"] == "ok":
+                    await asyncio.sleep(0.01)
+
+
+async def take_writes(direct: Any) -> None:
+    """The server takes writes again."""
+    await direct.config_set("maxmemory", 0)
+    await direct.config_set("min-replicas-to-write", 0)
+    await direct.replicaof("NO", "ONE")
+    await direct.config_set("save", "")
 
 
 class Tasks:

@@ -48,7 +48,7 @@ async def silent(store: Store, worker: str, seconds: int) -> None:
 async def test_health_has_every_key(api: Client, path: str) -> None:
     answer = await api.get(path, key=None)
     assert answer.status == 200
-    assert answer.json.keys() == {"status", "timestamp", "version", "redis_status", "worker_count", "queue_sizes", "uptime"}
+    assert answer.json.keys() == {"status", "timestamp", "version", "redis_status", "worker_count", "queue_sizes", "uptime", "problems"}
     assert (answer.json["status"], answer.json["version"], answer.json["redis_status"]) == ("healthy", movieq.__version__, "connected")
     assert answer.json["queue_sizes"] == {"gpu_heavy": 0, "gpu_medium": 0, "cpu_intensive": 0}
 

@@ -141,8 +141,8 @@ async def test_what_ended_long_ago_is_forgotten_with_every_trace_and_the_rest_st
     await store.submit(kept)
     for key in await raw(store).zrange(KEYS["deliveries"], 0, -1):
         await raw(store).delete(KEYS["job"] + key.decode())  # as when they are delivered
-    assert await store.sweep(3600) == 0
-    assert await store.sweep(0) == 4
+    assert await store.sweep(3600) == (0, [])
+    assert await store.sweep(0) == (4, [])
     left = {key.decode() for key in await raw(store).keys("*")}
     assert {key for key in left if key.startswith((KEYS["task"], KEYS["job"], KEYS["log"]))} == {
         KEYS["task"] + kept.task_id,

@@ -6,35 +6,18 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from movieq.contracts import KEYS, TaskId
-from movieq.embedded import Valkey, valkey
+from movieq.embedded import Valkey
 from movieq.settings import Settings
-from movieq.store import Store, connect
+from movieq.store import Store
 from tests.arrange import new_task
 from tests.contract.client import BODY, Answer, Client
-from tests.contract.conftest import served, stopped
+from tests.contract.conftest import REFUSALS, refuse_writes, stopped, take_writes
 from tests.contract.test_uploads import image, stored
-
-
-@pytest.fixture
-def own(folder: Path) -> Iterator[Valkey]:
-    """A Valkey that may be killed."""
-    with valkey(folder / "own") as running:
-        yield running
-
-
-@pytest.fixture
-async def away(own: Valkey, settings: Settings) -> AsyncIterator[Client]:
-    """The API on that Valkey."""
-    async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
-        yield api
 
 
 async def timed(api: Client, method: str, path: str, data: bytes | None = None) -> tuple[Answer, float]:
@@ -81,47 +64,23 @@ async def test_with_a_redis_that_hangs_every_operation_is_a_503_after_a_second(o
         unavailable(await everything(away, task_id), within_s=1.5)
 
 
-@pytest.fixture
-async def direct(own: Valkey) -> AsyncIterator[Any]:
-    """A client of that Valkey."""
-    client = connect(own.url, patient=True)
-    yield client
-    await client.aclose()
-    await client.connection_pool.disconnect()
-
-
-@pytest.mark.parametrize("state", ["out of memory", "without its replica", "read-only", "cannot save"])
+@pytest.mark.parametrize("state", REFUSALS)
 async def test_a_redis_that_takes_no_writes_refuses_them_with_a_503_and_answers_reads(
     own: Valkey, away: Client, direct: Any, state: str
 ) -> None:
     task_id = (await away.submit()).json["task_id"]
-    match state:
-        case "out of memory":
-            await direct.config_set("maxmemory", 1)
-        case "without its replica":
-            await direct.config_set("min-replicas-to-write", 1)
-        case "read-only":
-            await direct.replicaof("127.0.0.1", 1)
-        case "cannot save":
-            (own.folder / "dump.rdb" / "in the way").mkdir(parents=True)
-            await direct.config_set("save", "3600 1")
-            await direct.bgsave()
-            async with asyncio.timeout(10):
-                while (await direct.info("persistence"))["rdb_last_bgsave_status"] == "ok":
-                    await asyncio.sleep(0.01)
+    await refuse_writes(own, direct, state)
     writes = {
         "submit": await timed(away, "POST", "/tasks/submit", json.dumps(BODY).encode()),
         "retry": await timed(away, "POST", f"/tasks/{task_id}/retry"),
         "upload": await timed(away, "POST", "/projects/film/uploads", image("PNG")),
     }
     unavailable(writes, within_s=1)
+    assert all(REFUSALS[state] in answer.message for answer, _ in writes.values())
     assert (await away.status(task_id))["status"] == "queued"
     cancelled = await away.delete(f"/api/v1/tasks/{task_id}/cancel")
     assert cancelled.status == (200 if state == "out of memory" else 503)  # what ends a task makes room
-    await direct.config_set("maxmemory", 0)
-    await direct.config_set("min-replicas-to-write", 0)
-    await direct.replicaof("NO", "ONE")
-    await direct.config_set("save", "")
+    await take_writes(direct)
     assert (await away.submit()).status == 201
 
 

@@ -121,6 +121,20 @@ async def sweep(store: Store) -> Any:
     await store.sweep(1)
 
 
+async def retire(store: Store) -> Any:
+    await complete(store)
+    await raw(store).zadd(KEYS["media"], {"p": 1})
+    await store.retire(1)
+
+
+async def take_turn(store: Store) -> Any:
+    return await store.take_turn("w1", 30_000), await store.take_turn("w2", 30_000)
+
+
+async def write_check(store: Store) -> Any:
+    await store.check_write()
+
+
 async def begin(store: Store) -> Any:
     await store.complete(TASK, await begun(store), result(), CMS)
     delivery = await store.begin(f"{TASK}-2")
@@ -166,6 +180,9 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "leave": [leave],
     "tidy": [tidy_reaps, tidy_brings_over, tidy_ends],
     "sweep": [sweep],
+    "retire": [retire],
+    "take_turn": [take_turn],
+    "write_check": [write_check],
     "begin": [begin],
     "delivered": [delivered, delivered_late, delivered_not_yet, given_up],
     "resend": [resend],

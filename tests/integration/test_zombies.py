@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -24,7 +23,7 @@ from tests.arrange import CPU, new_task, raw, result
 from tests.fleet import Fleet, Process, eventually
 from tests.proxy import proxy, script
 from tests.service import serving
-from workers.deliver import Outbox, sweep
+from workers.retention import Retention
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
@@ -50,7 +49,7 @@ async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_c
         log = await made.store.log_after(task_id, None)
         files = {path: path.read_bytes() for path in stored(made) if str(committed.run) in path.parts}
         assert {path.stem for path in files} == {"output"}
-        await raw(made.store).delete(KEYS["orphans"])  # as if the cron job had been there already
+        await raw(made.store).delete(KEYS["orphans"])  # as if they had been deleted already
         if how == "stands still":
             zombie.send(signal.SIGCONT)
         else:
@@ -275,13 +274,18 @@ async def has_orphans(store: Store) -> bool:
 
 
 async def sweep_at_once(made: Fleet) -> None:
-    """The cron job that deletes what is over has run, for all that is listed."""
+    """What is over is deleted, for all that is listed."""
     orphans = await raw(made.store).zrange(KEYS["orphans"], 0, -1)
     if orphans:
         await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
     storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", (b"",))
-    async with aiohttp.ClientSession() as session:
-        await sweep({"outbox": Outbox(made.store, storage, session, (), Settings())})
+    retention = Retention("test", made.store, storage, Settings())
+
+    async def swept() -> bool:
+        await retention.round()  # nothing, while a worker has the turn
+        return not await made.store.due_orphans()
+
+    await eventually(swept)
 
 
 def png() -> bytes:

@@ -142,11 +142,16 @@ async def test_the_health_checks_say_whether_who_they_ask_serves(folder: Path) -
             process = await asyncio.create_subprocess_exec(*command, env={"MOVIEQ_REDIS_URL": made.valkey.url}, cwd=folder, stderr=DEVNULL)
             return await asyncio.wait_for(process.wait(), 20) == 0
 
-        assert (await healthy(f"{api.url}/health"), await healthy("worker")) == (True, False)
+        live, ready = f"{api.url}/health/live", f"{api.url}/health/ready"
+        assert [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
         await made.worker()
-        assert await healthy("worker")
+        assert [await healthy(each) for each in (live, ready, "worker")] == [True, True, True]
         made.valkey.stop()
-        assert (await healthy(f"{api.url}/health"), await healthy("worker")) == (False, False)
+        assert [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
+
+
+def test_the_image_of_the_api_is_restarted_for_nothing_that_a_restart_would_not_mend() -> None:
+    assert re.search(r"^HEALTHCHECK .*/health/live\"\]$", (DEPLOY / "Dockerfile.api").read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow

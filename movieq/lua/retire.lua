@@ -1,0 +1,10 @@
+#!lua flags=allow-oom
+-- Gives up the files of results that were committed long ago: no other task is given them any more, and they are due to be deleted, as orphans are.
+-- args: age_ms batch
+-- Returns how many; where it is `batch`, there may be more. Cost: O(batch log n).
+local old = redis.call('ZRANGEBYSCORE', K.media, '-inf', now - age_ms, 'LIMIT', 0, batch)
+for _, prefix in ipairs(old) do
+  redis.call('ZADD', K.orphans, now, prefix)
+  redis.call('ZREM', K.media, prefix)
+end
+return #old

@@ -1,0 +1,172 @@
+"""Deletes what is over: tasks that ended long ago, the files of old results, uploads, and what runs stored without committing it.
+
+Every worker runs this, and one of them at a time has the turn, for a few seconds. It works in small batches as long as something is due,
+and rests between them for longer than they took Redis: nobody else waits for it. What cannot be deleted stops nothing else: it is passed
+over, logged once, and tried again later. A full memory refuses none of it. How old things may be is the setting of whoever has the turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from redis.exceptions import RedisError
+
+from movieq import logs
+from movieq.settings import Settings
+from movieq.storage import Storage, checked_key
+from movieq.store import Store, is_fault
+
+DAY_S: Final = 86400
+LOOK_S: Final = 1.0
+"""Between two looks at what is due."""
+ROUND_S: Final = 10.0
+"""After so long a worker gives its turn back, also where more is due."""
+TURN_MS: Final = 30_000
+"""After so long the turn of a worker that died is over."""
+REST: Final = 2.0
+"""A pause after a batch that Redis works off, in times of what the batch took."""
+TASKS_AT_ONCE: Final = 25
+RESULTS_AT_ONCE: Final = 200
+FILES_AT_ONCE: Final = 64
+DELETERS: Final = 8
+"""Prefixes that are deleted side by side: few enough to leave the threads, and a bucket's requests, to the uploads."""
+DELETE_S: Final = 120.0
+"""What one prefix may take."""
+AGAIN_S: Final = 300.0
+"""After so long a prefix that could not be deleted is tried again."""
+FAULT_S: Final = 30.0
+"""How long one sort of thing is left alone after a fault of Redis or of the whole storage."""
+
+log = logs.get()
+
+
+class Retention:
+    """What a worker deletes, and when. `run` goes on until it is cancelled."""
+
+    def __init__(self, worker_id: str, store: Store, storage: Storage, settings: Settings) -> None:
+        self._worker_id = worker_id
+        self._store = store
+        self._storage = storage
+        self._tasks_s = settings.keep_tasks_days * DAY_S
+        self._media_s = settings.keep_media_days * DAY_S
+        self._failed: dict[str, float] = {}
+        """Prefixes that could not be deleted, and when they are tried again."""
+        self._not_before: dict[str, float] = {}
+        """When a sort of thing that met a fault is looked at again."""
+
+    async def run(self) -> None:
+        """Looks once a second whether something is due, and deletes it."""
+        while True:
+            try:
+                await self.round()
+            except (RedisError, OSError) as error:
+                if isinstance(error, RedisError) and is_fault(error):  # else it is away: whoever renews the leases says so
+                    log.exception("sweep_failed", what="turn")
+            await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+
+    async def round(self) -> None:
+        """What is due is deleted, or the time of a round is over; nothing where another worker has the turn."""
+        if not await self._store.take_turn(self._worker_id, TURN_MS):
+            return
+        end_s = time.monotonic() + ROUND_S
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._tasks_s:
+                    group.create_task(self._guarded("tasks", self._forget_tasks, end_s))
+                if self._media_s:
+                    group.create_task(self._guarded("results", self._retire_results, end_s))
+                group.create_task(self._guarded("files", self._delete_files, end_s))
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await self._store.take_turn(self._worker_id, 0)
+
+    async def _guarded(self, what: str, work: Callable[[float], Awaitable[None]], end_s: float) -> None:
+        """A fault with one sort of thing is logged and does not stop the others."""
+        if time.monotonic() < self._not_before.get(what, 0):
+            return
+        try:
+            await work(end_s)
+        except Exception as error:
+            away = isinstance(error, (RedisError, OSError))
+            log.error("sweep_failed", what=what, problem=str(error) or type(error).__name__, exc_info=not away)
+            self._not_before[what] = time.monotonic() + FAULT_S
+
+    async def _forget_tasks(self, end_s: float) -> None:
+        forgotten = 0
+        while True:
+            begun_s = time.monotonic()
+            count, damaged = await self._store.sweep(self._tasks_s, TASKS_AT_ONCE)
+            forgotten += count
+            for task_id in damaged:
+                log.error("damaged_task_forgotten", task_id=task_id)
+            ended_s = time.monotonic()
+            if count < TASKS_AT_ONCE or ended_s > end_s:
+                break
+            await asyncio.sleep(REST * (ended_s - begun_s))
+        if forgotten:
+            log.info("tasks_forgotten", count=forgotten)
+
+    async def _retire_results(self, end_s: float) -> None:
+        """Files that are old enough are listed for `_delete_files`."""
+        while True:
+            begun_s = time.monotonic()
+            count = await self._store.retire(self._media_s, RESULTS_AT_ONCE)
+            ended_s = time.monotonic()
+            if count < RESULTS_AT_ONCE or ended_s > end_s:
+                break
+            await asyncio.sleep(REST * (ended_s - begun_s))
+
+    async def _delete_files(self, end_s: float) -> None:
+        now_s = time.monotonic()
+        self._failed = {prefix: again_s for prefix, again_s in self._failed.items() if again_s > now_s - AGAIN_S}
+        deleted = skip = 0
+        while prefixes := await self._store.due_orphans(FILES_AT_ONCE, skip):
+            now_s = time.monotonic()
+            tried = [prefix for prefix in prefixes if self._failed.get(prefix, 0) <= now_s]
+            gone = await self._deleted(tried)
+            await self._store.forget_orphans(gone)
+            for prefix in gone:
+                self._failed.pop(prefix, None)
+            deleted += len(gone)
+            skip += len(prefixes) - len(gone)
+            if tried and not gone:  # the storage is away, it seems
+                self._not_before["files"] = now_s + FAULT_S
+                break
+            if time.monotonic() > end_s:
+                break
+        if deleted:
+            log.info("files_deleted", count=deleted)
+
+    async def _deleted(self, prefixes: list[str]) -> list[str]:
+        """Those of these prefixes under which nothing is left. The others are tried again later."""
+        gone: list[str] = []
+        problems: dict[str, str] = {}
+        waiting = iter(prefixes)
+
+        async def delete() -> None:
+            for prefix in waiting:
+                try:
+                    checked_key(prefix)
+                except ValueError:
+                    log.error("no_such_files", prefix=ascii(prefix))  # nothing can lie there: it only leaves the list
+                    gone.append(prefix)
+                    continue
+                try:
+                    async with asyncio.timeout(DELETE_S):
+                        await self._storage.delete_prefix(prefix)
+                    gone.append(prefix)
+                except Exception as error:  # whatever it is, it is this prefix's alone
+                    problems[prefix] = str(error) or type(error).__name__
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(DELETERS):
+                group.create_task(delete())
+        if new := [prefix for prefix in problems if prefix not in self._failed]:
+            log.error("files_not_deleted", count=len(new), prefix=new[0], problem=problems[new[0]], again_in_s=AGAIN_S)
+        self._failed |= dict.fromkeys(problems, time.monotonic() + AGAIN_S)
+        return gone
