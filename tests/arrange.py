@@ -24,6 +24,26 @@ def raw(store: Store) -> Any:
     return store.redis
 
 
+async def contents(store: Store) -> dict[str, Any]:
+    """What every key holds. (`DUMP` compresses the same value to other bytes now and then.)"""
+    redis, found = raw(store), {}
+    for key in sorted(await redis.keys("*")):
+        match await redis.type(key):
+            case b"string":
+                found[key.decode()] = await redis.get(key)
+            case b"hash":
+                found[key.decode()] = await redis.hgetall(key)
+            case b"list":
+                found[key.decode()] = await redis.lrange(key, 0, -1)
+            case b"set":
+                found[key.decode()] = await redis.smembers(key)
+            case b"zset":
+                found[key.decode()] = await redis.zrange(key, 0, -1, withscores=True)
+            case b"stream":
+                found[key.decode()] = await redis.xrange(key)
+    return found
+
+
 def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask:
     """A task that can be submitted."""
     defaults: dict[str, Any] = {

@@ -17,7 +17,7 @@ from movieq import store as store_module
 from movieq.contracts import KEYS, STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from movieq.errors import IdempotencyMismatch, InvalidState, QueueFull, RequestError, RunLost
 from movieq.store import Counts, Store
-from tests.arrange import CPU, claim, new_task, raw, result, running
+from tests.arrange import CPU, claim, contents, new_task, raw, result, running
 
 LUA = Path(store_module.__file__).with_name("lua")
 BEFORE: list[TaskStatus | None] = [None, *STATES]
@@ -112,14 +112,9 @@ async def holds_together(store: Store, task_id: TaskId, status: TaskStatus) -> N
 async def test_an_ending_verb_said_again_by_the_same_run_answers_the_same_and_writes_nothing(store: Store, verb: Verb) -> None:
     task_id, run = await running(store, callback_url="http://127.0.0.1:1/")
     await say(store, verb, task_id, run)
-    before = await everything(store)
+    before = await contents(store)
     await say(store, verb, task_id, run)
-    assert await everything(store) == before
-
-
-async def everything(store: Store) -> dict[bytes, bytes]:
-    """Every key with its serialised value."""
-    return {key: await raw(store).dump(key) for key in sorted(await raw(store).keys("*"))}
+    assert await contents(store) == before
 
 
 async def test_submit_of_a_known_id_answers_its_receipt(store: Store) -> None:
@@ -149,7 +144,7 @@ async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -
     task_id, zombie = await running(store)
     await store.requeue(task_id, zombie, Counts.DRAIN, 0, 0, "drained", "internal")
     (present,) = await claim(store, "w2")
-    before = await everything(store)
+    before = await contents(store)
     with pytest.raises(RunLost):
         await store.report(task_id, zombie, 0.9, "generating_image")
     with pytest.raises(RunLost):
@@ -157,7 +152,7 @@ async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -
     with pytest.raises(RunLost):
         await store.fail(task_id, zombie, "x", "invalid_input")
     assert await store.requeue(task_id, zombie, Counts.DRAIN, 0, 0, "drained", "internal") is TaskStatus.QUEUED  # the answer that it had
-    assert await everything(store) == before
+    assert await contents(store) == before
     await store.complete(task_id, present.run, result("present"))
 
 
