@@ -153,6 +153,8 @@ KEYS: Final[Mapping[str, str]] = {
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
+    "installation": "movieq:installation",  # hash "salt", "api", "worker" -> Started (JSON), the last of each
+    "check": "movieq:check:",  # + anything: string, written by a check, for ten seconds
     # pub/sub channels
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"

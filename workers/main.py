@@ -27,7 +27,7 @@ from arq.worker import Worker as ArqWorker
 from redis.exceptions import RedisError
 
 import movieq
-from movieq import credentials, logs, models, payload, webhooks
+from movieq import checks, credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import KEYS, Kind, RunToken, TaskId, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
@@ -452,7 +452,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _children(settings: Settings) -> list[Child]:
     """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
-    devices = gpus.devices(settings.devices)
+    devices = checks.devices(settings.devices)
     on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.kinds() or list(Kind) if kind is not Kind.CPU_INTENSIVE)
     on_cpu = settings.kinds() or (Kind.CPU_INTENSIVE,)
     if devices:
