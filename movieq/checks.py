@@ -120,9 +120,8 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
     if read.redis_url or process != "up":
         await reached(read)
         found += await server(read, process)
-    for finding in found:
-        if finding.refuses:
-            raise SettingsError(f"{finding.subject}: {finding.text}")
+    if refused := [f"{finding.subject}: {finding.text}" for finding in found if finding.refuses]:
+        raise SettingsError("; ".join(refused))
     for finding in found:
         if finding.mark is not Mark.GOOD and process != "up":  # its api and its worker say the same
             (log.error if finding.mark is Mark.BROKEN else log.warning)("check", subject=finding.subject, problem=finding.text)
@@ -515,11 +514,11 @@ async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]
         salt = kept.pop(b"salt", None)
         if salt is None:
             return []
-        others = {sort.decode(): msgspec.json.decode(blob, type=Started) for sort, blob in kept.items()}
+        others = {sort.decode(): started for sort, blob in kept.items() if (started := _started(blob)) is not None}
         mine = Started(socket.gethostname(), time.time_ns() // 1_000_000, await asyncio.to_thread(_fingerprints, read, process, salt))
         if process != "doctor":
             await redis.hset(name, process, msgspec.json.encode(mine))
-    except (ResponseError, msgspec.MsgspecError) as error:  # a server that takes no writes just now; an entry of another version
+    except ResponseError as error:  # a server that takes no writes just now
         return [Finding(Mark.NOTE, "settings", f"could not be compared with those of other processes: {error}")]
     found = [_difference(field, mine, sort, other) for sort, other in others.items() for field in _differing(mine, other)]
     if process == "doctor" and {"api", "worker"} <= others.keys():
@@ -527,6 +526,13 @@ async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]
             apart = f"{variable(field)}: the api and the worker that started last do not have the same: {_APART[field]}"
             found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set it alike for every process, and restart them"))
     return found
+
+
+def _started(blob: bytes) -> Started | None:
+    try:
+        return msgspec.json.decode(blob, type=Started)
+    except msgspec.MsgspecError:  # of another version
+        return None
 
 
 def _differing(mine: Started, other: Started) -> list[str]:

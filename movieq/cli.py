@@ -366,7 +366,8 @@ def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str 
 def doctor(folder: Path, callback: str | None) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
-    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing.
+    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing: what it writes to try
+    a server, it deletes, or it expires within ten seconds.
     """
     from movieq.doctor import examine
 

@@ -145,14 +145,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def bucket(self) -> Bucket | None:
         """The bucket of `storage`; None where that is a folder. Raises SettingsError."""
         if not self.storage.startswith("s3://"):
+            if re.match(r"[A-Za-z0-9+.-]+://|s3:", self.storage):
+                raise SettingsError(f"{PREFIX}STORAGE: {self.storage[:200]!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
             return None
         name, _, prefix = self.storage.removeprefix("s3://").rstrip("/").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) or not re.fullmatch(rf"({_SEGMENT}(/{_SEGMENT})*)?", prefix):
             raise SettingsError(f"{PREFIX}STORAGE: {self.storage!r} is no s3://BUCKET or s3://BUCKET/PREFIX of A-Z a-z 0-9 . _ -")
         for field in ("r2_endpoint", "r2_public_url"):
-            url = urlsplit(getattr(self, field))
-            if url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query):
-                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, got {url.scheme!r} ...")
+            split = _split(getattr(self, field))
+            url = split and split[0]
+            if url is None or (url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query)):
+                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a query or a user")
         missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if not getattr(self, f)]
         if missing:
             raise SettingsError(f"{PREFIX}STORAGE: {self.storage} needs {', '.join(missing)} too")
@@ -277,8 +280,11 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
     for field in msgspec.structs.fields(Settings):
         text = found.get(variable(field.name), "").strip()
         try:
+            text.encode()
             if text:
                 values[field.name] = _converted(text, field.type)
+        except UnicodeEncodeError:
+            problems.append(f"{variable(field.name)}: its value is not UTF-8: set it in a locale of UTF-8")
         except ValueError:
             problems.append(f"{variable(field.name)}: {_allowed(field.type)} is allowed, got {text[:40]!r}")
     settings = Settings(**values)

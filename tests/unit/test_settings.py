@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from movieq import settings
+from movieq import models, settings
 from movieq.errors import SettingsError
 from movieq.settings import Settings, load, variable
 
@@ -257,3 +257,30 @@ def test_a_redis_url_is_taken(env_file: Path, url: str) -> None:
 )
 def test_a_malformed_public_url_is_refused(env_file: Path, url: str) -> None:
     assert "https://movieq.example" in refused(env_file, public_url=url)
+
+
+@pytest.mark.parametrize("storage", ["S3://film", "s3:/film", "s3:film", "https://film.example", "gs://film", "file:///srv/media"])
+def test_a_storage_that_is_neither_a_folder_nor_a_bucket_is_refused(env_file: Path, storage: str) -> None:
+    message = refused(env_file, storage=storage)
+    assert message.startswith("MOVIEQ_STORAGE: ")
+    assert "s3://BUCKET" in message
+
+
+@pytest.mark.parametrize("name", ["r2_endpoint", "r2_public_url"])
+@pytest.mark.parametrize("url", ["https://s3.example:port", "https://[::1", "s3.example", "https://s3.example:99999"])
+def test_an_address_of_a_bucket_that_is_none_is_refused(env_file: Path, name: str, url: str) -> None:
+    fields = {"storage": "s3://film", "r2_endpoint": "https://s3.example", "r2_access_key_id": "id", "r2_secret_access_key": "key"}
+    assert f"{variable(name)}: " in refused(env_file, **{**fields, name: url})
+
+
+@pytest.mark.parametrize("name", ["signing_secret", "storage", "api_keys", "redis_url", "webhook_secret"])
+def test_a_variable_that_is_not_utf_8_is_refused(env_file: Path, name: str) -> None:
+    assert f"{variable(name)}: " in refused(env_file, **{name: "a-secret-of-\udce4\udcff-the-tests"})
+
+
+def test_a_table_of_models_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_bytes("[lamp]\n".encode("utf-16"))
+    with pytest.raises(SettingsError) as caught:
+        models.load(str(tmp_path / "models.toml"))
+    assert "models.toml" in caught.value.message
+    assert "UTF-8" in caught.value.message
