@@ -48,7 +48,7 @@ CHECK_S: Final = 10.0
 REDIS_S: Final = 10.0
 """How long a starting process waits for Redis."""
 AGAIN_S: Final = 0.2
-PROBE_S: Final = 1.0
+ANSWER_S: Final = 3.0
 LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 SKEW_S: Final = 2.0
@@ -215,7 +215,7 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
         raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
     end_s = time.monotonic() + patience_s
     while True:
-        client = connect(read.redis_url, patient=False)
+        client = _client(read)
         try:
             async with asyncio.timeout(CHECK_S):
                 await client.ping()
@@ -230,6 +230,13 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
             await client.aclose()
             await client.connection_pool.disconnect()
         await asyncio.sleep(AGAIN_S)
+
+
+def _client(read: Settings) -> ArqRedis:
+    """A client that gives up at once where it is refused, but waits for a server that is slow: a handshake of TLS over a long way, say."""
+    client = connect(read.redis_url, patient=False)
+    client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
+    return client
 
 
 async def trouble(error: Exception, url: str) -> str:
@@ -306,7 +313,7 @@ async def _speaks(url: str, *, tls: bool) -> bool:
     if context is not None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said over it
     try:
-        async with asyncio.timeout(PROBE_S):
+        async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379, ssl=context)
             try:
                 if tls:
@@ -324,7 +331,7 @@ async def _speaks(url: str, *, tls: bool) -> bool:
 
 async def server(read: Settings, process: str) -> list[Finding]:
     """What the Redis of the settings is like, for an "api" or a "worker" that starts, whose settings are noted there, or for "doctor"."""
-    client = connect(read.redis_url, patient=False)
+    client = _client(read)
     try:
         async with asyncio.timeout(CHECK_S):
             try:
