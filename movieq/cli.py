@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import click
 import msgspec
 import uvloop
-from redis.exceptions import RedisError
 
 import movieq
-from movieq import logs, models, payload, plugins, webhooks, weights
+from movieq import checks, logs, models, payload, plugins, webhooks, weights
 from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, DeliveriesAnswer, Priority, TaskStatus
 from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.params import TaskType
@@ -28,8 +27,6 @@ from movieq.store import Store, connect
 if TYPE_CHECKING:
     from movieq.client import Client
 
-REDIS_S: Final = 10.0
-"""How long a starting process waits for Redis."""
 PATIENCE_S: Final = 2.0
 """How long somebody at a terminal waits for a server that does not answer: as long as `up` needs to start one again."""
 DATA: Final = Path(".movieq")
@@ -104,7 +101,7 @@ def api(host: str, port: int, fd: int | None) -> None:
     settings = _settings()
 
     async def run() -> None:
-        await _redis(settings)
+        await checks.start(settings, "api", works=False)
         await serving.serve(settings, serving.listen(host, port) if fd is None else socket.socket(fileno=fd))
 
     _run(run)
@@ -127,7 +124,7 @@ def worker(devices: str | None) -> None:
     async def run() -> None:
         from workers.main import serve
 
-        await _redis(settings)
+        await checks.start(settings, "worker", works=True)
         await serve(settings)
 
     _run(run)
@@ -371,21 +368,22 @@ def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str 
 def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
-    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing, unless --apply is given.
+    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing, unless --apply is given:
+    what it writes to try a server, it deletes, or it expires within ten seconds.
     """
     if apply and not repair:
         raise click.UsageError("--apply goes with --repair")
     if repair:
         _repair(folder, apply)
         return
-    from movieq import doctor as checks
+    from movieq.doctor import examine
 
     marks = {checks.Mark.GOOD: "green", checks.Mark.NOTE: "yellow", checks.Mark.BROKEN: "red"}
 
     def show(finding: checks.Finding) -> None:
         click.echo(f" {click.style(finding.mark, fg=marks[finding.mark], bold=True)} {finding.subject:13} {finding.text}")
 
-    if not _run(lambda: checks.examine(load, folder, LOCAL_URL, show, callback)):
+    if not _run(lambda: examine(load, folder, LOCAL_URL, show, callback)):
         sys.exit(1)
 
 
@@ -415,7 +413,7 @@ def _repair(folder: Path, apply: bool) -> None:
         settings = msgspec.structs.replace(settings, redis_url=Valkey(folder).url)  # that of a `movieq up` that runs
 
     async def run() -> int:
-        await _redis(settings)
+        await checks.reached(settings)
         store, found = Store(connect(settings.redis_url, patient=True, prefix=settings.key_prefix), settings.key_prefix), 0
         try:
             async for each in misfits(store, apply=apply):
@@ -642,7 +640,7 @@ def _with_store(work: Callable[[Store], Awaitable[T]]) -> T:
     settings = _settings()
 
     async def run() -> T:
-        await _redis(settings)
+        await checks.reached(settings)
         store = Store(connect(settings.redis_url, patient=True), settings.key_prefix)
         try:
             return await work(store)
@@ -658,31 +656,12 @@ def _settings() -> Settings:
         models.load(settings.models)
         webhooks.parse_secrets(settings.webhook_secret)
         payload.configured(settings)
-        if settings.redis_url:
-            connect(settings.redis_url, patient=True)
     except SettingsError as error:
         _refuse(error.message)
-    except ValueError as error:
-        _refuse(f"{variable('redis_url')}: {error}")
     logs.configure(settings.log_level, settings.log_format)
-    for name in unknown():
-        log.warning("unknown_setting", name=name)
+    for name, problem in unknown().items():
+        log.warning("unknown_setting", name=name, problem=problem)
     return settings
-
-
-async def _redis(settings: Settings) -> None:
-    """Returns when Redis answers. Raises SettingsError where it does not."""
-    if not settings.redis_url:
-        raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
-    client = connect(settings.redis_url, patient=True)
-    try:
-        async with asyncio.timeout(REDIS_S):
-            await client.ping()
-    except (RedisError, OSError, TimeoutError) as error:
-        raise SettingsError(f"{variable('redis_url')}: the server does not answer: {str(error) or type(error).__name__}") from None
-    finally:
-        await client.aclose()
-        await client.connection_pool.disconnect()
 
 
 def _run(work: Callable[[], Awaitable[T]]) -> T:

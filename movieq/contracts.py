@@ -164,6 +164,8 @@ KEYS: Final[Mapping[str, str]] = {
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
     "write_check": "movieq:write_check",  # string, what the health checks last wrote
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
+    "installation": "movieq:installation",  # hash "salt", "api", "worker" -> Started (JSON), the last of each
+    "check": "movieq:check:",  # + anything: string, written by a check, for ten seconds
     # pub/sub channels
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"

@@ -3,68 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import msgspec
-from redis.exceptions import RedisError
 
-from movieq import credentials, fetch, logs, models, payload, settings, webhooks, weights
+from movieq import checks, credentials, fetch, logs, models, payload, webhooks, weights
+from movieq.checks import CHECK_S, Finding, Mark
 from movieq.client import Client, Unreachable
 from movieq.errors import CmsFault, ModelUnavailable, MovieqError, SettingsError, StorageFault
 from movieq.fetch import Guard, UrlRefused
 from movieq.payload import Payload
 from movieq.settings import Bucket, PayloadMode, Settings, variable
 from movieq.storage import opened
-from movieq.store import connect
 
-CHECK_S: Final = 10.0
-LOW_BYTES: Final = 2 * 1024**3
-FULL_BYTES: Final = 100 * 1024**2
 EXPIRES_SOON: Final = timedelta(days=30)
 LARGE_BYTES: Final = 20 * 1024**2 + 1
 """Just more than Payload takes of a file unless it is told otherwise."""
 NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
 NO_GPU: Final = "none on this machine: animatics need none; a model that is asked for by name runs on the CPU, slowly"
-LEAST_REDIS: Final = (7, 0)
-"""The first that knows scripts with flags (`#!lua`)."""
-
-_KEPT: Final = {
-    "always": "an answered request is on disk",
-    "everysec": "a crash of its machine can lose the last second",
-    "no": "a crash of its machine can lose half a minute",
-}
-"""appendfsync: what it keeps."""
-
-
-class Mark(StrEnum):
-    """Good; worth knowing; broken."""
-
-    GOOD = "✓"
-    NOTE = "!"
-    BROKEN = "✗"
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """What a check found. `text` says what is so and, unless it is good, what to do."""
-
-    mark: Mark
-    subject: str
-    text: str
 
 
 async def examine(
@@ -83,20 +50,23 @@ async def examine(
 
     for finding in (*_packages(), _speech(), _gpu()):
         note(finding)
-    for name in settings.unknown():
-        near = difflib.get_close_matches(name, [variable(field) for field in Settings.__struct_fields__], 1)
-        note(Finding(Mark.NOTE, "settings", f"{name} is not a setting{f'; do you mean {near[0]}?' if near else ''}"))
     try:
+        for finding in checks.unknown():
+            note(finding)
         read = given()
     except SettingsError as error:
         note(Finding(Mark.BROKEN, "settings", error.message))
         return False
+    if read.storage == Settings().storage:  # as `movieq up` has it
+        read = msgspec.structs.replace(read, storage=str(data / "media"))
     for finding in (
         _api_keys(read, data),
         _webhook_secret(read),
         _models(read),
         _signatures(read),
-        await _guarded("storage", lambda: _storage(read, data)),
+        checks.gpus(read),
+        await asyncio.to_thread(checks.spool, read),
+        await _guarded("storage", lambda: _storage(read)),
     ):
         note(finding)
     for finding in await _redis(read):
@@ -232,11 +202,10 @@ def _signatures(read: Settings) -> Finding:
     return Finding(Mark.GOOD, "signatures", text)
 
 
-async def _storage(read: Settings, data: Path) -> Finding:
+async def _storage(read: Settings) -> Finding:
     if (bucket := read.bucket()) is not None:
         return await _bucket(read, bucket)
-    configured = read.storage != Settings().storage
-    return await asyncio.to_thread(_folder, Path(read.storage) if configured else data / "media")
+    return await asyncio.to_thread(checks.storage, read)
 
 
 async def _bucket(read: Settings, bucket: Bucket) -> Finding:
@@ -274,84 +243,19 @@ async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
         return f"{logs.without_query(url)} cannot be opened: {error}; {cure}"
 
 
-def _folder(folder: Path) -> Finding:
-    """A file can be written, or the folder made; and there is room."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    advice = f"choose another with {variable('storage')}, or give this user the right to write there"
-    try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".movieq-doctor-") as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return Finding(Mark.BROKEN, "storage", f"{there} cannot be written: {error.strerror}; {advice}")
-    free = shutil.disk_usage(there).free
-    made = "can be written" if there == folder.absolute() else "is made when it is needed"
-    text = f"{folder} {made}, {free / 1024**3:,.1f} GiB free"
-    if free < FULL_BYTES:
-        return Finding(Mark.BROKEN, "storage", f"{text}: too little for a clip; make room, or {advice.partition(',')[0]}")
-    if free < LOW_BYTES:
-        return Finding(Mark.NOTE, "storage", f"{text}: soon full; make room, or {advice.partition(',')[0]}")
-    return Finding(Mark.GOOD, "storage", text)
-
-
 # ── Servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _redis(read: Settings) -> list[Finding]:
-    name = variable("redis_url")
     if not read.redis_url:
-        return [Finding(Mark.GOOD, "Redis", f"{name} is not set: `movieq up` brings its own Valkey; `movieq api` and `worker` need one")]
-    try:
-        client = connect(read.redis_url, patient=False)
-    except ValueError as error:
-        return [Finding(Mark.BROKEN, "Redis", f"{name}: {error}")]
-    try:
-        async with asyncio.timeout(CHECK_S):
-            info: dict[str, Any] = await client.info()
-            try:
-                fsync = (await client.config_get("appendfsync")).get("appendfsync")
-            except RedisError:  # managed servers keep CONFIG to themselves
-                fsync = None
-            return [_answers(info), _eviction(info), _persistence(info, fsync)]
-    except (RedisError, OSError, TimeoutError) as error:
-        problem = str(error) or type(error).__name__
-        return [Finding(Mark.BROKEN, "Redis", f"the server of {name} does not answer: {problem}; start it, or correct the address")]
-    finally:
-        await client.aclose()
-        await client.connection_pool.disconnect()
-
-
-def _answers(info: dict[str, Any]) -> Finding:
-    valkey = info.get("valkey_version")
-    version = str(valkey or info.get("redis_version", "?"))
-    name = f"{'Valkey' if valkey else 'Redis'} {version}"
-    if info.get("cluster_enabled"):
-        return Finding(Mark.BROKEN, "Redis", f"{name} is a cluster: movieq needs one server, or a Sentinel's")
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LEAST_REDIS:
-        return Finding(Mark.BROKEN, "Redis", f"{name} is too old: {'.'.join(map(str, LEAST_REDIS))} or newer is needed, or any Valkey")
-    return Finding(Mark.GOOD, "Redis", f"{name} answers")
-
-
-def _eviction(info: dict[str, Any]) -> Finding:
-    policy = str(info.get("maxmemory_policy", "unknown"))
-    if policy == "noeviction":
-        return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never throws a task away")
-    advice = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
-    return Finding(Mark.BROKEN, "Redis memory", f"maxmemory-policy {policy}: when memory is full it throws tasks away; {advice}")
-
-
-def _persistence(info: dict[str, Any], fsync: str | None) -> Finding:
-    if not info.get("aof_enabled"):
-        return Finding(
-            Mark.NOTE, "Redis disk", "no append-only file: a crash loses every task since its last dump; CONFIG SET appendonly yes"
-        )
-    if info.get("aof_last_write_status", "ok") != "ok":
-        return Finding(Mark.BROKEN, "Redis disk", "its append-only file cannot be written: make room on its disk")
-    if fsync is None:
-        return Finding(Mark.GOOD, "Redis disk", "append-only file on; the server does not show appendfsync")
-    mark = Mark.NOTE if fsync == "no" else Mark.GOOD
-    return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_KEPT.get(fsync, 'unknown')}")
+        return [
+            Finding(
+                Mark.GOOD,
+                "Redis",
+                f"{variable('redis_url')} is not set: `movieq up` brings its own Valkey; `movieq api` and `worker` need one",
+            )
+        ]
+    return await checks.server(read, "doctor")
 
 
 async def _cms(read: Settings) -> list[Finding]:

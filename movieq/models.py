@@ -125,7 +125,9 @@ def load(path: str = "") -> dict[str, Model]:
 
 def _read(name: str, file: Path) -> dict[str, Model]:
     try:
-        return _checked(name, tomllib.loads(file.read_text()))
+        return _checked(name, tomllib.loads(file.read_text("utf-8")))
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name} is not text in UTF-8: save it as UTF-8") from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{name}: {error}") from None
 

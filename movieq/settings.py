@@ -6,25 +6,37 @@ defaults and sentences; a test compares the three.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import io
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Final
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Final
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import msgspec
 from dotenv import dotenv_values
+from dotenv.parser import Binding, parse_stream
 from msgspec import Meta
 
 from movieq.contracts import PREFIX_PATTERN, PROJECT_PATTERN, Kind
 from movieq.errors import SettingsError
 
 PREFIX: Final = "MOVIEQ_"
+MIN_SECRET: Final = 16
+"""Characters of a signing secret, at least: a shorter one can be guessed from a single url."""
 _SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_NEAR: Final = 0.85
+"""How alike a name must be to a setting to be taken for a slip of the pen though it does not begin with MOVIEQ."""
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_OF_REDIS: Final = {"db", "client_name"}
+_OF_TLS: Final = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
+"""What may stand in the query of a Redis url. The rest of what redis-py takes there would change what its answers look like."""
 
 
 class EngineChoice(StrEnum):
@@ -70,6 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="Begins every key and channel in Redis; two installations on one server need two",
         ),
     ] = "movieq"
+    allow_eviction: Annotated[
+        bool, Meta(description="Whether to start on a Redis that throws keys away when its memory is full, and tasks with them")
+    ] = False
     public_url: Annotated[
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
     ] = ""
@@ -94,12 +109,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     devices: Annotated[str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1")] = "auto"
     cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
     drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
-    step_timeout_s: Annotated[float, Meta(ge=1, description="An engine that shows no progress for so long is killed, seconds")] = 600.0
-    max_queued_per_project: Annotated[int, Meta(ge=0, description="Waiting tasks a project may have; 0: no limit")] = 10_000
-    max_queued: Annotated[int, Meta(ge=0, description="Waiting tasks of all projects together; 0: no limit")] = 0
+    step_timeout_s: Annotated[
+        float, Meta(ge=1, le=604_800, description="An engine that shows no progress for so long is killed, seconds")
+    ] = 600.0
+    max_queued_per_project: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Waiting tasks a project may have; 0: no limit")] = (
+        10_000
+    )
+    max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Waiting tasks of all projects together; 0: no limit")] = 0
     project_weights: Annotated[str, Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = ""
-    keep_tasks_days: Annotated[float, Meta(ge=0, description="Days that an ended task is kept; 0: for ever")] = 30.0
-    keep_media_days: Annotated[float, Meta(ge=0, description="Days that the files of a result are kept; 0: for ever")] = 0.0
+    keep_tasks_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that an ended task is kept; 0: for ever")] = 30.0
+    keep_media_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that the files of a result are kept; 0: for ever")] = 0.0
     file_tags: Annotated[bool, Meta(description="Whether files say in their tags by which prompt, seed and model they were made")] = True
     c2pa_certificate: Annotated[
         str, Meta(description="Signs results (C2PA): file with the certificate and those above it, PEM, its own first; unset: unsigned")
@@ -133,14 +152,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def bucket(self) -> Bucket | None:
         """The bucket of `storage`; None where that is a folder. Raises SettingsError."""
         if not self.storage.startswith("s3://"):
+            if re.match(r"[A-Za-z0-9+.-]+://|s3:", self.storage):
+                raise SettingsError(f"{PREFIX}STORAGE: {self.storage[:200]!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
             return None
         name, _, prefix = self.storage.removeprefix("s3://").rstrip("/").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) or not re.fullmatch(rf"({_SEGMENT}(/{_SEGMENT})*)?", prefix):
             raise SettingsError(f"{PREFIX}STORAGE: {self.storage!r} is no s3://BUCKET or s3://BUCKET/PREFIX of A-Z a-z 0-9 . _ -")
         for field in ("r2_endpoint", "r2_public_url"):
-            url = urlsplit(getattr(self, field))
-            if url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query):
-                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, got {url.scheme!r} ...")
+            split = _split(getattr(self, field))
+            url = split and split[0]
+            if url is None or (url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query)):
+                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a query or a user")
         missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if not getattr(self, f)]
         if missing:
             raise SettingsError(f"{PREFIX}STORAGE: {self.storage} needs {', '.join(missing)} too")
@@ -154,8 +176,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def signing_secrets(self) -> tuple[bytes, ...]:
-        """The secrets of `signing_secret`: the first signs, each verifies."""
-        return tuple(part.encode() for part in _parts(self.signing_secret))
+        """The secrets of `signing_secret`: the first signs, each verifies. Raises SettingsError, which never shows one."""
+        secrets = _parts(self.signing_secret)
+        for position, secret in enumerate(secrets, 1):
+            if len(secret) < MIN_SECRET:
+                raise SettingsError(
+                    f"{PREFIX}SIGNING_SECRET: secret {position} of {len(secrets)} is shorter than {MIN_SECRET} characters; "
+                    "make one with: openssl rand -base64 32"
+                )
+        return tuple(secret.encode() for secret in secrets)
 
     def kinds(self) -> tuple[Kind, ...]:
         """The queues of `queues`. Raises SettingsError."""
@@ -175,8 +204,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     def origins(self) -> list[str]:
-        """The origins of `cors_origins`."""
-        return _parts(self.cors_origins)
+        """The origins of `cors_origins`. Raises SettingsError for one that no browser sends."""
+        origins = _parts(self.cors_origins)
+        for origin in origins:
+            if origin != "*" and (sent := _as_sent(origin)) != origin:
+                example = sent or "https://app.example"
+                raise SettingsError(
+                    f"{PREFIX}CORS_ORIGINS: {origin!r} is not what a browser sends as Origin: scheme, host and a port that is not the "
+                    f"scheme's own, without a path or a slash at the end: write {example}, or * for all"
+                )
+        return origins
 
     def own_origins(self) -> tuple[str, ...]:
         """Addresses of the installation's own servers, which may be called wherever they are."""
@@ -243,23 +280,186 @@ def variable(field: str) -> str:
 
 
 def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> Settings:
-    """The settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming the setting."""
-    found = {**{key: value for key, value in dotenv_values(env_file).items() if value is not None}, **environ}
-    fields = Settings.__struct_fields__
-    values = {field: found[variable(field)].strip() for field in fields if found.get(variable(field), "").strip()}
-    try:
-        settings = msgspec.convert(values, Settings, strict=False)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$.")
-        raise SettingsError(f"{variable(path.removesuffix('`'))}: {message}") from None
-    settings.private_networks(), settings.kinds(), settings.keys(), settings.weights(), settings.bucket()
+    """The settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming all that are wrong."""
+    found = {**_read(env_file), **environ}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in msgspec.structs.fields(Settings):
+        text = found.get(variable(field.name), "").strip()
+        try:
+            text.encode()
+            if text:
+                values[field.name] = _converted(text, field.type)
+        except UnicodeEncodeError:
+            problems.append(f"{variable(field.name)}: its value is not UTF-8: set it in a locale of UTF-8")
+        except ValueError:
+            problems.append(f"{variable(field.name)}: {_allowed(field.type)} is allowed, got {text[:40]!r}")
+    settings = Settings(**values)
+    checks: list[Callable[[], object]] = [settings.private_networks, settings.kinds, settings.keys, settings.weights, settings.bucket]
+    checks += [settings.signing_secrets, settings.origins, lambda: _check_public_url(settings.public_url)]
+    checks += [lambda: _check_redis_url(settings.redis_url)]
+    for check in checks:
+        try:
+            check()
+        except SettingsError as error:
+            problems.append(error.message)
+    if problems:
+        raise SettingsError("; ".join(problems))
     return settings
 
 
-def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Variables that look like settings and are none: a slip of the pen, or a setting of another version."""
-    known = {variable(field) for field in Settings.__struct_fields__}
-    return sorted(key for key in environ if key.startswith(PREFIX) and key not in known)
+def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> dict[str, str]:
+    """What looks like a setting and is none, with a sentence each: a slip of the pen, or a setting of another version.
+
+    Of `.env` also lines that say nothing, by their number: they may hold a secret. Raises SettingsError where that cannot be read.
+    """
+    known = [variable(field) for field in Settings.__struct_fields__]
+    found = {name: said for name in sorted(environ) if (said := _not_a_setting(name, known, ""))}
+    for binding in _bindings(env_file):
+        if binding.error:
+            line = f"line {binding.original.line}"
+            found[line] = f"{line} of {env_file} cannot be read: write NAME=value, and close every quote"
+        elif binding.key is not None and (said := _not_a_setting(binding.key, known, f" (in {env_file})")):
+            found[binding.key] = said
+        elif binding.key in known and binding.value is None:
+            found[binding.key] = f"{binding.key} (in {env_file}) has no value: write {binding.key}=value"
+    return found
+
+
+def _not_a_setting(name: str, known: list[str], where: str) -> str | None:
+    """The sentence of a name that is no setting; None for one that is, or that is of something else."""
+    if name in known:
+        return None
+    near = difflib.get_close_matches(name.upper(), known, 1, 0.6 if name.upper().startswith("MOVIEQ") else _NEAR)
+    if not near and not name.upper().startswith(PREFIX):
+        return None
+    return f"{name}{where} is not a setting{f'; do you mean {near[0]}?' if near else ''}"
+
+
+def _read(env_file: Path) -> dict[str, str]:
+    """The variables of a `.env`. Raises SettingsError where it is no text."""
+    lines = "".join(binding.original.string for binding in _bindings(env_file) if not binding.error)
+    return {name: value for name, value in dotenv_values(stream=io.StringIO(lines)).items() if value is not None}
+
+
+def _bindings(env_file: Path) -> list[Binding]:
+    if env_file.is_dir() or not (env_file.exists() or env_file.is_symlink()):  # a folder .env is a virtual environment
+        return []
+    try:
+        text = env_file.read_text("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{env_file} cannot be read: {error.strerror}; give this user the right to read it, or remove it") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16, or a binary
+        raise SettingsError(f"{env_file} is not text in UTF-8: save it as UTF-8 (Notepad calls UTF-16 Unicode), or remove it")
+    return list(parse_stream(io.StringIO(text)))
+
+
+def _converted(text: str, kind: Any) -> Any:
+    """The value of a setting that is given as text. Raises ValueError."""
+    value = msgspec.convert(text, kind, strict=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _allowed(kind: Any) -> str:
+    """What a setting of this type takes, in words."""
+    info = msgspec.inspect.type_info(kind)
+    while isinstance(info, msgspec.inspect.Metadata):
+        info = info.type
+    match info:
+        case msgspec.inspect.IntType():
+            return f"a whole number of {info.ge} to {info.le}"
+        case msgspec.inspect.FloatType():
+            return f"a number of {info.ge} to {info.le}"
+        case msgspec.inspect.EnumType():
+            return f"one of {', '.join(info.cls)}"
+    return "true or false"
+
+
+# ── Addresses ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _split(url: str) -> tuple[SplitResult, int | None] | None:
+    """The parts of an address, and its port; None where it has none that can be told apart."""
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port
+    except ValueError:
+        return None
+
+
+def _as_sent(origin: str) -> str | None:
+    """The origin that a browser sends for a page of this address (RFC 6454); None where there is none."""
+    split = _split(origin if "://" in origin else f"https://{origin}")
+    if split is None or not split[0].hostname:
+        return None
+    parts, port = split
+    try:
+        host = str(parts.hostname).encode("idna").decode() if not str(parts.hostname).isascii() else str(parts.hostname)
+    except UnicodeError:
+        return None
+    if not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host) or origin == "null":
+        return None
+    shown = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{shown}" + (f":{port}" if port and port != _DEFAULT_PORTS.get(parts.scheme) else "")
+
+
+def _check_public_url(url: str) -> None:
+    split = _split(url)
+    if url and (split is None or split[0].scheme not in ("http", "https") or not split[0].hostname or re.search(r"[?#@\s]", url)):
+        raise SettingsError(f"{PREFIX}PUBLIC_URL: {url[:200]!r} is no address such as https://movieq.example, where clients reach the API")
+
+
+def _check_redis_url(url: str) -> None:
+    """Raises SettingsError, which shows no password, for what redis-py would misread in silence or stumble over later."""
+    problem = _redis_url_problem(url) if url else None
+    if problem:
+        raise SettingsError(f"{PREFIX}REDIS_URL: {problem}; it takes redis://USER:PASSWORD@HOST:6379/0, rediss:// for TLS, or unix:///path")
+
+
+def _redis_url_problem(url: str) -> str | None:
+    scheme, slashes, rest = url.partition("://")
+    if not slashes or scheme not in ("redis", "rediss", "unix"):
+        return "it begins with redis://, rediss:// or unix://"
+    if "@" in re.split("[/?#]", rest, maxsplit=1)[-1] or rest.rpartition("@")[0].count("[") or rest.rpartition("@")[0].count("]"):
+        return "in a user or a password / is written as %2F, ? as %3F, # as %23, [ as %5B, ] as %5D and @ as %40"
+    split = _split(url)
+    if split is None or (split[0].netloc.endswith(":") and scheme != "unix") or split[1] == 0:
+        return "its port is a number of 1 to 65535"
+    parts, _ = split
+    if "#" in url:
+        return "nothing may follow a #"
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    query = dict(pairs)
+    taken = _OF_REDIS | (_OF_TLS if scheme == "rediss" else set())
+    for name, value in pairs:
+        if name not in taken:
+            return f"{name[:40]!r} in its query is for rediss:// only" if name in _OF_TLS else f"{name[:40]!r} is not read in its query"
+        if not value or len(query) < len(pairs):
+            return f"{name} stands in its query once, as {name}=VALUE"
+    if query.get("ssl_cert_reqs", "none") not in ("none", "optional", "required"):
+        return "ssl_cert_reqs is none, optional or required"
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        if name in query and not os.access(query[name], os.R_OK):
+            return f"the file of {name}, {query[name]}, is not there, or this user may not read it"
+    number = query.get("db", "")
+    if scheme == "unix":
+        if parts.hostname or not parts.path.strip("/"):
+            return "the path of a socket begins with a slash, unix:///run/valkey.sock: three slashes"
+    elif not parts.hostname:
+        return "it names no host"
+    elif "," in parts.netloc:
+        return "it names one host: movieq needs one server, not a cluster"
+    elif parts.path.strip("/"):
+        if number:
+            return "the database stands both in its path and in its query"
+        number = parts.path.removeprefix("/")
+    if number and not re.fullmatch("[0-9]{1,5}", number):
+        return f"{number[:40]!r} is no database: Redis knows them by number, 0 to 15 unless it is told otherwise"
+    return None
 
 
 def _parts(text: str) -> list[str]:

@@ -3,35 +3,17 @@
 A signature binds a purpose ("media", "events"), a subject (a key, a task id) and an expiry, so that none of the three can be exchanged. It
 says nothing about who asks, and cannot be taken back before it expires; a new secret ends all of them at once, unless the old one still
 stands behind it.
-
-Where the settings name no secret, the one in Redis counts, for every process: it is asked for again each second, since a Redis that was
-emptied or begun anew has another.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
 
-from redis.exceptions import RedisError
-
-from movieq import logs
 from movieq.errors import Forbidden
-
-if TYPE_CHECKING:
-    from movieq.settings import Settings
-    from movieq.store import Store
-
-REFRESH_S: Final = 1.0
-
-log = logs.get()
 
 _SECOND = re.compile(r"0|[1-9][0-9]{0,11}")
 
@@ -62,26 +44,3 @@ def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, s
         raise Forbidden("the signature does not fit this address: take the address as it was given, unchanged")
     if now_s > int(expires):
         raise Forbidden("this address has expired: ask for the task or the project again to get a fresh one")
-
-
-@asynccontextmanager
-async def current(settings: Settings, store: Store) -> AsyncIterator[Sequence[bytes]]:
-    """The secrets of this installation, for the length of a block: the first signs, each verifies. Raises RedisError."""
-    if given := settings.signing_secrets():
-        yield given
-        return
-    kept = [await store.signing_secret()]
-    following = asyncio.create_task(_follow(kept, store))
-    try:
-        yield kept
-    finally:
-        following.cancel()
-
-
-async def _follow(kept: list[bytes], store: Store) -> None:
-    while True:
-        await asyncio.sleep(REFRESH_S)
-        with contextlib.suppress(RedisError, OSError, TimeoutError):  # who needs Redis says that it is away
-            if (secret := await store.signing_secret()) != kept[0]:
-                log.warning("signing_secret_changed", hint="Redis holds another secret: addresses that the old one signed are refused")
-                kept[:] = [secret]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from movieq import credentials, logs, serving
+from movieq import checks, credentials, logs, serving
 from movieq.contracts import Kind
 from movieq.embedded import Valkey, leashed
 from movieq.errors import SettingsError
@@ -35,6 +35,7 @@ log = logs.get()
 
 async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: bool) -> None:
     """Runs until SIGINT or SIGTERM; then nothing that it started is left. Raises SettingsError before anything is started."""
+    await checks.start(settings, "up", works=worker)
     if worker:
         credentials.load(settings)  # its worker would end for want of a certificate, again and again
     stop = asyncio.Event()

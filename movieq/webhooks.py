@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import re
 import time
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
 
@@ -105,7 +106,8 @@ def retry_after_s(value: str, now_s: float) -> float | None:
         wait_s = float(value)
     else:
         try:
-            wait_s = parsedate_to_datetime(value).timestamp() - now_s
+            date = parsedate_to_datetime(value)
+            wait_s = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s  # asctime's form names no zone: it is UTC
         except (ValueError, TypeError, IndexError, OverflowError):  # each of them is raised for some text
             return None
     return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)

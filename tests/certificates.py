@@ -1,7 +1,8 @@
-"""Chains of certificates to sign with, made on the spot: what an authority of C2PA would issue, but for its name."""
+"""Chains of certificates, made on the spot: to sign with, as an authority of C2PA would issue them but for its name, and for TLS."""
 
 from __future__ import annotations
 
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +57,25 @@ def chain(folder: Path, *, kind: str = "es256", days: float = 90, signs: bool = 
     return Chain(folder / "chain.pem", folder / "key.pem", _pem(root).decode())
 
 
-def _certificate(subject: str, issuer: str, key: Any, issuer_key: Any, days: float, usage: str) -> x509.Certificate:
+def tls(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """The certificate of an authority, and the TLS of a server of this name that it has signed for."""
+    root_key, key = new_key("es256"), new_key("es256")
+    root = _certificate("A root of the tests", "A root of the tests", root_key, root_key, 30, "key_cert_sign", name)
+    (folder / "ca.pem").write_bytes(_pem(root))
+    (folder / "server.pem").write_bytes(
+        _pem(_certificate(name, "A root of the tests", key, root_key, 30, "digital_signature", name))
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    return folder / "ca.pem", context
+
+
+def _certificate(
+    subject: str, issuer: str, key: Any, issuer_key: Any, days: float, usage: str, host: str | None = None
+) -> x509.Certificate:
     begin = datetime.now(UTC) - timedelta(days=1)
+    purpose = ExtendedKeyUsageOID.EMAIL_PROTECTION if host is None else ExtendedKeyUsageOID.SERVER_AUTH
     return (
         x509.CertificateBuilder()
         .subject_name(_name(subject))
@@ -68,7 +86,8 @@ def _certificate(subject: str, issuer: str, key: Any, issuer_key: Any, days: flo
         .not_valid_after(begin + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=key is issuer_key, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**{each: each == usage for each in _USAGES}), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host or "unnamed.example")]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
         .sign(issuer_key, hashes.SHA256())

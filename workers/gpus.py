@@ -1,4 +1,4 @@
-"""The GPUs of this machine, by NVIDIA's own library (NVML): how many there are, and how they are. It starts no CUDA."""
+"""How the GPUs of this machine are, by NVIDIA's own library (NVML). It starts no CUDA. Which there are: `movieq.checks.devices`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from movieq import logs
-from movieq.errors import SettingsError
+from movieq.checks import nvml
 
 log = logs.get()
 
@@ -23,32 +23,6 @@ class Reading(msgspec.Struct, frozen=True):
     """Degrees Celsius."""
     power: float | None
     """Watts."""
-
-
-def nvml() -> Any | None:
-    """NVIDIA's library, ready for questions; None on a machine without a GPU of theirs."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # not installed, no driver, a driver of another version: no GPU that could be used
-        log.debug("no_gpu", problem=f"{type(error).__name__}: {error}")
-        return None
-    return pynvml
-
-
-def devices(setting: str) -> list[str]:
-    """ "cuda:0", ... of MOVIEQ_DEVICES: all that there are for `auto`, none for `cpu`. Raises SettingsError for one that is not there."""
-    library = None if setting == "cpu" else nvml()
-    count = 0 if library is None else int(library.nvmlDeviceGetCount())
-    there = [f"cuda:{number}" for number in range(count)]
-    if setting in ("auto", "cpu"):
-        return there
-    named = [part.strip() for part in setting.split(",") if part.strip()]
-    if missing := [name for name in named if name not in there]:
-        have = ", ".join(there) or "no GPU that NVIDIA's driver knows"
-        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} is not there; this machine has {have} (auto, cpu, or a list of cuda:N)")
-    return named
 
 
 def read(device: str) -> Reading | None:

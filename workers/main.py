@@ -29,7 +29,7 @@ from arq import func
 from arq.worker import Worker as ArqWorker
 
 import movieq
-from movieq import credentials, logs, models, payload, signing, webhooks
+from movieq import assembly, checks, credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import Kind, RunToken, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
 from movieq.errors import RunLost, SettingsError
@@ -547,7 +547,7 @@ async def serve(settings: Settings) -> None:
         async with (
             Fetcher(guard) as fetcher,
             guard.session() as session,
-            signing.current(settings, store) as signing_secrets,
+            assembly.signing_secrets(settings, store) as signing_secrets,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
@@ -628,7 +628,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _children(settings: Settings) -> list[Child]:
     """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
-    devices = gpus.devices(settings.devices)
+    devices = checks.devices(settings.devices)
     on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.kinds() or list(Kind) if kind is not Kind.CPU_INTENSIVE)
     on_cpu = settings.kinds() or (Kind.CPU_INTENSIVE,)
     if devices:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from movieq import logs, models, signing
+from movieq import assembly, logs, models
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.auth import Keys
 from movieq.api.events import ProjectEvents, TaskEvents
@@ -103,7 +103,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
     store = Store(redis, settings.key_prefix)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
-        secrets = await stack.enter_async_context(signing.current(settings, store))
+        secrets = await stack.enter_async_context(assembly.signing_secrets(settings, store))
         subscriber = Subscriber(settings.redis_url, store.keys["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
         readiness = health.Readiness(store, storage)

@@ -397,14 +397,14 @@ async def test_a_signing_secret_is_rotated_without_an_address_losing_its_worth(s
             ]
 
     found: list[int] = []
-    old = await urls("the old secret")
-    new = await urls("the new secret, the old secret", *old)
+    old = await urls("an old secret of ours")
+    new = await urls("a new secret of ours, an old secret of ours", *old)
     assert found == [200, 200, 404]  # the file was never there
     found.clear()
-    await urls("the new secret", *new)
+    await urls("a new secret of ours", *new)
     assert found == [200, 200, 404]
     found.clear()
-    await urls("the new secret", *old)
+    await urls("a new secret of ours", *old)
     assert found == [403, 403, 403]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from movieq.checks import devices
 from movieq.errors import SettingsError
 from workers import gpus
 
@@ -58,21 +59,21 @@ def test_a_reading_has_every_figure_that_the_card_tells() -> None:
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize(("setting", "found"), [("auto", ["cuda:0", "cuda:1"]), ("cpu", []), ("cuda:1", ["cuda:1"])])
 def test_a_worker_uses_all_gpus_or_those_that_are_named(setting: str, found: list[str]) -> None:
-    assert gpus.devices(setting) == found
+    assert devices(setting) == found
 
 
 @pytest.mark.usefixtures("two")
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(SettingsError, match="'cuda:2' is not there; this machine has cuda:0, cuda:1"):
-        gpus.devices("cuda:0,cuda:2")
+        devices("cuda:0,cuda:2")
 
 
 def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpus.devices("auto") == []
+    assert devices("auto") == []
     assert gpus.read("cuda:0") is None
     with pytest.raises(SettingsError, match="no GPU that NVIDIA's driver knows"):
-        gpus.devices("cuda:0")
+        devices("cuda:0")
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 from PIL import Image
 
+from movieq.checks import Finding
 from movieq.contracts import TaskId
-from movieq.doctor import Finding, examine
+from movieq.doctor import examine
 from movieq.settings import Bucket, load
 from tests.fleet import Fleet, Process, eventually
 from tests.r2 import R2, put, r2

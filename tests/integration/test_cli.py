@@ -256,8 +256,8 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
     (folder / "models.toml").write_text("[lamp]\nengine = 'candle'\n")
     code, out, _ = await movieq(
         "doctor", folder=folder, MOVIEQ_REDIS_URL="redis://127.0.0.1:1/0", MOVIEQ_STORAGE=str(folder / "file" / "media"),
-        MOVIEQ_MODELS="models.toml", MOVIEQ_WEBHOOK_SECRET="secret", MOVIEQ_PUBLIC_URL="127.0.0.1",
-        MOVIEQ_C2PA_REQUIRED="true",
+        MOVIEQ_MODELS="models.toml", MOVIEQ_WEBHOOK_SECRET="secret", MOVIEQ_DEVICES="cuda:9",
+        MOVIEQ_SPOOL=str(folder / "file" / "spool"), MOVIEQ_C2PA_REQUIRED="true",
     )  # fmt: skip
     assert code == 1
     assert {subject for subject, mark in marked(out).items() if mark == "✗"} == {
@@ -266,7 +266,8 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
         "models",
         "webhooks",
         "signatures",
-        "API",
+        "devices",
+        "spool",
     }, out
 
 

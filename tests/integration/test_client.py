@@ -55,7 +55,7 @@ class Api:
             **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
             "MOVIEQ_REDIS_URL": redis_url,
             "MOVIEQ_API_KEYS": KEY,
-            "MOVIEQ_SIGNING_SECRET": "of-the-tests",
+            "MOVIEQ_SIGNING_SECRET": "a-secret-of-the-tests",
             "MOVIEQ_STORAGE": str(folder / "media"),
             "MOVIEQ_LOG_LEVEL": "error",
             **settings,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from movieq.doctor import Finding, Mark, examine
+from movieq.checks import Finding, Mark
+from movieq.doctor import examine
 from movieq.settings import PayloadMode, Settings
 from tests.payload.server import PayloadServer, payload_server
 from tests.service import serving

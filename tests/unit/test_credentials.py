@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from movieq import __version__, credentials, doctor, settings
+from movieq.checks import Mark
 from movieq.contracts import Kind, ProjectId, Task, TaskId, TaskStatus
 from movieq.credentials import Claim, Credentials
-from movieq.doctor import Mark
 from movieq.errors import SettingsError, Unsigned
 from movieq.params import TaskType
 from tests.certificates import HOLDER, Chain, chain

@@ -109,7 +109,7 @@ def test_what_they_set_are_settings() -> None:
     for path in [*DOCKERFILES, COMPOSE, *UNITS]:
         named = set(re.findall(r"\bMOVIEQ_[A-Z_]+", path.read_text()))
         assert named or path.name == "movieq-api.service"
-        assert settings.unknown(dict.fromkeys(named, "")) == [], path.name
+        assert settings.unknown(dict.fromkeys(named, ""), ROOT / "none") == {}, path.name
 
 
 def test_nothing_runs_as_root_or_without_a_health_check_and_the_queue_forgets_nothing() -> None:

@@ -11,7 +11,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from email.utils import formatdate
 
 import aiohttp
@@ -310,3 +310,37 @@ def test_retry_after_is_seconds_or_a_date_of_at_most_a_day(value: str, wait_s: f
 def test_no_retry_after_is_an_exception(value: str) -> None:
     wait_s = retry_after_s(value, 0.0)
     assert wait_s is None or 0 <= wait_s <= 86400
+
+
+@pytest.fixture(params=["UTC", "America/New_York", "Asia/Kolkata", "Pacific/Kiritimati", "<-11>11"])
+def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine in each of these time zones."""
+    with monkeypatch.context() as context:
+        context.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("zone")
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Sun, 06 Nov 1994 08:49:37 GMT",  # IMF-fixdate
+        "Sunday, 06-Nov-94 08:49:37 GMT",  # RFC 850
+        "Sun Nov  6 08:49:37 1994",  # asctime
+        "Sun, 06 Nov 1994 08:49:37 -0000",
+        "Sun, 06 Nov 1994 08:49:37 UTC",
+        "Sun, 06 Nov 1994 08:49:37",
+        "Sun, 06 Nov 1994 09:49:37 +0100",
+    ],
+)
+def test_a_date_to_retry_after_is_in_utc_whatever_the_zone_of_the_machine(date: str) -> None:
+    assert retry_after_s(date, 784111777 - 90) == 90
+
+
+@pytest.mark.parametrize(
+    "value", ["Sun, 06 Nov 1994", "Sun, 99 Nov 1994 08:49:37 GMT", "tomorrow", "-5", "1.5", "", "Sun Nov  6 08:49:37 99999"]
+)
+def test_what_is_neither_seconds_nor_a_date_is_no_time_to_retry_after(value: str) -> None:
+    assert retry_after_s(value, 784111777) is None

@@ -1,0 +1,605 @@
+"""What is checked before work begins, by `movieq api`, `worker` and `up` at their start and by `movieq doctor`: in the same sentences.
+
+A `Finding` says what is so and what to do. What would lose tasks, or could never work, refuses the start; what may pass by itself (a full
+memory, a replica) is logged, and the start goes on. Left out: what only doctor looks at (the CMS, the bucket, the API).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, cast
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from arq.connections import ArqRedis
+from arq.constants import in_progress_key_prefix, job_key_prefix, result_key_prefix, retry_key_prefix
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    InvalidResponse,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+
+from movieq import logs, settings
+from movieq.contracts import CHANNELS, keys
+from movieq.errors import SettingsError
+from movieq.settings import Settings, variable
+from movieq.store import connect, is_fault
+
+CHECK_S: Final = 10.0
+REDIS_S: Final = 10.0
+"""How long a starting process waits for Redis."""
+AGAIN_S: Final = 0.2
+ANSWER_S: Final = 3.0
+LOW_BYTES: Final = 2 * 1024**3
+FULL_BYTES: Final = 100 * 1024**2
+SKEW_S: Final = 2.0
+KEPT_MS: Final = 10_000
+"""How long a key of a check is kept."""
+LEAST_REDIS: Final = (7, 0)
+"""The first that knows scripts with flags (`#!lua`)."""
+NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+
+_FSYNC: Final = {
+    "always": "an answered request is on disk",
+    "everysec": "a crash of its machine can lose the last second",
+    "no": "a crash of its machine can lose half a minute",
+}
+"""appendfsync: what it keeps."""
+
+_WRITE: Final = "#!lua\nreturn redis.call('SET', ARGV[1], 'check', 'PX', ARGV[2])"
+"""As movieq's own scripts write: without KEYS, and refused when memory is full."""
+
+COMMANDS: Final = """
+    ping, time, eval x 0, evalsha 0 0, exists KEY, del KEY:gone, get KEY, set KEY:gone x xx, setex KEY:gone 0 x, psetex KEY:gone 0 x,
+    incr KEY, incrby KEY 1, expire KEY:gone 1, pexpire KEY:gone 1, persist KEY:gone,
+    hget KEY:gone x, hgetall KEY:gone, hmget KEY:gone x, hexists KEY:gone x, hset KEY x x, hsetnx KEY x x, hdel KEY:gone x,
+    hincrby KEY:gone x x, hincrbyfloat KEY:gone x x,
+    lpush KEY x, rpush KEY x, lrange KEY:gone 0 0, ltrim KEY:gone 0 0, sadd KEY x, srem KEY:gone x, spop KEY:gone, smembers KEY:gone,
+    sismember KEY:gone x, unlink KEY:gone,
+    zadd KEY:gone xx 0 x, zincrby KEY:gone x x, zrem KEY:gone x, zremrangebyscore KEY:gone 0 0, zcard KEY:gone, zcount KEY:gone 0 0,
+    zscore KEY:gone x, zmscore KEY:gone x, zrank KEY:gone x, zrange KEY:gone 0 0, zrevrange KEY:gone 0 0, zrangebyscore KEY:gone 0 0,
+    zinter 1 KEY:gone, xadd KEY:gone nomkstream * x x, xrange KEY:gone - +, xinfo|stream KEY:gone, pubsub|numsub x,
+    publish CHANNEL x, watch KEY, unwatch, multi, exec, subscribe CHANNEL, unsubscribe CHANNEL
+"""
+"""Every command that movieq and arq use, each in a form that changes nothing: KEY holds a string, KEY:gone is not there."""
+
+log = logs.get()
+
+
+class Mark(StrEnum):
+    """Good; worth knowing; broken."""
+
+    GOOD = "✓"
+    NOTE = "!"
+    BROKEN = "✗"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a check found. `text` says what is so and, unless it is good, what to do. `refuses`: nothing may start before it is mended."""
+
+    mark: Mark
+    subject: str
+    text: str
+    refuses: bool = False
+
+
+class Started(msgspec.Struct, frozen=True):
+    """What the last process of a sort had for settings when it started: salted hashes by name, of each part in its order."""
+
+    host: str
+    at_ms: int
+    settings: dict[str, list[str]]
+
+
+async def start(read: Settings, process: str, *, works: bool) -> None:
+    """What `process` ("api", "worker" or "up") needs is as it should be, or was logged. Raises SettingsError where it must not start.
+
+    `works`: whether it is a worker, or starts one.
+    """
+    found = [gpus(read), await asyncio.to_thread(spool, read)] if works else []
+    if read.bucket() is None and process != "up":  # a storage that is away is waited for
+        found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read), refuses=False))
+    if read.redis_url or process != "up":
+        await reached(read)
+        found += await server(read, process)
+    if refused := [f"{finding.subject}: {finding.text}" for finding in found if finding.refuses]:
+        raise SettingsError("; ".join(refused))
+    for finding in found:
+        if finding.mark is not Mark.GOOD and process != "up":  # its api and its worker say the same
+            (log.error if finding.mark is Mark.BROKEN else log.warning)("check", subject=finding.subject, problem=finding.text)
+
+
+# ── This machine ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def unknown() -> list[Finding]:
+    """The names in the environment and in `.env` that look like settings and are none. Raises SettingsError where `.env` cannot be read."""
+    return [Finding(Mark.NOTE, "settings", text) for text in settings.unknown().values()]
+
+
+def nvml() -> Any | None:
+    """NVIDIA's library, ready for questions; None on a machine without a GPU of theirs."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:  # not installed, no driver, a driver of another version: no GPU that could be used
+        log.debug("no_gpu", problem=f"{type(error).__name__}: {error}")
+        return None
+    return pynvml
+
+
+def devices(setting: str) -> list[str]:
+    """ "cuda:0", ... of MOVIEQ_DEVICES: all that there are for `auto`, none for `cpu`. Raises SettingsError for one that is not there."""
+    library = None if setting == "cpu" else nvml()
+    count = 0 if library is None else int(library.nvmlDeviceGetCount())
+    there = [f"cuda:{number}" for number in range(count)]
+    if setting in ("auto", "cpu"):
+        return there
+    named = [part.strip() for part in setting.split(",")]
+    takes = "(auto, cpu, or a list of cuda:N)"
+    if missing := [name for name in named if name not in there]:
+        have = ", ".join(there) or "no GPU that NVIDIA's driver knows"
+        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} is not there; this machine has {have} {takes}")
+    if len(set(named)) < len(named):
+        raise SettingsError(f"MOVIEQ_DEVICES: {setting!r} names a GPU twice {takes}")
+    return named
+
+
+def gpus(read: Settings) -> Finding:
+    """Whether the GPUs of MOVIEQ_DEVICES are there."""
+    try:
+        found = devices(read.devices)
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "devices", error.message, refuses=True)
+    return Finding(Mark.GOOD, "devices", f"a worker here uses {', '.join(found) or 'the CPU'}")
+
+
+def spool(read: Settings) -> Finding:
+    """Whether a worker can work in its folder."""
+    return folder(Path(read.spool) if read.spool else Path(tempfile.gettempdir()), "spool", variable("spool"))
+
+
+def storage(read: Settings) -> Finding:
+    """Whether results can be stored in a folder."""
+    return folder(Path(read.storage), "storage", variable("storage"))
+
+
+def folder(path: Path, subject: str, name: str) -> Finding:
+    """Whether files can be written, or the folder made; and whether there is room."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    advice = f"choose another with {name}, or give this user the right to write there"
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".movieq-doctor-") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # somebody may make room while it runs
+        cure = f"make room, or {advice.partition(',')[0]}" if full else advice
+        return Finding(Mark.BROKEN, subject, f"{there} cannot be written: {error.strerror}; {cure}", refuses=not full)
+    free = shutil.disk_usage(there).free
+    made = "can be written" if there == path.absolute() else "is made when it is needed"
+    text = f"{path} {made}, {free / 1024**3:,.1f} GiB free"
+    if free < FULL_BYTES:
+        return Finding(Mark.BROKEN, subject, f"{text}: too little for a clip; make room, or {advice.partition(',')[0]}")
+    if free < LOW_BYTES:
+        return Finding(Mark.NOTE, subject, f"{text}: soon full; make room, or {advice.partition(',')[0]}")
+    return Finding(Mark.GOOD, subject, text)
+
+
+# ── Whether Redis answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
+    """Redis answers. Waits for one that is still starting; raises SettingsError, with the cure, where waiting does not help."""
+    if not read.redis_url:
+        raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
+    end_s = time.monotonic() + patience_s
+    while True:
+        client = _client(read)
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await client.ping()
+            return
+        except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, ResponseError) and not is_fault(error):
+                return  # it is in a state that passes: what it can do just now, `server` says
+            lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in _causes(error))
+            if lasts or time.monotonic() > end_s:
+                raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
+        finally:
+            await client.aclose()
+            await client.connection_pool.disconnect()
+        await asyncio.sleep(AGAIN_S)
+
+
+def _client(read: Settings) -> ArqRedis:
+    """A client that gives up at once where it is refused, but waits for a server that is slow: a handshake of TLS over a long way, say."""
+    client = connect(read.redis_url, patient=False)
+    client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
+    return client
+
+
+async def trouble(error: Exception, url: str) -> str:
+    """Why the server of the url does not answer as it should, and what to do. Shows no password."""
+    causes = list(_causes(error))
+    said = next((cause for cause in causes if isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse))), error)
+    parts, text = urlsplit(url), str(error)
+    user = unquote(parts.username or "")
+    match said:  # some of them redis-py wraps into a ConnectionError of the same text
+        case AuthenticationError() if "without any password" in text:
+            return "the server has no password for its default user: take it out of the url, or set `requirepass`"
+        case AuthenticationError() if "required" in text:
+            return "the server wants a password: redis://:PASSWORD@HOST, or redis://USER:PASSWORD@HOST for a user of its ACL"
+        case AuthenticationError() if user and not parts.password:
+            return f"the url has the user {user!r} and no password: a password alone is written with a colon, redis://:PASSWORD@HOST"
+        case AuthenticationError() if user:
+            return (
+                f"the server refuses user {user!r} with this password, and does not say which is wrong: ACL GETUSER {user} shows "
+                "whether there is such a user and whether it is on; else correct the password"
+            )
+        case AuthenticationError():
+            return (
+                "the password is wrong: the server refuses it for its default user; correct it, or name a user, redis://USER:PASSWORD@HOST"
+            )
+        case NoPermissionError():
+            return f"the server knows the user, who lacks a right: {text}; README, Operating it, has the line for its ACL"
+        case BusyLoadingError():
+            return "the server still loads its data from disk (LOADING): wait until it has, then start again"
+        case ResponseError() if "DB index" in text:
+            number = parts.path.strip("/") or parts.query
+            return f"the server has no database {number}: choose one below its `databases`, 16 unless it is told otherwise"
+        case _ if "protected mode" in text:
+            return "the server takes connections from its own machine alone (protected mode): set a password there (`requirepass`)"
+        case _ if "max number of clients" in text:
+            return "the server has all the clients that it takes: raise its `maxclients`, or end some"
+        case InvalidResponse() if "\\x15" in text:  # the alert of a TLS server
+            return "this port speaks TLS: write rediss://"
+        case InvalidResponse():
+            return f"what answers there is not Redis ({text}): correct host and port"
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted, {cause.verify_message}: {_CERTIFICATE.get(cause.verify_code, 'have it replaced')}"
+    if parts.scheme == "rediss" and (await _speaks(url, tls=False)):
+        return "this port speaks no TLS: write redis://, or name the port of its `tls-port`"
+    broken = any(isinstance(cause, ConnectionResetError) for cause in causes) or "closed by server" in text
+    if parts.scheme == "rediss" and broken and await _speaks(url, tls=True):
+        return "the server hangs up after TLS's greeting: if it wants a certificate of its clients, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
+    if parts.scheme == "redis" and not any(isinstance(cause, ConnectionRefusedError) for cause in causes) and await _speaks(url, tls=True):
+        return "this port speaks TLS: write rediss://"
+    return f"the server does not answer: {text or type(error).__name__}; start it, or correct the address"
+
+
+_UNKNOWN_CA: Final = "name the authority that signed it in the url, ?ssl_ca_certs=FILE"
+_CERTIFICATE: Final = {
+    10: "renew it",
+    9: "set the clock of this machine",
+    62: "write the host as the certificate has it",
+    64: "write the host as the certificate has it",
+    **dict.fromkeys((18, 19, 20, 21), _UNKNOWN_CA),
+}
+"""OpenSSL's codes of verification (x509_vfy.h), and what to do."""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+async def _speaks(url: str, *, tls: bool) -> bool:
+    """Whether the port of the url answers as Redis without TLS, or to a greeting of TLS."""
+    parts = urlsplit(url)
+    context = ssl.create_default_context() if tls else None
+    if context is not None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said over it
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379, ssl=context)
+            try:
+                if tls:
+                    return True
+                writer.write(b"PING\r\n")
+                return await reader.read(1) in (b"+", b"-")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
+# ── What Redis is like ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def server(read: Settings, process: str) -> list[Finding]:
+    """What the Redis of the settings is like, for an "api" or a "worker" that starts, whose settings are noted there, or for "doctor"."""
+    client = _client(read)
+    try:
+        async with asyncio.timeout(CHECK_S):
+            try:
+                await client.ping()
+            except ResponseError as error:
+                if is_fault(error):
+                    raise
+            info = await _asked(client.info())
+            found = [_answers(info), await _eviction(client, info, allowed=read.allow_eviction), await _persistence(client, info)]
+            found += [await _writes(read, client, info), *await _rights(read, client), await _clock(client)]
+            return found if process == "up" else [*found, *await _same(read, process, client)]
+    except (RedisError, OSError, TimeoutError) as error:
+        return [Finding(Mark.BROKEN, "Redis", f"{variable('redis_url')}: {await trouble(error, read.redis_url)}")]
+    finally:
+        await client.aclose()
+        await client.connection_pool.disconnect()
+
+
+async def _asked(call: Any) -> dict[str, Any]:
+    """The answer; empty where the server keeps it to itself, as managed ones and an ACL do."""
+    try:
+        return dict(await call)
+    except ResponseError:
+        return {}
+
+
+def _answers(info: dict[str, Any]) -> Finding:
+    if not info:
+        return Finding(Mark.GOOD, "Redis", "the server answers, and keeps INFO to itself: its version is not known")
+    valkey = info.get("valkey_version")
+    version = str(valkey or info.get("redis_version", "?"))
+    name = f"{'Valkey' if valkey else 'Redis'} {version}"
+    if info.get("cluster_enabled") or info.get("redis_mode", "standalone") != "standalone":
+        mode = "Sentinel" if info.get("redis_mode") == "sentinel" else "cluster"
+        return Finding(Mark.BROKEN, "Redis", f"{name} is a {mode}: movieq needs one server; name that", refuses=True)
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LEAST_REDIS:
+        least = ".".join(map(str, LEAST_REDIS))
+        return Finding(Mark.BROKEN, "Redis", f"{name} is too old: {least} or newer is needed, or any Valkey", refuses=True)
+    return Finding(Mark.GOOD, "Redis", f"{name} answers")
+
+
+async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) -> Finding:
+    policy = info.get("maxmemory_policy") or (await _asked(client.config_get("maxmemory-policy"))).get("maxmemory-policy")
+    if policy is None:
+        return Finding(Mark.NOTE, "Redis memory", "the server keeps its maxmemory-policy to itself: make sure that it is noeviction")
+    if policy == "noeviction":
+        return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never throws a task away")
+    text = f"maxmemory-policy {policy}: when memory is full it throws tasks away; {NOEVICTION}"
+    if allowed:
+        return Finding(Mark.NOTE, "Redis memory", f"{text} ({variable('allow_eviction')} allows it)")
+    return Finding(Mark.BROKEN, "Redis memory", f"{text} (to run all the same: {variable('allow_eviction')}=true)", refuses=True)
+
+
+async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
+    config = {**await _asked(client.config_get("appendfsync")), **await _asked(client.config_get("save"))}
+    cure = "CONFIG SET appendonly yes, and the same in its configuration"
+    if not info:
+        return Finding(Mark.NOTE, "Redis disk", "the server keeps INFO to itself: make sure that its append-only file is on")
+    if not info.get("aof_enabled"):
+        saves = config.get("save")
+        if saves == "":
+            return Finding(Mark.NOTE, "Redis disk", f"no append-only file and no dumps: a restart loses every task; {cure}")
+        return Finding(Mark.NOTE, "Redis disk", f"no append-only file: a crash loses every task since its last dump; {cure}")
+    if info.get("aof_last_write_status", "ok") != "ok":
+        return Finding(Mark.BROKEN, "Redis disk", "its append-only file cannot be written: make room on its disk")
+    fsync = config.get("appendfsync")
+    if fsync is None:
+        return Finding(Mark.GOOD, "Redis disk", "append-only file on; the server does not show appendfsync")
+    mark = Mark.NOTE if fsync == "no" else Mark.GOOD
+    return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_FSYNC.get(fsync, 'unknown')}")
+
+
+def _names(read: Settings, client: ArqRedis) -> Mapping[str, str]:
+    """The keys and channels of this installation."""
+    return keys(read.key_prefix, int(client.connection_pool.connection_kwargs.get("db") or 0))
+
+
+async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Finding:
+    """Whether a script can write just now: on a key of its own, which expires."""
+    try:
+        await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
+    except ResponseError as error:
+        return Finding(Mark.BROKEN, "Redis writes", refusal(error, info))
+    return Finding(Mark.GOOD, "Redis writes", "a script has written a key")
+
+
+def refusal(error: Exception, info: dict[str, Any]) -> str:
+    """Why the server takes no write, and what to do."""
+    text = str(error)
+    match error:
+        case OutOfMemoryError():
+            return (
+                f"its memory is full (OOM, maxmemory {info.get('maxmemory_human', 'unknown')}): no task is accepted; raise `maxmemory`, "
+                f"or shorten {variable('keep_tasks_days')}"
+            )
+        case ReadOnlyError():
+            primary = f"{info['master_host']}:{info['master_port']}" if "master_host" in info else "its primary"
+            return f"it is a read-only replica: name {primary} in {variable('redis_url')}, or make this one primary (REPLICAOF NO ONE)"
+        case NoPermissionError():
+            return f"its user lacks a right: {text}; README, Operating it, has the line for its ACL"
+    for code, meaning in _REFUSALS.items():
+        if re.search(rf"\b{code}\b", text):
+            return f"{meaning} ({code})"
+    if "ACL failure" in text:
+        return f"its user lacks a right: {text.partition(' script: ')[0]}; README, Operating it, has the line for its ACL"
+    return f"a script cannot write: {text}"
+
+
+_REFUSALS: Final = {
+    "NOREPLICAS": "too few replicas follow it: bring them back, or lower `min-replicas-to-write`",
+    "MISCONF": "it cannot write to its disk, and so takes no writes: make room there, and see its log",
+    "LOADING": "it still loads its data from disk: wait until it has",
+    "MASTERDOWN": "it is a replica that has lost its primary: name the primary",
+    "BUSY": "a script has kept it busy for long: SCRIPT KILL, or wait",
+    "CLUSTERDOWN": "it is a cluster, and down: movieq needs one server",
+}
+
+
+async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
+    """What the user of the url may not do of all that movieq does: each command is sent in a form that changes nothing."""
+    ours = _names(read, client)
+    key = ours["check"] + secrets.token_hex(8)
+    commands = [each.split() for each in COMMANDS.replace("KEY", key).replace("CHANNEL", ours["events"]).split(",")]
+    if not await _set(client, key):
+        commands = [command for command in commands if command[1:2] != [key]]  # on a string they change nothing, else they would make a key
+    prefixes = (job_key_prefix, in_progress_key_prefix, retry_key_prefix, result_key_prefix)
+    names = [*(name for verb, name in ours.items() if verb not in CHANNELS), *prefixes]
+    commands = [["publish", ours["control"] + key, "x"], *(["exists", name] for name in names), *commands]
+    commands = [*(["del", f"{prefix}{key}"] for prefix in prefixes), *commands]
+    lacks: dict[str, list[str]] = {"": [], "~": [], "&": []}
+    connection: Any = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+    try:
+        await connection.connect()
+        await connection.send_packed_command(connection.pack_commands([*each[0].upper().split("|"), *each[1:]] for each in commands))
+        for command in commands:
+            try:
+                await connection.read_response(disconnect_on_error=False)
+            except NoPermissionError as error:
+                whose = "~" if re.search(r"access (a key|one of the keys)", str(error)) else "&" if "channel" in str(error) else ""
+                lacks[whose].append(command[1] if whose else command[0])
+            except ResponseError:  # a string is no hash; that does not matter here
+                pass
+    finally:
+        await connection.disconnect(nowait=True)
+    missing = [f"+{name}" for name in dict.fromkeys(lacks[""])]
+    missing += dict.fromkeys(f"{sign}{name.split(':')[0]}:*" for sign in "~&" for name in lacks[sign])
+    if not missing:
+        return []
+    user = unquote(urlsplit(read.redis_url).username or "default")
+    return [Finding(Mark.BROKEN, "Redis rights", f"its user lacks what movieq needs: ACL SETUSER {user} {' '.join(missing)}")]
+
+
+async def _set(client: ArqRedis, key: str) -> bool:
+    try:
+        return bool(await client.set(key, "x", px=KEPT_MS))
+    except ResponseError:
+        return False
+
+
+async def _clock(client: ArqRedis) -> Finding:
+    """Whether the clock of this machine goes with that of Redis, by more than the way there and back can explain."""
+    before_s = time.time()
+    seconds, micros = await client.time()
+    after_s = time.time()
+    ahead_s = (before_s + after_s) / 2 - (seconds + micros / 1e6)
+    if abs(ahead_s) - (after_s - before_s) / 2 <= SKEW_S:
+        return Finding(Mark.GOOD, "clock", "goes with that of Redis")
+    return Finding(
+        Mark.NOTE,
+        "clock",
+        f"this machine's is {abs(ahead_s):,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of Redis: signed urls end too early or "
+        "too late, and times in answers disagree; let NTP set both (chronyd, systemd-timesyncd)",
+    )
+
+
+# ── Whether every process has the same settings ───────────────────────────────────────────────────────────────────────────────────────
+
+_APART: Final = {
+    "storage": "what one stores the other cannot hand out",
+    "signing_secret": "urls that one signs the other refuses",
+    "webhook_secret": "receivers cannot verify some webhooks",
+}
+"""Settings that every process must have alike, and what breaks where they do not."""
+
+
+async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]:
+    """Compares with the api and the worker that started last, and notes what this one has. Of each value Redis holds a salted hash."""
+    name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py: a union of its sync and its async form
+    try:
+        if process != "doctor":
+            await redis.hsetnx(name, "salt", secrets.token_hex(16))
+        kept: dict[bytes, bytes] = await redis.hgetall(name)
+        salt = kept.pop(b"salt", None)
+        if salt is None:
+            return []
+        others = {sort.decode(): started for sort, blob in kept.items() if (started := _started(blob)) is not None}
+        mine = Started(socket.gethostname(), time.time_ns() // 1_000_000, await asyncio.to_thread(_fingerprints, read, process, salt))
+        if process != "doctor":
+            await redis.hset(name, process, msgspec.json.encode(mine))
+    except ResponseError as error:  # a server that takes no writes just now
+        return [Finding(Mark.NOTE, "settings", f"could not be compared with those of other processes: {error}")]
+    found = [_difference(field, mine, sort, other) for sort, other in others.items() for field in _differing(mine, other)]
+    if process == "doctor" and {"api", "worker"} <= others.keys():
+        for field in _differing(others["api"], others["worker"]):
+            apart = f"{variable(field)}: the api and the worker that started last do not have the same: {_APART[field]}"
+            found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set it alike for every process, and restart them"))
+    return found
+
+
+def _started(blob: bytes) -> Started | None:
+    try:
+        return msgspec.json.decode(blob, type=Started)
+    except msgspec.MsgspecError:  # of another version
+        return None
+
+
+def _differing(mine: Started, other: Started) -> list[str]:
+    """The settings in which they differ. Of secrets that are being rotated the first of each must be known to the other."""
+    return [
+        field
+        for field in _APART
+        if (ours := mine.settings.get(field)) and (theirs := other.settings.get(field)) and (ours[0] not in theirs or theirs[0] not in ours)
+    ]
+
+
+def _difference(field: str, mine: Started, sort: str, other: Started) -> Finding:
+    since = datetime.fromtimestamp(other.at_ms / 1000, UTC)
+    return Finding(
+        Mark.NOTE,
+        "settings",
+        f"{variable(field)}: the {sort} that started last (on {other.host}, {since:%Y-%m-%d %H:%M:%S} UTC) has another than this process: "
+        f"{_APART[field]}; set it alike for every process, and restart those that still have the old one",
+    )
+
+
+def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[str]]:
+    """Salted hashes of the settings that must be alike, slow to guess from; of a folder by the mark in it, since paths say little."""
+    found = {"signing_secret": [secret.decode() for secret in read.signing_secrets()] or [""]}
+    webhook = [part.strip() for part in read.webhook_secret.split(",")]
+    if process == "worker" or webhook != [""]:  # the others do not sign webhooks, and need not know
+        found["webhook_secret"] = webhook
+    if bucket := read.bucket():
+        found["storage"] = [f"{bucket.endpoint} {bucket.name} {bucket.prefix}"]
+    elif mark := _mark_of(Path(read.storage), make=process != "doctor"):
+        found["storage"] = [mark]
+    return {
+        field: [hashlib.scrypt(f"{field} {part}".encode(), salt=salt, n=2**12, r=8, p=1, dklen=8).hex() for part in parts]
+        for field, parts in found.items()
+    }
+
+
+def _mark_of(root: Path, *, make: bool) -> str | None:
+    """By what processes know that they have the same folder: the name in its `.installation`, made by who starts first.
+
+    None where there is none. (The same path may be another folder in another container, and the other way round.)
+    """
+    home = root / ".installation"
+    try:
+        if make and not home.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=".installation-", dir=root))
+            made.chmod(0o755)
+            (made / secrets.token_hex(8)).mkdir()
+            try:
+                made.rename(home)  # of several that start at once one gets its way
+            except OSError:
+                shutil.rmtree(made)
+        return next((path.name for path in home.iterdir()), None)
+    except OSError:  # a storage that is away, say, which whoever stores waits for
+        return None
