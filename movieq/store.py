@@ -221,7 +221,7 @@ class _Unrefused(ArqRedis):
     """arq's client, whose writes a full memory does not refuse: deliveries are jobs of arq's, which begin and end with plain writes."""
 
     async def execute_command(self, *command: Any, **options: Any) -> Any:
-        return await super().execute_command(*_allowed(command), **options)
+        return await super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return _UnrefusedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)

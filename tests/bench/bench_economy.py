@@ -32,7 +32,7 @@ from tests.arrange import new_task
 from tests.bench.report import percentile, report
 from tests.engines import tiny
 from workers.engine import Child
-from workers.main import CRON_S, Worker
+from workers.main import Worker
 from workers.run import Parts, run_task
 
 MODELS = 4
@@ -127,7 +127,6 @@ class Bench:
                     functions=[func(counted, name=task_type) for task_type in TaskType],
                     queue_name=KEYS["deliveries"],
                     redis_pool=store.redis,
-                    job_timeout=CRON_S,
                     job_serializer=store.redis.job_serializer,
                     job_deserializer=store.redis.job_deserializer,
                     ctx={"parts": Parts(store, storage, fetcher, self.folder, self.table)},

@@ -35,7 +35,7 @@ from movieq.store import NewTask, Store, connect
 from tests import arrange
 from tests.bench.peers import peer
 from workers.engine import Child, Group, Progress
-from workers.main import CRON_S, Worker
+from workers.main import Worker
 from workers.protocol import Done, Run
 from workers.run import Parts, Running, run_task
 
@@ -107,7 +107,6 @@ def worker(order: peer.Order, store: Store, children: list[Child], function: Any
         functions=[func(function, name=task_type) for task_type in TaskType],
         queue_name=KEYS["deliveries"],
         redis_pool=store.redis,
-        job_timeout=CRON_S,
         job_serializer=store.redis.job_serializer,
         job_deserializer=store.redis.job_deserializer,
         ctx=ctx,
