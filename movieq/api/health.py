@@ -103,7 +103,9 @@ class Readiness:
                 living = _living(await self._store.workers())
         except (RedisError, OSError):
             return "workers are not known while Redis cannot be used"
-        return "" if living else "no live worker: start `movieq worker`"
+        if any(row.problem is None for row in living):
+            return ""
+        return "every live worker has a problem: see /workers/status" if living else "no live worker: start `movieq worker`"
 
 
 def _living(rows: list[WorkerStatus]) -> list[WorkerStatus]:

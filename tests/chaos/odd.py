@@ -44,7 +44,7 @@ class Oddities:
         self.chance = random.Random(driver.chance.random())
         self.strangers: list[TaskId] = []
         self.poisoned: set[TaskId] = set()
-        self.deleted = 0
+        self.ghosts: set[TaskId] = set()
         self.silent: list[str] = []
         """Alerts that should have come and did not."""
 
@@ -67,7 +67,7 @@ class Oddities:
         task = new_task("ghosts", finish_by_ms=int(time.time() * 1000) + self.chance.randrange(10_000))
         await self.store.submit(task)
         await raw(self.store).delete(KEYS["task"] + task.task_id, *self.chance.choice(([], [KEYS["job"] + task.task_id])))
-        self.deleted += 1
+        self.ghosts.add(task.task_id)
 
     async def _poison(self) -> None:
         """A waiting task whose record cannot be read, or is wrong."""
@@ -95,7 +95,7 @@ class Oddities:
         for task_id in self.strangers:
             with contextlib.suppress(PermissionError):
                 await self.driver.insist(session, "DELETE", f"/tasks/{task_id}/cancel")
-        if self.deleted:
+        if self.ghosts:
             await self._await("entries_dropped", self._logged)
         if farm.disk is not None and farm.disk.mounted:
             farm.disk.fill()

@@ -16,7 +16,7 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
     poisoned: set[TaskId] = set()
     if odd is not None:
         poisoned = odd.poisoned
-        found.poisoned, found.strangers, found.deleted, found.silent = len(poisoned), len(odd.strangers), odd.deleted, len(odd.silent)
+        found.poisoned, found.strangers, found.deleted, found.silent = len(poisoned), len(odd.strangers), len(odd.ghosts), len(odd.silent)
         found.named += [f"silent: {alert}" for alert in odd.silent]
     heard: dict[str, set[str]] = defaultdict(set)
     for _, body in hook.requests:
@@ -228,7 +228,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
     files = {str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()}
     found.orphans = len(files - committed)
     found.named += [f"orphan: {file}" for file in sorted(files - committed)]
-    left = await leftover_entries(store)
+    left = await leftover_entries(store, odd.ghosts if odd is not None else set())
     found.leftover_keys = len(left)
     found.named += [f"left over: {entry}" for entry in left]
     recoveries = await recovery_times(store, driver)
@@ -259,16 +259,18 @@ def right_bytes(task: Task, media: Path, task_data: dict[str, Any]) -> bool:
         return False
 
 
-async def leftover_entries(store: Store) -> list[str]:
-    """Entries of the queue's own structures that should be empty when everything has ended: key and entry."""
+async def leftover_entries(store: Store, ghosts: Collection[TaskId]) -> list[str]:
+    """Entries of the queue's own structures that should be empty when everything has ended: key and entry.
+
+    A ghost may stay in what a dead worker held until that is forgotten, five minutes after its last heartbeat.
+    """
     left = []
     for name in ("waiting", "flows", "running", "held", "lanes", "delayed", "deadlines", "deliveries"):
-        for key in await raw(store).keys(f"{KEYS[name]}*"):
-            is_set = name in ("held", "lanes")
-            entries = await (raw(store).smembers(key) if is_set else raw(store).zrange(key, 0, -1))
-            left += [f"{key.decode()} {entry.decode()}" for entry in entries]
-    # arq puts its cron jobs among the deliveries, each minute anew
-    return [each for each in left if " cron:" not in each]
+        keys = await raw(store).keys(f"{KEYS[name]}*") if KEYS[name].endswith(":") else [KEYS[name].encode()]
+        for key in keys:
+            entries = await (raw(store).smembers(key) if name in ("held", "lanes") else raw(store).zrange(key, 0, -1))
+            left += [f"{key.decode()} {entry.decode()}" for entry in entries if name != "held" or entry.decode() not in ghosts]
+    return left
 
 
 async def recovery_times(store: Store, driver: Driver) -> list[float]:

@@ -189,6 +189,17 @@ async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store, logge
     assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
 
 
+async def test_what_a_dead_worker_held_is_forgotten_with_it_though_the_record_is_gone(store: Store) -> None:
+    task_id, _ = await running(store)
+    await store.renew("w1", [], [], has_gpu=False)
+    await raw(store).delete(KEYS["task"] + task_id)
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {task_id: 1})
+    await raw(store).zadd(KEYS["beats"], {"w1": 1})
+    await store.tidy()
+    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).zcard(KEYS["running"] + "cpu_intensive") == 0
+
+
 async def test_a_task_whose_definition_is_gone_fails_and_says_what_to_do(store: Store) -> None:
     task = new_task()
     await store.submit(task)
