@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from movieq import logs
 from movieq.contracts import KEYS
+from movieq.errors import first_of
 
 PING_S: Final = 15.0
 PONG_S: Final = 5.0
@@ -95,9 +96,7 @@ class Subscriber:
                     for part in (self._read, self._ask, self._doubt):
                         group.create_task(part(connection))
             except* (RedisError, OSError, TimeoutError, TypeError, ValueError) as errors:  # also what is no message of pub/sub
-                first: BaseException = errors
-                while isinstance(first, BaseExceptionGroup):
-                    first = first.exceptions[0]
+                first = first_of(errors)
                 log.warning("subscription_lost", problem=str(first) or type(first).__name__)
             finally:
                 await connection.disconnect(nowait=True)

@@ -17,7 +17,7 @@ import socket
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -32,17 +32,15 @@ from redis.exceptions import (
     BusyLoadingError,
     InvalidResponse,
     NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
 
 from movieq import logs, settings
 from movieq.contracts import CHANNELS, keys
-from movieq.errors import SettingsError
+from movieq.errors import SettingsError, causes
 from movieq.settings import Settings, variable
-from movieq.store import connect, is_fault
+from movieq.store import Refusal, connect, is_fault, refusal
 
 CHECK_S: Final = 10.0
 REDIS_S: Final = 10.0
@@ -56,6 +54,7 @@ KEPT_MS: Final = 10_000
 """How long a key of a check is kept."""
 LEAST_REDIS: Final = (7, 0)
 """The first that knows scripts with flags (`#!lua`)."""
+ACL_LINE: Final = 'README, "Operating it", has the ACL line'
 NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
 
 _FSYNC: Final = {
@@ -224,7 +223,7 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) and not is_fault(error):
                 return  # it is in a state that passes: what it can do just now, `server` says
-            lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in _causes(error))
+            lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in causes(error))
             if lasts or time.monotonic() > end_s:
                 raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
         finally:
@@ -242,8 +241,8 @@ def _client(read: Settings) -> ArqRedis:
 
 async def trouble(error: Exception, url: str) -> str:
     """Why the server of the url does not answer as it should, and what to do. Shows no password."""
-    causes = list(_causes(error))
-    said = next((cause for cause in causes if isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse))), error)
+    chain = list(causes(error))
+    said = next((cause for cause in chain if isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse))), error)
     parts, text = urlsplit(url), str(error)
     user = unquote(parts.username or "")
     match said:  # some of them redis-py wraps into a ConnectionError of the same text
@@ -263,9 +262,9 @@ async def trouble(error: Exception, url: str) -> str:
                 "the password is wrong: the server refuses it for its default user; correct it, or name a user, redis://USER:PASSWORD@HOST"
             )
         case NoPermissionError():
-            return f"the server knows the user, who lacks a right: {text}; README, Operating it, has the line for its ACL"
+            return f"the server knows the user, who lacks a right: {text}; {ACL_LINE}"
         case BusyLoadingError():
-            return "the server still loads its data from disk (LOADING): wait until it has, then start again"
+            return "the server is still loading its data from disk (LOADING): wait until it has finished, then start again"
         case ResponseError() if "DB index" in text:
             number = parts.path.strip("/") or parts.query
             return f"the server has no database {number}: choose one below its `databases`, 16 unless it is told otherwise"
@@ -277,15 +276,15 @@ async def trouble(error: Exception, url: str) -> str:
             return "this port speaks TLS: write rediss://"
         case InvalidResponse():
             return f"what answers there is not Redis ({text}): correct host and port"
-    for cause in causes:
+    for cause in chain:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted, {cause.verify_message}: {_CERTIFICATE.get(cause.verify_code, 'have it replaced')}"
     if parts.scheme == "rediss" and (await _speaks(url, tls=False)):
         return "this port speaks no TLS: write redis://, or name the port of its `tls-port`"
-    broken = any(isinstance(cause, ConnectionResetError) for cause in causes) or "closed by server" in text
+    broken = any(isinstance(cause, ConnectionResetError) for cause in chain) or "closed by server" in text
     if parts.scheme == "rediss" and broken and await _speaks(url, tls=True):
         return "the server hangs up after TLS's greeting: if it wants a certificate of its clients, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
-    if parts.scheme == "redis" and not any(isinstance(cause, ConnectionRefusedError) for cause in causes) and await _speaks(url, tls=True):
+    if parts.scheme == "redis" and not any(isinstance(cause, ConnectionRefusedError) for cause in chain) and await _speaks(url, tls=True):
         return "this port speaks TLS: write rediss://"
     return f"the server does not answer: {text or type(error).__name__}; start it, or correct the address"
 
@@ -299,12 +298,6 @@ _CERTIFICATE: Final = {
     **dict.fromkeys((18, 19, 20, 21), _UNKNOWN_CA),
 }
 """OpenSSL's codes of verification (x509_vfy.h), and what to do."""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 async def _speaks(url: str, *, tls: bool) -> bool:
@@ -415,40 +408,24 @@ async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Fin
     try:
         await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
     except ResponseError as error:
-        return Finding(Mark.BROKEN, "Redis writes", refusal(error, info))
+        return Finding(Mark.BROKEN, "Redis writes", _why_refused(error, info))
     return Finding(Mark.GOOD, "Redis writes", "a script has written a key")
 
 
-def refusal(error: Exception, info: dict[str, Any]) -> str:
-    """Why the server takes no write, and what to do."""
+def _why_refused(error: Exception, info: dict[str, Any]) -> str:
+    """Why the server refuses writes, with what only its INFO tells, and what to do."""
     text = str(error)
-    match error:
-        case OutOfMemoryError():
-            return (
-                f"its memory is full (OOM, maxmemory {info.get('maxmemory_human', 'unknown')}): no task is accepted; raise `maxmemory`, "
-                f"or shorten {variable('keep_tasks_days')}"
-            )
-        case ReadOnlyError():
-            primary = f"{info['master_host']}:{info['master_port']}" if "master_host" in info else "its primary"
-            return f"it is a read-only replica: name {primary} in {variable('redis_url')}, or make this one primary (REPLICAOF NO ONE)"
-        case NoPermissionError():
-            return f"its user lacks a right: {text}; README, Operating it, has the line for its ACL"
-    for code, meaning in _REFUSALS.items():
-        if re.search(rf"\b{code}\b", text):
-            return f"{meaning} ({code})"
-    if "ACL failure" in text:
-        return f"its user lacks a right: {text.partition(' script: ')[0]}; README, Operating it, has the line for its ACL"
-    return f"a script cannot write: {text}"
-
-
-_REFUSALS: Final = {
-    "NOREPLICAS": "too few replicas follow it: bring them back, or lower `min-replicas-to-write`",
-    "MISCONF": "it cannot write to its disk, and so takes no writes: make room there, and see its log",
-    "LOADING": "it still loads its data from disk: wait until it has",
-    "MASTERDOWN": "it is a replica that has lost its primary: name the primary",
-    "BUSY": "a script has kept it busy for long: SCRIPT KILL, or wait",
-    "CLUSTERDOWN": "it is a cluster, and down: movieq needs one server",
-}
+    if isinstance(error, NoPermissionError) or "ACL failure" in text:
+        return f"its user lacks a right: {text.partition(' script: ')[0]}; {ACL_LINE}"
+    match refusal(error):
+        case None:
+            return f"a script cannot write: {text}"
+        case Refusal("OOM", reason, cure):
+            return f"{reason} (OOM, maxmemory {info.get('maxmemory_human', 'unknown')}): {cure}"
+        case Refusal("READONLY", reason, cure) if "master_host" in info:
+            return f"{reason} of {info['master_host']}:{info['master_port']} (READONLY): {cure}"
+        case Refusal(code, reason, cure):
+            return f"{reason} ({code}): {cure}"
 
 
 async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:

@@ -21,7 +21,7 @@ The message of an error is text for the person who gets it: it names the field o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 
@@ -250,3 +250,19 @@ class InternalFault(TaskFault):
 
 
 TASK_FAULTS: dict[str, type[TaskFault]] = {fault.code: fault for fault in TaskFault.__subclasses__()}
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and then what caused it, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the first error of a group, however deep it lies; an error that is no group is returned as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from arq.connections import ArqRedis
+from redis import exceptions
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
@@ -29,13 +30,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
-    ConnectionError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
-    TimeoutError,
 )
 
 from movieq import logs
@@ -80,7 +80,30 @@ FORGET_MS: Final = 300_000
 OFFLINE_MS: Final = 15_000
 ORPHAN_S: Final = 60
 
-_STATES: Final = re.compile(r"(?:^|caused error: \W*)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why Redis refuses a command for now, as a clause whose subject is Redis, and what its operator can do."""
+
+    code: str
+    reason: str
+    cure: str
+
+
+_REFUSALS: Final = {
+    refusal.code: refusal
+    for refusal in (
+        Refusal("OOM", "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"),
+        Refusal("READONLY", "it is a read-only replica", "name its primary in MOVIEQ_REDIS_URL, or promote it (REPLICAOF NO ONE)"),
+        Refusal("MISCONF", "it cannot save its data to disk", "make room on its disk, and see its log"),
+        Refusal("NOREPLICAS", "too few of its replicas are connected", "bring them back, or lower its `min-replicas-to-write`"),
+        Refusal("LOADING", "it is still loading its data from disk", "wait until it has finished"),
+        Refusal("MASTERDOWN", "it is a replica that has lost its primary", "name the primary in MOVIEQ_REDIS_URL"),
+        Refusal("BUSY", "a script has kept it busy for too long", "stop the script with SCRIPT KILL, or wait"),
+        Refusal("CLUSTERDOWN", "it is a cluster that is down", "name a single server in MOVIEQ_REDIS_URL: movieq cannot use a cluster"),
+        Refusal("TRYAGAIN", "it is a cluster that is moving keys", "name a single server in MOVIEQ_REDIS_URL: movieq cannot use a cluster"),
+    )
+}
+_REFUSED: Final = re.compile(rf"(?:^|caused error: \W*)({'|'.join(_REFUSALS)}) ")
 """How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
 
 log = logs.get()
@@ -235,8 +258,8 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
         socket_timeout=5 if patient else 0.9,
         health_check_interval=0,
         # once more where a connection was broken; a Redis that hangs is not given a second 0.9 s
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (ConnectionError,)),
-        retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError] if patient else [],
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),
+        retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     pool.connection_class = _cancellable(pool.connection_class)
     return (_Unrefused if patient else ArqRedis)(
@@ -292,26 +315,33 @@ def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether Redis could not do what it was asked, a fault of a script of ours, say; else it is away, or in a state that passes."""
-    return (
-        isinstance(error, ResponseError)
-        and not isinstance(error, (OutOfMemoryError, ReadOnlyError))  # redis-py takes their code away
-        and _STATES.search(str(error)) is None
-    )
+    """Whether Redis could not do what it was asked, because of a fault in our scripts, say; else it is away, or refuses for now."""
+    return isinstance(error, ResponseError) and refusal(error) is None
 
 
-def refusal(error: BaseException) -> tuple[str, str] | None:
-    """Why Redis takes no writes, and what its operator can do; None for an error that says nothing of the kind."""
-    text = str(error)
-    if isinstance(error, OutOfMemoryError) or "OOM " in text:
-        return "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
-    if isinstance(error, ReadOnlyError) or "READONLY " in text:
-        return "it is a read-only replica", "promote it, or name its primary in MOVIEQ_REDIS_URL"
-    if "MISCONF " in text:
-        return "it cannot save its data to its disk", "see its log, and make room on its disk"
-    if "NOREPLICAS " in text:
-        return "too few of its replicas are connected", "bring its replicas back, or lower its `min-replicas-to-write`"
-    return None
+def refusal(error: BaseException) -> Refusal | None:
+    """Return why Redis refuses what it was asked for now; None for any other error."""
+    match error:  # redis-py takes the code away from these
+        case OutOfMemoryError():
+            return _REFUSALS["OOM"]
+        case ReadOnlyError():
+            return _REFUSALS["READONLY"]
+        case BusyLoadingError():
+            return _REFUSALS["LOADING"]
+    found = _REFUSED.search(str(error))
+    return _REFUSALS[found[1]] if found else None
+
+
+def log_failure(event: str, error: Exception, **fields: Any) -> bool:
+    """Log an error under its event, or as `script_failed`; return whether it is a fault, not a Redis that is away or refuses for now."""
+    if isinstance(error, ResponseError) and is_fault(error):
+        log.error("script_failed", during=event, exc_info=error, **fields)
+    elif isinstance(error, (RedisError, ConnectionError, TimeoutError)):
+        log.warning(event, problem=str(error) or type(error).__name__, **fields)
+        return False
+    else:
+        log.error(event, exc_info=error, **fields)
+    return True
 
 
 class Store:

@@ -24,7 +24,7 @@ import psutil
 
 from movieq import logs, models
 from movieq.contracts import Kind, ModelSwaps, TaskId
-from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError, OutOfMemory, TaskFault
+from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError, OutOfMemory, TaskFault, first_of
 from movieq.params import TaskType
 from movieq.settings import PREFIX
 from workers.faults import HostFault
@@ -283,7 +283,7 @@ class Child:
             try:
                 await self._live()
             except* Exception as group:  # its reader's come in a group
-                error = _first(group)
+                error = first_of(group)
                 if isinstance(error, ChildUnfit):
                     self.unfit = error.message
                 log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
@@ -570,12 +570,6 @@ class Child:
         if issubclass(fault, InternalFault | OutOfMemory):
             self._failure(group)
         return fault(failed.message)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Of a group, or of one in it."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _signal(number: int) -> str:

@@ -6,13 +6,14 @@ Used on both sides of the pipe. The log keeps the whole of an error; what goes t
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Final
 
-from movieq.errors import MovieqError
+from movieq.errors import MovieqError, causes
 
 HOST: Final = {
     errno.ENOSPC: "its disk is full",
@@ -53,33 +54,28 @@ class HostFault(MovieqError):
 
 def host_problem(error: BaseException | None, *places: Path) -> str | None:
     """What is wrong with this machine, where that is what the error, or its cause, says; `places` are the folders that it works in."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
-            foreign = type(error).__module__.startswith(_LIBRARIES)
-            if error.errno in HOST and not (foreign and error.errno == errno.EIO):
-                return HOST[error.errno]
-            if error.errno in PLACE and any(_inside(name, places) for name in (error.filename, error.filename2)):
-                return PLACE[error.errno]
-        error = error.__cause__ or error.__context__
+    for cause in causes(error):
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionError) and cause.errno is not None:
+            foreign = type(cause).__module__.startswith(_LIBRARIES)
+            if cause.errno in HOST and not (foreign and cause.errno == errno.EIO):
+                return HOST[cause.errno]
+            if cause.errno in PLACE and any(inside(name, *places) for name in (cause.filename, cause.filename2)):
+                return PLACE[cause.errno]
     return None
 
 
 def device_problem(error: BaseException | None) -> str | None:
     """What is wrong with the device, where CUDA says so; a kernel that failed may be the fault of what it was given."""
-    while error is not None:
-        if "CUDA" in str(error) and _DEVICE.search(str(error)):
-            return "its GPU does not work"
-        error = error.__cause__ or error.__context__
-    return None
+    found = any("CUDA" in str(cause) and _DEVICE.search(str(cause)) for cause in causes(error))
+    return "its GPU does not work" if found else None
 
 
 _SYSTEM: Final = r"/(?:bin|data|dev|etc|home|lib|lib64|media|mnt|nix|opt|proc|root|run|srv|sys|tmp|usr|var|Users)(?=/)"
 
 
-def _inside(name: object, places: tuple[Path, ...]) -> bool:
-    return isinstance(name, str | bytes) and any(Path(str(name)).is_relative_to(place) for place in places)
+def inside(name: object, *places: Path) -> bool:
+    """Whether this is the name of a file in one of these folders."""
+    return isinstance(name, str | bytes) and any(Path(os.fsdecode(name)).is_relative_to(place) for place in places)
 
 
 def said(error: BaseException) -> str:

@@ -32,13 +32,13 @@ import movieq
 from movieq import assembly, checks, credentials, logs, models, payload, webhooks
 from movieq.channels import Subscriber
 from movieq.contracts import Kind, RunToken, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
-from movieq.errors import RunLost, SettingsError
+from movieq.errors import RunLost, SettingsError, first_of
 from movieq.fetch import Fetcher, Guard
 from movieq.params import TaskType
 from movieq.payload import Payload
 from movieq.settings import Settings, variable
 from movieq.storage import opened
-from movieq.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Able, Claimed, Counts, Slot, Store, connect
+from movieq.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Able, Claimed, Counts, Slot, Store, connect, log_failure
 from workers import gpus
 from workers.deliver import DAY_S, HELD_S, Outbox, deliver
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
@@ -46,7 +46,7 @@ from workers.host import Host, set_within
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
 from workers.retention import Retention
-from workers.run import BROKE, Parts, Running, failed, refuse_task, run_task
+from workers.run import BROKE, Parts, Running, refuse_task, run_task
 from workers.spool import spool
 
 POLL_S: Final = 1.0
@@ -174,7 +174,7 @@ class Worker(ArqWorker):
                 if self._kept:
                     await self._kept.sweep(self.store, committed_s=0)
         except Exception as error:
-            failed("leave_failed", error)
+            log_failure("leave_failed", error)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.store.aclose()
@@ -192,7 +192,7 @@ class Worker(ArqWorker):
                     return
             except Exception as error:
                 self._doubt.set()
-                if failed("redis_away", error):
+                if log_failure("redis_away", error):
                     self._nonce = None  # what was claimed is handed back by the next renewal
             await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
@@ -330,7 +330,7 @@ class Worker(ArqWorker):
         except RunLost:
             pass
         except Exception as error:
-            failed("hand_back_failed", error)  # the next renewal names it again
+            log_failure("hand_back_failed", error)  # the next renewal names it again
 
     # ── Keeping it ──
 
@@ -346,13 +346,13 @@ class Worker(ArqWorker):
             try:
                 await self._renew()
             except Exception as error:
-                failed("renew_failed", error)
+                log_failure("renew_failed", error)
                 await asyncio.sleep(AWAY_S)
                 continue
             try:
                 await self.store.tidy()
             except Exception as error:
-                failed("tidy_failed", error)
+                log_failure("tidy_failed", error)
             await set_within(self._doubt, RENEW_S)
 
     def tend(self) -> None:
@@ -381,7 +381,7 @@ class Worker(ArqWorker):
             try:
                 await self._kept.sweep(self.store)
             except Exception as error:
-                failed("sweep_kept_failed", error)
+                log_failure("sweep_kept_failed", error)
             await asyncio.sleep(SWEEP_S)
 
     async def _read_gpus(self) -> None:
@@ -517,8 +517,7 @@ async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
         except ChildUnfit:
             raise
         except Exception as error:
-            log.error("part_broke", part=name)
-            failed("part_broke", error)
+            log_failure("part_broke", error, part=name)
         await asyncio.sleep(AGAIN_S)
 
 
@@ -588,7 +587,7 @@ async def serve(settings: Settings) -> None:
             except BaseExceptionGroup as group:
                 if (unfit := group.subgroup(ChildUnfit)) is None:
                     raise
-                raise SettingsError(f"an engine cannot work on this machine: {_first(unfit)}") from None
+                raise SettingsError(f"an engine cannot work on this machine: {first_of(unfit)}") from None
             finally:
                 await worker.close()
 
@@ -618,12 +617,6 @@ def _gone_within(seconds: float) -> None:
 def _leave() -> None:
     log.error("worker_cut_off", problem="something did not end within its time")
     os._exit(1)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Of a group, or of one in it."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _children(settings: Settings) -> list[Child]:

@@ -41,9 +41,9 @@ from movieq.fetch import Fetcher
 from movieq.models import Model
 from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
-from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault
+from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault, log_failure
 from workers.engine import Child, ChildDied, Group, Progress
-from workers.faults import HostFault, host_problem, without_paths
+from workers.faults import HostFault, host_problem, inside, without_paths
 from workers.host import Host
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
@@ -244,9 +244,13 @@ def _host_problem(parts: Parts, error: Exception) -> str | None:
     """What is wrong with this machine, where the error says so."""
     if isinstance(error, KeyTaken):
         return None
-    cause = error.__cause__
-    outside = isinstance(cause, OSError) and cause.filename is not None and not str(cause.filename).startswith(str(parts.spool))
-    if isinstance(error, StorageFault) and outside and isinstance(cause, OSError) and cause.errno in (errno.EIO, errno.ESTALE):
+    cause = error.__cause__ if isinstance(error, StorageFault) else None
+    if (
+        isinstance(cause, OSError)
+        and cause.errno in (errno.EIO, errno.ESTALE)
+        and cause.filename
+        and not inside(cause.filename, parts.spool)
+    ):
         return None  # the storage's disk, not the worker's
     return host_problem(error, parts.spool)
 
@@ -498,18 +502,6 @@ async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
     saying.result()
 
 
-def failed(event: str, error: Exception) -> bool:
-    """Logs an error as what it is; whether it is a fault of ours rather than a Redis that is away for now."""
-    if isinstance(error, ResponseError) and is_fault(error):
-        log.error("script_failed", during=event, exc_info=error)
-    elif isinstance(error, (RedisError, ConnectionError, TimeoutError)):
-        log.warning(event, problem=str(error) or type(error).__name__)
-        return False
-    else:
-        log.error(event, exc_info=error)
-    return True
-
-
 async def insist(verb: Callable[[], Awaitable[T]]) -> T:
     """The answer of a verb, however long Redis is away; said twice it does no harm. Raises what the store raises on purpose, and faults."""
     wait_s = 0.1
@@ -590,7 +582,7 @@ class _Reporter:
                 self._running.stop("lost")
                 return
             except Exception as error:
-                if failed("report_failed", error):  # saying it again would fail again
+                if log_failure("report_failed", error):  # saying it again would fail again
                     self._notes.clear()
             await asyncio.sleep(REPORT_INTERVAL_S)
             if self._preview is not None:  # one that came too soon after the last
@@ -605,7 +597,7 @@ class _Reporter:
                 if watched != said and (child := self._running.child) and child.watched(self._running.run, watched):
                     said = watched
             except Exception as error:
-                failed("look_failed", error)
+                log_failure("look_failed", error)
             await asyncio.sleep(WATCH_INTERVAL_S if watched == said else REPORT_INTERVAL_S)  # it may not have the run yet
 
     async def _report(self, current_step: str, stage: str, step: int | None, steps: int | None, keep: bool = False) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -31,7 +31,7 @@ from movieq.events import Hub
 from movieq.fetch import Guard
 from movieq.settings import Settings
 from movieq.storage import opened
-from movieq.store import TIDY_S, Store, connect, is_fault, refusal
+from movieq.store import TIDY_S, Store, connect, is_fault, log_failure, refusal
 
 log = logs.get()
 
@@ -140,7 +140,7 @@ async def _tidy(store: Store) -> None:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
         except (RedisError, OSError, TimeoutError) as error:
             if not away:
-                log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=is_fault(error))
+                log_failure("redis_away", error)
             away = True
         await asyncio.sleep(TIDY_S)
 
@@ -174,9 +174,9 @@ async def _redis_away(request: Request, error: Exception) -> Response:
         log.error("request_broke", method=request.method, path=request.scope["path"][:200], exc_info=error)
         return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
-    if isinstance(error, ResponseError):
-        why = f"refuses writes, since {refused[0]}" if (refused := refusal(error)) else "takes no such command just now"
-        return error_answer(Unavailable(f"Redis {why}: nothing was changed; try again later", retry_after_s=2))
+    if refused := refusal(error):
+        why = f"Redis cannot do this now because {refused.reason}"
+        return error_answer(Unavailable(f"{why}: nothing was changed; try again later", retry_after_s=2))
     # what a Redis that hangs was sent it may still do
     return error_answer(Unavailable("Redis is away; try again: with an Idempotency-Key, nothing is accepted twice", retry_after_s=2))
 

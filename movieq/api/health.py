@@ -80,7 +80,7 @@ class Readiness:
                 await self._store.check_write()
         except (RedisError, OSError) as error:
             if (refused := refusal(error)) is not None:
-                return f"Redis refuses writes, since {refused[0]}: {refused[1]}"
+                return f"Redis refuses writes because {refused.reason}: {refused.cure}"
             if isinstance(error, ResponseError):
                 return "Redis refuses writes: `movieq doctor` says what is wrong"
             return AWAY

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from movieq.errors import InputUnavailable
+from movieq.errors import InputUnavailable, causes
 from movieq.params import Params, TaskType, convert
 from workers.faults import without_paths
 from workers.protocol import FromChild, Note, Plan, Preview, Produced, Rows, Run, Stage, Step
@@ -44,11 +44,7 @@ class Flag(threading.Event):
 
 def broken(error: BaseException | None) -> bool:
     """Whether this or what caused it is a fault of CUDA's other than memory: after one, every call of the process fails."""
-    while error is not None:
-        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(type(cause).__name__ == "AcceleratorError" or "CUDA error" in str(cause) for cause in causes(error))
 
 
 class Made(msgspec.Struct, frozen=True):
