@@ -138,9 +138,10 @@ async def _tidy(store: Store) -> None:
             away = False
             if done:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the process goes on answering
             if not away:
-                log.error("redis_away", problem=str(error) or type(error).__name__, exc_info=is_fault(error))
+                is_away = isinstance(error, RedisError | OSError) and not is_fault(error)
+                log.error("redis_away" if is_away else "script_failed", problem=str(error) or type(error).__name__, exc_info=not is_away)
             away = True
         await asyncio.sleep(TIDY_S)
 
