@@ -138,9 +138,9 @@ async def _tidy(store: Store) -> None:
             away = False
             if done:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the process goes on answering
             if not away:
-                log_failure("redis_away", error)
+                log_failure("tidy_failed", error)
             away = True
         await asyncio.sleep(TIDY_S)
 

@@ -27,24 +27,25 @@ local function unset(t, ...)
   end
 end
 
--- What every record of a task holds, and what stands in for a field that was lost or damaged.
-local FIELDS = {
-  created_at_ms = now, created_us = 0, bias_ms = 0, priority = 2, estimate_ms = 60000, max_ms = 18000000, attempt = 0, tries = 0, deaths = 0,
-  silences = 0, progress = 0, queued_position = 1, engine = '', model = '', shape = 'unknown', current_step = 'waiting_in_queue', warnings = '[]',
-}
--- Numbers that a record may hold: one that is damaged counts as absent.
-local NUMBERS = {
-  'start_by_ms', 'finish_by_ms', 'ended_at_ms', 'remaining_ms', 'weight', 'rows', 'refunded', 'made_ms', 'made_at_ms', 'gpu_ms', 'gpu_before_ms',
-  'gpu_billed_ms', 'gpu_at_ms', 'gpu_share', 'passed_ms', 'logged', 'batch_rows', 'deliveries', 'retried_position', 'step', 'steps',
-}
-
 local function numeric(text)
   local value = tonumber(text)
   return value and value > -1e15 and value < 1e15 -- so it is no NaN either
 end
 
+local FIELDS, NUMBERS -- made when the first record is read: many calls read none
+
 -- Completes a record from which fields are missing, so that one damaged task stops neither itself nor the others.
 local function mend(t)
+  -- What every record of a task holds, and what stands in for a field that was lost or damaged.
+  FIELDS = FIELDS or {
+    created_at_ms = now, created_us = 0, bias_ms = 0, priority = 2, estimate_ms = 60000, max_ms = 18000000, attempt = 0, tries = 0, deaths = 0,
+    silences = 0, progress = 0, queued_position = 1, engine = '', model = '', shape = 'unknown', current_step = 'waiting_in_queue', warnings = '[]',
+  }
+  -- Numbers that a record may hold: one that is damaged counts as absent.
+  NUMBERS = NUMBERS or {
+    'start_by_ms', 'finish_by_ms', 'ended_at_ms', 'remaining_ms', 'weight', 'rows', 'refunded', 'made_ms', 'made_at_ms', 'gpu_ms', 'gpu_before_ms',
+    'gpu_billed_ms', 'gpu_at_ms', 'gpu_share', 'passed_ms', 'logged', 'batch_rows', 'deliveries', 'retried_position', 'step', 'steps',
+  }
   local mended = {}
   for name, default in pairs(FIELDS) do
     if not t[name] or type(default) == 'number' and not numeric(t[name]) then mended[name] = default end

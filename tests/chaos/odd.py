@@ -71,13 +71,12 @@ class Oddities:
 
     async def _poison(self) -> None:
         """A waiting task whose record cannot be read, or is wrong."""
-        accepted = list(self.driver.accepted)[-20:]
-        if not accepted:
+        tasks = await self.store.tasks(list(self.driver.accepted)[-50:])
+        waiting = [task for task in tasks if task.status is TaskStatus.QUEUED and task.task_id not in self.poisoned]
+        if not waiting:
             return
-        task_id = self.chance.choice(accepted)
-        (task,) = await self.store.tasks([task_id])
-        if task.status is not TaskStatus.QUEUED or task_id in self.poisoned:
-            return
+        task = self.chance.choice(waiting)
+        task_id = task.task_id
         field, value = self.chance.choice(POISONS)
         self.poisoned.add(task_id)
         key = KEYS["task"] + task_id

@@ -14,10 +14,11 @@ from movieq.contracts import KEYS, TaskId
 from movieq.embedded import Valkey
 from movieq.settings import Settings
 from movieq.store import Store
-from tests.arrange import new_task
+from tests.arrange import new_task, raw
 from tests.contract.client import BODY, Answer, Client
-from tests.contract.conftest import REFUSALS, refuse_writes, stopped, take_writes
+from tests.contract.conftest import REFUSALS, refuse_writes, served, stopped, take_writes
 from tests.contract.test_uploads import image, stored
+from tests.fleet import eventually
 
 
 async def timed(api: Client, method: str, path: str, data: bytes | None = None) -> tuple[Answer, float]:
@@ -181,3 +182,17 @@ async def test_a_read_is_cancelled_at_whatever_moment(store: Store, turns: int) 
     task = await store.task(task_id)
     assert task is not None
     assert task.task_id == task_id
+
+
+async def test_a_script_that_fails_is_logged_as_that_and_stops_nothing_else(
+    settings: Settings, store: Store, logged: pytest.LogCaptureFixture
+) -> None:
+    await raw(store).set(KEYS["delayed"], "no list of tasks")
+    async with served(settings) as api:
+        answer = await api.submit()
+        await eventually(lambda: "script_failed" in logged.text)
+        assert (await api.get(f"/api/v1/tasks/{answer.json['task_id']}/status")).status == 200
+        await raw(store).delete(KEYS["delayed"])
+    assert "redis_away" not in logged.text
+    assert logged.text.count("script_failed") == 1
+    assert "WRONGTYPE" in logged.text
