@@ -79,11 +79,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(
             pattern=rf"^{PREFIX_PATTERN}(?!\n)$",
-            description="Begins every key and channel in Redis; two installations on one server need two",
+            description="Prefix of every key and channel in Redis; installations that share a database need different ones",
         ),
     ] = "movieq"
     allow_eviction: Annotated[
-        bool, Meta(description="Whether to start on a Redis that throws keys away when its memory is full, and tasks with them")
+        bool, Meta(description="Whether to start on a Redis that evicts keys when its memory is full, which loses tasks")
     ] = False
     public_url: Annotated[
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
