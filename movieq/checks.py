@@ -1,7 +1,7 @@
-"""What is checked before work begins, by `movieq api`, `worker` and `up` at their start and by `movieq doctor`: in the same sentences.
+"""Checks that `movieq api`, `worker` and `up` run when they start, and `movieq doctor` at any time, in the same words.
 
-A `Finding` says what is so and what to do. What would lose tasks, or could never work, refuses the start; what may pass by itself (a full
-memory, a replica) is logged, and the start goes on. Left out: what only doctor looks at (the CMS, the bucket, the API).
+A `Finding` says what was found and what to do. What would lose tasks, or could never work, refuses the start; what may pass by itself, such
+as a full memory, is logged, and the start goes on. Left out: what only doctor checks (the CMS, the bucket, the API).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 SKEW_S: Final = 2.0
 KEPT_MS: Final = 10_000
-"""How long a key of a check is kept."""
+"""How long a key that a check writes is kept."""
 LEAST_REDIS: Final = (7, 0)
-"""The first that knows scripts with flags (`#!lua`)."""
+"""The first version that knows scripts with flags (`#!lua`)."""
 ACL_LINE: Final = 'README, "Operating it", has the ACL line'
 NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
 
@@ -62,10 +62,10 @@ _FSYNC: Final = {
     "everysec": "a crash of its machine can lose the last second",
     "no": "a crash of its machine can lose half a minute",
 }
-"""appendfsync: what it keeps."""
+"""What each value of appendfsync keeps."""
 
 _WRITE: Final = "#!lua\nreturn redis.call('SET', ARGV[1], 'check', 'PX', ARGV[2])"
-"""As movieq's own scripts write: without KEYS, and refused when memory is full."""
+"""Writes as the scripts of movieq do: without KEYS, and refused while memory is full."""
 
 COMMANDS: Final = """
     ping, time, eval x 0, evalsha 0 0, exists KEY, del KEY:gone, get KEY, set KEY:gone x xx, setex KEY:gone 0 x, psetex KEY:gone 0 x,
@@ -79,7 +79,7 @@ COMMANDS: Final = """
     zinter 1 KEY:gone, xadd KEY:gone nomkstream * x x, xrange KEY:gone - +, xinfo|stream KEY:gone, pubsub|numsub x,
     publish CHANNEL x, watch KEY, unwatch, multi, exec, subscribe CHANNEL, unsubscribe CHANNEL
 """
-"""Every command that movieq and arq use, each in a form that changes nothing: KEY holds a string, KEY:gone is not there."""
+"""Every command that movieq and arq use, in a form that changes nothing: KEY holds a string, KEY:gone does not exist."""
 
 log = logs.get()
 
@@ -93,7 +93,7 @@ class Mark(StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check found. `text` says what is so and, unless it is good, what to do. `refuses`: nothing may start before it is mended."""
+    """What a check found. `text` says what it is and, unless it is good, what to do; with `refuses`, nothing starts before it is mended."""
 
     mark: Mark
     subject: str
@@ -102,7 +102,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """What the last process of a sort had for settings when it started: salted hashes by name, of each part in its order."""
+    """The settings that the last process of a kind started with: by name, a salted hash of each part, in order."""
 
     host: str
     at_ms: int
@@ -110,7 +110,7 @@ class Started(msgspec.Struct, frozen=True):
 
 
 async def start(read: Settings, process: str, *, works: bool) -> None:
-    """What `process` ("api", "worker" or "up") needs is as it should be, or was logged. Raises SettingsError where it must not start.
+    """Check what `process` ("api", "worker" or "up") needs, and log what is wrong. Raises SettingsError where it must not start.
 
     `works`: whether it is a worker, or starts one.
     """
@@ -131,7 +131,7 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
 
 
 def unknown() -> list[Finding]:
-    """The names in the environment and in `.env` that look like settings and are none. Raises SettingsError where `.env` cannot be read."""
+    """Find names in the environment and `.env` that look like settings and are none. Raises SettingsError where `.env` cannot be read."""
     return [Finding(Mark.NOTE, "settings", text) for text in settings.unknown().values()]
 
 
@@ -155,17 +155,17 @@ def devices(setting: str) -> list[str]:
     if setting in ("auto", "cpu"):
         return there
     named = [part.strip() for part in setting.split(",")]
-    takes = "(auto, cpu, or a list of cuda:N)"
+    takes = "allowed are auto, cpu, or a list such as cuda:0,cuda:1"
     if missing := [name for name in named if name not in there]:
         have = ", ".join(there) or "no GPU that NVIDIA's driver knows"
-        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} is not there; this machine has {have} {takes}")
+        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} is not there; this machine has {have}; {takes}")
     if len(set(named)) < len(named):
-        raise SettingsError(f"MOVIEQ_DEVICES: {setting!r} names a GPU twice {takes}")
+        raise SettingsError(f"MOVIEQ_DEVICES: {setting!r} names a GPU twice; {takes}")
     return named
 
 
 def gpus(read: Settings) -> Finding:
-    """Whether the GPUs of MOVIEQ_DEVICES are there."""
+    """Check that the GPUs of MOVIEQ_DEVICES are there."""
     try:
         found = devices(read.devices)
     except SettingsError as error:
@@ -174,18 +174,19 @@ def gpus(read: Settings) -> Finding:
 
 
 def spool(read: Settings) -> Finding:
-    """Whether a worker can work in its folder."""
+    """Check that a worker can write to its folder."""
     return folder(Path(read.spool) if read.spool else Path(tempfile.gettempdir()), "spool", variable("spool"))
 
 
 def storage(read: Settings) -> Finding:
-    """Whether results can be stored in a folder."""
+    """Check that results can be stored in the folder of MOVIEQ_STORAGE."""
     return folder(Path(read.storage), "storage", variable("storage"))
 
 
 def folder(path: Path, subject: str, name: str) -> Finding:
-    """Whether files can be written, or the folder made; and whether there is room."""
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    """Check that files can be written to a folder, or the folder made, and that there is room."""
+    # `os.path.exists` is false, and raises nothing, below a folder that this user may not enter
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110
     advice = f"choose another with {name}, or give this user the right to write there"
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".movieq-doctor-") as file:
@@ -193,7 +194,7 @@ def folder(path: Path, subject: str, name: str) -> Finding:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # somebody may make room while it runs
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # somebody may make room later
         cure = f"make room, or {advice.partition(',')[0]}" if full else advice
         return Finding(Mark.BROKEN, subject, f"{there} cannot be written: {error.strerror}; {cure}", refuses=not full)
     free = shutil.disk_usage(there).free
@@ -210,7 +211,7 @@ def folder(path: Path, subject: str, name: str) -> Finding:
 
 
 async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
-    """Redis answers. Waits for one that is still starting; raises SettingsError, with the cure, where waiting does not help."""
+    """Wait until Redis answers. Raises SettingsError, with the cure, where waiting does not help."""
     if not read.redis_url:
         raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
     end_s = time.monotonic() + patience_s
@@ -222,7 +223,7 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
             return
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) and not is_fault(error):
-                return  # it is in a state that passes: what it can do just now, `server` says
+                return  # it answers, and refuses for now: `server` says why
             lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in causes(error))
             if lasts or time.monotonic() > end_s:
                 raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
@@ -233,57 +234,57 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
 
 
 def _client(read: Settings) -> ArqRedis:
-    """A client that gives up at once where it is refused, but waits for a server that is slow: a handshake of TLS over a long way, say."""
+    """Return a client that fails at once where it is refused, but waits for a slow server: a TLS handshake over a long distance, say."""
     client = connect(read.redis_url, patient=False)
     client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
     return client
 
 
 async def trouble(error: Exception, url: str) -> str:
-    """Why the server of the url does not answer as it should, and what to do. Shows no password."""
+    """Return why the server at the url does not answer as it should, and what to do. Shows no password."""
     chain = list(causes(error))
     said = next((cause for cause in chain if isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse))), error)
     parts, text = urlsplit(url), str(error)
     user = unquote(parts.username or "")
-    match said:  # some of them redis-py wraps into a ConnectionError of the same text
+    match said:  # redis-py wraps some of them in a ConnectionError with the same text
         case AuthenticationError() if "without any password" in text:
-            return "the server has no password for its default user: take it out of the url, or set `requirepass`"
+            return "the server has no password for its default user: remove the password from the url, or set `requirepass`"
         case AuthenticationError() if "required" in text:
-            return "the server wants a password: redis://:PASSWORD@HOST, or redis://USER:PASSWORD@HOST for a user of its ACL"
+            return "the server requires a password: write redis://:PASSWORD@HOST, or redis://USER:PASSWORD@HOST for a user of its ACL"
         case AuthenticationError() if user and not parts.password:
             return f"the url has the user {user!r} and no password: a password alone is written with a colon, redis://:PASSWORD@HOST"
         case AuthenticationError() if user:
             return (
-                f"the server refuses user {user!r} with this password, and does not say which is wrong: ACL GETUSER {user} shows "
-                "whether there is such a user and whether it is on; else correct the password"
+                f"the server refuses user {user!r} with this password, and does not say which is wrong: run ACL GETUSER {user} to see "
+                "whether the user exists and is on; if so, correct the password"
             )
         case AuthenticationError():
             return (
                 "the password is wrong: the server refuses it for its default user; correct it, or name a user, redis://USER:PASSWORD@HOST"
             )
         case NoPermissionError():
-            return f"the server knows the user, who lacks a right: {text}; {ACL_LINE}"
+            return f"its user lacks a right: {text}; {ACL_LINE}"
         case BusyLoadingError():
             return "the server is still loading its data from disk (LOADING): wait until it has finished, then start again"
         case ResponseError() if "DB index" in text:
             number = parts.path.strip("/") or parts.query
-            return f"the server has no database {number}: choose one below its `databases`, 16 unless it is told otherwise"
+            return f"the server has no database {number}: choose a number below its `databases` setting, which is 16 by default"
         case _ if "protected mode" in text:
-            return "the server takes connections from its own machine alone (protected mode): set a password there (`requirepass`)"
+            return "the server accepts connections only from its own machine (protected mode): set a password on it (`requirepass`)"
         case _ if "max number of clients" in text:
-            return "the server has all the clients that it takes: raise its `maxclients`, or end some"
+            return "the server has as many clients as it accepts: raise its `maxclients`, or disconnect some"
         case InvalidResponse() if "\\x15" in text:  # the alert of a TLS server
             return "this port speaks TLS: write rediss://"
         case InvalidResponse():
             return f"what answers there is not Redis ({text}): correct host and port"
     for cause in chain:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate is not accepted, {cause.verify_message}: {_CERTIFICATE.get(cause.verify_code, 'have it replaced')}"
+            return f"its certificate is not accepted ({cause.verify_message}): {_CERTIFICATE.get(cause.verify_code, 'replace it')}"
     if parts.scheme == "rediss" and (await _speaks(url, tls=False)):
         return "this port speaks no TLS: write redis://, or name the port of its `tls-port`"
     broken = any(isinstance(cause, ConnectionResetError) for cause in chain) or "closed by server" in text
     if parts.scheme == "rediss" and broken and await _speaks(url, tls=True):
-        return "the server hangs up after TLS's greeting: if it wants a certificate of its clients, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
+        return "the server closes the connection: if it requires a certificate of its clients, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
     if parts.scheme == "redis" and not any(isinstance(cause, ConnectionRefusedError) for cause in chain) and await _speaks(url, tls=True):
         return "this port speaks TLS: write rediss://"
     return f"the server does not answer: {text or type(error).__name__}; start it, or correct the address"
@@ -297,15 +298,15 @@ _CERTIFICATE: Final = {
     64: "write the host as the certificate has it",
     **dict.fromkeys((18, 19, 20, 21), _UNKNOWN_CA),
 }
-"""OpenSSL's codes of verification (x509_vfy.h), and what to do."""
+"""OpenSSL's verification codes (x509_vfy.h), and what to do."""
 
 
 async def _speaks(url: str, *, tls: bool) -> bool:
-    """Whether the port of the url answers as Redis without TLS, or to a greeting of TLS."""
+    """Whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
     parts = urlsplit(url)
     context = ssl.create_default_context() if tls else None
     if context is not None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said over it
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent over it
     try:
         async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379, ssl=context)
@@ -320,11 +321,11 @@ async def _speaks(url: str, *, tls: bool) -> bool:
         return False
 
 
-# ── What Redis is like ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The state of Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def server(read: Settings, process: str) -> list[Finding]:
-    """What the Redis of the settings is like, for an "api" or a "worker" that starts, whose settings are noted there, or for "doctor"."""
+    """Check the Redis of the settings, for "doctor" or for an "api" or a "worker" that starts; the settings of these are noted in Redis."""
     client = _client(read)
     try:
         async with asyncio.timeout(CHECK_S):
@@ -345,7 +346,7 @@ async def server(read: Settings, process: str) -> list[Finding]:
 
 
 async def _asked(call: Any) -> dict[str, Any]:
-    """The answer; empty where the server keeps it to itself, as managed ones and an ACL do."""
+    """Return the answer; empty where the server refuses to give it, as managed servers and ACLs may."""
     try:
         return dict(await call)
     except ResponseError:
@@ -354,13 +355,13 @@ async def _asked(call: Any) -> dict[str, Any]:
 
 def _answers(info: dict[str, Any]) -> Finding:
     if not info:
-        return Finding(Mark.GOOD, "Redis", "the server answers, and keeps INFO to itself: its version is not known")
+        return Finding(Mark.GOOD, "Redis", "the server answers; its version is unknown, since it does not allow INFO")
     valkey = info.get("valkey_version")
     version = str(valkey or info.get("redis_version", "?"))
     name = f"{'Valkey' if valkey else 'Redis'} {version}"
     if info.get("cluster_enabled") or info.get("redis_mode", "standalone") != "standalone":
         mode = "Sentinel" if info.get("redis_mode") == "sentinel" else "cluster"
-        return Finding(Mark.BROKEN, "Redis", f"{name} is a {mode}: movieq needs one server; name that", refuses=True)
+        return Finding(Mark.BROKEN, "Redis", f"{name} is a {mode}: movieq needs a single server; write the address of one", refuses=True)
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LEAST_REDIS:
         least = ".".join(map(str, LEAST_REDIS))
         return Finding(Mark.BROKEN, "Redis", f"{name} is too old: {least} or newer is needed, or any Valkey", refuses=True)
@@ -370,20 +371,20 @@ def _answers(info: dict[str, Any]) -> Finding:
 async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) -> Finding:
     policy = info.get("maxmemory_policy") or (await _asked(client.config_get("maxmemory-policy"))).get("maxmemory-policy")
     if policy is None:
-        return Finding(Mark.NOTE, "Redis memory", "the server keeps its maxmemory-policy to itself: make sure that it is noeviction")
+        return Finding(Mark.NOTE, "Redis memory", "the server does not show its maxmemory-policy: make sure that it is noeviction")
     if policy == "noeviction":
-        return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never throws a task away")
-    text = f"maxmemory-policy {policy}: when memory is full it throws tasks away; {NOEVICTION}"
+        return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never evicts a task")
+    text = f"maxmemory-policy {policy}: it evicts tasks when memory is full; {NOEVICTION}"
     if allowed:
         return Finding(Mark.NOTE, "Redis memory", f"{text} ({variable('allow_eviction')} allows it)")
-    return Finding(Mark.BROKEN, "Redis memory", f"{text} (to run all the same: {variable('allow_eviction')}=true)", refuses=True)
+    return Finding(Mark.BROKEN, "Redis memory", f"{text} (to start anyway: {variable('allow_eviction')}=true)", refuses=True)
 
 
 async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
     config = {**await _asked(client.config_get("appendfsync")), **await _asked(client.config_get("save"))}
     cure = "CONFIG SET appendonly yes, and the same in its configuration"
     if not info:
-        return Finding(Mark.NOTE, "Redis disk", "the server keeps INFO to itself: make sure that its append-only file is on")
+        return Finding(Mark.NOTE, "Redis disk", "the server does not allow INFO: make sure that its append-only file is on")
     if not info.get("aof_enabled"):
         saves = config.get("save")
         if saves == "":
@@ -399,17 +400,17 @@ async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
 
 
 def _names(read: Settings, client: ArqRedis) -> Mapping[str, str]:
-    """The keys and channels of this installation."""
+    """Return the keys and channels of this installation."""
     return keys(read.key_prefix, int(client.connection_pool.connection_kwargs.get("db") or 0))
 
 
 async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Finding:
-    """Whether a script can write just now: on a key of its own, which expires."""
+    """Check that a script can write now, to a key of its own that expires."""
     try:
         await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
     except ResponseError as error:
         return Finding(Mark.BROKEN, "Redis writes", _why_refused(error, info))
-    return Finding(Mark.GOOD, "Redis writes", "a script has written a key")
+    return Finding(Mark.GOOD, "Redis writes", "a script can write")
 
 
 def _why_refused(error: Exception, info: dict[str, Any]) -> str:
@@ -429,12 +430,14 @@ def _why_refused(error: Exception, info: dict[str, Any]) -> str:
 
 
 async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
-    """What the user of the url may not do of all that movieq does: each command is sent in a form that changes nothing."""
+    """Find rights that movieq needs and the user of the url lacks: each command is sent in a form that changes nothing."""
     ours = _names(read, client)
     key = ours["check"] + secrets.token_hex(8)
     commands = [each.split() for each in COMMANDS.replace("KEY", key).replace("CHANNEL", ours["events"]).split(",")]
     if not await _set(client, key):
-        commands = [command for command in commands if command[1:2] != [key]]  # on a string they change nothing, else they would make a key
+        commands = [
+            command for command in commands if command[1:2] != [key]
+        ]  # these change nothing on a string, but would make a missing key
     prefixes = (job_key_prefix, in_progress_key_prefix, retry_key_prefix, result_key_prefix)
     names = [*(name for verb, name in ours.items() if verb not in CHANNELS), *prefixes]
     commands = [["publish", ours["control"] + key, "x"], *(["exists", name] for name in names), *commands]
@@ -450,7 +453,7 @@ async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
             except NoPermissionError as error:
                 whose = "~" if re.search(r"access (a key|one of the keys)", str(error)) else "&" if "channel" in str(error) else ""
                 lacks[whose].append(command[1] if whose else command[0])
-            except ResponseError:  # a string is no hash; that does not matter here
+            except ResponseError:  # the wrong type of key, say: the user may run the command
                 pass
     finally:
         await connection.disconnect(nowait=True)
@@ -470,17 +473,17 @@ async def _set(client: ArqRedis, key: str) -> bool:
 
 
 async def _clock(client: ArqRedis) -> Finding:
-    """Whether the clock of this machine goes with that of Redis, by more than the way there and back can explain."""
+    """Check that the clock of this machine agrees with that of Redis, but for what the round trip can explain."""
     before_s = time.time()
     seconds, micros = await client.time()
     after_s = time.time()
     ahead_s = (before_s + after_s) / 2 - (seconds + micros / 1e6)
     if abs(ahead_s) - (after_s - before_s) / 2 <= SKEW_S:
-        return Finding(Mark.GOOD, "clock", "goes with that of Redis")
+        return Finding(Mark.GOOD, "clock", "agrees with that of Redis")
     return Finding(
         Mark.NOTE,
         "clock",
-        f"this machine's is {abs(ahead_s):,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of Redis: signed urls end too early or "
+        f"this machine's is {abs(ahead_s):,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of Redis: signed urls expire too early or "
         "too late, and times in answers disagree; let NTP set both (chronyd, systemd-timesyncd)",
     )
 
@@ -492,11 +495,11 @@ _APART: Final = {
     "signing_secret": "urls that one signs the other refuses",
     "webhook_secret": "receivers cannot verify some webhooks",
 }
-"""Settings that every process must have alike, and what breaks where they do not."""
+"""Settings that must be the same in every process, and what breaks where they differ."""
 
 
 async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]:
-    """Compares with the api and the worker that started last, and notes what this one has. Of each value Redis holds a salted hash."""
+    """Compare with the api and the worker that started last, and note the settings of this process. Redis holds salted hashes of them."""
     name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py: a union of its sync and its async form
     try:
         if process != "doctor":
@@ -514,8 +517,8 @@ async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]
     found = [_difference(field, mine, sort, other) for sort, other in others.items() for field in _differing(mine, other)]
     if process == "doctor" and {"api", "worker"} <= others.keys():
         for field in _differing(others["api"], others["worker"]):
-            apart = f"{variable(field)}: the api and the worker that started last do not have the same: {_APART[field]}"
-            found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set it alike for every process, and restart them"))
+            apart = f"{variable(field)}: it differs between the api and the worker that started last: {_APART[field]}"
+            found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set the same for every process, and restart them"))
     return found
 
 
@@ -527,7 +530,7 @@ def _started(blob: bytes) -> Started | None:
 
 
 def _differing(mine: Started, other: Started) -> list[str]:
-    """The settings in which they differ. Of secrets that are being rotated the first of each must be known to the other."""
+    """Return the settings in which they differ. Where secrets are being rotated, each must know the first of the other."""
     return [
         field
         for field in _APART
@@ -540,16 +543,16 @@ def _difference(field: str, mine: Started, sort: str, other: Started) -> Finding
     return Finding(
         Mark.NOTE,
         "settings",
-        f"{variable(field)}: the {sort} that started last (on {other.host}, {since:%Y-%m-%d %H:%M:%S} UTC) has another than this process: "
-        f"{_APART[field]}; set it alike for every process, and restart those that still have the old one",
+        f"{variable(field)}: the {sort} that started last (on {other.host}, {since:%Y-%m-%d %H:%M:%S} UTC) differs from this process: "
+        f"{_APART[field]}; set the same for every process, and restart those that have the old value",
     )
 
 
 def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[str]]:
-    """Salted hashes of the settings that must be alike, slow to guess from; of a folder by the mark in it, since paths say little."""
+    """Return salted, slow hashes of the settings that must be the same; for a folder, of the mark in it, since paths say little."""
     found = {"signing_secret": [secret.decode() for secret in read.signing_secrets()] or [""]}
     webhook = [part.strip() for part in read.webhook_secret.split(",")]
-    if process == "worker" or webhook != [""]:  # the others do not sign webhooks, and need not know
+    if process == "worker" or webhook != [""]:  # other processes sign no webhooks, and may lack the secret
         found["webhook_secret"] = webhook
     if bucket := read.bucket():
         found["storage"] = [f"{bucket.endpoint} {bucket.name} {bucket.prefix}"]
@@ -562,9 +565,9 @@ def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[s
 
 
 def _mark_of(root: Path, *, make: bool) -> str | None:
-    """By what processes know that they have the same folder: the name in its `.installation`, made by who starts first.
+    """Return the name in the folder's `.installation`, by which processes recognise the same folder; None where there is none.
 
-    None where there is none. (The same path may be another folder in another container, and the other way round.)
+    With `make`, whoever starts first makes it. (One path may be two folders in two containers, and two paths the same folder.)
     """
     home = root / ".installation"
     try:
@@ -574,9 +577,9 @@ def _mark_of(root: Path, *, make: bool) -> str | None:
             made.chmod(0o755)
             (made / secrets.token_hex(8)).mkdir()
             try:
-                made.rename(home)  # of several that start at once one gets its way
+                made.rename(home)  # of several that start at once, one succeeds
             except OSError:
                 shutil.rmtree(made)
         return next((path.name for path in home.iterdir()), None)
-    except OSError:  # a storage that is away, say, which whoever stores waits for
+    except OSError:  # the storage is away, say: uploads wait for it
         return None

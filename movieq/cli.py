@@ -363,16 +363,16 @@ def deliveries(task_id: str, resent: tuple[str, ...], url: str | None, key: str 
 @main.command()
 @click.option("--data", "folder", default=DATA, show_default=True, type=click.Path(path_type=Path), help="Folder of `movieq up`.")
 @click.option("--callback", metavar="URL", help="A callback_url: may it be called, and does its server answer?")
-@click.option("--repair", is_flag=True, help="Instead, list the tasks in Redis whose records and lists do not fit together.")
-@click.option("--apply", is_flag=True, help="With --repair: mend them.")
+@click.option("--repair", is_flag=True, help="Instead of checking, list tasks whose records and lists in Redis do not agree.")
+@click.option("--apply", is_flag=True, help="With --repair: mend what it finds.")
 def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> None:
     """Check the settings against the real servers, and say what to do where something is not good.
 
-    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing, unless --apply is given:
-    what it writes to try a server, it deletes, or it expires within ten seconds.
+    A line each: ✓ is good, ! is worth knowing, ✗ is broken. Ends with 1 if something is broken. Changes nothing without --apply: what it
+    writes to test a server is deleted, or expires within ten seconds.
     """
     if apply and not repair:
-        raise click.UsageError("--apply goes with --repair")
+        raise click.UsageError("--apply needs --repair")
     if repair:
         _repair(folder, apply)
         return
@@ -404,19 +404,19 @@ def demo(out: Path, folder: Path | None) -> None:
 
 
 def _repair(folder: Path, apply: bool) -> None:
-    """Lists what does not fit together in Redis; ends with 1 where something was found and is not mended."""
+    """List what is inconsistent in Redis, and mend it where `apply` is set; exit with 1 where something was found and not mended."""
     from movieq.embedded import Valkey
-    from movieq.repair import misfits
+    from movieq.repair import inconsistencies
 
     settings = _settings()
     if not settings.redis_url:
-        settings = msgspec.structs.replace(settings, redis_url=Valkey(folder).url)  # that of a `movieq up` that runs
+        settings = msgspec.structs.replace(settings, redis_url=Valkey(folder).url)  # the one of a running `movieq up`
 
     async def run() -> int:
         await checks.reached(settings)
         store, found = Store(connect(settings.redis_url, patient=True, prefix=settings.key_prefix), settings.key_prefix), 0
         try:
-            async for each in misfits(store, apply=apply):
+            async for each in inconsistencies(store, apply=apply):
                 found += 1
                 click.echo(f"task {each.task_id} {_plain(each.text)}" if each.task_id else _plain(each.text))
         finally:
@@ -424,11 +424,13 @@ def _repair(folder: Path, apply: bool) -> None:
         return found
 
     if (found := _run(run)) == 0:
-        click.echo("records and lists fit together")
-    elif apply:
-        click.echo(f"{found} misfits mended")
+        click.echo("records and lists agree")
+        return
+    count = f"{found} inconsistenc{'y' if found == 1 else 'ies'}"
+    if apply:
+        click.echo(f"{count} mended")
     else:
-        click.echo(f"{found} misfits; mend them: movieq doctor --repair --apply")
+        click.echo(f"{count}; to mend: movieq doctor --repair --apply")
         sys.exit(1)
 
 

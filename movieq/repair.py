@@ -1,7 +1,7 @@
-"""`movieq doctor --repair`: whether the records in Redis and the lists that name them fit together.
+"""`movieq doctor --repair`: whether the records in Redis agree with the lists that name them.
 
-They do unless somebody deleted keys by hand, restored half a backup, or let Redis evict. Each task is looked at, and mended, by one script,
-while everything goes on. Left out: files in the storage, which the sweep finds by its own lists.
+They do unless keys were deleted by hand, evicted, or restored from half a backup. Each task is checked, and mended, by one script, while
+everything goes on. Left out: files in the storage, which are deleted by lists of their own.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from movieq.contracts import TaskId
 from movieq.store import Store
 
 LISTS: Final = ("deadlines", "delayed", "ended", "dead")
+"""Names of keys that are one sorted set of tasks."""
 FAMILIES: Final = ("index", "waiting", "running", "offered")
-"""Names of sorted sets of tasks: those that there is one of, and those of which there are many."""
+"""Names of prefixes under which there are many."""
 COUNT: Final = 500
 """How many entries Redis is asked for at once."""
 
 
-class Misfit(msgspec.Struct, frozen=True):
-    """What does not fit together: of a task, or of a counter where `task_id` is None."""
+class Inconsistency(msgspec.Struct, frozen=True):
+    """What is inconsistent about a task, or about a counter where `task_id` is None, as a clause about it."""
 
     task_id: TaskId | None
     text: str
 
 
-async def misfits(store: Store, *, apply: bool) -> AsyncIterator[Misfit]:
-    """Yield what does not fit together, having mended it where `apply` is set. Raises redis's errors."""
+async def inconsistencies(store: Store, *, apply: bool) -> AsyncIterator[Inconsistency]:
+    """Yield each inconsistency, mended where `apply` is set. Raises redis's errors."""
     records = {TaskId(key.removeprefix(store.keys["task"])) async for key in _keys(store, store.keys["task"])}
     named: dict[TaskId, list[str]] = defaultdict(list)
     lists = [store.keys[name] for name in LISTS]
@@ -42,10 +43,10 @@ async def misfits(store: Store, *, apply: bool) -> AsyncIterator[Misfit]:
             named[TaskId(member.decode(errors="replace"))].append(key)
     for task_id in sorted(records | named.keys()):
         for text in await store.repair(task_id, named[task_id], apply=apply):
-            yield Misfit(task_id, text)
+            yield Inconsistency(task_id, text)
         await asyncio.sleep(0)
     for text in await store.recount(apply=apply):
-        yield Misfit(None, text)
+        yield Inconsistency(None, text)
 
 
 async def _keys(store: Store, prefix: str) -> AsyncIterator[str]:

@@ -29,14 +29,14 @@ from movieq.errors import SettingsError
 
 PREFIX: Final = "MOVIEQ_"
 MIN_SECRET: Final = 16
-"""Characters of a signing secret, at least: a shorter one can be guessed from a single url."""
+"""Fewest characters of a signing secret: a shorter one can be guessed from a single url."""
 _SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _NEAR: Final = 0.85
-"""How alike a name must be to a setting to be taken for a slip of the pen though it does not begin with MOVIEQ."""
+"""How similar to a setting a name without the prefix must be to count as a typing error."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _OF_REDIS: Final = {"db", "client_name"}
 _OF_TLS: Final = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
-"""What may stand in the query of a Redis url. The rest of what redis-py takes there would change what its answers look like."""
+"""The query parameters that a Redis url may have. Others that redis-py takes would change the form of its answers."""
 
 
 class EngineChoice(StrEnum):
@@ -162,7 +162,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             split = _split(getattr(self, field))
             url = split and split[0]
             if url is None or (url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query)):
-                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a query or a user")
+                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a user or a query")
         missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if not getattr(self, f)]
         if missing:
             raise SettingsError(f"{PREFIX}STORAGE: {self.storage} needs {', '.join(missing)} too")
@@ -176,7 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def signing_secrets(self) -> tuple[bytes, ...]:
-        """The secrets of `signing_secret`: the first signs, each verifies. Raises SettingsError, which never shows one."""
+        """Return the secrets of `signing_secret`: the first signs, all verify. Raises SettingsError, which never shows one."""
         secrets = _parts(self.signing_secret)
         for position, secret in enumerate(secrets, 1):
             if len(secret) < MIN_SECRET:
@@ -204,14 +204,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     def origins(self) -> list[str]:
-        """The origins of `cors_origins`. Raises SettingsError for one that no browser sends."""
+        """Return the origins of `cors_origins`. Raises SettingsError for one that no browser sends."""
         origins = _parts(self.cors_origins)
         for origin in origins:
             if origin != "*" and (sent := _as_sent(origin)) != origin:
                 example = sent or "https://app.example"
                 raise SettingsError(
-                    f"{PREFIX}CORS_ORIGINS: {origin!r} is not what a browser sends as Origin: scheme, host and a port that is not the "
-                    f"scheme's own, without a path or a slash at the end: write {example}, or * for all"
+                    f"{PREFIX}CORS_ORIGINS: {origin!r} is not an origin as browsers send it: scheme and host, a port only where it is not "
+                    f"the scheme's default, no path and no final slash; write {example}, or * for every origin"
                 )
         return origins
 
@@ -280,7 +280,7 @@ def variable(field: str) -> str:
 
 
 def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> Settings:
-    """The settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming all that are wrong."""
+    """Return the settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming all faults."""
     found = {**_read(env_file), **environ}
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -291,7 +291,7 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
             if text:
                 values[field.name] = _converted(text, field.type)
         except UnicodeEncodeError:
-            problems.append(f"{variable(field.name)}: its value is not UTF-8: set it in a locale of UTF-8")
+            problems.append(f"{variable(field.name)}: its value is not UTF-8; set it in a UTF-8 locale")
         except ValueError:
             problems.append(f"{variable(field.name)}: {_allowed(field.type)} is allowed, got {text[:40]!r}")
     settings = Settings(**values)
@@ -309,9 +309,9 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
 
 
 def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> dict[str, str]:
-    """What looks like a setting and is none, with a sentence each: a slip of the pen, or a setting of another version.
+    """Return each name that looks like a setting and is none, with a sentence: a typing error, or a setting of another version.
 
-    Of `.env` also lines that say nothing, by their number: they may hold a secret. Raises SettingsError where that cannot be read.
+    A line of `.env` that cannot be read is named by its number, since it may hold a secret. Raises SettingsError for an unreadable file.
     """
     known = [variable(field) for field in Settings.__struct_fields__]
     found = {name: said for name in sorted(environ) if (said := _not_a_setting(name, known, ""))}
@@ -327,17 +327,17 @@ def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env
 
 
 def _not_a_setting(name: str, known: list[str], where: str) -> str | None:
-    """The sentence of a name that is no setting; None for one that is, or that is of something else."""
+    """Return the sentence about a name that looks like a setting and is none; None for any other name."""
     if name in known:
         return None
     near = difflib.get_close_matches(name.upper(), known, 1, 0.6 if name.upper().startswith("MOVIEQ") else _NEAR)
     if not near and not name.upper().startswith(PREFIX):
         return None
-    return f"{name}{where} is not a setting{f'; do you mean {near[0]}?' if near else ''}"
+    return f"{name}{where} is not a setting{f'; did you mean {near[0]}?' if near else ''}"
 
 
 def _read(env_file: Path) -> dict[str, str]:
-    """The variables of a `.env`. Raises SettingsError where it is no text."""
+    """Return the variables of a `.env`. Raises SettingsError where it is not text."""
     lines = "".join(binding.original.string for binding in _bindings(env_file) if not binding.error)
     return {name: value for name, value in dotenv_values(stream=io.StringIO(lines)).items() if value is not None}
 
@@ -357,7 +357,7 @@ def _bindings(env_file: Path) -> list[Binding]:
 
 
 def _converted(text: str, kind: Any) -> Any:
-    """The value of a setting that is given as text. Raises ValueError."""
+    """Return the value of a setting that is given as text. Raises ValueError where that is not allowed."""
     value = msgspec.convert(text, kind, strict=False)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(text)
@@ -365,15 +365,15 @@ def _converted(text: str, kind: Any) -> Any:
 
 
 def _allowed(kind: Any) -> str:
-    """What a setting of this type takes, in words."""
+    """Return in words what a setting of this type takes."""
     info = msgspec.inspect.type_info(kind)
     while isinstance(info, msgspec.inspect.Metadata):
         info = info.type
     match info:
         case msgspec.inspect.IntType():
-            return f"a whole number of {info.ge} to {info.le}"
+            return f"a whole number from {info.ge} to {info.le}"
         case msgspec.inspect.FloatType():
-            return f"a number of {info.ge} to {info.le}"
+            return f"a number from {info.ge} to {info.le}"
         case msgspec.inspect.EnumType():
             return f"one of {', '.join(info.cls)}"
     return "true or false"
@@ -383,7 +383,7 @@ def _allowed(kind: Any) -> str:
 
 
 def _split(url: str) -> tuple[SplitResult, int | None] | None:
-    """The parts of an address, and its port; None where it has none that can be told apart."""
+    """Return the parts of an address and its port; None for text that is no address."""
     try:
         parts = urlsplit(url)
         return parts, parts.port
@@ -392,7 +392,7 @@ def _split(url: str) -> tuple[SplitResult, int | None] | None:
 
 
 def _as_sent(origin: str) -> str | None:
-    """The origin that a browser sends for a page of this address (RFC 6454); None where there is none."""
+    """Return the origin that a browser sends for a page at this address (RFC 6454); None where there is none."""
     split = _split(origin if "://" in origin else f"https://{origin}")
     if split is None or not split[0].hostname:
         return None
@@ -410,11 +410,11 @@ def _as_sent(origin: str) -> str | None:
 def _check_public_url(url: str) -> None:
     split = _split(url)
     if url and (split is None or split[0].scheme not in ("http", "https") or not split[0].hostname or re.search(r"[?#@\s]", url)):
-        raise SettingsError(f"{PREFIX}PUBLIC_URL: {url[:200]!r} is no address such as https://movieq.example, where clients reach the API")
+        raise SettingsError(f"{PREFIX}PUBLIC_URL: {url[:200]!r} is not an address such as https://movieq.example; write that of the API")
 
 
 def _check_redis_url(url: str) -> None:
-    """Raises SettingsError, which shows no password, for what redis-py would misread in silence or stumble over later."""
+    """Raise SettingsError, which shows no password, for a url that redis-py would misread silently or fail on later."""
     problem = _redis_url_problem(url) if url else None
     if problem:
         raise SettingsError(f"{PREFIX}REDIS_URL: {problem}; it takes redis://USER:PASSWORD@HOST:6379/0, rediss:// for TLS, or unix:///path")
@@ -423,42 +423,42 @@ def _check_redis_url(url: str) -> None:
 def _redis_url_problem(url: str) -> str | None:
     scheme, slashes, rest = url.partition("://")
     if not slashes or scheme not in ("redis", "rediss", "unix"):
-        return "it begins with redis://, rediss:// or unix://"
+        return "it must begin with redis://, rediss:// or unix://"
     if "@" in re.split("[/?#]", rest, maxsplit=1)[-1] or rest.rpartition("@")[0].count("[") or rest.rpartition("@")[0].count("]"):
-        return "in a user or a password / is written as %2F, ? as %3F, # as %23, [ as %5B, ] as %5D and @ as %40"
+        return "in its user and password write / as %2F, ? as %3F, # as %23, [ as %5B, ] as %5D and @ as %40"
     split = _split(url)
     if split is None or (split[0].netloc.endswith(":") and scheme != "unix") or split[1] == 0:
-        return "its port is a number of 1 to 65535"
+        return "its port must be a number from 1 to 65535"
     parts, _ = split
     if "#" in url:
-        return "nothing may follow a #"
+        return "it must not have a part after #"
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     query = dict(pairs)
     taken = _OF_REDIS | (_OF_TLS if scheme == "rediss" else set())
     for name, value in pairs:
         if name not in taken:
-            return f"{name[:40]!r} in its query is for rediss:// only" if name in _OF_TLS else f"{name[:40]!r} is not read in its query"
+            return f"{name[:40]!r} in its query is for rediss:// only" if name in _OF_TLS else f"{name[:40]!r} is not allowed in its query"
         if not value or len(query) < len(pairs):
-            return f"{name} stands in its query once, as {name}=VALUE"
+            return f"{name} may appear in its query once, as {name}=VALUE"
     if query.get("ssl_cert_reqs", "none") not in ("none", "optional", "required"):
-        return "ssl_cert_reqs is none, optional or required"
+        return "ssl_cert_reqs must be none, optional or required"
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if name in query and not os.access(query[name], os.R_OK):
-            return f"the file of {name}, {query[name]}, is not there, or this user may not read it"
+            return f"the file of {name}, {query[name]}, does not exist, or this user may not read it"
     number = query.get("db", "")
     if scheme == "unix":
         if parts.hostname or not parts.path.strip("/"):
-            return "the path of a socket begins with a slash, unix:///run/valkey.sock: three slashes"
+            return "the path of a socket must be absolute: unix:///run/valkey.sock, with three slashes"
     elif not parts.hostname:
         return "it names no host"
     elif "," in parts.netloc:
-        return "it names one host: movieq needs one server, not a cluster"
+        return "it must name one host: movieq needs one server, not a cluster"
     elif parts.path.strip("/"):
         if number:
-            return "the database stands both in its path and in its query"
+            return "the database is given both in its path and in its query"
         number = parts.path.removeprefix("/")
     if number and not re.fullmatch("[0-9]{1,5}", number):
-        return f"{number[:40]!r} is no database: Redis knows them by number, 0 to 15 unless it is told otherwise"
+        return f"{number[:40]!r} is not a database: they have numbers, 0 to 15 unless the server is configured otherwise"
     return None
 
 

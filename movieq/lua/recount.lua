@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
--- Holds the counters of tasks against the lists that they count.
+-- Compares the counters of tasks with the lists that they count.
 -- args: apply
---   apply: '1' to mend, '' to look only
--- Returns what does not fit, as sentences; {} where everything does. Cost: O(projects), and O(waiting tasks) of each kind that has at most 20,000.
+--   apply: '1' to mend, '' only to look
+-- Returns what does not agree, as sentences; {} where everything does. Cost: O(projects), and O(waiting tasks) of each kind that has at most 20,000.
 local found = {}
 
 local function compare(key, field, is, what)
   local noted = tonumber(redis.call('HGET', key, field) or 0)
   if noted == is then return end
-  found[#found + 1] = what .. ' are counted as ' .. noted .. ' and are ' .. is
+  found[#found + 1] = what .. ' are counted as ' .. noted .. ' but are ' .. is
   if apply == '1' then redis.call('HSET', key, field, is) end
 end
 

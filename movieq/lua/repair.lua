@@ -1,19 +1,19 @@
 #!lua flags=allow-oom
--- Holds a task against the lists that name it, and mends what does not fit together.
+-- Compares a task with the lists that name it, and mends what is inconsistent.
 -- args: task_id apply ...
---   apply: '1' to mend, '' to look only; rest: keys of sorted sets that were seen to name the task
--- Returns what does not fit, as sentences about the task; {} where everything does. Appends nothing; a delivery that waits in no queue is due at once.
+--   apply: '1' to mend, '' only to look; rest: keys of sorted sets that were seen to name the task
+-- Returns what is inconsistent, as clauses about the task; {} where nothing is. Appends nothing; a pending delivery that is in no queue becomes due at once.
 -- Cost: O(log n), O(deliveries of the task).
 local found = {}
 local mending = apply == '1'
 
--- Notes a misfit, and mends it where that is asked for.
-local function misfit(text, ...)
+-- Notes what is inconsistent, and mends it with the command that follows, where that is asked for.
+local function note(text, ...)
   found[#found + 1] = text
   if mending and select('#', ...) > 0 then redis.call(...) end
 end
 
-local function holds_entry(key)
+local function listed(key)
   return redis.call('ZSCORE', key, task_id)
 end
 
@@ -21,53 +21,53 @@ local function check_index(t)
   for _, task_type in ipairs({'', t.task_type}) do
     for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do
       local key, belongs = index(t, status, task_type), status == '' or status == t.status
-      if belongs and not holds_entry(key) then misfit('is not in the list ' .. key, 'ZADD', key, created(t), task_id) end
-      if not belongs and holds_entry(key) then misfit('is in the list ' .. key .. ' though it is ' .. t.status, 'ZREM', key, task_id) end
+      if belongs and not listed(key) then note('is not in the list ' .. key, 'ZADD', key, created(t), task_id) end
+      if not belongs and listed(key) then note('is in the list ' .. key .. ' although it is ' .. t.status, 'ZREM', key, task_id) end
     end
   end
   if not redis.call('ZSCORE', K.projects, t.project_id) then
-    misfit('has a project that no list names', 'ZADD', K.projects, t.created_at_ms, t.project_id)
+    note('has a project that is not in the list of projects', 'ZADD', K.projects, t.created_at_ms, t.project_id)
   end
-  if redis.call('SISMEMBER', K.kinds, t.kind) == 0 then misfit('has a kind that no list names', 'SADD', K.kinds, t.kind) end
+  if redis.call('SISMEMBER', K.kinds, t.kind) == 0 then note('has a kind that is not in the list of kinds', 'SADD', K.kinds, t.kind) end
 end
 
 local function check_queue(t)
-  local waits, placed = holds_entry(K.waiting .. lane(t)), holds_entry(queue(t))
-  local later = holds_entry(K.delayed)
+  local waits, placed = listed(K.waiting .. lane(t)), listed(queue(t))
+  local later = listed(K.delayed)
   if t.status == 'queued' then
     local share = redis.call('ZSCORE', K.flows .. lane(t), t.project_id)
     if waits and placed and share or later and not waits and not placed then return end
-    misfit(waits and placed and 'waits in a queue without a share' or (waits or placed) and 'waits in half of its queue' or 'waits in no queue')
+    note(waits and placed and 'waits in a queue whose project has no share' or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
     if mending then
       dequeue(t)
       enqueue(t)
     end
   elseif waits or placed or later then
-    misfit('waits though it is ' .. t.status)
+    note('is in a queue although it is ' .. t.status)
     if mending then dequeue(t) end
   end
 end
 
 local function check_run(t)
-  local runs = holds_entry(K.running .. t.kind)
+  local runs = listed(K.running .. t.kind)
   if t.status == 'processing' and not runs then
-    misfit('is processing without a lease', 'ZADD', K.running .. t.kind, now, task_id) -- which is over: `tidy` gives the task back
+    note('is processing without a lease', 'ZADD', K.running .. t.kind, now, task_id) -- already expired: `tidy` gives the task back
   elseif t.status ~= 'processing' and runs then
-    misfit('has a lease though it is ' .. t.status, 'ZREM', K.running .. t.kind, task_id)
+    note('has a lease although it is ' .. t.status, 'ZREM', K.running .. t.kind, task_id)
   end
 end
 
 local function check_end(t)
   local over = t.status == 'completed' or t.status == 'failed' or t.status == 'cancelled'
-  local noted, deadline = holds_entry(K.ended), holds_entry(K.deadlines)
-  if over and not noted then misfit('has ended and would never be swept', 'ZADD', K.ended, t.ended_at_ms or now, task_id) end
-  if not over and noted then misfit('would be swept though it is ' .. t.status, 'ZREM', K.ended, task_id) end
-  if over and deadline then misfit('has a deadline though it has ended', 'ZREM', K.deadlines, task_id) end
+  local noted, deadline = listed(K.ended), listed(K.deadlines)
+  if over and not noted then note('has ended and would never be deleted', 'ZADD', K.ended, t.ended_at_ms or now, task_id) end
+  if not over and noted then note('would be deleted although it is ' .. t.status, 'ZREM', K.ended, task_id) end
+  if over and deadline then note('has a deadline although it has ended', 'ZREM', K.deadlines, task_id) end
   if not over and not deadline and (t.status == 'processing' or t.finish_by_ms or t.attempt == '0' and t.start_by_ms) then
-    misfit('has a deadline that nothing watches')
+    note('has a deadline that nothing watches')
     if mending then watch_deadline(t) end
   end
-  if not over and redis.call('EXISTS', K.job .. task_id) == 0 then misfit('has no parameters any more: it fails when it is claimed') end
+  if not over and redis.call('EXISTS', K.job .. task_id) == 0 then note('has lost its parameters: it fails when it is claimed') end
 end
 
 local function check_deliveries(t)
@@ -76,7 +76,7 @@ local function check_deliveries(t)
     local state, job = unpack(redis.call('HMGET', K.delivery .. id, 'state', 'job'))
     job = job or id
     if state == 'pending' and not (redis.call('ZSCORE', K.deliveries, job) and redis.call('EXISTS', K.job .. job) == 1) then
-      misfit('has delivery ' .. n .. ' pending in no queue')
+      note('has pending delivery ' .. n .. ' in no queue')
       if mending then post(job, id, 0) end
     end
   end
@@ -85,14 +85,14 @@ end
 local t = load(task_id)
 if not t then
   for i = 3, #ARGV do
-    if holds_entry(ARGV[i]) then misfit('has no record and is in the list ' .. ARGV[i], 'ZREM', ARGV[i], task_id) end
+    if listed(ARGV[i]) then note('has no record but is in the list ' .. ARGV[i], 'ZREM', ARGV[i], task_id) end
   end
   return found
 end
-for name in pairs(changed[t] or {}) do misfit('has a damaged field ' .. name) end
+for name in pairs(changed[t] or {}) do note('has a missing or damaged field ' .. name) end
 if t.status ~= 'queued' and t.status ~= 'processing' and t.status ~= 'completed' and t.status ~= 'failed' and t.status ~= 'cancelled' then
   changed[t] = nil
-  return {'is ' .. t.status .. ', a state of another version: left as it is'}
+  return {'is ' .. t.status .. ', a state that this version does not know: left as it is'}
 end
 check_index(t)
 check_queue(t)

@@ -144,8 +144,8 @@ async def test_api_and_worker_say_at_their_start_what_doctor_says(folder: Path) 
         for process in made.processes:
             log = process.log.read_text()
             assert said in log
-            assert log.count("MOVIEQ_CPU_SLOT (in .env) is not a setting; do you mean MOVIEQ_CPU_SLOTS?") == 1
-        assert "MOVIEQ_CPU_SLOT (in .env) is not a setting; do you mean MOVIEQ_CPU_SLOTS?" in out
+            assert log.count("MOVIEQ_CPU_SLOT (in .env) is not a setting; did you mean MOVIEQ_CPU_SLOTS?") == 1
+        assert "MOVIEQ_CPU_SLOT (in .env) is not a setting; did you mean MOVIEQ_CPU_SLOTS?" in out
 
 
 # ── Writes ──
@@ -257,7 +257,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("redis://127.0.0.1:PORT/0", "wants a password"),
+        ("redis://127.0.0.1:PORT/0", "requires a password"),
         ("redis://:wrong-password@127.0.0.1:PORT/0", "the password is wrong"),
         ("redis://nobody:wrong-password@127.0.0.1:PORT/0", "user 'nobody'"),
         ("redis://wrong-password@127.0.0.1:PORT/0", "redis://:PASSWORD@HOST"),

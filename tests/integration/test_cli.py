@@ -247,7 +247,7 @@ async def test_doctor_finds_nothing_broken_in_a_good_installation(server: Valkey
         "Pillow",
         "API keys",
     } <= marks.keys()
-    assert "do you mean MOVIEQ_STORAGE?" in out
+    assert "did you mean MOVIEQ_STORAGE?" in out
     assert "a-key-of-the-tests" not in out
 
 

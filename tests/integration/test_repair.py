@@ -11,16 +11,16 @@ import pytest
 
 from movieq.contracts import KEYS, Kind, TaskStatus
 from movieq.embedded import Valkey
-from movieq.repair import misfits
+from movieq.repair import inconsistencies
 from movieq.store import Store
 from tests.arrange import claim, contents, new_task, raw, result
 from tests.integration.test_damage import busy, put
 
 
-async def test_an_installation_in_order_has_no_misfits(store: Store) -> None:
+async def test_an_installation_in_order_has_no_inconsistencies(store: Store) -> None:
     await busy(store)
     await raw(store).delete("runs", "reaped_run")
-    assert [each async for each in misfits(store, apply=False)] == []
+    assert [each async for each in inconsistencies(store, apply=False)] == []
 
 
 async def test_looking_changes_nothing(store: Store) -> None:
@@ -28,7 +28,7 @@ async def test_looking_changes_nothing(store: Store) -> None:
     for missing in keys:
         await put(store, {key: value for key, value in keys.items() if key != missing})
         before = await contents(store)
-        async for _ in misfits(store, apply=False):
+        async for _ in inconsistencies(store, apply=False):
             pass
         assert await contents(store) == before, missing
 
@@ -37,9 +37,9 @@ async def test_what_was_mended_is_in_order(store: Store) -> None:
     keys = await busy(store)
     for missing in keys:
         await put(store, {key: value for key, value in keys.items() if key != missing})
-        async for _ in misfits(store, apply=True):
+        async for _ in inconsistencies(store, apply=True):
             pass
-        left = [each.text async for each in misfits(store, apply=False)]
+        left = [each.text async for each in inconsistencies(store, apply=False)]
         assert [text for text in left if "parameters" not in text] == [], missing  # what is gone for good is only named
 
 
@@ -52,7 +52,7 @@ async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, na
     await store.cancel(tasks[1].task_id)
     for key in await raw(store).keys(KEYS[name] + "*"):
         await raw(store).delete(key)
-    assert [each.text async for each in misfits(store, apply=True)] != []
+    assert [each.text async for each in inconsistencies(store, apply=True)] != []
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {tasks[0].task_id: 1}, xx=True)  # its worker falls silent
     for _ in range(3):
         await store.tidy()
@@ -69,11 +69,11 @@ async def test_counters_are_counted_again(store: Store) -> None:
     await store.submit(new_task())
     await raw(store).hset(KEYS["totals"], "queued", 7)
     await raw(store).hset(KEYS["priorities"] + "cpu_intensive", "2", -3)
-    assert [each.text async for each in misfits(store, apply=True)] == [
-        "queued tasks are counted as 7 and are 1",
-        "waiting tasks of cpu_intensive with priority 2 are counted as -3 and are 1",
+    assert [each.text async for each in inconsistencies(store, apply=True)] == [
+        "queued tasks are counted as 7 but are 1",
+        "waiting tasks of cpu_intensive with priority 2 are counted as -3 but are 1",
     ]
-    assert [each async for each in misfits(store, apply=False)] == []
+    assert [each async for each in inconsistencies(store, apply=False)] == []
 
 
 def movieq(folder: Path, server: Valkey, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,10 +89,10 @@ async def test_the_command_lists_and_then_mends(store: Store, server: Valkey, tm
     looked = movieq(tmp_path, server, "--repair")
     assert (looked.returncode, looked.stdout) == (
         1,
-        f"task {task.task_id} waits in half of its queue\n1 misfits; mend them: movieq doctor --repair --apply\n",
+        f"task {task.task_id} is in only one of the two lists of its queue\n1 inconsistency; to mend: movieq doctor --repair --apply\n",
     )
     mended = movieq(tmp_path, server, "--repair", "--apply")
-    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "1 misfits mended")
-    assert movieq(tmp_path, server, "--repair").stdout == "records and lists fit together\n"
+    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "1 inconsistency mended")
+    assert movieq(tmp_path, server, "--repair").stdout == "records and lists agree\n"
     assert [each.task.task_id for each in await claim(store)] == [task.task_id]
-    assert "--apply goes with --repair" in movieq(tmp_path, server, "--apply").stderr
+    assert "--apply needs --repair" in movieq(tmp_path, server, "--apply").stderr

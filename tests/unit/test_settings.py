@@ -88,7 +88,7 @@ def test_what_looks_like_a_setting_and_is_none_is_named_wherever_it_stands(env_f
         "line 6",
     }
     for near in ("MOVIEQ_DRAIN_S", "MOVIEQ_STORAGE", "MOVIEQ_SPOOL", "MOVIEQ_ENGINE"):
-        assert f"do you mean {near}?" in text
+        assert f"did you mean {near}?" in text
     assert text.count(str(env_file)) == 5
     assert "models.toml" not in text  # a line may hold a secret
 
