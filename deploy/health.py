@@ -1,7 +1,7 @@
-"""Whether a container works: `health.py URL` asks its API, `health.py worker` asks Redis for the heartbeat of its worker.
+"""Check the health of a container: `health.py URL` asks its API, `health.py worker` asks Redis for the heartbeat of its worker.
 
-The image asks the API whether it lives: what a restart would not mend, a Redis that is away, say, must not restart it. A load balancer asks
-`/health/ready`.
+The image asks `/health/live`: what a restart would not mend, such as a Redis that is away, must not restart the API. Load balancers should
+ask `/health/ready`.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ WAIT_S = 5
 
 
 def api(url: str) -> bool:
-    """The API answers with a 200. Raises HTTPError where it says 503."""
+    """Whether the API answers 200. Raises HTTPError where it answers 503."""
     with urllib.request.urlopen(url, timeout=WAIT_S) as answer:  # noqa: S310  # the url is the image's own
         return bool(answer.status == 200)
 

@@ -1,7 +1,7 @@
-"""What an installation is made of, opened once by the API and by the worker.
+"""What the API and the worker open alike when they start: the signing secrets of an installation.
 
-Where the settings name no signing secret, the one in Redis counts, for every process: it is asked for again each second, since a Redis that
-was emptied or started anew has another.
+Where the settings have none, every process uses the one in Redis, and asks for it again each second, since a Redis that was emptied has a
+new one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logs.get()
 
 @asynccontextmanager
 async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Sequence[bytes]]:
-    """The secrets of this installation, for the length of a block: the first signs, each verifies. Raises RedisError."""
+    """Yield the secrets of this installation, kept up to date during the block: the first signs, all verify. Raises RedisError."""
     if given := settings.signing_secrets():
         yield given
         return
@@ -40,7 +40,7 @@ async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Seq
 async def _follow(kept: list[bytes], store: Store) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
-        with contextlib.suppress(RedisError, OSError, TimeoutError):  # who needs Redis says that it is away
+        with contextlib.suppress(RedisError, OSError, TimeoutError):  # others log that Redis is away
             if (secret := await store.signing_secret()) != kept[0]:
-                log.warning("signing_secret_changed", hint="Redis holds another secret: addresses that the old one signed are refused")
+                log.warning("signing_secret_changed", hint="Redis lost the old secret: urls that it signed are refused")
                 kept[:] = [secret]

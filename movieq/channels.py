@@ -50,7 +50,7 @@ class Subscriber:
     """The channels of a process. `run` must be running for anything to arrive."""
 
     def __init__(self, url: str, events: str = KEYS["events"]) -> None:
-        """`events` is the channel that is always subscribed to: it keeps an otherwise unused connection in its mode."""
+        """`events` is a channel that is always subscribed to, which keeps an otherwise unused connection in pub/sub mode."""
         self._events = events
         pool: Any = ConnectionPool.from_url(
             url, socket_connect_timeout=CONFIRM_S, socket_timeout=None, retry=Retry(NoBackoff(), 0), health_check_interval=0
@@ -95,7 +95,13 @@ class Subscriber:
                 async with asyncio.TaskGroup() as group:
                     for part in (self._read, self._ask, self._doubt):
                         group.create_task(part(connection))
-            except* (RedisError, OSError, TimeoutError, TypeError, ValueError) as errors:  # also what is no message of pub/sub
+            except* (
+                RedisError,
+                OSError,
+                TimeoutError,
+                TypeError,
+                ValueError,
+            ) as errors:  # the last two: what it read is no pub/sub message
                 first = first_of(errors)
                 log.warning("subscription_lost", problem=str(first) or type(first).__name__)
             finally:
@@ -116,7 +122,7 @@ class Subscriber:
                 elif kind == b"subscribe":
                     channel.confirmed.set()
                     channel.on_doubt()
-            except Exception:  # one listener's: the others go on
+            except Exception:  # of one listener: the others go on
                 log.exception("listener_broke", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:

@@ -579,7 +579,7 @@ def _part(text: str) -> str:
 
 
 def _json(request: SubmitRequest) -> bytes:
-    # what JSON has no word for, not a number or an infinite one, would be sent as null
+    # msgspec would send NaN and infinite numbers, which JSON does not have, as null
     if found := values.faults({"task_data": request.task_data, "metadata": request.metadata}):
         raise refused(found)
     try:

@@ -33,7 +33,7 @@ class TaskStatus(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
-    """Of a record that this version cannot read: a newer one wrote it, or it is damaged. No task is stored under it."""
+    """The state of a record that this version cannot read: a newer one wrote it, or it is damaged. It is never stored."""
 
     @property
     def ended(self) -> bool:
@@ -126,14 +126,14 @@ KEYS: Final[Mapping[str, str]] = {
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms
     "totals": "movieq:totals",  # hash state -> how many tasks are in it
-    "dropped": "movieq:dropped",  # list "LIST TASK", entries without a record that scripts met in the last day, latest first
+    "dropped": "movieq:dropped",  # list of "LIST TASK", latest first: entries without a record that scripts dropped in the last day
     "ended": "movieq:ended",  # zset task -> when it ended
     "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
     "media": "movieq:media",  # zset storage prefix of a result -> when it was committed
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
     "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
-    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model: what some workers cannot run; each has waiting, flows, ...
+    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model, of tasks that some worker cannot run; each has waiting, flows, ...
     "flows": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
     "spent": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
     "clock": "movieq:clock:",  # + kind: string, virtual time of the last claim
@@ -158,14 +158,14 @@ KEYS: Final[Mapping[str, str]] = {
     "deliveries": "movieq:deliveries",  # an arq queue
     "delivery": "movieq:delivery:",  # + delivery: hash, the facts frozen when the task ended
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
-    "sweeper": "movieq:sweeper",  # string, the worker that deletes what is over just now
+    "sweeper": "movieq:sweeper",  # string, the worker that now deletes what is over
     # the rest
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
     "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
-    "write_check": "movieq:write_check",  # string, what the health checks last wrote
+    "write_check": "movieq:write_check",  # string, written by health checks
     "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
-    "installation": "movieq:installation",  # hash "salt", "api", "worker" -> Started (JSON), the last of each
-    "check": "movieq:check:",  # + anything: string, written by a check, for ten seconds
+    "installation": "movieq:installation",  # hash "salt", "api", "worker" -> Started (JSON) of the last of each
+    "check": "movieq:check:",  # + random: string, written by a check at start or by doctor, for ten seconds
     # pub/sub channels
     "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
@@ -266,7 +266,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     estimate_ms: int
     max_ms: int
     lane: str = ""
-    """Where it waits: its kind's own for ''."""
+    """The lane that it waits in; '' for its kind's own."""
     batch: str = ""
     attempt: int = 0
     run: RunToken | None = None
@@ -336,8 +336,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One child of a worker: a GPU, or the host's CPU."""
 
     worker_id: str
-    worker_type: Annotated[str, Meta(description="gpu_heavy, gpu_medium or cpu_intensive; another in a newer version")]
-    status: Annotated[str, Meta(description="busy, active, idle or offline; another in a newer version")]
+    worker_type: Annotated[str, Meta(description="gpu_heavy, gpu_medium or cpu_intensive; newer versions may have others")]
+    status: Annotated[str, Meta(description="busy, active, idle or offline; newer versions may have others")]
     current_task_id: TaskId | None
     gpu_utilization: float
     memory_usage: int
@@ -356,7 +356,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     version: str
     problem: str | None = None
-    """What is wrong with the machine or the device; then it takes no work, and looks again by itself. None while nothing is."""
+    """What is wrong with the machine or the device: until that is over it takes no tasks. None while nothing is wrong."""
 
 
 class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -518,7 +518,7 @@ class WorkersAnswer(msgspec.Struct, frozen=True):
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
-    """`degraded`: a queue with waiting tasks has no live worker, Redis refuses writes, or storage is away; `unhealthy`: Redis is away.
+    """`degraded`: tasks wait that no live worker can run, Redis refuses writes, or storage cannot be used; `unhealthy`: Redis is away.
 
     `problems` says which of these it is, and what to do.
     """
@@ -534,7 +534,7 @@ class HealthAnswer(msgspec.Struct, frozen=True):
 
 
 class LiveAnswer(msgspec.Struct, frozen=True):
-    """The process answers; nothing else was asked."""
+    """The process answers; nothing else was checked."""
 
     status: str
     timestamp: datetime
@@ -543,7 +543,7 @@ class LiveAnswer(msgspec.Struct, frozen=True):
 
 
 class CheckName(StrEnum):
-    """What has to work before a task can be accepted and run."""
+    """What must work for a task to be accepted and run."""
 
     REDIS = "redis"
     STORAGE = "storage"
@@ -551,7 +551,7 @@ class CheckName(StrEnum):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """Whether one of them worked a second ago or later. `message` says what is wrong and what to do; it is empty where nothing is."""
+    """Whether one of them worked within the last second. `message` says what is wrong and what to do; it is empty where nothing is."""
 
     name: CheckName
     ok: bool
@@ -632,9 +632,9 @@ class DeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """How far a delivery is. `url` is without its query; `next_try_at` is null once it was delivered or given up."""
 
     delivery_id: str
-    kind: Annotated[str, Meta(description="webhook or payload; another in a newer version")]
+    kind: Annotated[str, Meta(description="webhook or payload; newer versions may have others")]
     type: str
-    state: Annotated[str, Meta(description="pending, delivered or failed; another in a newer version")]
+    state: Annotated[str, Meta(description="pending, delivered or failed; newer versions may have others")]
     url: str
     tries: int
     last_status: int | None

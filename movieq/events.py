@@ -106,7 +106,7 @@ _facts = msgspec.json.Decoder(Facts)
 
 
 def _facts_of(data: bytes) -> Facts:
-    """Of an event's JSON; empty ones where it says none."""
+    """Return the facts in an event's JSON; empty ones where it cannot be read."""
     try:
         return _facts.decode(data)
     except msgspec.MsgspecError:
@@ -160,7 +160,7 @@ class Watcher:
 
 
 class SocketWatcher(Watcher, asyncio.Protocol):
-    """A client on the other end of a socket whose HTTP answer has begun, `chunked` or not. It is the socket's protocol from here on.
+    """A client at the other end of a socket whose HTTP answer has begun, `chunked` or not. It is the socket's protocol from here on.
 
     What the client still sends is not read for anything: an event stream has the connection to itself, and closes it at its end.
     """

@@ -43,18 +43,18 @@ def without_query(url: str) -> str:
 
 
 class _Unfailing:
-    """A stream that loses what it cannot write, as on a full disk: a line of log must not end what it tells of."""
+    """A stream that drops what it cannot write, on a full disk, say: a log line must not end the work that it reports."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Writes the text, where that is possible."""
+        """Write the text where that is possible."""
         with suppress(OSError, ValueError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Flushes, where that is possible."""
+        """Flush where that is possible."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -62,7 +62,7 @@ class _Unfailing:
 def _json(line: Any) -> str:
     try:
         return msgspec.json.encode(line, enc_hook=repr).decode()
-    except (ValueError, OverflowError, RecursionError):  # half a character, of the name of a file, say
+    except (ValueError, OverflowError, RecursionError):  # a lone surrogate, from a file name, say
         return json.dumps(line, default=repr)
 
 

@@ -288,7 +288,7 @@ def _problem(key: str, value: object, message: str) -> tuple[str, str]:
 
 
 def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
-    """The refusal of values that are wrong, each with its path."""
+    """Return the error for wrong values, given as pairs of path and message."""
     path, message = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))

@@ -464,7 +464,7 @@ def _id(text: str) -> Id:
 def _description(task_type: str, task_data: Mapping[str, Any]) -> str:
     try:
         return params.convert(params.TaskType(task_type), dict(task_data)).description.strip()
-    except (ValueError, msgspec.ValidationError):  # of another movieq, or gone
+    except (ValueError, msgspec.ValidationError):  # of another version, or gone
         return ""
 
 

@@ -24,7 +24,7 @@ from movieq.settings import Settings
 
 SHUTDOWN_S = 5
 LAST_REQUESTS_S = 0.5
-"""How long idle connections stay open at the end: a request may be on its way over one of them, and is answered."""
+"""How long idle connections stay open at the end, so that a request on its way over one of them is answered."""
 OPEN_FILES = 65_536
 """How many the process may have open, where it is allowed that many: each stream is one."""
 READY = "movieq ready at "
@@ -102,26 +102,26 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but it resets no connection that a client has just made or sends a request over."""
+        """Shut down as uvicorn does, without resetting a connection that a client has just made or is sending a request over."""
         await self._stop_listening(sockets or [])
         state = self.server_state
-        state.default_headers = [*state.default_headers, (b"connection", b"close")]  # of every answer from here on
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]  # on every answer from here on
         for connection in list(state.connections):
             if not (isinstance(connection, _Protocol) and connection.idle):
                 connection.shutdown()
         until_s = self._loop.time() + LAST_REQUESTS_S
-        while state.connections and self._loop.time() < until_s:  # noqa: ASYNC110  # uvicorn sets no event where one goes
+        while state.connections and self._loop.time() < until_s:  # noqa: ASYNC110  # uvicorn has no event for a closed connection
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
-        """No new connections come; those that the kernel has made already are served, since closing the socket would reset them."""
+        """Accept no new connections, but serve those that the kernel has made already: closing the socket would reset them."""
         for sock in sockets:
             self._loop.remove_reader(sock)
         await asyncio.sleep(0)  # what asyncio has accepted becomes a connection
         waiting: list[socket.socket] = []
         for sock, server in zip(sockets, self.servers, strict=True):
-            with contextlib.suppress(OSError):  # nobody waits any more
+            with contextlib.suppress(OSError):  # no more are waiting
                 while True:
                     waiting.append(sock.accept()[0])
             server.close()
@@ -135,7 +135,7 @@ class _Server(uvicorn.Server):
 
 class _Protocol(HttpToolsProtocol):
     _offer = b""
-    """The head, without the offer, of a request whose client offers to speak another protocol."""
+    """The head, without the offer, of a request that offers to upgrade to another protocol."""
 
     @property
     def idle(self) -> bool:
@@ -143,9 +143,9 @@ class _Protocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's, but a client that offers another protocol (Java's: h2c) is answered in HTTP/1.1, as RFC 9110, 7.8 has it.
+        """Read as uvicorn does, but answer a client that offers another protocol (Java's: h2c) in HTTP/1.1 (RFC 9110, 7.8).
 
-        To the parser what follows such a head, a body too, is of the other protocol: it gets the head again, without the offer.
+        The parser takes whatever follows such a head, even a body, for the other protocol: it gets the head again, without the offer.
         """
         self._unset_keepalive_if_required()
         rest = memoryview(data)
@@ -156,7 +156,7 @@ class _Protocol(HttpToolsProtocol):
                     return
                 except httptools.HttpParserUpgrade as pause:
                     head, self._offer = self._offer, b""
-                    if not head:  # CONNECT: what follows is not for us
+                    if not head:  # CONNECT: what follows is not HTTP
                         return
                     rest = rest[pause.args[0] :]
                     self.parser.feed_data(head)
@@ -164,7 +164,7 @@ class _Protocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def on_headers_complete(self) -> None:
-        """As uvicorn's, with a way for the application to take the connection."""
+        """Begin a request as uvicorn does, with a way for the application to take the connection."""
         method, version = self.parser.get_method(), self.parser.get_http_version()
         if self.parser.should_upgrade() and method != b"CONNECT":
             kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
@@ -178,7 +178,7 @@ class _Protocol(HttpToolsProtocol):
         self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
 
     def on_message_complete(self) -> None:
-        """As uvicorn's."""
+        """End a request as uvicorn does, unless its head is read again."""
         if not self._offer:
             super().on_message_complete()
 
@@ -191,7 +191,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
-    """The body of this answer ends where its connection does."""
+    """Send the body of this answer without chunks: it ends when the connection closes."""
     if (request := cycle()) is not None:
         request.chunked_encoding = False
 

@@ -24,9 +24,9 @@ RESTART_S: Final = 0.2, 10.0
 STEADY_S: Final = 10.0
 """Who lived so long begins with the shortest wait again."""
 API_STOP_S: Final = 10.0
-"""What the API has to end in."""
+"""How long the API may take to end."""
 WORKER_STOP_S: Final = 12.0
-"""What a worker has beyond its drain: it is gone after ten."""
+"""How long a worker may take after its drain: by itself it is gone after ten seconds."""
 VALKEY_CHECK_S: Final = 0.2
 VALKEY_AGAIN_S: Final = 2.0
 

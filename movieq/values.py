@@ -1,7 +1,7 @@
-"""Values of JSON at the door: what everything behind it can carry.
+"""Which JSON values are accepted: those that everything behind the API can carry.
 
-JSON knows numbers of any size, and lists in lists without end. Workers and their children are told in msgpack, whose whole numbers have 64
-bits, and a reader of nested lists calls itself. What they could not carry is refused with the path of the value.
+JSON allows numbers of any size and any depth of nesting. Workers and their children get msgpack, whose whole numbers have 64 bits, and
+readers of nested lists recurse. A value that they could not carry is refused with its path.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from movieq.errors import ValidationFailed
 from movieq.params import refused
 
 ELEMENTS: Final = 20_000
-"""How many values a body may have, lists and objects too. Reading so many holds the event loop up for less than 10 ms; 350,000, for 160."""
+"""How many values a body may have, lists and objects included. Reading so many blocks the event loop for under 10 ms; 350,000, for 160."""
 NESTING: Final = 64
-"""How deep lists and objects may lie in each other, the body too. Python's own limit hangs on the stack: what is read here could fail
-elsewhere."""
+"""How many levels of lists and objects a body may have, itself included. Python's own limit depends on the stack: what can be read here
+could fail elsewhere."""
 LEAST: Final = -(2**63)
 MOST: Final = 2**64 - 1
 
 FAULTS: Final = 5
-"""How many values that are wrong an answer names."""
+"""How many wrong values an answer names."""
 PATH_CHARACTERS: Final = 100
 
 
 def check(**fields: Any) -> None:
-    """Raises ValidationFailed naming each value in the fields that msgpack, or who reads it, cannot carry."""
+    """Raise ValidationFailed naming the values in the fields that msgpack, or a reader of it, cannot carry."""
     try:
         msgspec.msgpack.encode(fields)
         if not _deeper(fields, NESTING):
@@ -42,7 +42,7 @@ def check(**fields: Any) -> None:
 
 
 def faults(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """Path and problem of the first values in the fields that are no numbers of 64 bits, or lie too deep."""
+    """Return the path and the problem of the first values in the fields that are numbers out of range, or nested too deeply."""
     return [*islice(_faults(fields), FAULTS)]
 
 
@@ -57,13 +57,13 @@ def _faults(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 keys: Any = value if isinstance(value, dict) else range(len(value))
                 inside += reversed([(value[key], level + 1, (place, key)) for key in keys])
         elif isinstance(value, int) and not LEAST <= value <= MOST:
-            yield _path(place), f"whole numbers of 64 bits are allowed, {LEAST} to {MOST}; send a longer one as a text"
+            yield _path(place), f"whole numbers of 64 bits are allowed, {LEAST} to {MOST}; send a larger one as text"
         elif isinstance(value, float) and not math.isfinite(value):
-            yield _path(place), "numbers up to 1.8e308 are allowed, got one beyond that or none at all"
+            yield _path(place), "numbers up to 1.8e308 are allowed, got a larger one, or NaN"
 
 
 def faults_of(body: bytes) -> list[tuple[str, str]]:
-    """The same of JSON that could not be read for a number in it; empty where it has another fault."""
+    """Return the same for JSON that could not be read because of a number in it; empty where something else is wrong."""
     try:
         value = json.loads(body, parse_int=lambda digits: int(digits[:40]))
     except (ValueError, RecursionError):
@@ -72,18 +72,18 @@ def faults_of(body: bytes) -> list[tuple[str, str]]:
 
 
 def check_elements(body: bytes) -> None:
-    """Raises ValidationFailed for a body of more values than may be read at once. It counts what separates them, outside of texts."""
+    """Raise ValidationFailed for a body of too many values. It counts the separators between them, outside of strings."""
     if sum(map(body.count, (b",", b"[", b"{"))) <= ELEMENTS:
         return
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    texts = plain.count(b'"') // 2  # each is a value, or the name of one
+    texts = plain.count(b'"') // 2  # each is a value or a name
     if texts <= 2 * ELEMENTS and sum(map(b"".join(plain.split(b'"')[::2]).count, (b",", b"[", b"{"))) <= ELEMENTS:
         return
-    raise ValidationFailed(f"the body has too many values: at most {ELEMENTS} are allowed, lists and objects counted too")
+    raise ValidationFailed(f"the body has too many values: at most {ELEMENTS} are allowed, lists and objects included")
 
 
 def _deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects lie in it more than so many levels deep."""
+    """Whether lists and objects in it are nested more than `levels` deep."""
     level: list[Any] = [value]
     for _ in range(levels):
         inner = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
@@ -94,7 +94,7 @@ def _deeper(value: object, levels: int) -> bool:
 
 
 def _path(place: Any) -> str:
-    """From a place, (the place around it, key or index), to `metadata.a.b[3]`."""
+    """Return the path, such as `metadata.a.b[3]`, of a place: (the place around it, key or index)."""
     parts: list[str] = []
     while place:
         place, key = place

@@ -107,7 +107,9 @@ def retry_after_s(value: str, now_s: float) -> float | None:
     else:
         try:
             date = parsedate_to_datetime(value)
-            wait_s = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s  # asctime's form names no zone: it is UTC
+            wait_s = (
+                date if date.tzinfo else date.replace(tzinfo=UTC)
+            ).timestamp() - now_s  # the form of asctime has no zone: it means UTC
         except (ValueError, TypeError, IndexError, OverflowError):  # each of them is raised for some text
             return None
     return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)

@@ -7,8 +7,8 @@ dropped.
 
 The head goes out through ASGI, as of every answer: so CORS and the request log know of it. Then uvicorn hands the connection over, as it
 does to a websocket, and forgets the request: an open stream is a socket and a watcher, without a task, a parser, or the request's headers.
-The body is chunked, so that a proxy or a client can tell a stream that ended from a connection that broke (a client of HTTP/1.0 cannot, and
-gets it plain); `Connection: close`, since nobody would read another request.
+The body is chunked, so that a proxy or a client can tell a stream that ended from a connection that broke. (An HTTP/1.0 client cannot: it
+gets the body plain.) `Connection: close`, since nobody would read another request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HAND_OVER: Final = "movieq.hand_over"
 """The extension of the ASGI scope with which the server gives a connection away; see `movieq.serving`."""
 
 OLD_VERSIONS: Final = ("0.9", "1.0")
-"""Versions of HTTP whose clients know neither chunks nor `100 Continue`."""
+"""Versions of HTTP that have neither chunks nor `100 Continue`."""
 
 ACTIVE: Final = 100
 """How many tasks the snapshot of a project names."""
@@ -45,7 +45,7 @@ ACTIVE: Final = 100
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),  # whatever compresses on the way would hold events back
+    (b"cache-control", b"no-store, no-transform"),  # a proxy that compresses would hold events back
     (b"x-accel-buffering", b"no"),
 ]
 

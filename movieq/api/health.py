@@ -1,6 +1,6 @@
-"""Health: whether the process lives, whether tasks can be accepted and run, and how the installation is. Also what can be submitted.
+"""Health: whether the process is alive, whether tasks can be accepted and run, and what is wrong. Also what can be submitted.
 
-None of it needs a key, so none of it tells names, addresses or paths, and its writes cost at most one a second, however often it is asked.
+The health checks need no key. So they show no names, addresses or paths, and write at most once a second, however often they are called.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from movieq.storage import Storage
 from movieq.store import Store, refusal
 
 FRESH_S: Final = 1.0
-"""For so long what the checks said answers everybody."""
+"""How long the results of the checks are reused."""
 CHECK_S: Final = 3.0
-"""What a check may take."""
+"""How long a check may take."""
 AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` says what is wrong"
 
 
 class Readiness:
-    """What the checks say: asked once at a time and at most once a second, for however many want to know."""
+    """The results of the checks, which run one at a time and at most once a second, however many ask."""
 
     def __init__(self, store: Store, storage: Storage) -> None:
         self._store = store
@@ -54,14 +54,14 @@ class Readiness:
         self._looking: asyncio.Task[bool] | None = None
 
     async def checks(self) -> dict[CheckName, Check]:
-        """Every check, by its name."""
+        """Return every check by its name."""
         if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_s >= FRESH_S):
             self._asked_s = time.monotonic()
             self._asking = asyncio.create_task(self._ask())
         return {check.name: check for check in await asyncio.shield(self._asking)}
 
     async def aclose(self) -> None:
-        """Nothing is asked any more."""
+        """Stop checking."""
         asked = [task for task in (self._asking, self._looking) if task is not None]
         for task in asked:
             task.cancel()
@@ -87,7 +87,7 @@ class Readiness:
         return ""
 
     async def _files(self) -> str:
-        # a file system that hangs holds its thread: there is never more than one
+        # a file system that hangs blocks its thread, so there is never more than one
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._storage.usable())
         await asyncio.wait({self._looking}, timeout=CHECK_S)
@@ -102,10 +102,10 @@ class Readiness:
             async with asyncio.timeout(CHECK_S):
                 living = _living(await self._store.workers())
         except (RedisError, OSError):
-            return "workers are not known while Redis cannot be used"
+            return "the workers are unknown while Redis cannot be used"
         if any(row.problem is None for row in living):
             return ""
-        return "every live worker has a problem: see /workers/status" if living else "no live worker: start `movieq worker`"
+        return "every live worker has a problem: see /workers/status" if living else "there is no live worker: start `movieq worker`"
 
 
 def _living(rows: list[WorkerStatus]) -> list[WorkerStatus]:
@@ -113,12 +113,12 @@ def _living(rows: list[WorkerStatus]) -> list[WorkerStatus]:
 
 
 async def live(request: Request) -> Response:
-    """`GET /health/live`: 200 while this process answers. Asks nothing else: a restart would mend nothing else. Needs no key."""
+    """`GET /health/live`: 200 while this process answers. Checks nothing else, which a restart would not mend. Needs no key."""
     return answered(LiveAnswer("alive", now(), package.__version__, _uptime_s(request)))
 
 
 async def ready(request: Request) -> Response:
-    """`GET /health/ready`: 200 where a task can be accepted, stored and run; else 503, and which check failed. Needs no key."""
+    """`GET /health/ready`: 200 where a task can be accepted, stored and run; else 503 and which check failed. Needs no key."""
     checks = list((await api(request).readiness.checks()).values())
     if all(check.ok for check in checks):
         return answered(ReadyAnswer("ready", now(), package.__version__, checks))
@@ -137,7 +137,7 @@ async def health(request: Request) -> Response:
         return answered(away, 503, {"Retry-After": "2"})
     checks = await movieq.readiness.checks()
     problems = [checks[name].message for name in (CheckName.REDIS, CheckName.STORAGE) if not checks[name].ok]
-    problems += [f"{each.waiting} tasks wait in {each.kind}, and no live worker can run them: start one" for each in stranded]
+    problems += [f"{each.waiting} tasks wait in {each.kind}, and no live worker can run them: start one that can" for each in stranded]
     state = "degraded" if problems else "healthy"
     return answered(HealthAnswer(state, now(), package.__version__, "connected", len(workers), sizes, uptime, problems))
 

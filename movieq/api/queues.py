@@ -17,7 +17,7 @@ OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
 FULL_PERCENT: Final = 90.0
-"""When health raises an alert: a task that waits for so long; so many failures among at least so many ends; so much of Redis's memory."""
+"""When health raises an alert: the longest wait; the share of failures, of at least so many ended tasks; the share of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:

@@ -159,7 +159,7 @@ class Api(msgspec.Struct, kw_only=True):
         )
 
     def render(self, event_type: EventType, data: bytes) -> bytes:
-        """The JSON of an event as clients get it: results have signed addresses. One whose result cannot be read goes out as it is."""
+        """Return the JSON of an event as clients get it, with signed addresses in its result; as it is where the result cannot be read."""
         if event_type not in (EventType.COMPLETED, EventType.UPDATED):
             return data
         try:

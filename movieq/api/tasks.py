@@ -165,7 +165,7 @@ async def arriving(seconds: float) -> AsyncIterator[None]:
 
 
 def decode(body: bytes) -> SubmitRequest:
-    """The request, of values that everything behind it can carry. Raises ValidationFailed that names the field."""
+    """Return the request, whose values everything behind the API can carry. Raises ValidationFailed that names the field."""
     values.check_elements(body)
     try:
         submitted = _decoder.decode(body)
