@@ -189,7 +189,7 @@ class Able(msgspec.Struct, frozen=True):
 class Claimed(msgspec.Struct, frozen=True):
     """A task that a worker is to run: `job` is arq's definition (msgpack); those of one `slot` are to be made at once.
 
-    The status of a task whose record cannot be read is `unknown`: give it back.
+    A task whose record cannot be read has the status `unknown`, and is to be given back.
     """
 
     task: Task
@@ -201,7 +201,7 @@ class Claimed(msgspec.Struct, frozen=True):
 class Logged(msgspec.Struct, frozen=True):
     """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored.
 
-    The type of an event that only a newer version knows is its name.
+    `type` is a plain name where only a newer version knows it.
     """
 
     id: str
@@ -210,7 +210,7 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class Tidied(msgspec.Struct, frozen=True):
-    """What a call of `tidy` acted on: how many dead leases, due retries and missed deadlines."""
+    """How many dead leases, due retries and missed deadlines a call of `tidy` acted on."""
 
     reaped: int
     due: int
@@ -221,7 +221,7 @@ class Tidied(msgspec.Struct, frozen=True):
 
 
 class Stranded(msgspec.Struct, frozen=True):
-    """Tasks that no live worker can take: of a kind, or, where `task_type` is not empty, of this type and model in it."""
+    """Waiting tasks that no live worker can run: all of a kind or, where `task_type` is not empty, those of this type and model."""
 
     kind: str
     task_type: str
@@ -230,7 +230,7 @@ class Stranded(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """What an operator is told."""
+        """The sentence for an operator."""
         if self.task_type:
             return f"{self.waiting} tasks of {self.task_type} by {self.model} wait in {self.kind}, and no live worker can run them"
         return f"{self.waiting} tasks wait in {self.kind}, and no live worker serves it"
@@ -245,7 +245,7 @@ class LogState(msgspec.Struct, frozen=True):
 
 
 def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
-    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its queue.
+    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its keys.
 
     `patient` is for workers: it tries again for five seconds, and a full memory does not refuse its writes, which end tasks and make room.
     The API fails fast, so that a client hears 503 within a second.
@@ -271,12 +271,12 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
 
 
 _GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
-"""Commands of ours and arq's that a full memory refuses."""
+"""The commands used here and by arq that a full memory refuses."""
 _ALLOWED: Final = "#!lua flags=allow-oom\nreturn redis.call(unpack(ARGV))"
 
 
 def _allowed(command: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The command in a script that a full memory does not refuse, where it would refuse the command."""
+    """Return the command, in a script that a full memory does not refuse where it would refuse the command itself."""
     return ("EVAL", _ALLOWED, 0, *command) if command[0] in _GROW else command
 
 
@@ -286,7 +286,7 @@ class _UnrefusedPipeline(Pipeline):
 
 
 class _Unrefused(ArqRedis):
-    """arq's client, whose writes a full memory does not refuse: deliveries are jobs of arq's, which begin and end with plain writes."""
+    """A client of arq whose writes a full memory does not refuse: deliveries are arq jobs, which begin and end with plain writes."""
 
     async def execute_command(self, *command: Any, **options: Any) -> Any:
         return await super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # as redis-py has it
@@ -345,7 +345,7 @@ def log_failure(event: str, error: Exception, **fields: Any) -> bool:
 
 
 class Store:
-    """The one door to the tasks in Redis: those of the installation with this prefix of keys."""
+    """The one door to the tasks in Redis: those of the installation with this key prefix."""
 
     def __init__(self, redis: ArqRedis, prefix: str = "movieq") -> None:
         self.redis = redis
@@ -426,7 +426,7 @@ class Store:
         """Tasks that this worker is to run now: one for each slot, or as many of one batch key. The same nonce answers the same tasks.
 
         `weights`: JSON of project -> share of the queue. `rows`: batch key -> how many the worker can make at once, where it knows.
-        Beside the slots come tasks whose finished files lie on this `host`, in slot -1. Only what the worker is `able` to run; None: all.
+        Beside the slots come tasks whose finished files lie on this `host`, in slot -1. `able`: what the worker can run; None for all.
         """
         answer = await self._verb(
             "claim",
@@ -557,37 +557,37 @@ class Store:
         await self._scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
 
     async def tidy(self) -> Tidied:
-        """Act on dead leases, due retries and missed deadlines; log what scripts have dropped since the last call, as it had no record."""
+        """Act on dead leases, due retries and missed deadlines; log entries without a record that scripts have dropped meanwhile."""
         reaped, due, past_deadline, dropped = await self._verb(
             "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
         if dropped:
             entries = [_text(each) for each in dropped]
             log.warning(
-                "entries_dropped", entries=entries, cure="they had no record; `movieq doctor --repair` shows what else does not fit"
+                "entries_dropped", entries=entries, cure="they had no record; `movieq doctor --repair` shows what else is inconsistent"
             )
         return Tidied(reaped, due, past_deadline)
 
-    # ── Keeping ──
+    # ── Retention ──
 
     async def take_turn(self, worker_id: str, turn_ms: int) -> bool:
-        """Whether this worker is the one that sweeps, for so long at most; 0 gives its turn back."""
+        """Give this worker the turn to delete what is over, unless another has it; 0 ends its turn. Return whether it has the turn now."""
         return bool(await self._verb("take_turn", worker_id=worker_id, turn_ms=turn_ms))
 
     async def sweep(self, age_s: float, batch: int = 25) -> tuple[int, list[TaskId]]:
-        """Tasks that ended so long ago are forgotten: how many, and those whose record was damaged.
+        """Forget tasks that ended so long ago; return how many, and those whose record was damaged.
 
-        Where there were `batch`, there may be more. Its default takes Redis about a millisecond.
+        Where these are `batch`, there may be more. The default takes Redis about a millisecond.
         """
         count, damaged = await self._verb("sweep", age_ms=int(age_s * 1000), batch=batch)
         return count, [TaskId(task_id.decode(errors="replace")) for task_id in damaged]
 
     async def retire(self, age_s: float, batch: int = 200) -> int:
-        """Files of results that were committed so long ago are due to be deleted: how many; where there were `batch`, there may be more."""
+        """List files of results committed so long ago for deletion; return how many results. Where these are `batch`, there may be more."""
         return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
 
     async def memory(self) -> tuple[int, int] | None:
-        """The bytes that Redis uses, and how many it may use at most, 0 for no limit; None where its user may not ask."""
+        """Return the bytes that Redis uses and the most that it may use, 0 for no limit; None where its user may not ask."""
         try:
             facts = await _answer(self.redis.info("memory"))
         except NoPermissionError:
@@ -595,15 +595,15 @@ class Store:
         return int(facts["used_memory"]), int(facts.get("maxmemory", 0))
 
     async def check_write(self) -> None:
-        """Redis takes what is submitted. Raises its refusal."""
+        """Write to Redis as a submit does. Raises redis's error where it refuses."""
         await self._scripts["write_check"]((), expires_ms=10_000)
 
     async def repair(self, task_id: TaskId, lists: Sequence[str], *, apply: bool) -> list[str]:
-        """Return what does not fit between a task and the `lists` that name it, mended where `apply` is set."""
+        """Return what is inconsistent between a task and the `lists` that name it, mended where `apply` is set."""
         return [_text(each) for each in await self._verb("repair", lists, task_id=task_id, apply="1" if apply else "")]
 
     async def recount(self, *, apply: bool) -> list[str]:
-        """Return which counters do not fit what they count, mended where `apply` is set."""
+        """Return which counters differ from what they count, mended where `apply` is set."""
         return [_text(each) for each in await self._verb("recount", apply="1" if apply else "")]
 
     # ── Reads ──
@@ -685,14 +685,14 @@ class Store:
         return {kind: sum(itertools.islice(counts, len(of_kind))) for kind, of_kind in lanes.items()}
 
     async def _lanes(self) -> dict[Kind, list[str]]:
-        """The lanes of each kind: its own, and those of tasks that some worker could not run."""
+        """Return the lanes of each kind: its own, and those of tasks that some worker could not run."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for kind in Kind:
                 pipe.smembers(self.keys["lanes"] + kind)
             return {kind: [kind, *sorted(of.decode() for of in found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
 
     async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
-        """Return what waits in vain: the lanes with waiting tasks that none of these workers can run."""
+        """Return the lanes with waiting tasks that none of these workers can run."""
         lanes = list(itertools.chain(*(await self._lanes()).values()))
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.keys["able"])
@@ -938,7 +938,7 @@ class Store:
         await self.redis.zadd(self.keys["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
 
     async def due_orphans(self, count: int = 100, skip: int = 0) -> list[str]:
-        """Storage prefixes that are to be deleted now, but the first few: none of a committed result, whoever listed it."""
+        """Return storage prefixes to delete now, after the first `skip`: never that of a committed result, whoever listed it."""
         seconds, micros = await self.redis.time()
         found = await self.redis.zrangebyscore(self.keys["orphans"], "-inf", seconds * 1000 + micros // 1000, skip, count)
         committed = await self.redis.zmscore(self.keys["media"], found) if found else []
@@ -948,7 +948,7 @@ class Store:
         return [prefix.decode(errors="surrogateescape") for prefix, at_ms in zip(found, committed, strict=True) if at_ms is None]
 
     async def forget_orphans(self, prefixes: Sequence[str]) -> None:
-        """The prefixes are deleted."""
+        """Take prefixes that have been deleted off the list."""
         if prefixes:
             await self.redis.zrem(self.keys["orphans"], *(prefix.encode(errors="surrogateescape") for prefix in prefixes))
 
@@ -983,7 +983,7 @@ class _Script:
 
 
 class _Definition(msgspec.Struct):
-    """Of arq's job what is read here: its keyword arguments."""
+    """The part of an arq job that is read here: its keyword arguments."""
 
     k: dict[str, Any]
 
@@ -1010,7 +1010,7 @@ def event_type(name: bytes) -> EventType:
 
 
 def _text(stored: bytes) -> str:
-    """The text of a field that may be damaged."""
+    """Return the text of a field that may be damaged."""
     return stored.decode(errors="replace")
 
 
@@ -1032,12 +1032,12 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _task(task_id: str, fields: dict[bytes, bytes]) -> Task:
-    """The task of a hash; what can be read of it, and mostly the status `unknown`, where a newer version wrote it, or it is damaged."""
+    """Return the task of a hash; where not all can be read, what can, with the status `unknown` unless it failed or was cancelled."""
     try:
         return msgspec.convert(_named(fields), Task, strict=False)
     except (msgspec.MsgspecError, ValueError):
         found = _readable(fields)
-        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # of such an end nothing else need be known
+        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # the status says it all
         return _salvaged(Task, {"task_id": task_id, **found}, **({} if given_up else {"status": TaskStatus.UNKNOWN}))
 
 
@@ -1052,7 +1052,7 @@ def _delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | None:
 
 
 def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
-    """Those fields of a hash that can be decoded."""
+    """Return the fields of a hash that can be decoded."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
         with contextlib.suppress(msgspec.MsgspecError, ValueError):
@@ -1061,7 +1061,7 @@ def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
-    """The record with those of its fields that can be read. A name that is not known here stays as it is; what is missing is empty."""
+    """Return the record with the fields that can be read. A name unknown to this version stays as it is; what is missing is empty."""
     found: dict[str, Any] = {}
     for field in msgspec.structs.fields(cls):
         given = fields.get(field.name)
@@ -1076,7 +1076,7 @@ def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
 
 
 def _heartbeat(blob: bytes | None) -> list[WorkerStatus]:
-    """The rows of a worker's heartbeat; none where they cannot be read."""
+    """Return the rows of a worker's heartbeat; none where they cannot be read."""
     try:
         return _rows.decode(blob or b"[]")
     except msgspec.MsgspecError:
@@ -1091,7 +1091,7 @@ def _able(blob: bytes) -> Able | None:
 
 
 def _grant(blob: bytes) -> Grant | None:
-    """What a key may; scopes of a newer version are left out. None where that cannot be read: then it may nothing."""
+    """Return what a key may do, without scopes that only a newer version knows; None where it cannot be read: then it may do nothing."""
     try:
         stored = _stored_grant.decode(blob)
         return Grant(stored.projects, frozenset(Scope(scope) for scope in stored.scopes if scope in list(Scope)))
@@ -1102,7 +1102,7 @@ def _grant(blob: bytes) -> Grant | None:
 def _queue(
     kind: Kind, now_ms: int, dead: int, running: int, priorities: list[bytes | None], claims: list[bytes], lanes: list[Any]
 ) -> TaskQueue:
-    """`lanes`: of each lane in turn how many wait, and the oldest with its time."""
+    """Return the row of a queue. `lanes`: for each lane in turn how many tasks wait, and the oldest with its time."""
     waiting, oldest = sum(lanes[::2]), [at_ms for first in lanes[1::2] for _, at_ms in first]
     pace_ms = (now_ms - int(claims[-1])) / len(claims) if len(claims) > 1 else 30_000.0
     return TaskQueue(
@@ -1132,7 +1132,7 @@ def _dead_letter(task_id: str, at_ms: int, fields: dict[bytes, bytes], job: byte
 
 
 def _task_data(job: bytes | None) -> dict[str, Any]:
-    """Of arq's definition; empty where that is gone, or cannot be read."""
+    """Return the task data in an arq job; empty where that is gone or cannot be read."""
     try:
         return _definition.decode(job).k.get("task_data", {}) if job else {}
     except msgspec.MsgspecError:

@@ -221,7 +221,7 @@ async def _deposit(outbox: Outbox, delivery_id: str, delivery: Delivery) -> _Tri
         wait = webhooks.retry_after_s(fault.retry_after, time.time()) if fault.retry_after else None
         return _Tried(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
     except StorageFault as fault:
-        log.warning("result_not_read", delivery_id=delivery_id, problem=fault.message)  # which names folders of this machine
+        log.warning("result_not_read", delivery_id=delivery_id, problem=fault.message)  # the message names folders of this machine
         return _Tried(False, problem="the result cannot be read from the storage just now")
     return _Tried(True, status=200, media_id=media_id, doubt=doubt)
 

@@ -63,11 +63,11 @@ AHEAD_S: Final = 2.0
 AHEAD_MOST_S: Final = 10.0
 """What has waited for so long is given back: what it waited for takes longer than it looked."""
 FAILURES: Final = 3
-"""After so many different tasks in a row that failed on a device, it is examined before it takes more."""
+"""After so many different tasks in a row failed on a device, it is examined before it takes more."""
 EXAMINE_S: Final = 120.0
-"""How long its self-test may take."""
+"""How long the self-test of a device may take."""
 LOOK_S: Final = 1.0
-"""Between two looks of a run that waits for its device whether that still works."""
+"""Between two checks, by a run that waits for its device, whether that still works."""
 IDLES: Final = 1000
 STDERR_LINES: Final = 40
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
@@ -83,7 +83,7 @@ log = logs.get()
 
 
 class _Whose(msgspec.Struct, frozen=True):
-    """What of a message that cannot be read tells whose it is."""
+    """The part of a message that tells whose it is, where the rest cannot be read."""
 
     type: str
     run: str
@@ -166,17 +166,17 @@ class Child:
         self.idle_s: deque[float] = deque(maxlen=IDLES)
         """How long the device waited between two groups, where the second was there already when the first was done."""
         self.problem: str | None = None
-        """What is wrong with its device, for people; None while nothing is. It takes nothing meanwhile."""
+        """What is wrong with its device, in words for users; None while nothing is. Until then it takes no tasks."""
         self.unfit: str | None = None
-        """What it said where it could not work here at all."""
+        """Why it cannot work here at all, where it said so."""
         self.served = False
         """Whether it has ever worked."""
         self.spool: Path | None = None
-        """Where its self-test makes a file; None for the system's temporary folder."""
+        """Where its self-test writes; None for the system's temporary folder."""
         self._suspect = False
-        """It is to be started anew, and examined, once it has no run."""
+        """Whether it is to be restarted and examined once it has no run."""
         self._failed: list[Group] = []
-        """Groups of different tasks that failed since one was done."""
+        """Groups of different tasks that failed since the last one that was done."""
         self._on_room: Callable[[], None] = lambda: None
         self._on_device: Group | None = None
         self._free_since_s = time.monotonic()
@@ -234,7 +234,7 @@ class Child:
             self._advance()
 
     def drop(self, group: Group) -> None:
-        """The slot of a group that nobody runs is another's."""
+        """Free the slot of a group that nobody runs."""
         self._release(group)
 
     def _release(self, group: Group) -> None:
@@ -273,7 +273,7 @@ class Child:
     async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
         """Starts the child, again whenever it ended, and ends it when cancelled. `on_room` is called each time that it has a slot more.
 
-        `on_unfit` is called each time that it said that it cannot work here; what that raises ends this.
+        `on_unfit` is called each time that it says that it cannot work here; what that raises ends this.
         """
         self._on_room = on_room
         wait_s = RESPAWN_S[0]
@@ -282,7 +282,7 @@ class Child:
             self._serves, self.unfit = False, None
             try:
                 await self._live()
-            except* Exception as group:  # its reader's come in a group
+            except* Exception as group:  # errors of its reader come in a group
                 error = first_of(group)
                 if isinstance(error, ChildUnfit):
                     self.unfit = error.message
@@ -316,7 +316,7 @@ class Child:
         self._inboxes[request.run] = group, inbox
         stage: str | None = None
         over = False
-        """Whether the child works on it no more."""
+        """Whether the child has ended this run."""
         try:
             group.come(request.run, body)
             self._advance()
@@ -359,7 +359,7 @@ class Child:
                         raise death
                     case _:
                         raise InternalFault("the engine stopped without being asked to")
-        except BaseException:  # a cancel, or what `on_message` raised: the child still works on it
+        except BaseException:  # a cancel, or what `on_message` raised: the child may still work on it
             if group.begun.is_set() and not over:
                 stopping = asyncio.ensure_future(self._stop(request.run, inbox))
                 while not stopping.done():  # bounded by the grace; a second cancel must not leave a child that still works
@@ -372,14 +372,14 @@ class Child:
             self._renew_if_suspect()
 
     def suspect(self, problem: str) -> None:
-        """The device may be at fault: it takes nothing more until its child was started anew and a self-test was passed."""
+        """Take no more tasks on a device that may be at fault until its child was restarted and passed a self-test."""
         if not self._suspect:
             log.error("device_problem", child=self.name, device=self.device, problem=problem)
         self._suspect, self.problem = True, problem
         self._failed.clear()
 
     def _failure(self, group: Group) -> None:
-        """A run failed by a fault of the engine: one that another task would have had too?"""
+        """Note a run that failed by a fault of the engine; too many of different tasks make the device suspect."""
         ids = set(group.task_ids)
         if not any(ids & set(each.task_ids) for each in self._failed):
             self._failed.append(group)
@@ -398,7 +398,7 @@ class Child:
         return True
 
     async def _turn(self, group: Group) -> None:
-        """The child has the group. Raises HostFault where there is no child for too long."""
+        """Wait until the child has the group. Raises HostFault where there is no child for too long."""
         since_s = time.monotonic()
         while not group.begun.is_set():
             try:
@@ -408,7 +408,7 @@ class Child:
                 if self._ready is not None:
                     since_s = time.monotonic()
                 elif self.problem is not None or time.monotonic() - since_s > START_S:
-                    raise HostFault(self.problem or "its engine does not come back", device=True) from None
+                    raise HostFault(self.problem or "its engine does not start again", device=True) from None
 
     def kill(self, blamed: str | None = None) -> None:
         """The child, and what it started, is gone, for the sake of one run or of all; the next one starts at once."""
@@ -471,7 +471,7 @@ class Child:
             try:
                 async with asyncio.timeout(CANCEL_GRACE_S):
                     await process.wait()
-            except TimeoutError:  # it says nothing more, and does not end
+            except TimeoutError:  # it closed its output and does not end
                 self._kill()
                 await process.wait()
             with contextlib.suppress(ProcessLookupError):
@@ -499,7 +499,7 @@ class Child:
                 inbox.put_nowait(None)
 
     async def _examine(self, process: asyncio.subprocess.Process) -> None:
-        """The new child makes a small picture before it has anything else. Raises OSError where it cannot."""
+        """Have the new child make a small picture before it gets anything else. Raises OSError where it cannot."""
         assert process.stdout is not None
         with tempfile.TemporaryDirectory(dir=self.spool, prefix="self-test-") as folder:
             params = {"prompt": "a self-test", "resolution": "64x64"}
@@ -575,5 +575,5 @@ class Child:
 def _signal(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # one of the real-time ones
+    except ValueError:  # a real-time signal
         return str(number)

@@ -1,6 +1,6 @@
-"""Whose fault an exception is: the task's or this machine's, and what of it clients may read.
+"""Whether an exception is the fault of the task or of this machine, and what clients may read of it.
 
-Used on both sides of the pipe. The log keeps the whole of an error; what goes to clients names no path and no class.
+Used on both sides of the pipe. The log has the whole error; what clients read names no path and no class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOST: Final = {
     errno.EMFILE: "it has too many files open",
     errno.ENFILE: "it has too many files open",
 }
-"""Operating system errors that no task causes, and what is wrong with the machine then."""
+"""Errors of the operating system that no task causes, and what is wrong with the machine then, as a clause about it."""
 PLACE: Final = {
     errno.ENOENT: "its working folder is gone",
     errno.ENOTDIR: "its working folder is gone",
@@ -33,19 +33,19 @@ PLACE: Final = {
     errno.EACCES: "it may not write to its working folder",
     errno.EPERM: "it may not write to its working folder",
 }
-"""The same, where the file lies in the folder that the worker works in."""
+"""The same for errors about a file in the folder that the worker works in."""
 _LIBRARIES: Final = "av."
-"""FFmpeg says "input/output error" of damaged files too."""
+"""Modules whose "input/output error" may mean a damaged file: PyAV."""
 LONGEST: Final = 500
 
 _DEVICE: Final = re.compile(
     r"ECC|uncorrectable|no CUDA-capable device|device\(s\) is/are busy|unavailable|initialization error|NVLink|unknown error"
 )
-"""What CUDA says of a device that is at fault itself, whatever was asked of it."""
+"""What CUDA says where the device itself is at fault, whatever it was given to do."""
 
 
 class HostFault(MovieqError):
-    """This machine, or one device of it (`device`), cannot work: whatever task comes next would fare no better. The message says why."""
+    """This machine, or with `device` one device of it, cannot work: the next task would fail too. The message says why."""
 
     def __init__(self, message: str, *, device: bool = False) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class HostFault(MovieqError):
 
 
 def host_problem(error: BaseException | None, *places: Path) -> str | None:
-    """What is wrong with this machine, where that is what the error, or its cause, says; `places` are the folders that it works in."""
+    """Return what is wrong with this machine, where the error or a cause of it says so. `places`: the folders that the worker works in."""
     for cause in causes(error):
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError) and cause.errno is not None:
             foreign = type(cause).__module__.startswith(_LIBRARIES)
@@ -65,7 +65,7 @@ def host_problem(error: BaseException | None, *places: Path) -> str | None:
 
 
 def device_problem(error: BaseException | None) -> str | None:
-    """What is wrong with the device, where CUDA says so; a kernel that failed may be the fault of what it was given."""
+    """Return what is wrong with the device, where CUDA says so. A kernel that failed is no such case: its input may be at fault."""
     found = any("CUDA" in str(cause) and _DEVICE.search(str(cause)) for cause in causes(error))
     return "its GPU does not work" if found else None
 
@@ -79,13 +79,13 @@ def inside(name: object, *places: Path) -> bool:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, for clients: no class, no path, one line."""
+    """Return the message of an error for clients: one line, without class and path."""
     text = (error.strerror or "") if isinstance(error, OSError) and error.errno is not None else str(error)
     return without_paths(text).partition("\n")[0][:LONGEST].strip()
 
 
 def without_paths(text: str, *places: Path | str) -> str:
-    """The text with every file of this machine cut down to its name: those in these places, and in those that all machines have."""
+    """Return the text with every path cut down to the file's name: paths in these places and in common folders of any machine."""
     roots = {str(place).rstrip("/") for place in (*places, tempfile.gettempdir(), sys.prefix, sys.base_prefix, Path.home(), Path.cwd())}
     named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
     return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)

@@ -1,4 +1,4 @@
-"""The machine that a worker runs on: while its disk cannot be worked on, the worker takes nothing, says why, and looks again by itself."""
+"""The machine that a worker runs on: while its disk cannot be used, the worker takes no tasks, says why, and checks again by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers import spool
 from workers.faults import HOST, host_problem, said
 
 FLOOR_BYTES: Final = 32 * 1024 * 1024
-"""With less free space than this, nothing can be made."""
+"""With less free space than this, no task is taken."""
 SAMPLE_BYTES: Final = 1024 * 1024
 """How much an examination writes."""
 SAMPLE_FILES: Final = 16
@@ -25,34 +25,34 @@ SAMPLE_FILES: Final = 16
 EXAMINE_S: Final = 2.0, 30.0
 """Shortest and longest wait before a machine at fault is examined again; the first run that ends well resets it."""
 LOOK_S: Final = 5.0
-"""Between two looks at the free space of a machine that is in order."""
+"""Between two checks of the free space of a machine that is in order."""
 
 log = logs.get()
 
 
 class Host:
-    """Whether this machine can work. `keep` must be running for it to heal."""
+    """Whether this machine can work. It recovers only while `keep` runs."""
 
     def __init__(self, folder: Path) -> None:
         self.problem: str | None = None
-        """What is wrong, for people; None while nothing is."""
+        """What is wrong, in words for users; None while nothing is."""
         self._folder = folder
         self._blamed = asyncio.Event()
         self._wait_s = EXAMINE_S[0]
 
     def blame(self, problem: str) -> None:
-        """Nothing more is taken until an examination passes."""
+        """Take no more tasks until an examination passes."""
         if self.problem is None:
             log.error("worker_problem", problem=problem)
         self.problem = problem
         self._blamed.set()
 
     def proven(self) -> None:
-        """A run ended well: the next fault is a new one."""
+        """Note that a run ended well: the next fault is a new one."""
         self._wait_s = EXAMINE_S[0]
 
     async def keep(self, on_room: Callable[[], None]) -> None:
-        """Examines a machine that is at fault until it is in order, then calls `on_room`; watches the free space of one that is."""
+        """Examine a machine at fault until it is in order, then call `on_room`; watch the free space of one in order."""
         while True:
             if self.problem is None:
                 if (problem := await asyncio.to_thread(_look, self._folder)) is not None:
@@ -73,7 +73,7 @@ class Host:
 
 
 def examine(folder: Path) -> str | None:
-    """What is wrong with the folder that the worker works in; None where a file can be written there, synced and read again."""
+    """Return what is wrong with the working folder; None where a file can be written there, synced and read again."""
     try:
         spool.mend(folder)
         sample = os.urandom(SAMPLE_BYTES)
@@ -103,7 +103,7 @@ def _look(folder: Path) -> str | None:
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> None:
-    """Returns when the event is set, or the time is over."""
+    """Wait until the event is set, or the time is over."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

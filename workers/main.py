@@ -57,15 +57,15 @@ AWAY_S: Final = 0.5
 DELIVERIES: Final = 32
 """How many a worker has in hand at once."""
 LAST_S: Final = CANCEL_GRACE_S + 1.5
-"""What a worker that has to go gives its runs to be handed back, after the drain: first an engine that does not listen has its grace."""
+"""How long after the drain runs have to be handed back: first an engine that does not listen has its grace."""
 GONE_S: Final = 10.0
-"""How long after the drain a worker is gone, whatever Redis, its engines and its disk do: first its runs have `LAST_S`, ..."""
+"""How long after the drain a worker is gone, whatever Redis, its engines and its disk do. Its runs have `LAST_S` of it, ..."""
 LETTING_GO_S: Final = 0.4
-"""... to each thing that was cancelled, to end, ..."""
+"""... what was cancelled has this to end, twice, ..."""
 GOODBYE_S: Final = 1.0
-"""... and to a Redis that is told that the worker leaves."""
+"""... and Redis has this to hear that the worker leaves."""
 AGAIN_S: Final = 1.0
-"""Before a part of the worker that broke goes on."""
+"""How long a part of the worker that broke waits before it starts again."""
 
 UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
 UNREADABLE_MS: Final = 5_000
@@ -105,7 +105,7 @@ class Worker(ArqWorker):
         self._host = socket.gethostname() if kept else ""
         self._machine = machine
         self._stale: set[RunToken | int] = set()
-        """Runs, and groups by their id, that had no living task when the worker last looked."""
+        """Runs, and groups by their id, that had no running asyncio task at the last `tend`."""
         self._heartbeat: list[WorkerStatus] = []
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
@@ -117,7 +117,7 @@ class Worker(ArqWorker):
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
         self.on_signal: Callable[[float], None] = lambda seconds: None
-        """Is told by each signal within how many seconds the worker has to be gone."""
+        """Called at each signal with the seconds within which the worker must be gone."""
         # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
         self._leases = asyncio.Lock()
 
@@ -151,7 +151,7 @@ class Worker(ArqWorker):
         log.info("worker_ended", worker=self.worker_id)
 
     def _on_unfit(self) -> None:
-        """Raises ChildUnfit where no child of this worker has ever worked, and each says that it cannot."""
+        """Raise ChildUnfit where every child of this worker says that it cannot work, and none ever has."""
         if all(child.unfit is not None and not child.served for child in self.children):
             raise ChildUnfit(str(self.children[0].unfit))
 
@@ -256,14 +256,14 @@ class Worker(ArqWorker):
         return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
 
     def _problem(self, child: Child) -> str | None:
-        """Why the child takes nothing; None while it does."""
+        """Return why the child takes no tasks; None while it does."""
         return (self._machine.problem if self._machine else None) or child.problem
 
     def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
         """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
         to_make = []
         for claimed in together:
-            if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may know it
+            if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
                 runs.create_task(self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_MS))
             elif self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
                 self._start(runs, Running(claimed, made=made))
@@ -292,22 +292,22 @@ class Worker(ArqWorker):
         claimed = running.claimed
         self.runs[claimed.run] = running
         running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
-        running.asyncio_task.add_done_callback(lambda _: self._over(running))  # also where it never came to its first step
+        running.asyncio_task.add_done_callback(lambda _: self._over(running))  # even where it never began
 
     def _over(self, running: Running) -> None:
-        """Nothing of the run is left here."""
+        """Forget the run, and free its slot."""
         self.runs.pop(running.run, None)
         running.free_slot()
 
     async def _run(self, running: Running) -> None:
-        """The run, whatever it raises: that is nobody else's."""
+        """Run the task; whatever it raises concerns no other."""
         claimed = running.claimed
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
         try:
             try:
                 job = msgspec.msgpack.decode(claimed.job)
                 coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
-            except Exception as error:  # of a newer movieq, or no job at all
+            except Exception as error:  # of a newer version, or not a job at all
                 log.error("no_such_job", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
                 coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
             await coroutine
@@ -356,9 +356,9 @@ class Worker(ArqWorker):
             await set_within(self._doubt, RENEW_S)
 
     def tend(self) -> None:
-        """Frees what nobody runs: a run, or a group in a slot, that has had no living task since this was last called.
+        """Free runs, and groups in slots, that have had no running asyncio task since this was last called.
 
-        What it held is in no renewal from then on, and so is handed back.
+        Their tasks are missing from the next renewal, and so are handed back.
         """
         found: set[RunToken | int] = set()
         for run, running in list(self.runs.items()):
@@ -385,7 +385,7 @@ class Worker(ArqWorker):
             await asyncio.sleep(SWEEP_S)
 
     async def _read_gpus(self) -> None:
-        """How the GPUs are: beside the renewals, since a driver that hangs must not cost the leases."""
+        """Read the state of the GPUs, apart from the renewals: a driver that hangs must not cost the leases."""
         while devices := [child.device for child in self.children if child.device != "cpu"]:
             for device in devices:
                 if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
@@ -395,7 +395,7 @@ class Worker(ArqWorker):
     async def _renew(self) -> None:
         try:
             self._heartbeat = self.rows()
-        except Exception:  # too many open files, say: the leases hold all the same
+        except Exception:  # too many open files, say: the leases are renewed all the same
             log.exception("heartbeat_failed")
         async with self._leases:
             self._doubt.clear()
@@ -437,7 +437,7 @@ class Worker(ArqWorker):
             case ["cancel", _, run]:
                 if (running := self.runs.get(RunToken(run))) is not None:
                     running.stop("cancelled")
-            case _:  # of a newer movieq, or of somebody else
+            case _:  # of a newer version, or not from movieq
                 log.warning("unknown_message", said=message[:100].decode(errors="replace"))
 
     def rows(self) -> list[WorkerStatus]:
@@ -477,7 +477,7 @@ class Worker(ArqWorker):
     async def _drain(self, working: asyncio.Task[None]) -> None:
         """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left.
 
-        A claim that is under way meanwhile has until the end of the grace; what it brings is handed back.
+        A claim under way may end within the grace; what it brings is handed back.
         """
         for running in list(self.runs.values()):
             if running.made is None and running.pace.remaining_s() > self._drain_s:
@@ -509,7 +509,7 @@ class Worker(ArqWorker):
 
 
 async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """A part of the worker, again where it broke: it ends only by itself, or cancelled."""
+    """Run a part of the worker until it returns or is cancelled; start it again where it breaks. Raises ChildUnfit."""
     while True:
         try:
             await part()
@@ -522,7 +522,7 @@ async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:
-    """The tasks have ended, or are left to themselves: one that waits for Redis to answer what it has said already hears it twice."""
+    """Cancel the tasks and wait for them, but not for ever. One that must still send its last word to Redis needs the second cancel."""
     for _ in range(2):
         if not (left := {task for task in tasks if not task.done()}):
             return
@@ -594,21 +594,21 @@ async def serve(settings: Settings) -> None:
 
 @contextmanager
 def _spool(settings: Settings) -> Iterator[Path]:
-    """The worker's folder. Raises SettingsError where it cannot be had."""
+    """Yield the worker's folder. Raises SettingsError where it cannot be made."""
     try:
         entered = ExitStack()
         folder = entered.enter_context(spool(Path(settings.spool) if settings.spool else None))
     except OSError as error:
         where = settings.spool or tempfile.gettempdir()
         raise SettingsError(
-            f"{variable('spool')}: no folder can be made in {where}: {error.strerror}; name one with room that this user may write to"
+            f"{variable('spool')}: no folder can be made in {where}: {error.strerror}; name a folder with room that this user may write to"
         ) from None
     with entered:
         yield folder
 
 
 def _gone_within(seconds: float) -> None:
-    """The process is gone by then, even if a thread or a system call of it never returns."""
+    """End the process by then, even if a thread or a system call of it never returns."""
     timer = threading.Timer(seconds, _leave)
     timer.daemon = True
     timer.start()

@@ -45,7 +45,7 @@ class Pace:
 
     def plan(self, stages: tuple[Stage, ...]) -> Stage | None:
         """The engine begins, and has these stages: the first."""
-        # a plug-in may announce anything: a weight that is none counts as next to nothing
+        # a plug-in may announce anything: a weight that is not positive and finite counts as almost nothing
         self._stages = tuple(each if 0 < each.weight < math.inf else msgspec.structs.replace(each, weight=LEAST_WEIGHT) for each in stages)
         self._engine_begun_s = self._latest_s = self._clock()
         self.progress = FETCH_SHARE

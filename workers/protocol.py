@@ -166,7 +166,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     broken: bool = False
     """Whether the child ends now, since whatever it would do next would fail too."""
     problem: str = ""
-    """Not the run but this machine is at fault, or, of a child that is `broken`, its device: what is wrong with it."""
+    """What is wrong with this machine or, where `broken`, with the device, where these and not the run are at fault; else empty."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
@@ -184,7 +184,7 @@ from_child_decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder
 
 
 class Unsendable(ValueError):
-    """A message that cannot go over the pipe; says why."""
+    """A message cannot go over the pipe; says why."""
 
 
 class _Batch(msgspec.Struct, frozen=True, tag="batch"):
@@ -194,7 +194,7 @@ class _Batch(msgspec.Struct, frozen=True, tag="batch"):
 
 
 def encoded(message: ToChild | FromChild) -> bytes:
-    """The message in msgpack. Raises Unsendable."""
+    """Return the message in msgpack. Raises Unsendable."""
     try:
         body = _encoder.encode(message)
     except OverflowError:
@@ -204,12 +204,12 @@ def encoded(message: ToChild | FromChild) -> bytes:
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise Unsendable("it holds something other than text, numbers, true, false, null, lists and maps") from error
     if len(body) > MAX_FRAME_BYTES:
-        raise Unsendable(f"it is {len(body)} bytes, at most {MAX_FRAME_BYTES} are allowed")
+        raise Unsendable(f"it has {len(body)} bytes, at most {MAX_FRAME_BYTES} are allowed")
     return body
 
 
 def encoded_run(run: Run) -> bytes:
-    """The run in msgpack, such that a child can read it. Raises Unsendable."""
+    """Return the run in msgpack, as a child can read it. Raises Unsendable."""
     body = encoded(run)
     try:
         to_child_decoder.decode(body)
@@ -219,13 +219,13 @@ def encoded_run(run: Run) -> bytes:
 
 
 def frame(message: ToChild | FromChild) -> bytes:
-    """The message as it goes over the pipe. Raises Unsendable."""
+    """Return the message as it goes over the pipe. Raises Unsendable."""
     body = encoded(message)
     return HEADER.pack(len(body)) + body
 
 
 def framed(runs: Sequence[bytes]) -> bytes:
-    """Encoded runs as they go over the pipe: together, as a Batch, unless that would be too long for one frame."""
+    """Return encoded runs as they go over the pipe: together, as a Batch, unless that is too long for one frame."""
     bodies = runs
     if len(runs) > 1:
         batch = _encoder.encode(_Batch(tuple(map(msgspec.Raw, runs))))

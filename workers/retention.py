@@ -1,8 +1,8 @@
-"""Deletes what is over: tasks that ended long ago, the files of old results, uploads, and what runs stored without committing it.
+"""Deletes what is over: tasks that ended long ago, files of old results, old uploads, and what runs stored without committing it.
 
-Every worker runs this, and one of them at a time has the turn, for a few seconds. It works in small batches as long as something is due,
-and rests between them for longer than they took Redis: nobody else waits for it. What cannot be deleted stops nothing else: it is passed
-over, logged once, and tried again later. A full memory refuses none of it. How old things may be is the setting of whoever has the turn.
+Every worker runs this, and one at a time has the turn, for a few seconds. It deletes in small batches while anything is due, and rests
+after each for longer than that took Redis, so that nobody waits. What cannot be deleted stops nothing else: it is passed over, logged once,
+and tried again later. A full memory refuses none of it. The settings of the worker that has the turn count.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from movieq.store import Store, is_fault
 
 DAY_S: Final = 86400
 LOOK_S: Final = 1.0
-"""Between two looks at what is due."""
+"""Between two rounds."""
 ROUND_S: Final = 10.0
-"""After so long a worker gives its turn back, also where more is due."""
+"""After so long a worker gives its turn back, even where more is due."""
 TURN_MS: Final = 30_000
 """After so long the turn of a worker that died is over."""
 REST: Final = 2.0
-"""A pause after a batch that Redis works off, in times of what the batch took."""
+"""The pause after a batch in Redis, as a multiple of the time that the batch took."""
 TASKS_AT_ONCE: Final = 25
 RESULTS_AT_ONCE: Final = 200
 FILES_AT_ONCE: Final = 64
 DELETERS: Final = 8
-"""Prefixes that are deleted side by side: few enough to leave the threads, and a bucket's requests, to the uploads."""
+"""How many prefixes are deleted at once: few enough to leave threads, and requests to a bucket, for uploads."""
 DELETE_S: Final = 120.0
-"""What one prefix may take."""
+"""How long deleting one prefix may take."""
 AGAIN_S: Final = 300.0
 """After so long a prefix that could not be deleted is tried again."""
 FAULT_S: Final = 30.0
-"""How long one sort of thing is left alone after a fault of Redis or of the whole storage."""
+"""For how long tasks, results or files are left alone after a fault of Redis or of the whole storage."""
 
 log = logs.get()
 
@@ -57,20 +57,20 @@ class Retention:
         self._failed: dict[str, float] = {}
         """Prefixes that could not be deleted, and when they are tried again."""
         self._not_before: dict[str, float] = {}
-        """When a sort of thing that met a fault is looked at again."""
+        """When tasks, results or files are tried again after a fault."""
 
     async def run(self) -> None:
-        """Looks once a second whether something is due, and deletes it."""
+        """Delete what is due, once a second."""
         while True:
             try:
                 await self.round()
             except (RedisError, OSError) as error:
-                if isinstance(error, RedisError) and is_fault(error):  # else it is away: whoever renews the leases says so
+                if isinstance(error, RedisError) and is_fault(error):  # else it is away, which the renewal of leases logs
                     log.exception("sweep_failed", what="turn")
             await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
     async def round(self) -> None:
-        """What is due is deleted, or the time of a round is over; nothing where another worker has the turn."""
+        """Delete what is due until the time of a round is over; do nothing where another worker has the turn."""
         if not await self._store.take_turn(self._worker_id, TURN_MS):
             return
         end_s = time.monotonic() + ROUND_S
@@ -86,7 +86,7 @@ class Retention:
                 await self._store.take_turn(self._worker_id, 0)
 
     async def _guarded(self, what: str, work: Callable[[float], Awaitable[None]], end_s: float) -> None:
-        """A fault with one sort of thing is logged and does not stop the others."""
+        """Do one part of a round; a fault in it is logged and does not stop the others."""
         if time.monotonic() < self._not_before.get(what, 0):
             return
         try:
@@ -112,7 +112,7 @@ class Retention:
             log.info("tasks_forgotten", count=forgotten)
 
     async def _retire_results(self, end_s: float) -> None:
-        """Files that are old enough are listed for `_delete_files`."""
+        """List files that are old enough for `_delete_files`."""
         while True:
             begun_s = time.monotonic()
             count = await self._store.retire(self._media_s, RESULTS_AT_ONCE)
@@ -134,7 +134,7 @@ class Retention:
                 self._failed.pop(prefix, None)
             deleted += len(gone)
             skip += len(prefixes) - len(gone)
-            if tried and not gone:  # the storage is away, it seems
+            if tried and not gone:  # the storage seems to be away
                 self._not_before["files"] = now_s + FAULT_S
                 break
             if time.monotonic() > end_s:
@@ -143,7 +143,7 @@ class Retention:
             log.info("files_deleted", count=deleted)
 
     async def _deleted(self, prefixes: list[str]) -> list[str]:
-        """Those of these prefixes under which nothing is left. The others are tried again later."""
+        """Delete what lies under these prefixes; return those under which nothing is left. The others are tried again later."""
         gone: list[str] = []
         problems: dict[str, str] = {}
         waiting = iter(prefixes)
@@ -153,14 +153,14 @@ class Retention:
                 try:
                     checked_key(prefix)
                 except ValueError:
-                    log.error("no_such_files", prefix=ascii(prefix))  # nothing can lie there: it only leaves the list
+                    log.error("no_such_files", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
                     gone.append(prefix)
                     continue
                 try:
                     async with asyncio.timeout(DELETE_S):
                         await self._storage.delete_prefix(prefix)
                     gone.append(prefix)
-                except Exception as error:  # whatever it is, it is this prefix's alone
+                except Exception as error:  # it concerns this prefix alone
                     problems[prefix] = str(error) or type(error).__name__
 
         async with asyncio.TaskGroup() as group:

@@ -58,7 +58,7 @@ WATCH_INTERVAL_S: Final = 2.0
 RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
 UNCOUNTED: Final = 10
-"""So many attempts of a task may end by a fault of their machines before such a fault counts: it may be the task that causes it."""
+"""From this attempt on a fault of the machine counts against the task: it may be the task that causes it."""
 OUT: Final = "out"
 """The folder of a run's spool that its engine makes files in."""
 
@@ -80,9 +80,9 @@ class Parts(msgspec.Struct, frozen=True):
     cms: str = ""
     """Address of the collection that results go into; empty where there is no CMS."""
     host: Host | None = None
-    """What hears of a fault of this machine."""
+    """Where faults of this machine are noted."""
     places: tuple[Path, ...] = ()
-    """Folders that clients need not know of."""
+    """Folders that no error for clients may name."""
 
 
 class Running:
@@ -212,36 +212,36 @@ BROKE: Final = "a fault of the worker: its log says more"
 
 
 class Unable(TaskFault):
-    """This worker has not what the task needs: another may have it. `code` is that of the fault where nobody has."""
+    """This worker lacks what the task needs; another may have it. `code` is that of the fault if none has."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
-        self.code = code  # type: ignore[misc]  # of one fault, not of all
+        self.code = code  # type: ignore[misc]  # of this fault, not of its class
 
 
 def check_able(parts: Parts, task: Task) -> None:
     """Raises Unable where this worker has no such engine or model."""
     if task.engine not in models.ENGINES:
-        raise Unable(f"this worker has no engine {task.engine}: it waits for one that has", EngineUnavailable.code)
+        raise Unable(f"this worker has no engine {task.engine}: the task waits for one that has", EngineUnavailable.code)
     if task.engine != models.ANIMATIC and task.model not in parts.models:
-        raise Unable(f"this worker's table has no model {task.model}: it waits for one that has", ModelUnavailable.code)
+        raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
 
 
 async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
-    """Instead of `run_task`, for what this worker has no function for: the task goes back, uncounted, to one that has."""
+    """Give a task for which this worker has no function back, uncounted, to one that has; called in place of `run_task`."""
     parts: Parts = ctx["parts"]
     running: Running = ctx["running"]
     running.started = True
     try:
         with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
-            delay_ms = retry_delay_ms(running.task.attempt)  # nobody may have it yet
+            delay_ms = retry_delay_ms(running.task.attempt)  # perhaps no worker has it yet
             await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
     finally:
         running.free_slot()
 
 
 def _host_problem(parts: Parts, error: Exception) -> str | None:
-    """What is wrong with this machine, where the error says so."""
+    """Return what is wrong with this machine, where the error says so."""
     if isinstance(error, KeyTaken):
         return None
     cause = error.__cause__ if isinstance(error, StorageFault) else None
@@ -256,7 +256,7 @@ def _host_problem(parts: Parts, error: Exception) -> str | None:
 
 
 async def _blame_host(parts: Parts, running: Running, fault: HostFault) -> None:
-    """Another worker has the task at once; this one takes nothing more before it was examined."""
+    """Give the task to another worker at once; this one takes no more before it was examined."""
     if parts.host and not fault.device:
         parts.host.blame(fault.message)
     counted = running.task.attempt >= UNCOUNTED
@@ -282,9 +282,9 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
 
 
 def _parsed(task: Task, task_data: Any) -> Params:
-    """The parameters of the task. Raises InternalFault: a worker of another version may be able to read them."""
+    """Return the parameters of the task. Raises Unable, or InternalFault where a worker of another version may be able to read them."""
     if task.task_type not in params.PARAMS:
-        raise Unable(f"this worker knows no {task.task_type}: it waits for one that does", EngineUnavailable.code)
+        raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
     try:
         return params.convert(TaskType(task.task_type), task_data)
     except (msgspec.ValidationError, AttributeError) as error:
@@ -303,8 +303,8 @@ async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[
         try:
             inputs = await fetch_inputs(parts, task.project_id, task.task_id, parsed, spool)
         except StorageFault as fault:
-            log.warning("input_not_read", problem=fault.message)  # which names folders of this machine
-            raise StorageFault("an input cannot be read from the storage, or kept by the worker, just now") from fault.__cause__
+            log.warning("input_not_read", problem=fault.message)  # the message names folders of this machine
+            raise StorageFault("an input cannot be read from the storage, or kept by the worker, at the moment") from fault.__cause__
         out_dir = spool / OUT
         out_dir.mkdir()
         request = Run(

@@ -39,7 +39,7 @@ def spool(parent: Path | None = None) -> Iterator[Path]:
 
 
 def mend(folder: Path) -> None:
-    """The folder is there; where somebody removed it, it is made again, with a lock for as long as the process lives. Raises OSError."""
+    """Make the folder again where it was removed, locked for as long as the process lives. Raises OSError."""
     try:
         folder.mkdir(mode=0o700, parents=True)
     except FileExistsError:

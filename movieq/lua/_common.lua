@@ -29,7 +29,7 @@ end
 
 local function numeric(text)
   local value = tonumber(text)
-  return value and value > -1e15 and value < 1e15 -- so it is no NaN either
+  return value and value > -1e15 and value < 1e15 -- which NaN is not
 end
 
 local FIELDS, NUMBERS -- made when the first record is read: many calls read none
@@ -54,7 +54,7 @@ local function mend(t)
     if t[name] and not numeric(t[name]) then unset(t, name) end
   end
   if t.gpu_share and not (t.gpu_before_ms and t.gpu_at_ms and t.gpu_ms) then unset(t, 'gpu_share') end
-  if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- it is counted to
+  if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- loops count up to it
   if t.status == 'processing' or t.reaped then
     if not t.run and not t.reaped then mended.run = 'none' end
     if not t.worker_id then mended.worker_id = 'none' end
@@ -66,7 +66,7 @@ local function mend(t)
   if next(mended) then set(t, mended) end
 end
 
--- The task's hash as a table; nil where there is none, or none of a task: without its project, type, kind and state nobody can say what it was.
+-- The task's hash as a table; nil where there is none, or where it has no project, type, kind or state: nobody can say what it was.
 local function load(task_id)
   if loaded[task_id] then return loaded[task_id] end
   local flat = redis.call('HGETALL', K.task .. task_id)
@@ -80,7 +80,7 @@ local function load(task_id)
   return t
 end
 
--- Notes that a list named a task without a record: the caller has taken the entry away. Logged by whoever calls `tidy` next.
+-- Notes that a list named a task without a record; the caller has removed the entry. The next call of `tidy` reports it.
 local function dropped(where, task_id)
   redis.call('HINCRBY', K.sums, 'entries dropped', 1)
   redis.call('LPUSH', K.dropped, where .. ' ' .. task_id)
@@ -213,7 +213,7 @@ local function wake(kind)
   end
 end
 
--- The lane that the task waits in: its kind, or, once a worker met it that cannot run it, one for its type and model alone (`claim`).
+-- The lane that the task waits in: its kind or, once a worker that cannot run it has met it, one for its type and model alone (see claim.lua).
 local function lane(t)
   return t.lane or t.kind
 end
@@ -245,7 +245,7 @@ local function offer(t, delay_ms)
   return true
 end
 
--- A project without waiting tasks leaves the flows of a lane, and its virtual time is kept; a lane of its own goes with its last task.
+-- A project without waiting tasks leaves the flows of a lane, and its virtual time is kept; a lane for one type and model goes with its last task.
 local function settle(kind, of, project_id)
   if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
     local time = redis.call('ZSCORE', K.flows .. of, project_id)

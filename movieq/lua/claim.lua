@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
 -- the task's estimate; every eighth claim takes the oldest task of the lane, unless its project is more than a task ahead of its share.
--- A task that this worker cannot run moves to a lane for its type and model alone, where those that can find it: it holds up nobody behind it. An entry of a
--- queue without a record is dropped; a task whose definition is gone fails.
+-- A task that this worker cannot run moves to a lane for its type and model alone, where workers that can run it find it, and holds up no task behind it. An
+-- entry without a record is dropped; a task whose definition is gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
 --   nonce: random, of this call; the same nonce again gives the same tasks. weights: JSON of project -> weight, 1 where it names none. rows: JSON of batch key ->
 --   most rows. slots: JSON of a list of {kinds, models, free}: the kind `deliveries` has no tasks, its idle workers are woken for the outbox.
@@ -13,7 +13,7 @@
 -- is not in the slot's memory, or it can be batched, 32 reads more; at most 100 tasks a call are moved aside or dropped.
 local share, most = cjson.decode(weights), cjson.decode(rows)
 local AFFINITY_MS, LOOK = 30000, 31
-local mendings = 100
+local moves_left = 100
 
 local types, known
 if able ~= '' then
@@ -27,25 +27,25 @@ local function can_run(task_type, model)
   return not types or types[task_type] and known[model]
 end
 
--- Takes an entry out of a lane that no waiting task is behind.
+-- Removes an entry of a lane that belongs to no waiting task.
 local function drop(kind, of, project, task_id)
   local waited = redis.call('ZREM', K.waiting .. of, task_id) + redis.call('ZREM', K.waiting .. of .. ':' .. project, task_id)
   if waited > 0 then dropped('waiting', task_id) end
   settle(kind, of, project)
 end
 
--- The waiting task of this id in this lane; nil where there is none, and then its entry is gone.
+-- The waiting task of this id in this lane; nil where there is none, and then its entry is removed.
 local function waiting_task(kind, of, project, task_id)
   local t = load(task_id)
   if t and t.status == 'queued' and lane(t) == of and t.project_id == project then return t end
-  mendings = mendings - 1
+  moves_left = moves_left - 1
   drop(kind, of, project, task_id)
 end
 
--- Whether this worker can run it; else it waits from now on in the lane of its type and model.
-local function mine(t)
+-- Whether this worker can run it; if not, it moves to the lane of its type and model.
+local function runnable_or_moved(t)
   if can_run(t.task_type, t.model) then return true end
-  mendings = mendings - 1
+  moves_left = moves_left - 1
   dequeue(t)
   set(t, {lane = t.kind .. '/' .. t.task_type .. '/' .. t.model})
   enqueue(t)
@@ -69,11 +69,11 @@ local function favoured(first, resident)
   return first
 end
 
--- Puts the oldest task of a lane back where its project's share of it was lost.
+-- Puts the oldest task of a lane, whose project has lost its share of the lane, into its queue again.
 local function readmit(kind, of)
   local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
   local t = load(oldest)
-  mendings = mendings - 1
+  moves_left = moves_left - 1
   if t and t.status == 'queued' and lane(t) == of then
     redis.call('ZREM', K.waiting .. of, oldest)
     redis.call('HINCRBY', K.priorities .. kind, t.priority, -1)
@@ -87,7 +87,7 @@ end
 -- The next task of the lane that this worker can run, and the least virtual time; nil where there is none.
 local function pick(kind, of, resident)
   local turn = redis.call('INCR', K.claims .. of)
-  while mendings > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
+  while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
     local project, least = unpack(redis.call('ZRANGE', K.flows .. of, 0, 0, 'WITHSCORES'))
     local t
     if project and turn % 8 == 0 then
@@ -108,12 +108,12 @@ local function pick(kind, of, resident)
         if first then
           t = waiting_task(kind, of, project, first)
         else
-          mendings = mendings - 1
+          moves_left = moves_left - 1
           settle(kind, of, project)
         end
         if t and can_run(t.task_type, t.model) then t = favoured(t, resident) end
       end
-      if t and mine(t) then return t, tonumber(least) end
+      if t and runnable_or_moved(t) then return t, tonumber(least) end
     end
   end
 end
@@ -212,23 +212,23 @@ local function begin_offered()
   for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.offered .. host, '-inf', now, 'LIMIT', 0, 20)) do
     local t = load(task_id)
     redis.call('ZREM', K.offered .. host, task_id)
-    -- else it was cancelled, or begun elsewhere meanwhile, or waits for a worker that knows its type
+    -- else it was cancelled, or begun elsewhere meanwhile, or this worker cannot run it
     if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then begin(t, -1, 1) end
   end
 end
 
 begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
-  local next_one, of, least = next_task(slot)
-  if next_one then
+  local t, of, least = next_task(slot)
+  if t then
     if least > tonumber(redis.call('GET', K.clock .. of) or 0) then redis.call('SET', K.clock .. of, least) end
-    local together = batch(next_one)
-    for _, t in ipairs(together) do begin(t, number - 1, #together) end
+    local together = batch(t)
+    for _, each in ipairs(together) do begin(each, number - 1, #together) end
   elseif slot.free then
     for _, each in ipairs(slot.kinds) do redis.call('SADD', K.idle .. each, worker_id) end
   end
 end
-if mendings <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there is more to move aside
+if moves_left <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there is more to move aside
 redis.call('DEL', K.claimed .. worker_id)
 redis.call('RPUSH', K.claimed .. worker_id, unpack(claimed))
 redis.call('EXPIRE', K.claimed .. worker_id, 60)

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- Forgets tasks that ended long ago: their hash, definition, log, and every list that names them.
 -- args: age_ms batch
--- Returns {tasks taken off the list of those that ended, {the task_id of each whose record was damaged, ...}}; where the first is `batch`, there may be more.
--- A damaged record stops nothing: what can be read of it is forgotten, the rest is deleted with it. A task on the list that has not ended stays.
+-- Returns {how many it took off the list of ended tasks, {task_id of each with a damaged record, ...}}; where the first is `batch`, there may be more.
+-- A damaged record stops nothing: lists that it cannot name keep its entry, and it is deleted. A task on the list that has not ended is kept.
 -- Files are swept by their own age. Cost: O(batch log n).
 local function forget(task_id)
   local t = load(task_id)
@@ -21,7 +21,7 @@ local function forget(task_id)
   end
   if t.fingerprint and redis.call('GET', K.made .. t.fingerprint) == task_id then redis.call('DEL', K.made .. t.fingerprint) end
   for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
-  changed[t] = nil -- nothing of it is written any more
+  changed[t] = nil -- so that `save` does not write it again
 end
 
 local old, damaged = redis.call('ZRANGEBYSCORE', K.ended, '-inf', now - age_ms, 'LIMIT', 0, batch), {}

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Gives a worker the turn to sweep, unless another has it; the turn ends by itself, so that one that dies with it holds nobody up.
+-- Gives a worker the turn to delete what is over, unless another has it. The turn expires, so that a worker that dies with it holds up nobody.
 -- args: worker_id turn_ms
---   turn_ms: how long it may have it, also where it has it already; 0 gives it back
+--   turn_ms: for how long, from now even where it has the turn already; 0 gives it back
 -- Returns 1 where the worker has the turn now, else 0. Cost: O(1).
 local has = redis.call('GET', K.sweeper)
 if has and has ~= worker_id then return 0 end

@@ -72,7 +72,7 @@ for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - fo
   redis.call('ZREM', K.beats, worker_id)
   redis.call('HDEL', K.workers, worker_id)
   redis.call('HDEL', K.able, worker_id)
-  redis.call('DEL', K.held .. worker_id) -- what it held was reaped long ago, but tasks whose record was lost
+  redis.call('DEL', K.held .. worker_id) -- what it held was reaped long ago, except tasks whose record was lost
 end
 
 local count, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))

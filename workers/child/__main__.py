@@ -87,12 +87,12 @@ class Child:
             os._exit(0)
 
     def send(self, message: FromChild) -> None:
-        """Writes one frame, but a second answer to a run. A pipe that nobody reads ends the process, as the end of its input does."""
+        """Writes one frame, except a second answer to a run. A pipe that nobody reads ends the process, as the end of its input does."""
         try:
             frame = protocol.frame(message)
         except protocol.Unsendable as error:
             if not isinstance(message, Answer):
-                raise  # to the engine that said it: its run fails
+                raise  # in the engine that sent it: its run fails
             why = f"the engine answered with something that cannot be passed on: {error}"
             frame = protocol.frame(Failed(message.run, InternalFault.code, why, traceback.format_exc()))
         if isinstance(message, Answer) and self._flags.pop(message.run, None) is None:
@@ -176,7 +176,7 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
         gone = broken(error)
-        ours = isinstance(error, TaskFault) and not gone  # a model that could not be loaded since CUDA broke is no fault of the model
+        ours = isinstance(error, TaskFault) and not gone  # where CUDA broke, a model that could not be loaded is not at fault
         fault = error if isinstance(error, TaskFault) and ours else InternalFault(f"the {run.engine} engine failed: {said(error)}")
         problem = (device_problem(error) if gone else host_problem(error, Path(run.out_dir).parent)) or ""
         return Failed(run.run, fault.code, fault.message, traceback.format_exc(), broken=gone, problem=problem)
@@ -208,7 +208,7 @@ def fit(device: str) -> None:
     torch.cuda.set_device(device)
     ones = torch.ones(64, 64, device=device)
     if float((ones @ ones).sum()) != 64**3:
-        raise RuntimeError("it computes wrongly")
+        raise RuntimeError("it computes wrong results")
     engine("diffusers")
 
 
