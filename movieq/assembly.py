@@ -35,6 +35,7 @@ async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Seq
         yield kept
     finally:
         following.cancel()
+        await asyncio.wait({following})
 
 
 async def _follow(kept: list[bytes], store: Store) -> None:

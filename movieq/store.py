@@ -680,16 +680,16 @@ class Store:
         lanes = await self._lanes()
         async with self.redis.pipeline(transaction=False) as pipe:
             for of in itertools.chain(*lanes.values()):
-                pipe.zcard(self.keys["waiting"] + of)
+                pipe.zcard(self.keys["waiting"].encode() + of)
             counts = iter(await pipe.execute())
         return {kind: sum(itertools.islice(counts, len(of_kind))) for kind, of_kind in lanes.items()}
 
-    async def _lanes(self) -> dict[Kind, list[str]]:
-        """Return the lanes of each kind: its own, and those of tasks that some worker could not run."""
+    async def _lanes(self) -> dict[Kind, list[bytes]]:
+        """Return the lanes of each kind: its own, and those of tasks that some worker could not run, even of damaged ones."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for kind in Kind:
                 pipe.smembers(self.keys["lanes"] + kind)
-            return {kind: [kind, *sorted(of.decode() for of in found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
+            return {kind: [kind.encode(), *sorted(found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
 
     async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
         """Return the lanes with waiting tasks that none of these workers can run."""
@@ -697,12 +697,12 @@ class Store:
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.keys["able"])
             for of in lanes:
-                pipe.zcard(self.keys["waiting"] + of)
+                pipe.zcard(self.keys["waiting"].encode() + of)
             stored, *waiting = await pipe.execute()
         able = {worker_id.decode(): _able(blob) for worker_id, blob in stored.items()}
         found = []
         for of, count in zip(lanes, waiting, strict=True):
-            kind, _, need = of.partition("/")
+            kind, _, need = _text(of).partition("/")
             task_type, _, model = need.partition("/")
             serving = [able.get(row.worker_id.rpartition("/")[0]) for row in workers if kind in row.queues]
             if count and not any(not need or each is None or (task_type in each.types and model in each.models) for each in serving):
@@ -722,8 +722,8 @@ class Store:
                 pipe.hmget(self.keys["priorities"] + kind, [1, 2, 3])
                 pipe.lrange(self.keys["pace"] + kind, 0, 99)
                 for of in lanes[kind]:
-                    pipe.zcard(self.keys["waiting"] + of)
-                    pipe.zrange(self.keys["waiting"] + of, 0, 0, withscores=True)
+                    pipe.zcard(self.keys["waiting"].encode() + of)
+                    pipe.zrange(self.keys["waiting"].encode() + of, 0, 0, withscores=True)
             answers = iter(await pipe.execute())
         found = []
         for kind in Kind:

@@ -49,7 +49,6 @@ BUSY_S: Final = 3.0, 9.0
 """After how long a delivery to the CMS that found no place comes again."""
 HELD_S: Final = 30.0
 """For so long the job of a worker that died is left alone."""
-DAY_S: Final = 86400
 
 log = logs.get()
 _EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}

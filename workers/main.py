@@ -40,12 +40,12 @@ from movieq.settings import Settings, variable
 from movieq.storage import opened
 from movieq.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Able, Claimed, Counts, Slot, Store, connect, log_failure
 from workers import gpus
-from workers.deliver import DAY_S, HELD_S, Outbox, deliver
+from workers.deliver import HELD_S, Outbox, deliver
 from workers.engine import CANCEL_GRACE_S, Child, ChildUnfit
 from workers.host import Host, set_within
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
-from workers.retention import Retention
+from workers.retention import DAY_S, Retention
 from workers.run import BROKE, Parts, Running, refuse_task, run_task
 from workers.spool import spool
 

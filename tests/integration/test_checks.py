@@ -192,7 +192,7 @@ async def test_a_redis_that_cannot_dump_to_its_disk_is_named(folder: Path) -> No
 async def test_a_redis_that_still_loads_is_named(folder: Path) -> None:
     with process_of_valkey(folder, "--save", "3600 1") as url:
         client: Any = connect(url, patient=True)
-        await client.mset({f"k{number}": "x" * 100 for number in range(2000)})
+        await client.mset({f"k{number}": "x" * 100 for number in range(6000)})
         await client.save()
         await client.connection_pool.disconnect()
     with process_of_valkey(folder, "--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024") as url:
@@ -201,7 +201,7 @@ async def test_a_redis_that_still_loads_is_named(folder: Path) -> None:
             (finding,) = await checks.server(Settings(redis_url=url, storage=str(folder / "media")), "doctor")
             return finding.mark is Mark.BROKEN and "LOADING" in finding.text and "wait" in finding.text
 
-        await eventually(named, 15)
+        await eventually(named, 50)
 
 
 @contextmanager

@@ -132,3 +132,12 @@ def row(worker: str) -> WorkerStatus:
         host="h",
         version="1",
     )
+
+
+async def test_a_task_whose_model_is_damaged_waits_aside_and_is_counted_and_named(store: Store) -> None:
+    task_id = await submitted(store)
+    await raw(store).hset(KEYS["task"] + task_id, "model", b"\xff")
+    assert await claim(store, PLAIN) == []
+    assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == 1
+    assert [queue.pending_count for queue in await store.queues()] == [0, 0, 1]
+    assert await store.stranded([]) == [Stranded("cpu_intensive", "generate_image", "\ufffd", 1)]

@@ -97,7 +97,7 @@ async def test_connections_that_wait_for_a_process_when_it_is_told_to_end_are_se
             fresh = [await connected(stack, port) for _ in range(50)]
             for _, writer in (*used, *fresh):
                 writer.write(ASK)
-            await asyncio.sleep(0.2)  # so that it finds the signal, the connections and the requests at once
+                await writer.drain()  # when it goes on, it finds the signal, the connections and the requests at once
         finally:
             api.process.send_signal(signal.SIGCONT)
         for reader, _ in (*used, *fresh):
