@@ -149,7 +149,7 @@ KEYS: Final[Mapping[str, str]] = {
     "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
     "held": "movieq:held:",  # + worker: set of tasks that it runs
     "workers": "movieq:workers",  # hash worker -> its heartbeat (JSON)
-    "able": "movieq:able",  # hash worker -> the task types and models that it knows (JSON), of workers that do not know all
+    "able": "movieq:able",  # hash worker -> Able (JSON); a worker without an entry can run everything
     "beats": "movieq:beats",  # zset worker -> time of its last heartbeat
     "heard": "movieq:heard",  # string, when tidy last ran
     "quiet": "movieq:quiet",  # string, until when nothing is reaped

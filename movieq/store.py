@@ -332,12 +332,15 @@ def refusal(error: BaseException) -> Refusal | None:
     return _REFUSALS[found[1]] if found else None
 
 
-def log_failure(event: str, error: Exception, **fields: Any) -> bool:
-    """Log an error under its event, or as `script_failed`; return whether it is a fault, not a Redis that is away or refuses for now."""
+def log_failure(event: str, error: Exception, *, away: str = "", **fields: Any) -> bool:
+    """Log an error as what it is; return whether it is a fault rather than a Redis that is away or refuses for now.
+
+    A script that failed is `script_failed`; a Redis that is away is logged as `away`, where that is given; the rest is logged as `event`.
+    """
     if isinstance(error, ResponseError) and is_fault(error):
         log.error("script_failed", during=event, exc_info=error, **fields)
     elif isinstance(error, (RedisError, ConnectionError, TimeoutError)):
-        log.warning(event, problem=str(error) or type(error).__name__, **fields)
+        log.warning(away or event, problem=str(error) or type(error).__name__, **fields)
         return False
     else:
         log.error(event, exc_info=error, **fields)
@@ -1032,12 +1035,12 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _task(task_id: str, fields: dict[bytes, bytes]) -> Task:
-    """Return the task of a hash; where not all can be read, what can, with the status `unknown` unless it failed or was cancelled."""
+    """Return the task of a hash. Of a damaged or newer one return what can be read, as `unknown` unless it failed or was cancelled."""
     try:
         return msgspec.convert(_named(fields), Task, strict=False)
     except (msgspec.MsgspecError, ValueError):
         found = _readable(fields)
-        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # the status says it all
+        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # readers of these need nothing else
         return _salvaged(Task, {"task_id": task_id, **found}, **({} if given_up else {"status": TaskStatus.UNKNOWN}))
 
 

@@ -192,7 +192,7 @@ class Worker(ArqWorker):
                     return
             except Exception as error:
                 self._doubt.set()
-                if log_failure("redis_away", error):
+                if log_failure("claim_failed", error, away="redis_away"):
                     self._nonce = None  # what was claimed is handed back by the next renewal
             await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 

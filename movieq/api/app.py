@@ -140,7 +140,7 @@ async def _tidy(store: Store) -> None:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
         except Exception as error:  # whatever it is, the process goes on answering
             if not away:
-                log_failure("tidy_failed", error)
+                log_failure("tidy_failed", error, away="redis_away")
             away = True
         await asyncio.sleep(TIDY_S)
 

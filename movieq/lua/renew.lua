@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- A worker's heartbeat: renews the leases of its runs, takes back what was reaped but not begun anew, and says what it no longer has.
 -- args: worker_id lease_ms heartbeat has_gpu able ...
---   heartbeat: JSON of its rows in the workers' status, passed through; has_gpu: '1' or '0'; able: JSON of {types, models} that it knows, '' for all;
+--   heartbeat: JSON of its rows in the workers' status, passed through; has_gpu: '1' or '0'; able: JSON of {types, models} that it can run, '' for all;
 --   rest: pairs of task_id and run
 -- Returns {{lost task_id run, ...}, {unmentioned task_id run, ...}}: runs that were cancelled or given to others; tasks that Redis thinks it runs and it
 --   did not name (the answer of their claim was lost).
