@@ -166,6 +166,18 @@ async def resend(store: Store) -> Any:
     await store.resend(TASK, f"{TASK}-1")
 
 
+async def repair(store: Store) -> Any:
+    await submit(store)
+    await raw(store).delete(f"{KEYS['waiting']}cpu_intensive:film")
+    await store.repair(TASK, [], apply=True)
+
+
+async def recount(store: Store) -> Any:
+    await submit(store)
+    await raw(store).hset(KEYS["totals"], "queued", 7)
+    await store.recount(apply=True)
+
+
 SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "submit": [submit],
     "claim": [begun],
@@ -186,6 +198,8 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "begin": [begin],
     "delivered": [delivered, delivered_late, delivered_not_yet, given_up],
     "resend": [resend],
+    "repair": [repair],
+    "recount": [recount],
 }
 
 
