@@ -358,6 +358,11 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
     """What is wrong with the machine or the device: until that is over it takes no tasks. None while nothing is wrong."""
 
+    @property
+    def live(self) -> bool:
+        """Whether it was heard from lately."""
+        return self.status != WorkerState.OFFLINE
+
 
 class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
     """The data of an event. Terminal ones carry `result`, or `error` and `error_code`."""

@@ -90,7 +90,7 @@ def examine(folder: Path) -> str | None:
                     opened.enter_context(path.open("rb"))
     except OSError as error:
         log.debug("examination_failed", problem=str(error))
-        return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
+        return _problem(error, folder)
     return _look(folder)
 
 
@@ -98,8 +98,12 @@ def _look(folder: Path) -> str | None:
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
+        return _problem(error, folder)
     return None if free >= FLOOR_BYTES else f"{HOST[errno.ENOSPC]}: {free // 2**20} MiB are free, {FLOOR_BYTES // 2**20} MiB are needed"
+
+
+def _problem(error: OSError, folder: Path) -> str:
+    return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> None:

@@ -27,8 +27,6 @@ from movieq.contracts import (
     ReadyAnswer,
     TaskTypeAnswer,
     TaskTypesAnswer,
-    WorkerState,
-    WorkerStatus,
 )
 from movieq.models import Engine
 from movieq.params import MAX_DURATION_S, PARAMS
@@ -100,16 +98,12 @@ class Readiness:
     async def _worker(self) -> str:
         try:
             async with asyncio.timeout(CHECK_S):
-                living = _living(await self._store.workers())
+                living = [row for row in await self._store.workers() if row.live]
         except (RedisError, OSError):
             return "the workers are unknown while Redis cannot be used"
         if any(row.problem is None for row in living):
             return ""
         return "every live worker has a problem: see /workers/status" if living else "there is no live worker: start `movieq worker`"
-
-
-def _living(rows: list[WorkerStatus]) -> list[WorkerStatus]:
-    return [row for row in rows if row.status is not WorkerState.OFFLINE]
 
 
 async def live(request: Request) -> Response:
@@ -130,7 +124,7 @@ async def health(request: Request) -> Response:
     movieq = api(request)
     uptime = _uptime_s(request)
     try:
-        workers = _living(await movieq.store.workers())
+        workers = [row for row in await movieq.store.workers() if row.live]
         sizes, stranded = await movieq.store.queue_sizes(), await movieq.store.stranded(workers)
     except (RedisError, OSError):
         away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
 from movieq.api.state import Api, answered, api, only_query, query_int
-from movieq.contracts import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus, WorkerState
+from movieq.contracts import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus
 from movieq.errors import NotFound
 from movieq.settings import Scope
 
@@ -76,7 +76,7 @@ async def health(request: Request) -> Response:
 
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
-    live = [row for row in await movieq.store.workers() if row.status is not WorkerState.OFFLINE]
+    live = [row for row in await movieq.store.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
         alerts.append(Alert("redis_refuses_writes", redis.message))
     used, most = await movieq.store.memory() or (0, 0)

@@ -15,7 +15,7 @@ from movieq import store as store_module
 from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, Kind, TaskId, TaskStatus
 from movieq.embedded import Valkey
 from movieq.store import Counts, Store, connect
-from tests.arrange import CPU, new_task, raw, result
+from tests.arrange import CPU, contents, new_task, raw, result
 from tests.fleet import Fleet, eventually, fleet
 from tests.proxy import Proxy, proxy, script
 from tests.service import Receiver, receiver
@@ -226,20 +226,10 @@ def test_every_script_has_a_scene() -> None:
 
 async def everything(store: Store) -> dict[str, Any]:
     """All that Redis holds, without what differs from one second to the next."""
-    redis, found = raw(store), {}
-    for key in sorted(await redis.keys("*")):
-        kind = (await redis.type(key)).decode()
-        value = {
-            "string": redis.get,
-            "hash": redis.hgetall,
-            "set": redis.smembers,
-            "zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
-            "list": lambda key: redis.lrange(key, 0, -1),
-            "stream": redis.xrange,
-        }[kind](key)
-        expires = await redis.ttl(key) > 0
-        digits = -3 if key.decode().split(":")[1] in MEASURED else 6
-        found[key.decode()] = _steady(await value, digits), expires
+    found = {}
+    for key, value in (await contents(store)).items():
+        digits = -3 if key.split(":")[1] in MEASURED else 6
+        found[key] = _steady(value, digits), await raw(store).ttl(key) > 0
     return found
 
 
