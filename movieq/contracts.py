@@ -126,7 +126,7 @@ KEYS: Final[Mapping[str, str]] = {
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms
     "totals": "movieq:totals",  # hash state -> how many tasks are in it
-    "dropped": "movieq:dropped",  # list of "LIST TASK", latest first: entries without a record that scripts dropped in the last day
+    "dropped": "movieq:dropped",  # list of "LIST TASK", latest first: entries that scripts dropped in the last day
     "ended": "movieq:ended",  # zset task -> when it ended
     "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
     "media": "movieq:media",  # zset storage prefix of a result -> when it was committed

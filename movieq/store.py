@@ -560,14 +560,16 @@ class Store:
         await self._scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
 
     async def tidy(self) -> Tidied:
-        """Act on dead leases, due retries and missed deadlines; log entries without a record that scripts have dropped meanwhile."""
+        """Act on dead leases, due retries and missed deadlines; log entries of lists that scripts have dropped meanwhile."""
         reaped, due, past_deadline, dropped = await self._verb(
             "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
         if dropped:
             entries = [_text(each) for each in dropped]
             log.warning(
-                "entries_dropped", entries=entries, cure="they had no record; `movieq doctor --repair` shows what else is inconsistent"
+                "entries_dropped",
+                entries=entries,
+                cure="their tasks have no record, or do not belong there; `movieq doctor --repair` shows what else is inconsistent",
             )
         return Tidied(reaped, due, past_deadline)
 

@@ -80,7 +80,7 @@ local function load(task_id)
   return t
 end
 
--- Notes that a list named a task without a record; the caller has removed the entry. The next call of `tidy` reports it.
+-- Notes that a list named a task without a record, or one that does not belong in it; the caller has removed the entry. The next call of `tidy` reports it.
 local function dropped(where, task_id)
   redis.call('HINCRBY', K.sums, 'entries dropped', 1)
   redis.call('LPUSH', K.dropped, where .. ' ' .. task_id)

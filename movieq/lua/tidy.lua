@@ -3,7 +3,7 @@
 -- args: batch silences_limit outage_ms quiet_ms forget_ms
 --   batch: most tasks of each sort in one call; silences_limit: how many silences of workers fail a task; outage_ms: after nobody called for so long, or the
 --   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten
--- Returns {reaped, brought over, past their time, {what was dropped, ...}}: entries of lists that named a task without a record, "LIST TASK", since the last call.
+-- Returns {reaped, brought over, past their time, {"LIST TASK", ...}}: the last are entries that scripts have dropped since the last call (see `dropped`).
 -- Called by every worker with its renewal and once a second by every API process.
 -- Appends `retrying` or `failed`. Cost: O(log n) a task, O(kinds) without any.
 local heard = tonumber(redis.call('GET', K.heard) or now)
