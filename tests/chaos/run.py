@@ -245,7 +245,8 @@ def right_bytes(task: Task, media: Path, task_data: dict[str, Any]) -> bool:
         if path.stat().st_size != task.result.metadata["file_size"]:
             return False
         if task.task_type == "make_palette":
-            return Image.open(path).size == (192, 64)
+            with Image.open(path) as strip:
+                return strip.size == (192, 64)
         if task.task_type == "generate_image":
             image = Image.open(path)
             image.load()
