@@ -84,7 +84,7 @@ bench-animatic: setup-test  ## Measure: seconds and memory of clips, cards and s
 bench-queue: setup-test  ## Measure: the queue beside arq, SAQ, Taskiq, Celery and BullMQ
 	$(BIN)/python -m tests.bench.bench_queue
 
-bench-sweep: setup-test  ## Measure: deleting 100,000 ended tasks and their files, and what others notice of it
+bench-sweep: setup-test  ## Measure: deleting 100,000 ended tasks and their files, and other requests meanwhile
 	$(BIN)/python -m tests.bench.bench_sweep
 
 bench-sse: setup-test  ## Measure: thousands of open streams, beside sse-starlette

@@ -1,4 +1,4 @@
-"""How the GPUs of this machine are, by NVIDIA's own library (NVML). It starts no CUDA. Which there are: `movieq.checks.devices`."""
+"""Reads the state of this machine's GPUs with NVIDIA's own library (NVML), without CUDA. `movieq.checks.devices` says which there are."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How long a worker takes to delete ended tasks and their files, and what a status read and a submit take meanwhile, beside before.
+"""Measures how long a worker takes to delete ended tasks and their files, and how long status reads and submits take before and meanwhile.
 
-A real API and a real worker on one Valkey; the files lie in a folder. The worker is there before, and waits for its turn. With
-`python -m tests.bench.bench_sweep [TASKS]` it is so many tasks. The sweep ends after five minutes, whatever is left, and says what was.
+A real API and a real worker on one Valkey; the files lie in a folder. The worker runs from the start, and waits for its turn. Run it with
+`python -m tests.bench.bench_sweep [TASKS]`. It ends after five minutes at most and reports what was left.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def fill(store: Store, media: Path, tasks: int) -> None:
 
 
 async def ask(port: int, request: bytes, found: list[float]) -> None:
-    """The seconds that each answer took, one every hundredth, until it is cancelled."""
+    """Ask again and again, a hundredth of a second apart, until cancelled; note the seconds that each answer took."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         while True:
@@ -77,7 +77,7 @@ async def ask(port: int, request: bytes, found: list[float]) -> None:
 
 
 class Asked:
-    """Status reads and submits, side by side, for the length of a block."""
+    """Status reads and submits, at the same time, for the length of a block."""
 
     def __init__(self, port: int, task_id: str) -> None:
         status = f"GET /api/v1/tasks/{task_id}/status HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {KEY}\r\n\r\n".encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import re
 import shutil
 import socket
@@ -524,6 +525,18 @@ async def test_a_spool_that_cannot_be_written_is_refused_by_worker_and_doctor(ow
     assert (code, "MOVIEQ_SPOOL" in err, "Traceback" in err) == (1, True, False), err
     code, out, _ = await movieq("doctor", folder=folder, **needed)
     assert (code, marked(out)["spool"]) == (1, "✗")
+
+
+def test_a_spool_below_a_folder_that_the_user_may_not_enter_is_refused(folder: Path) -> None:
+    closed, user = folder / "closed", os.geteuid()
+    closed.mkdir(mode=0)
+    if user == 0:
+        os.seteuid(65534)  # root may enter every folder
+    try:
+        finding = checks.spool(Settings(spool=str(closed / "spool")))
+    finally:
+        os.seteuid(user)
+    assert (finding.mark, finding.refuses, "Permission denied" in finding.text) == (Mark.BROKEN, True, True)
 
 
 async def test_an_env_file_that_cannot_be_read_is_refused_and_found_by_doctor(folder: Path) -> None:
