@@ -562,7 +562,7 @@ class Store:
     async def tidy(self) -> Tidied:
         """Act on dead leases, due retries and missed deadlines; log entries of lists that scripts have dropped meanwhile."""
         reaped, due, past_deadline, dropped = await self._verb(
-            "tidy", batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
+            "tidy", list(Kind), batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
         if dropped:
             entries = [_text(each) for each in dropped]
@@ -687,14 +687,31 @@ class Store:
             for of in itertools.chain(*lanes.values()):
                 pipe.zcard(self.keys["waiting"].encode() + of)
             counts = iter(await pipe.execute())
-        return {kind: sum(itertools.islice(counts, len(of_kind))) for kind, of_kind in lanes.items()}
+        sizes = {kind: sum(itertools.islice(counts, len(of_kind))) for kind, of_kind in lanes.items()}
+        return {kind: sizes[kind] for kind in Kind}
 
-    async def _lanes(self) -> dict[Kind, list[bytes]]:
-        """Return the lanes of each kind: its own, and those of tasks that some worker could not run, even of damaged ones."""
+    async def _lanes(self) -> dict[str, list[bytes]]:
+        """Return the lanes of each kind: its own, and those of tasks that some worker could not run, even of damaged ones.
+
+        The kinds are those of this version, and then those of others that had tasks.
+        """
+        others = {_text(kind) for kind in await _answer(self.redis.smembers(self.keys["kinds"]))}
+        kinds = [*Kind, *sorted(others - set(Kind))]
         async with self.redis.pipeline(transaction=False) as pipe:
-            for kind in Kind:
+            for kind in kinds:
                 pipe.smembers(self.keys["lanes"] + kind)
-            return {kind: [kind.encode(), *sorted(found)] for kind, found in zip(Kind, await pipe.execute(), strict=True)}
+            return {kind: [kind.encode(), *sorted(found)] for kind, found in zip(kinds, await pipe.execute(), strict=True)}
+
+    async def astray(self) -> int:
+        """Return how many tasks are counted as queued and wait in no queue: keys were deleted by hand, or a backup was incomplete."""
+        lanes = itertools.chain(*(await self._lanes()).values())
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.hget(self.keys["totals"], TaskStatus.QUEUED)
+            pipe.zcard(self.keys["delayed"])
+            for of in lanes:
+                pipe.zcard(self.keys["waiting"].encode() + of)
+            queued, *waiting = await pipe.execute()
+        return max(0, int(queued) - sum(waiting)) if queued and queued.isdigit() else 0
 
     async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
         """Return the lanes with waiting tasks that none of these workers can run."""

@@ -86,6 +86,8 @@ async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
         alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
+    if astray := await movieq.store.astray():
+        alerts.append(Alert("tasks_astray", f"{astray} queued tasks wait in no queue: `movieq doctor --repair` finds and mends them"))
     alerts += [Alert("no_worker", each.text) for each in await movieq.store.stranded(live)]
     for queue in await movieq.store.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds

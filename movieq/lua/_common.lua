@@ -29,7 +29,7 @@ end
 
 local function numeric(text)
   local value = tonumber(text)
-  return value and value > -1e15 and value < 1e15 -- which NaN is not
+  return value and value > -1e13 and value < 1e13 -- so it is no NaN either, and as a time no later than the year 2286
 end
 
 local FIELDS, NUMBERS -- made when the first record is read: many calls read none
@@ -55,6 +55,10 @@ local function mend(t)
   end
   if t.gpu_share and not (t.gpu_before_ms and t.gpu_at_ms and t.gpu_ms) then unset(t, 'gpu_share') end
   if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- loops count up to it
+  for _, name in ipairs({'weight', 'rows'}) do
+    if t[name] and tonumber(t[name]) <= 0 then unset(t, name) end -- it is divided by
+  end
+  if t.lane and t.lane ~= t.kind .. '/' .. t.task_type .. '/' .. t.model then unset(t, 'lane') end
   if t.status == 'processing' or t.reaped then
     if not t.run and not t.reaped then mended.run = 'none' end
     if not t.worker_id then mended.worker_id = 'none' end
@@ -69,8 +73,8 @@ end
 -- The task's hash as a table; nil where there is none, or where it has no project, type, kind or state: nobody can say what it was.
 local function load(task_id)
   if loaded[task_id] then return loaded[task_id] end
-  local flat = redis.call('HGETALL', K.task .. task_id)
-  if #flat == 0 then return nil end
+  local flat = redis.pcall('HGETALL', K.task .. task_id)
+  if flat.err or #flat == 0 then return nil end -- a key of another type is no record either
   local t = {}
   for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
   if not (t.project_id and t.task_type and t.kind and t.status) then return nil end
@@ -80,12 +84,27 @@ local function load(task_id)
   return t
 end
 
+-- Adds to a counter in a hash; a damaged one starts anew.
+local function count(key, field, by)
+  local answer = redis.pcall('HINCRBYFLOAT', key, field, by)
+  if type(answer) == 'table' then redis.pcall('HSET', key, field, math.max(by, 0)) end
+end
+
 -- Notes that a list named a task without a record, or one that does not belong in it; the caller has removed the entry. The next call of `tidy` reports it.
 local function dropped(where, task_id)
-  redis.call('HINCRBY', K.sums, 'entries dropped', 1)
+  count(K.sums, 'entries dropped', 1)
   redis.call('LPUSH', K.dropped, where .. ' ' .. task_id)
   redis.call('LTRIM', K.dropped, 0, 999)
   redis.call('EXPIRE', K.dropped, 86400)
+end
+
+-- Calls `act` for a task that the sorted set `key` names. Where its record is so damaged that this breaks, the entry is removed: the other tasks go on.
+local function guarded(where, key, task_id, act)
+  if pcall(act) then return end
+  local t = loaded[task_id]
+  if t then changed[t] = nil end
+  redis.call('ZREM', key, task_id)
+  dropped(where, task_id)
 end
 
 -- The fence: whether this run is the present one of a task in processing.
@@ -126,11 +145,11 @@ local function move(t, status)
   if t.status then
     redis.call('ZREM', index(t, t.status, ''), t.task_id)
     redis.call('ZREM', index(t, t.status, t.task_type), t.task_id)
-    redis.call('HINCRBY', K.totals, t.status, -1)
+    count(K.totals, t.status, -1)
   end
   redis.call('ZADD', index(t, status, ''), created(t), t.task_id)
   redis.call('ZADD', index(t, status, t.task_type), created(t), t.task_id)
-  redis.call('HINCRBY', K.totals, status, 1)
+  count(K.totals, status, 1)
   set(t, {status = status})
 end
 
@@ -226,7 +245,7 @@ end
 local function enqueue(t)
   redis.call('ZADD', queue(t), created(t) - t.bias_ms, t.task_id)
   redis.call('ZADD', K.waiting .. lane(t), created(t), t.task_id)
-  redis.call('HINCRBY', K.priorities .. t.kind, t.priority, 1)
+  count(K.priorities .. t.kind, t.priority, 1)
   if t.lane then redis.call('SADD', K.lanes .. t.kind, t.lane) end
   if not redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then
     local spent = tonumber(redis.call('HGET', K.spent .. lane(t), t.project_id) or 0)
@@ -258,7 +277,7 @@ end
 -- Out of the queue again.
 local function dequeue(t)
   redis.call('ZREM', K.delayed, t.task_id)
-  if redis.call('ZREM', K.waiting .. lane(t), t.task_id) == 1 then redis.call('HINCRBY', K.priorities .. t.kind, t.priority, -1) end
+  if redis.call('ZREM', K.waiting .. lane(t), t.task_id) == 1 then count(K.priorities .. t.kind, t.priority, -1) end
   if redis.call('ZREM', queue(t), t.task_id) == 1 then settle(t.kind, lane(t), t.project_id) end
 end
 
@@ -268,7 +287,7 @@ local function charge(t, ms)
   if redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then
     redis.call('ZINCRBY', K.flows .. lane(t), ms, t.project_id)
   else
-    redis.call('HINCRBYFLOAT', K.spent .. lane(t), t.project_id, ms)
+    count(K.spent .. lane(t), t.project_id, ms)
   end
 end
 
@@ -306,7 +325,7 @@ local function bill(t)
   set(t, {gpu_ms = string.format('%.3f', t.gpu_ms + (now - t.gpu_at_ms) * t.gpu_share), gpu_at_ms = now})
   local ms = t.gpu_ms - (t.gpu_billed_ms or 0)
   if ms > 0 then
-    for _, whose in ipairs({t.project_id, ''}) do redis.call('HINCRBYFLOAT', K.gpu_ms, whose, string.format('%.3f', ms)) end
+    for _, whose in ipairs({t.project_id, ''}) do count(K.gpu_ms, whose, string.format('%.3f', ms)) end
     set(t, {gpu_billed_ms = t.gpu_ms})
   end
 end

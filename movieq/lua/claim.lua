@@ -56,12 +56,12 @@ end
 local function favoured(first, resident)
   if not next(resident) or resident[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(first), 1, LOOK)) do
-    local model, task_type = unpack(redis.call('HMGET', K.task .. task_id, 'model', 'task_type'))
-    if resident[model] and can_run(task_type, model) then
+    local model = redis.pcall('HGET', K.task .. task_id, 'model')
+    if model and resident[model] then
       local t = load(task_id)
-      if t and t.status == 'queued' then
+      if t and t.status == 'queued' and can_run(t.task_type, t.model) then
         if not first.passed_ms then set(first, {passed_ms = now}) end
-        redis.call('HINCRBY', K.sums, 'claims passed', 1)
+        count(K.sums, 'claims passed', 1)
         return t
       end
     end
@@ -76,7 +76,7 @@ local function readmit(kind, of)
   moves_left = moves_left - 1
   if t and t.status == 'queued' and lane(t) == of then
     redis.call('ZREM', K.waiting .. of, oldest)
-    redis.call('HINCRBY', K.priorities .. kind, t.priority, -1)
+    count(K.priorities .. kind, t.priority, -1)
     enqueue(t)
   else
     redis.call('ZREM', K.waiting .. of, oldest)
@@ -154,7 +154,7 @@ local function batch(t)
   if cap < 2 then return found end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(t), 0, LOOK)) do
     if #found >= cap then break end
-    if task_id ~= t.task_id and redis.call('HGET', K.task .. task_id, 'batch') == t.batch then
+    if task_id ~= t.task_id and redis.pcall('HGET', K.task .. task_id, 'batch') == t.batch then
       local other = load(task_id)
       if other and other.status == 'queued' and can_run(other.task_type, other.model) then found[#found + 1] = other end
     end
@@ -213,7 +213,9 @@ local function begin_offered()
     local t = load(task_id)
     redis.call('ZREM', K.offered .. host, task_id)
     -- else it was cancelled, or begun elsewhere meanwhile, or this worker cannot run it
-    if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then begin(t, -1, 1) end
+    if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then
+      guarded('offered', K.offered .. host, task_id, function() begin(t, -1, 1) end)
+    end
   end
 end
 

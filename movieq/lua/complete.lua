@@ -11,8 +11,8 @@ if t.made_ms ~= '0' then -- else it found its files made, and says nothing of ot
   local ms = worked(t)
   if redis.call('LPUSH', K.durations .. t.shape, ms) > 42 then redis.call('LTRIM', K.durations .. t.shape, 0, 20) end
   redis.call('EXPIRE', K.durations .. t.shape, 30 * 86400)
-  redis.call('HINCRBY', K.sums, t.task_type .. ' tasks', 1)
-  redis.call('HINCRBY', K.sums, t.task_type .. ' ms', ms)
+  count(K.sums, t.task_type .. ' tasks', 1)
+  count(K.sums, t.task_type .. ' ms', ms)
 end
 if t.fingerprint then redis.call('SET', K.made .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end

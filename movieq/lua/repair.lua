@@ -36,8 +36,9 @@ local function check_queue(t)
   local later = listed(K.delayed)
   if t.status == 'queued' then
     local share = redis.call('ZSCORE', K.flows .. lane(t), t.project_id)
-    if waits and placed and share or later and not waits and not placed then return end
-    note(waits and placed and 'waits in a queue whose project has no share' or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
+    local named = not t.lane or redis.call('SISMEMBER', K.lanes .. t.kind, t.lane) == 1
+    if waits and placed and share and named or later and not waits and not placed then return end
+    note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project has no share' or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
     if mending then
       dequeue(t)
       enqueue(t)

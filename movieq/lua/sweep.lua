@@ -11,7 +11,7 @@ local function forget(task_id)
     redis.call('ZREM', index(t, status, ''), task_id)
     redis.call('ZREM', index(t, status, t.task_type), task_id)
   end
-  redis.call('HINCRBY', K.totals, t.status, -1)
+  count(K.totals, t.status, -1)
   if redis.call('EXISTS', index(t, '', '')) == 0 then
     redis.call('ZREM', K.projects, t.project_id)
     redis.call('HDEL', K.spent .. t.kind, t.project_id)

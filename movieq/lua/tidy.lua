@@ -1,24 +1,27 @@
 #!lua flags=allow-oom
 -- Does what no claim or run would: returns dead leases, brings over what is due, ends what is past its time, forgets dead workers.
--- args: batch silences_limit outage_ms quiet_ms forget_ms
+-- args: batch silences_limit outage_ms quiet_ms forget_ms ...
 --   batch: most tasks of each sort in one call; silences_limit: how many silences of workers fail a task; outage_ms: after nobody called for so long, or the
---   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten
+--   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten;
+--   rest: kinds that are looked at even where no list names them
 -- Returns {reaped, brought over, past their time, {"LIST TASK", ...}}: the last are entries that scripts have dropped since the last call (see `dropped`).
 -- Called by every worker with its renewal and once a second by every API process.
 -- Appends `retrying` or `failed`. Cost: O(log n) a task, O(kinds) without any.
-local heard = tonumber(redis.call('GET', K.heard) or now)
+local heard = tonumber(redis.call('GET', K.heard) or '') or now
 redis.call('SET', K.heard, now)
 if now - heard > tonumber(outage_ms) or now < heard then redis.call('SET', K.quiet, now + quiet_ms, 'PX', quiet_ms) end
 
 local due = redis.call('ZRANGEBYSCORE', K.delayed, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(due) do
-  redis.call('ZREM', K.delayed, task_id)
-  local t = load(task_id)
-  if t and t.status == 'queued' then enqueue(t) else dropped('delayed', task_id) end
+  guarded('delayed', K.delayed, task_id, function()
+    redis.call('ZREM', K.delayed, task_id)
+    local t = load(task_id)
+    if t and t.status == 'queued' then enqueue(t) else dropped('delayed', task_id) end
+  end)
 end
 
-local past = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, batch)
-for _, task_id in ipairs(past) do
+-- Ends a task whose deadline is over.
+local function end_late(task_id)
   local t = load(task_id)
   local running = t and t.status == 'processing' and t.run
   if not t or not running and t.status ~= 'queued' then
@@ -38,6 +41,11 @@ for _, task_id in ipairs(past) do
   end
 end
 
+local past = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, batch)
+for _, task_id in ipairs(past) do
+  guarded('deadlines', K.deadlines, task_id, function() end_late(task_id) end)
+end
+
 -- Back to waiting, as its worker has not renewed its lease; after too many such silences it is a dead letter.
 local function reap(t)
   local silences = t.silences + 1
@@ -54,16 +62,21 @@ end
 
 local reaped = 0
 if not redis.call('GET', K.quiet) then
-  for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do
+  local kinds = {}
+  for i = 6, #ARGV do kinds[ARGV[i]] = true end
+  for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do kinds[kind] = true end
+  for kind in pairs(kinds) do
     for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.running .. kind, '-inf', now, 'LIMIT', 0, batch)) do
-      local t = load(task_id)
-      if t and t.status == 'processing' and t.kind == kind then
-        reaped = reaped + 1
-        reap(t)
-      else
-        redis.call('ZREM', K.running .. kind, task_id)
-        dropped('running', task_id)
-      end
+      guarded('running', K.running .. kind, task_id, function()
+        local t = load(task_id)
+        if t and t.status == 'processing' and t.kind == kind then
+          reaped = reaped + 1
+          reap(t)
+        else
+          redis.call('ZREM', K.running .. kind, task_id)
+          dropped('running', task_id)
+        end
+      end)
     end
   end
 end
@@ -75,7 +88,7 @@ for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - fo
   redis.call('DEL', K.held .. worker_id) -- what it held was reaped long ago, except tasks whose record was lost
 end
 
-local count, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))
-local unlogged = (count or 0) - (logged or 0)
-if unlogged > 0 then redis.call('HSET', K.sums, 'entries dropped, logged', count) end
+local noted, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))
+local unlogged = (tonumber(noted or '') or 0) - (tonumber(logged or '') or 0)
+if unlogged > 0 then redis.call('HSET', K.sums, 'entries dropped, logged', noted) end
 return {reaped, #due, #past, unlogged > 0 and redis.call('LRANGE', K.dropped, 0, math.min(unlogged, 100) - 1) or {}}

@@ -245,3 +245,47 @@ async def found(store: Store, task_id: TaskId) -> Any:
     task = await store.task(task_id)
     assert task is not None
     return task
+
+
+@pytest.mark.parametrize("damage", ["another type", "weight of nothing", "rows of nothing", "a time in the year 33658"])
+async def test_a_record_that_breaks_whoever_reads_it_stops_no_claim_no_deadline_and_no_lease(store: Store, damage: str) -> None:
+    odd, _ = await running(store, finish_by_ms=1)
+    waiting = new_task("odd")
+    await store.submit(waiting)
+    for task_id in (odd, waiting.task_id):
+        key = KEYS["task"] + task_id
+        match damage:
+            case "another type":
+                await raw(store).delete(key)
+                await raw(store).set(key, "no record")
+            case "weight of nothing":
+                await raw(store).hset(key, "weight", 0)
+            case "rows of nothing":
+                await raw(store).hset(key, mapping={"rows": 0, "batch_rows": -1})
+            case _:
+                await raw(store).hset(key, mapping={"created_at_ms": 999999999999999, "started_at_ms": 999999999999999})
+    silent, _ = await running(store, "w2", project="even")
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {silent: 1, odd: 2})
+    await store.tidy()
+    await store.tidy()
+    assert (await found(store, silent)).status is TaskStatus.QUEUED
+    assert await raw(store).zcard(KEYS["deadlines"]) in (0, 1)  # that of the task that waits again, where it has one
+    await another_project_is_served(store)
+
+
+@pytest.mark.parametrize("name", ["priorities", "totals", "sums", "spent"])
+async def test_a_damaged_counter_starts_anew(store: Store, name: str) -> None:
+    fields = ("1", "2", "3", *STATES, "generate_image tasks", "entries dropped", "film", "other")
+    key = KEYS[name] + ("cpu_intensive" if KEYS[name].endswith(":") else "")
+    await raw(store).hset(key, mapping=dict.fromkeys(fields, "x"))
+    await store.submit(new_task())
+    await another_project_is_served(store)
+    await store.tidy()
+
+
+async def test_leases_of_kinds_that_no_list_names_any_more_are_taken_back(store: Store) -> None:
+    task_id, _ = await running(store)
+    await raw(store).delete(KEYS["kinds"])
+    await raw(store).zadd(KEYS["running"] + "cpu_intensive", {task_id: 1})
+    await store.tidy()
+    assert (await found(store, task_id)).status is TaskStatus.QUEUED

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from movieq.contracts import KEYS, Kind, ProjectId, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
+from movieq.repair import inconsistencies
 from movieq.store import Able, Claimed, Counts, Slot, Store, Stranded
 from tests.arrange import new_task, raw, result
 
@@ -141,3 +142,24 @@ async def test_a_task_whose_model_is_damaged_waits_aside_and_is_counted_and_name
     assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == 1
     assert [queue.pending_count for queue in await store.queues()] == [0, 0, 1]
     assert await store.stranded([]) == [Stranded("cpu_intensive", "generate_image", "\ufffd", 1)]
+
+
+async def test_tasks_in_no_queue_are_counted_as_astray(store: Store) -> None:
+    await submitted(store)
+    for _ in range(3):
+        await submitted(store, "palette", "palettes")
+    (claimed,) = await claim(store, PLAIN, slots=2)
+    await store.requeue(claimed.task.task_id, claimed.run, Counts.TRIES, 3, 60_000, "it broke", "network")
+    assert await store.astray() == 0
+    await raw(store).delete(KEYS["lanes"] + "cpu_intensive")
+    assert await store.astray() == 3
+    async for _ in inconsistencies(store, apply=True):
+        pass
+    assert await store.astray() == 0
+    assert len(await claim(store, PLUGGED, "w2", slots=4)) == 3
+
+
+async def test_tasks_of_a_kind_that_this_version_does_not_know_are_named_too(store: Store) -> None:
+    await store.submit(new_task(kind="gpu_tiny"))
+    assert await store.stranded([row("plain")]) == [Stranded("gpu_tiny", "", "", 1)]
+    assert await store.astray() == 0
