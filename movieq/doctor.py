@@ -172,7 +172,12 @@ def _models(read: Settings) -> Finding:
         table = models.load(read.models)
     except SettingsError as error:
         return Finding(Mark.BROKEN, "models", error.message)
-    here: list[str] = []
+    try:
+        importlib.import_module("huggingface_hub")
+    except ImportError:
+        here = [name for name, model in table.items() if not weights.sources(model)]
+        return Finding(Mark.GOOD, "models", f"{len(table)}; here: {', '.join(here)}; the others need pip install 'movieq[gpu]'")
+    here = []
     wrong: list[str] = []
     for name, model in table.items():
         sources = weights.sources(model)

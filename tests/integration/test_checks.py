@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -560,3 +561,10 @@ async def test_api_waits_for_a_redis_that_is_still_starting(folder: Path) -> Non
     finally:
         process.kill()
         await process.wait()
+
+
+def test_doctor_runs_where_no_models_can(tmp_path: Path) -> None:
+    without = "import sys; sys.modules['huggingface_hub'] = None; sys.argv = ['movieq', 'doctor']; from movieq.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", without], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert "here: animatic; the others need pip install 'movieq[gpu]'" in done.stdout
