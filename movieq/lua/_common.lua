@@ -209,7 +209,11 @@ end
 -- An entry of the task's log, of which the last two thousand are kept, and, unless it is progress, of its project's; the same on pub/sub.
 local function log(t, event_type, extra)
   local data = event(t, event_type, extra)
-  local id = redis.call('XADD', K.log .. t.task_id, 'MAXLEN', '~', 2000, '*', 'type', event_type, 'data', data)
+  local id = redis.pcall('XADD', K.log .. t.task_id, 'MAXLEN', '~', 2000, '*', 'type', event_type, 'data', data)
+  if type(id) == 'table' then -- a key of another type is no log
+    redis.call('DEL', K.log .. t.task_id)
+    id = redis.call('XADD', K.log .. t.task_id, '*', 'type', event_type, 'data', data)
+  end
   set(t, {last_event_id = id})
   publish(t.task_id, id, event_type, data)
   if event_type == 'progress' then publish('project:' .. t.project_id, '>' .. now, event_type, data) else log_in_project(t, event_type, data) end

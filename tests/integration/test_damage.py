@@ -247,9 +247,11 @@ async def found(store: Store, task_id: TaskId) -> Any:
     return task
 
 
-@pytest.mark.parametrize("damage", ["another type", "weight of nothing", "rows of nothing", "a time in the year 33658"])
+@pytest.mark.parametrize(
+    "damage", ["another type", "weight of nothing", "rows of nothing", "a time in the year 33658", "a log", "an index"]
+)
 async def test_a_record_that_breaks_whoever_reads_it_stops_no_claim_no_deadline_and_no_lease(store: Store, damage: str) -> None:
-    odd, _ = await running(store, finish_by_ms=1)
+    odd, _ = await running(store, project="odd", finish_by_ms=1)
     waiting = new_task("odd")
     await store.submit(waiting)
     for task_id in (odd, waiting.task_id):
@@ -260,6 +262,12 @@ async def test_a_record_that_breaks_whoever_reads_it_stops_no_claim_no_deadline_
                 await raw(store).set(key, "no record")
             case "weight of nothing":
                 await raw(store).hset(key, "weight", 0)
+            case "a log":
+                await raw(store).delete(KEYS["log"] + task_id)
+                await raw(store).set(KEYS["log"] + task_id, "no log")
+            case "an index":
+                for status in STATES:
+                    await raw(store).set(f"{KEYS['index']}odd|{status}|", "no list")
             case "rows of nothing":
                 await raw(store).hset(key, mapping={"rows": 0, "batch_rows": -1})
             case _:
