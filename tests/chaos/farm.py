@@ -19,6 +19,7 @@ import psutil
 import movieq
 from movieq import serving
 from movieq.embedded import Valkey
+from movieq.errors import SettingsError
 
 APIS, WORKERS = 2, 3
 RESPAWN_S = 0.2
@@ -151,7 +152,8 @@ class Farm:
                 if process.poll() is not None:
                     self._spawn(name)
             if not self.valkey.alive():
-                await asyncio.to_thread(self.valkey.start)
+                with contextlib.suppress(SettingsError):  # on a busy machine it may take longer than `start` waits: tried again
+                    await asyncio.to_thread(self.valkey.start)
             await asyncio.sleep(RESPAWN_S)
 
     def kill(self, name: str) -> None:

@@ -318,6 +318,8 @@ async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findi
             end = time.monotonic() + 60
             while await client.zcard(KEYS["deliveries"]) and time.monotonic() < end:  # those of a killed worker come 30 s later
                 await asyncio.sleep(0.5)
+            if keeper.done():
+                keeper.result()  # what was killed was not started again: the run says nothing
             findings = await check(store, driver, hook, folder / "media", odd)
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
