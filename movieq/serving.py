@@ -145,7 +145,7 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read as uvicorn does, but answer a client that offers another protocol (Java's: h2c) in HTTP/1.1 (RFC 9110, 7.8).
 
-        The parser takes whatever follows such a head, even a body, for the other protocol: a new one gets the head again, without the offer.
+        The parser takes what follows such a head, even a body, for the other protocol: a new one gets the head again, without the offer.
         """
         self._unset_keepalive_if_required()
         rest = memoryview(data)

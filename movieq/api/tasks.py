@@ -240,7 +240,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
 async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     """The task, with the result of one of its project that made the same, where that is still stored."""
     earlier = await movieq.store.made_before(new.fingerprint)
-    if earlier is None or earlier.result is None:
+    if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
     result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days
     if movieq.settings.c2pa_required and "signed_by" not in result.metadata:
