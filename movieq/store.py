@@ -238,6 +238,19 @@ class Stranded(msgspec.Struct, frozen=True):
         return f"{self.waiting} tasks wait in {self.kind}, and no live worker serves it"
 
 
+class Memory(msgspec.Struct, frozen=True):
+    """The bytes that Redis uses, the most that it may use, 0 for no limit, and its policy for a full memory, '' where it does not say."""
+
+    used: int
+    most: int
+    policy: str
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it deletes keys when it is full."""
+        return self.policy not in ("", "noeviction")
+
+
 class LogState(msgspec.Struct, frozen=True):
     """What the log of a task holds: `first` and `last` entry, None where it is empty, and whether entries were trimmed away."""
 
@@ -593,13 +606,13 @@ class Store:
         """List files of results committed so long ago for deletion; return how many results. Where these are `batch`, there may be more."""
         return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
 
-    async def memory(self) -> tuple[int, int] | None:
-        """Return the bytes that Redis uses and the most that it may use, 0 for no limit; None where its user may not ask."""
+    async def memory(self) -> Memory | None:
+        """Return how Redis's memory is; None where its user may not ask."""
         try:
             facts = await _answer(self.redis.info("memory"))
         except NoPermissionError:
             return None
-        return int(facts["used_memory"]), int(facts.get("maxmemory", 0))
+        return Memory(int(facts["used_memory"]), int(facts.get("maxmemory", 0)), facts.get("maxmemory_policy", ""))
 
     async def check_write(self) -> None:
         """Write to Redis as a submit does. Raises redis's error where it refuses."""
