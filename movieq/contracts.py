@@ -204,14 +204,22 @@ MEDIA_URL_S: Final = 7 * 24 * 3600
 # ── Results ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+KEY_PATTERN: Final = rf"^{_SEGMENT}(/{_SEGMENT})*(?!\n)$"
+"""Of the keys of files. No segment begins with a dot: neither "." nor "..", and no key can meet a temporary file."""
+MAX_KEY_CHARS: Final = 1024
+
+StorageKey = Annotated[str, Meta(pattern=KEY_PATTERN, max_length=MAX_KEY_CHARS)]
+
+
 class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
     """A file of a result as it lies in Redis: by its key, since urls are signed when they are read."""
 
-    key: str
+    key: StorageKey
     media_type: str
     content_type: str
     size_bytes: int
-    poster_key: str | None = None
+    poster_key: StorageKey | None = None
     width: int | None = None
     height: int | None = None
     duration_s: float | None = None
@@ -220,7 +228,7 @@ class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
 class StoredResult(msgspec.Struct, frozen=True):
     """What `complete` commits; `media[0]` is the result itself."""
 
-    media: list[StoredMedia]
+    media: Annotated[list[StoredMedia], Meta(min_length=1)]
     metadata: dict[str, Any]
     payload_media_id: str | int | None = None
 
@@ -249,6 +257,11 @@ class Result(msgspec.Struct, frozen=True):
 
 # ── Entities ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+_MOST: Final = 10**15
+Whole = Annotated[int, Meta(ge=-_MOST, le=_MOST)]
+Real = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
+"""Numbers of a record. Those beyond, infinite ones and NaN are damage, to the scripts too."""
+
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """A task as the store holds it. Absent fields of the hash take the defaults."""
@@ -261,25 +274,25 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     shape: str
     status: TaskStatus
-    priority: int
-    created_at_ms: int
-    estimate_ms: int
-    max_ms: int
+    priority: Whole
+    created_at_ms: Whole
+    estimate_ms: Whole
+    max_ms: Whole
     lane: str = ""
     """The lane that it waits in; '' for its kind's own."""
     batch: str = ""
-    attempt: int = 0
+    attempt: Whole = 0
     run: RunToken | None = None
     worker_id: str | None = None
-    progress: float = 0.0
+    progress: Real = 0.0
     current_step: str = "waiting_in_queue"
     stage: str | None = None
-    step: int | None = None
-    steps: int | None = None
-    remaining_ms: int | None = None
-    gpu_ms: float = 0.0
-    started_at_ms: int | None = None
-    ended_at_ms: int | None = None
+    step: Whole | None = None
+    steps: Whole | None = None
+    remaining_ms: Whole | None = None
+    gpu_ms: Real = 0.0
+    started_at_ms: Whole | None = None
+    ended_at_ms: Whole | None = None
     last_event_id: str | None = None
     result: StoredResult | None = None
     error: str | None = None
@@ -619,15 +632,15 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     project_id: ProjectId
     task_type: str
     status: TaskStatus
-    at_ms: int
-    ended_at_ms: int
-    started_at_ms: int | None = None
+    at_ms: Whole
+    ended_at_ms: Whole
+    started_at_ms: Whole | None = None
     result: StoredResult | None = None
     error: str | None = None
     error_code: str | None = None
     metadata: dict[str, Any] = {}
-    tries: int = 0
-    last_status: int | None = None
+    tries: Whole = 0
+    last_status: Whole | None = None
     last_problem: str | None = None
     media_id: str | int | None = None
     doubt: bool = False
@@ -770,6 +783,10 @@ class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled_at: datetime | None = None
 
 
-def utc(ms: int) -> datetime:
-    """Milliseconds since the epoch as a time of the contract."""
-    return datetime.fromtimestamp(ms / 1000, UTC)
+_LAST_MS: Final = 253_402_300_799_000
+"""The last second of the year 9999."""
+
+
+def utc(ms: float) -> datetime:
+    """Return milliseconds since the epoch as a time of the contract: the nearest from 1970 to 9999, since a damaged record may say any."""
+    return datetime.fromtimestamp(int(min(max(ms, 0), _LAST_MS)) / 1000, UTC)

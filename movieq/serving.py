@@ -145,7 +145,7 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read as uvicorn does, but answer a client that offers another protocol (Java's: h2c) in HTTP/1.1 (RFC 9110, 7.8).
 
-        The parser takes whatever follows such a head, even a body, for the other protocol: it gets the head again, without the offer.
+        The parser takes what follows such a head, even a body, for the other protocol: a new one gets the head again, without the offer.
         """
         self._unset_keepalive_if_required()
         rest = memoryview(data)
@@ -159,6 +159,8 @@ class _Protocol(HttpToolsProtocol):
                     if not head:  # CONNECT: what follows is not HTTP
                         return
                     rest = rest[pause.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)  # the other one takes nothing more where the connection is to close
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                     self.parser.feed_data(head)
         except httptools.HttpParserError:
             self.send_400_response("")

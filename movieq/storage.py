@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Protocol, TypeVar
 
 from movieq import signing
-from movieq.contracts import MediaResult, Result, StoredResult
+from movieq.contracts import KEY_PATTERN, MAX_KEY_CHARS, MediaResult, Result, StoredResult
 from movieq.errors import KeyTaken, StorageFault
 from movieq.settings import Settings
 
@@ -43,10 +43,7 @@ CONTENT_TYPES: Final = {
 }
 """By the key's extension: a folder has nowhere else to keep it."""
 
-MAX_KEY_CHARS: Final = 1024
-
-# No segment begins with a dot: neither "." nor "..", and no key can meet a temporary file.
-_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_KEY = re.compile(KEY_PATTERN)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 T = TypeVar("T")
@@ -59,7 +56,7 @@ def content_type(key: str) -> str:
 
 def checked_key(key: str) -> str:
     """The key itself. Raises ValueError unless it is segments of `[A-Za-z0-9._-]`, none beginning with a dot, joined by single slashes."""
-    if len(key) > MAX_KEY_CHARS or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+    if len(key) > MAX_KEY_CHARS or not _KEY.match(key):
         raise ValueError(f"not a storage key: {key[:200]!r}")
     return key
 

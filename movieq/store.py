@@ -51,6 +51,7 @@ from movieq.contracts import (
     Priority,
     Project,
     ProjectId,
+    Real,
     RunToken,
     StoredResult,
     Task,
@@ -58,6 +59,7 @@ from movieq.contracts import (
     TaskQueue,
     TaskStatus,
     Upload,
+    Whole,
     WorkerState,
     WorkerStatus,
     keys,
@@ -234,6 +236,19 @@ class Stranded(msgspec.Struct, frozen=True):
         if self.task_type:
             return f"{self.waiting} tasks of {self.task_type} by {self.model} wait in {self.kind}, and no live worker can run them"
         return f"{self.waiting} tasks wait in {self.kind}, and no live worker serves it"
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """The bytes that Redis uses, the most that it may use, 0 for no limit, and its policy for a full memory, '' where it does not say."""
+
+    used: int
+    most: int
+    policy: str
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it deletes keys when it is full."""
+        return self.policy not in ("", "noeviction")
 
 
 class LogState(msgspec.Struct, frozen=True):
@@ -591,13 +606,13 @@ class Store:
         """List files of results committed so long ago for deletion; return how many results. Where these are `batch`, there may be more."""
         return cast("int", await self._verb("retire", age_ms=int(age_s * 1000), batch=batch))
 
-    async def memory(self) -> tuple[int, int] | None:
-        """Return the bytes that Redis uses and the most that it may use, 0 for no limit; None where its user may not ask."""
+    async def memory(self) -> Memory | None:
+        """Return how Redis's memory is; None where its user may not ask."""
         try:
             facts = await _answer(self.redis.info("memory"))
         except NoPermissionError:
             return None
-        return int(facts["used_memory"]), int(facts.get("maxmemory", 0))
+        return Memory(int(facts["used_memory"]), int(facts.get("maxmemory", 0)), facts.get("maxmemory_policy", ""))
 
     async def check_write(self) -> None:
         """Write to Redis as a submit does. Raises redis's error where it refuses."""
@@ -621,7 +636,7 @@ class Store:
     async def made_before(self, fingerprint: str) -> Task | None:
         """The task that made this last; None where there is none (any more)."""
         task_id = await self._line.call("GET", self.keys["made"] + fingerprint)
-        return await self.task(TaskId(task_id.decode())) if task_id else None
+        return await self.task(TaskId(_text(task_id))) if task_id else None
 
     async def position(self, task: Task) -> int | None:
         """The task's place in its project's queue, from 1; None while it does not wait."""
@@ -644,7 +659,7 @@ class Store:
             pipe.zcard(key)
             pipe.zrevrange(key, (page - 1) * limit, page * limit - 1)
             total, ids = await pipe.execute()
-        return await self.tasks([task_id.decode() for task_id in ids]), total
+        return await self.tasks([_text(task_id) for task_id in ids]), total
 
     async def project(self, project_id: ProjectId) -> Project | None:
         """The project and how many of its tasks are in each state; None before its first task."""
@@ -656,7 +671,7 @@ class Store:
             created, *counts, gpu_ms = await pipe.execute()
         if created is None:
             return None
-        return Project(project_id, utc(int(created)), dict(zip(STATES, counts, strict=True)), round(float(gpu_ms or 0) / 1000, 3))
+        return Project(project_id, utc(created), dict(zip(STATES, counts, strict=True)), round(_number(gpu_ms) / 1000, 3))
 
     async def active(
         self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
@@ -673,7 +688,7 @@ class Store:
             found = await pipe.execute()
         width = len(task_types) or 1
         ids = [
-            task_id.decode()
+            _text(task_id)
             for start in range(0, len(found), width)
             for task_id, _ in sorted(itertools.chain(*found[start : start + width]), key=lambda pair: pair[1])
         ]
@@ -721,7 +736,7 @@ class Store:
             for of in lanes:
                 pipe.zcard(self.keys["waiting"].encode() + of)
             stored, *waiting = await pipe.execute()
-        able = {worker_id.decode(): _able(blob) for worker_id, blob in stored.items()}
+        able = {_text(worker_id): _able(blob) for worker_id, blob in stored.items()}
         found = []
         for of, count in zip(lanes, waiting, strict=True):
             kind, _, need = _text(of).partition("/")
@@ -757,7 +772,7 @@ class Store:
         """How many tasks are in each state: of these projects, or of all for None."""
         if projects is None:
             found = await self._line.call("HMGET", self.keys["totals"], *STATES)
-            return {status: int(count or 0) for status, count in zip(STATES, found, strict=True)}
+            return {status: int(_number(count)) for status, count in zip(STATES, found, strict=True)}
         sums = dict.fromkeys(STATES, 0)
         async with self.redis.pipeline(transaction=False) as pipe:
             for project in projects:
@@ -769,18 +784,18 @@ class Store:
 
     async def average_durations_s(self) -> dict[TaskType, float]:
         """How long completed tasks of each type took, on average over all that ever completed."""
-        sums = {key.decode(): int(value) for key, value in _pairs(await self._line.call("HGETALL", self.keys["sums"])).items()}
-        return {each: sums[f"{each} ms"] / sums[f"{each} tasks"] / 1000 for each in TaskType if f"{each} tasks" in sums}
+        sums = {_text(key): _number(value) for key, value in _pairs(await self._line.call("HGETALL", self.keys["sums"])).items()}
+        return {each: sums.get(f"{each} ms", 0) / sums[f"{each} tasks"] / 1000 for each in TaskType if sums.get(f"{each} tasks")}
 
     async def gpu_seconds(self, projects: Collection[str] | None) -> float:
         """What runs that ended had of GPUs: those of these projects, or all for None."""
         whose = [""] if projects is None else list(projects)
         found = await self._line.call("HMGET", self.keys["gpu_ms"], *whose) if whose else []
-        return round(sum(float(ms or 0) for ms in found) / 1000, 3)
+        return round(sum(map(_number, found)) / 1000, 3)
 
     async def passed_over(self) -> int:
         """How often a task was claimed before an older one because its model was loaded."""
-        return int(await self._line.call("HGET", self.keys["sums"], "claims passed") or 0)
+        return int(_number(await self._line.call("HGET", self.keys["sums"], "claims passed")))
 
     async def dead_letters(self, count: int = 100, projects: Collection[str] | None = None) -> tuple[list[DeadLetter], int]:
         """The latest dead letters, of these projects where any are named, and how many there are."""
@@ -795,12 +810,10 @@ class Store:
                 all_found = sorted(itertools.chain(*await pipe.execute()), key=lambda letter: letter[1], reverse=True)
                 found, total = all_found[:count], len(all_found)
             for task_id, _ in found:
-                pipe.hgetall(self.keys["task"] + task_id.decode())
-                pipe.get(self.keys["job"] + task_id.decode())
-            facts = await pipe.execute()
-        letters = [
-            _dead_letter(id.decode(), int(at_ms), facts[2 * n], facts[2 * n + 1]) for n, (id, at_ms) in enumerate(found) if facts[2 * n]
-        ]
+                pipe.hgetall(self.keys["task"] + _text(task_id))
+                pipe.get(self.keys["job"] + _text(task_id))
+            facts = await _those_of_their_type(pipe)
+        letters = [_dead_letter(_text(id), at_ms, facts[2 * n], facts[2 * n + 1]) for n, (id, at_ms) in enumerate(found) if facts[2 * n]]
         return letters, total
 
     async def drop_dead_letter(self, task_id: TaskId) -> bool:
@@ -818,7 +831,7 @@ class Store:
         return [
             msgspec.structs.replace(
                 row,
-                last_heartbeat=utc(int(at_ms)),
+                last_heartbeat=utc(at_ms),
                 **({"status": WorkerState.OFFLINE, "current_task_id": None} if now_ms - at_ms > OFFLINE_MS else {}),
             )
             for worker_id, at_ms in beats
@@ -837,7 +850,7 @@ class Store:
     async def grants(self) -> dict[str, Grant]:
         """Every API key that is kept in Redis, by its hash."""
         found = await _answer(self.redis.hgetall(self.keys["keys"]))
-        return {key_hash.decode(): grant for key_hash, blob in found.items() if (grant := _grant(blob)) is not None}
+        return {_text(key_hash): grant for key_hash, blob in found.items() if (grant := _grant(blob)) is not None}
 
     async def revoke(self, key_hash: str) -> bool:
         """The API key of this hash may do nothing any more; False where there was none. API processes notice within five seconds."""
@@ -848,7 +861,7 @@ class Store:
         async with self.redis.pipeline(transaction=False) as pipe:
             for task_id in ids:
                 pipe.hgetall(self.keys["task"] + task_id)
-            return [_task(task_id, fields) for task_id, fields in zip(ids, await pipe.execute(), strict=True) if fields]
+            return [_task(task_id, fields) for task_id, fields in zip(ids, await _those_of_their_type(pipe), strict=True) if fields]
 
     async def had_gpu(self) -> bool:
         """Whether a GPU worker was heard of in the last 30 days."""
@@ -857,9 +870,18 @@ class Store:
     # ── The log ──
 
     async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
-        """The next entries of a log (of a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None."""
-        entries = await self._line.call("XRANGE", self.keys["log"] + log, f"({after}" if after else "-", "+", "COUNT", count)
-        return [Logged(id.decode(), event_type(fields[1]), fields[3]) for id, fields in entries]
+        """The next entries of a log (of a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None.
+
+        Entries that cannot be read are passed over.
+        """
+        found: list[Logged] = []
+        while (asked := count - len(found)) > 0:
+            entries = await self._line.call("XRANGE", self.keys["log"] + log, f"({after}" if after else "-", "+", "COUNT", asked)
+            found += [entry for id, fields in entries if (entry := _logged(id, _pairs(fields))) is not None]
+            if len(entries) < asked:
+                break
+            after = entries[-1][0].decode()
+        return found
 
     async def log_state(self, log: str) -> LogState:
         """What the log holds."""
@@ -914,7 +936,7 @@ class Store:
             pipe.expire(self.keys["delivery"] + delivery_id, DELIVERY_KEPT_S)
             await pipe.execute()
 
-    async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, int | None]]:
+    async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, float | None]]:
         """The deliveries of a task, the oldest first: id, facts, and when the next try is due (ms)."""
         stored = await _answer(self.redis.hget(self.keys["task"] + task_id, "deliveries")) or b""
         count = int(stored) if stored.isdigit() and len(stored) < 5 else 0  # else it is damaged
@@ -922,12 +944,12 @@ class Store:
         async with self.redis.pipeline(transaction=False) as pipe:
             for delivery_id in ids:
                 pipe.hgetall(self.keys["delivery"] + delivery_id)
-            hashes = await pipe.execute()
+            hashes = [found or {} for found in await _those_of_their_type(pipe)]
             for delivery_id, fields in zip(ids, hashes, strict=True):
                 pipe.zscore(self.keys["deliveries"], fields.get(b"job", delivery_id))
             due = await pipe.execute()
         found = zip(ids, map(_delivery, ids, hashes), due, strict=True)
-        return [(id, delivery, None if at_ms is None else int(at_ms)) for id, delivery, at_ms in found if delivery is not None]
+        return [(id, delivery, at_ms) for id, delivery, at_ms in found if delivery is not None]
 
     async def task_data(self, task_id: TaskId) -> dict[str, Any]:
         """What the task was submitted with; empty where that is gone."""
@@ -1022,7 +1044,10 @@ _stored_grant = msgspec.msgpack.Decoder(_StoredGrant)
 _rows = msgspec.json.Decoder(list[WorkerStatus])
 _EVENT_TYPES: Final = frozenset(EventType)
 _strings = msgspec.json.Decoder(list[str])
+_blob = msgspec.json.Decoder(float_hook=float)  # msgspec takes 0.03 ms for some numbers, of which there may be hundreds
 _BLOBS = {"result", "metadata", "media_id"}
+_ID: Final = re.compile(rb"[0-9]{1,18}-[0-9]{1,18}")
+_UNREADABLE: Final = (ValueError, RecursionError)
 
 
 def event_type(name: bytes) -> EventType:
@@ -1034,6 +1059,31 @@ def event_type(name: bytes) -> EventType:
 def _text(stored: bytes) -> str:
     """Return the text of a field that may be damaged."""
     return stored.decode(errors="replace")
+
+
+def _number(stored: bytes | None) -> float:
+    """Return the number of a counter; 0 where there is none, or it is damaged."""
+    try:
+        return msgspec.convert(_text(stored or b"0"), Real, strict=False)
+    except msgspec.MsgspecError:
+        return 0.0
+
+
+def _logged(id: bytes, fields: dict[bytes, bytes]) -> Logged | None:
+    """Return an entry of a log; None for one that cannot be told in a stream."""
+    name, data = fields.get(b"type"), fields.get(b"data")
+    if name is None or data is None or b"\n" in name + data:
+        return None
+    return Logged(id.decode(), event_type(name), data)
+
+
+async def _those_of_their_type(pipe: Pipeline) -> list[Any]:
+    """Return the answers to reads; None for a key that holds something of another type."""
+    answers = await pipe.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
+            raise answer
+    return [None if isinstance(answer, Exception) else answer for answer in answers]
 
 
 async def _answer(call: Awaitable[Any] | Any) -> Any:
@@ -1049,7 +1099,9 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in fields.items():
         name = key.decode()
-        named[name] = msgspec.json.decode(value) if name in _BLOBS else value.decode()
+        if name == "last_event_id" and not _ID.fullmatch(value):
+            continue
+        named[name] = _blob.decode(value) if name in _BLOBS else value.decode()
     return named
 
 
@@ -1057,7 +1109,7 @@ def _task(task_id: str, fields: dict[bytes, bytes]) -> Task:
     """Return the task of a hash. Of a damaged or newer one return what can be read, as `unknown` unless it failed or was cancelled."""
     try:
         return msgspec.convert(_named(fields), Task, strict=False)
-    except (msgspec.MsgspecError, ValueError):
+    except _UNREADABLE:
         found = _readable(fields)
         given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # readers of these need nothing else
         return _salvaged(Task, {"task_id": task_id, **found}, **({} if given_up else {"status": TaskStatus.UNKNOWN}))
@@ -1068,7 +1120,7 @@ def _delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | None:
         return None
     try:
         return msgspec.convert(_named(fields), Delivery, strict=False)
-    except (msgspec.MsgspecError, ValueError):
+    except _UNREADABLE:
         task_id = delivery_id.rpartition("-")[0]
         return _salvaged(Delivery, {"task_id": task_id, **_readable(fields)})
 
@@ -1077,7 +1129,7 @@ def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
     """Return the fields of a hash that can be decoded."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        with contextlib.suppress(msgspec.MsgspecError, ValueError):
+        with contextlib.suppress(*_UNREADABLE):
             found |= _named({name: value})
     return found
 
@@ -1089,11 +1141,11 @@ def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
         given = fields.get(field.name)
         try:
             found[field.name] = msgspec.convert(given, field.type, strict=False)
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             if isinstance(given, str) and isinstance(field.type, type) and issubclass(field.type, StrEnum):
                 found[field.name] = given
             elif field.required:
-                found[field.name] = 0 if field.type is int else ""
+                found[field.name] = 0 if field.type == Whole else ""
     return cls(**{**found, **said})
 
 
@@ -1126,18 +1178,19 @@ def _queue(
 ) -> TaskQueue:
     """Return the row of a queue. `lanes`: for each lane in turn how many tasks wait, and the oldest with its time."""
     waiting, oldest = sum(lanes[::2]), [at_ms for first in lanes[1::2] for _, at_ms in first]
-    pace_ms = (now_ms - int(claims[-1])) / len(claims) if len(claims) > 1 else 30_000.0
+    claimed = [at_ms for each in claims if (at_ms := _number(each)) > 0]
+    pace_ms = max(0.0, now_ms - claimed[-1]) / len(claimed) if len(claimed) > 1 else 30_000.0
     return TaskQueue(
         kind,
         waiting + dead,
-        {name: int(count or 0) for name, count in zip(Priority, priorities, strict=True)},
+        {name: int(_number(count)) for name, count in zip(Priority, priorities, strict=True)},
         running - dead,
-        max(0.0, (now_ms - min(oldest)) / 1000) if oldest else 0.0,
+        max(0.0, (now_ms - max(0, min(oldest))) / 1000) if oldest else 0.0,
         math.ceil((waiting + dead) * pace_ms / 1000),
     )
 
 
-def _dead_letter(task_id: str, at_ms: int, fields: dict[bytes, bytes], job: bytes | None) -> DeadLetter:
+def _dead_letter(task_id: str, at_ms: float, fields: dict[bytes, bytes], job: bytes | None) -> DeadLetter:
     task = _task(task_id, fields)
     exit_code = fields.get(b"dead_exit_code", b"")
     return DeadLetter(

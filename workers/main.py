@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -26,7 +27,10 @@ from typing import Any, Final
 import msgspec
 import psutil
 from arq import func
+from arq.constants import in_progress_key_prefix, job_key_prefix, retry_key_prefix
+from arq.jobs import serialize_job
 from arq.worker import Worker as ArqWorker
+from redis.exceptions import ResponseError
 
 import movieq
 from movieq import assembly, checks, credentials, logs, models, payload, webhooks
@@ -69,6 +73,9 @@ AGAIN_S: Final = 1.0
 
 UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
 UNREADABLE_MS: Final = 5_000
+
+_DAMAGED: Final = re.compile("WRONGTYPE|not an integer")
+"""How Redis answers a command for a key that holds something else."""
 
 log = logs.get()
 
@@ -205,9 +212,16 @@ class Worker(ArqWorker):
     async def start_jobs(self, job_ids: list[bytes]) -> None:
         """As arq's, which starts one after the other and asks about those that run here too: four trips to Redis for each.
 
-        A job that Redis did not let it start does not count as one that runs.
+        A job that Redis did not let it start does not count as one that runs. An entry that is no text is dropped.
         """
-        due = [job_id for job_id in job_ids if job_id.decode() not in self.tasks]
+        due = []
+        for job_id in job_ids:
+            try:
+                if job_id.decode() not in self.tasks:
+                    due.append(job_id)
+            except UnicodeDecodeError:
+                await self.pool.zrem(self.queue_name, job_id)
+                log.warning("entries_dropped", entries=[f"deliveries {job_id!r}"], cure="none is needed: it names no delivery")
         try:
             while due and (room := self.max_jobs - self.job_counter) > 0:
                 batch, due = due[:room], due[room:]
@@ -220,6 +234,18 @@ class Worker(ArqWorker):
             for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
                 self._release_sem_dec_counter_on_complete()
             raise
+
+    async def run_job(self, job_id: str, score: int) -> None:
+        """As arq's; where the keys of the job are damaged they are written again, since its name tells them, and it is due as before."""
+        try:
+            await super().run_job(job_id, score)
+        except ResponseError as error:
+            if not _DAMAGED.search(str(error)):
+                raise
+            log.warning("job_mended", job_id=job_id, problem=str(error))
+            definition = serialize_job("deliver", (job_id.partition(".")[0],), {}, None, score, serializer=self.job_serializer)
+            await self.pool.set(job_key_prefix + job_id, definition)
+            await self.pool.delete(retry_key_prefix + job_id, in_progress_key_prefix + job_id)
 
     def _release_sem_dec_counter_on_complete(self) -> None:
         super()._release_sem_dec_counter_on_complete()

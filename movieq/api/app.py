@@ -106,7 +106,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
         secrets = await stack.enter_async_context(assembly.signing_secrets(settings, store))
         subscriber = Subscriber(settings.redis_url, store.keys["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
-        readiness = health.Readiness(store, storage)
+        readiness = health.Readiness(store, storage, allow_eviction=settings.allow_eviction)
         stack.push_async_callback(readiness.aclose)
         app.state.api = state = Api(
             settings=settings,

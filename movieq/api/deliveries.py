@@ -40,7 +40,7 @@ async def _listed(request: Request, task: Task) -> list[DeliveryAnswer]:
     return [_answer(*each) for each in await api(request).store.deliveries(task.task_id)]
 
 
-def _answer(delivery_id: str, delivery: Delivery, due_ms: int | None) -> DeliveryAnswer:
+def _answer(delivery_id: str, delivery: Delivery, due_ms: float | None) -> DeliveryAnswer:
     return DeliveryAnswer(
         delivery_id=delivery_id,
         kind=delivery.kind,

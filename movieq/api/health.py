@@ -18,6 +18,7 @@ import movieq as package
 from movieq import models
 from movieq.api.auth import caller
 from movieq.api.state import answered, api, now, only_query
+from movieq.checks import NOEVICTION
 from movieq.contracts import (
     Check,
     CheckName,
@@ -42,9 +43,14 @@ AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `mov
 
 
 class Readiness:
-    """The results of the checks, which run one at a time and at most once a second, however many ask."""
+    """The results of the checks, which run one at a time and at most once a second, however many ask.
 
-    def __init__(self, store: Store, storage: Storage) -> None:
+    Beside them, `evicts` says that Redis deletes keys when its memory is full, as the settings do not allow; it is empty otherwise.
+    """
+
+    def __init__(self, store: Store, storage: Storage, *, allow_eviction: bool) -> None:
+        self.evicts = ""
+        self._allow_eviction = allow_eviction
         self._store = store
         self._storage = storage
         self._asking: asyncio.Task[list[Check]] | None = None
@@ -66,7 +72,7 @@ class Readiness:
         await asyncio.gather(*asked, return_exceptions=True)
 
     async def _ask(self) -> list[Check]:
-        redis, storage, worker = await asyncio.gather(self._redis(), self._files(), self._worker())
+        redis, storage, worker, self.evicts = await asyncio.gather(self._redis(), self._files(), self._worker(), self._eviction())
         return [
             Check(name, not message, message)
             for name, message in ((CheckName.REDIS, redis), (CheckName.STORAGE, storage), (CheckName.WORKER, worker))
@@ -83,6 +89,18 @@ class Readiness:
                 return "Redis refuses writes: `movieq doctor` says what is wrong"
             return AWAY
         return ""
+
+    async def _eviction(self) -> str:
+        if self._allow_eviction:
+            return ""
+        try:
+            async with asyncio.timeout(CHECK_S):
+                memory = await self._store.memory()
+        except (RedisError, OSError):
+            return ""
+        if memory is None or not memory.evicts:
+            return ""
+        return f"Redis deletes tasks when its memory is full, by its maxmemory-policy {memory.policy}: {NOEVICTION}"
 
     async def _files(self) -> str:
         # a file system that hangs blocks its thread, so there is never more than one
@@ -131,6 +149,7 @@ async def health(request: Request) -> Response:
         return answered(away, 503, {"Retry-After": "2"})
     checks = await movieq.readiness.checks()
     problems = [checks[name].message for name in (CheckName.REDIS, CheckName.STORAGE) if not checks[name].ok]
+    problems += [movieq.readiness.evicts] if movieq.readiness.evicts else []
     problems += [f"{each.waiting} tasks wait in {each.kind}, and no live worker can run them: start one that can" for each in stranded]
     state = "degraded" if problems else "healthy"
     return answered(HealthAnswer(state, now(), package.__version__, "connected", len(workers), sizes, uptime, problems))

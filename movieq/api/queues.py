@@ -79,10 +79,12 @@ async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     live = [row for row in await movieq.store.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
         alerts.append(Alert("redis_refuses_writes", redis.message))
-    used, most = await movieq.store.memory() or (0, 0)
-    if most and 100 * used > FULL_PERCENT * most:
+    if movieq.readiness.evicts:
+        alerts.append(Alert("redis_evicts", movieq.readiness.evicts))
+    memory = await movieq.store.memory()
+    if memory and memory.most and 100 * memory.used > FULL_PERCENT * memory.most:
         cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
-        alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * used / most:.0f} % of its memory: {cure}"))
+        alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * memory.used / memory.most:.0f} % of its memory: {cure}"))
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
         alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))

@@ -111,14 +111,13 @@ class Api(msgspec.Struct, kw_only=True):
 
     def ending(self, task: Task) -> bytes:
         """The data of the event with which a task ended, where its log is gone."""
-        assert task.ended_at_ms is not None
         return encode(
             ProcessingProgress(
                 task_id=task.task_id,
                 project_id=task.project_id,
                 task_type=task.task_type,
                 type=EventType(task.status),
-                time=utc(task.ended_at_ms),
+                time=utc(task.created_at_ms if task.ended_at_ms is None else task.ended_at_ms),
                 attempt=task.attempt,
                 status=task.status,
                 progress=task.progress,
@@ -165,7 +164,7 @@ class Api(msgspec.Struct, kw_only=True):
         try:
             event = _stored_event.decode(data)
             result = self.storage.result(_stored_result.decode(event["result"]), self.media_expiry_s())
-        except (msgspec.MsgspecError, KeyError) as error:
+        except (msgspec.MsgspecError, KeyError, RecursionError) as error:
             log.warning("event_unreadable", type=event_type, problem=str(error))
             return data
         return encode({**event, "result": result})

@@ -54,6 +54,8 @@ WAIT_CHECK_S: Final = 1.0
 """How soon a waiting request is given up whose client has gone."""
 
 _decoder = msgspec.json.Decoder(SubmitRequest)
+_slow_decoder = msgspec.json.Decoder(SubmitRequest, float_hook=values.fraction)
+_any_decoder = msgspec.json.Decoder(float_hook=values.fraction)
 _idempotency_key = re.compile(r"[\x21-\x7e]{1,255}")
 log = logs.get()
 
@@ -168,7 +170,7 @@ def decode(body: bytes) -> SubmitRequest:
     """Return the request, whose values everything behind the API can carry. Raises ValidationFailed that names the field."""
     values.check_elements(body)
     try:
-        submitted = _decoder.decode(body)
+        submitted = (_slow_decoder if values.slow(body) else _decoder).decode(body)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
         if "out of range" in text and (faults := values.faults_of(body)):
@@ -186,7 +188,7 @@ def decode(body: bytes) -> SubmitRequest:
 def _with_given(text: str, body: bytes, path: str) -> str:
     """The text of msgspec, and what the body has at the path; without, where the path leads to no single value."""
     try:
-        value = msgspec.json.decode(body)
+        value = _any_decoder.decode(body)
         for name in path.split(".") if path else []:
             value = value[name]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -240,7 +242,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
 async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     """The task, with the result of one of its project that made the same, where that is still stored."""
     earlier = await movieq.store.made_before(new.fingerprint)
-    if earlier is None or earlier.result is None:
+    if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
     result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days
     if movieq.settings.c2pa_required and "signed_by" not in result.metadata:

@@ -65,6 +65,25 @@ async def test_a_thousand_offers_at_once_are_a_thousand_answers(api: Client) -> 
     assert statuses(await api.raw(short * 1000 + LAST)) == [200] * 1001
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        HEALTH + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n",
+        HEALTH + b"Connection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        HEALTH.replace(b"/1.1", b"/1.0") + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        SUBMIT + b"Connection: close\r\n" + OFFER + SIZED,
+        SUBMIT + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n" + CHUNKED,
+        SUBMIT.replace(b"/1.1", b"/1.0") + b"Connection: Upgrade\r\nUpgrade: h2c\r\n" + SIZED,
+    ],
+    ids=["get", "get-websocket", "get-1.0", "post-java", "post-chunked", "post-1.0"],
+)
+async def test_an_offer_over_a_connection_that_closes_is_answered_and_the_connection_closed(api: Client, request_: bytes) -> None:
+    answer = await api.raw(request_)
+    assert statuses(answer) == [201 if request_.startswith(b"POST") else 200]
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+    assert statuses(await api.raw(HEALTH + OFFER + b"\r\n" + request_)) in ([200, 200], [200, 201])
+
+
 async def test_an_offer_with_a_body_that_is_too_large_or_no_json_is_refused_as_ever(api: Client) -> None:
     wrong = b"Content-Length: 2\r\n\r\n[]"
     large = b"Content-Length: %d\r\n\r\n" % (2 << 20) + b" " * (2 << 20)

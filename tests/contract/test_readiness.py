@@ -150,6 +150,31 @@ async def test_however_often_it_is_asked_it_writes_once_a_second_at_most(
     assert 1 <= stats["cmdstat_set"]["calls"] <= passed_s + 1
 
 
+async def test_a_redis_that_evicts_is_a_problem_while_it_does(own: Valkey, away: Client, direct: Any, settings: Settings) -> None:
+    async def problems(api: Client) -> list[str]:
+        told = (await api.get(HEALTH, key=None)).json
+        alerts = (await api.get("/api/v1/tasks/health")).json["alerts"]
+        found: list[str] = told["problems"]
+        assert found == [alert["message"] for alert in alerts if alert["code"] == "redis_evicts"]
+        assert told["status"] == ("degraded" if found else "healthy")
+        return found
+
+    await beat(away.state.store)
+    assert await problems(away) == []
+    await direct.config_set("maxmemory-policy", "allkeys-lru")
+    (problem,) = await problems(away)
+    assert "allkeys-lru" in problem
+    assert "noeviction" in problem
+    assert failed(await away.get(READY, key=None)) == {}
+    async with served(msgspec.structs.replace(settings, redis_url=own.url, allow_eviction=True)) as allowed:
+        assert await problems(allowed) == []
+    await direct.config_set("maxmemory-policy", "noeviction")
+    assert await problems(away) == []
+    await direct.config_set("maxmemory-policy", "allkeys-lru")
+    await direct.acl_setuser("default", enabled=True, nopass=True, commands=["-info"])
+    assert await problems(away) == []
+
+
 async def test_a_memory_that_is_nearly_full_is_an_alert(own: Valkey, away: Client, direct: Any) -> None:
     async def codes() -> set[str]:
         return {alert["code"] for alert in (await away.get("/api/v1/tasks/health")).json["alerts"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,11 +10,18 @@ import msgspec
 import pytest
 
 from movieq.contracts import KEYS, TaskId
+from movieq.events import ENTRIES
 from movieq.settings import key_hash
 from movieq.store import Store
 from tests.arrange import raw
-from tests.contract.client import Client
+from tests.contract.client import ADMIN, ALL, Client
 from tests.contract.conftest import Tasks
+
+
+def stored_result(key: str, **fields: Any) -> str:
+    """The JSON of a result with one file."""
+    media = {"key": key, "media_type": "character_design", "content_type": "image/jpeg", "size_bytes": 1, **fields}
+    return json.dumps({"media": [media], "metadata": {}})
 
 
 @pytest.mark.parametrize(
@@ -26,6 +34,22 @@ from tests.contract.conftest import Tasks
         ("created_at_ms", "soon", {"status": "unknown"}),
         ("result", "{", {"status": "unknown"}),
         ("a_new_field", "\x00", {"status": "queued"}),
+        ("created_at_ms", "999999999999999", {"status": "queued"}),
+        ("created_at_ms", "-999999999999999", {"status": "queued"}),
+        ("created_at_ms", "9" * 500, {"status": "unknown"}),
+        ("ended_at_ms", "999999999999999", {"status": "queued"}),
+        ("ended_at_ms", "-99999999999999999", {"status": "unknown"}),
+        ("remaining_ms", "9" * 5000, {"status": "unknown"}),
+        ("gpu_ms", "inf", {"status": "unknown"}),
+        ("progress", "nan", {"status": "unknown"}),
+        ("result", json.dumps({"media": [], "metadata": {}}), {"status": "unknown", "result": None}),
+        ("result", stored_result(""), {"status": "unknown", "result": None}),
+        ("result", stored_result("../../etc/passwd"), {"status": "unknown", "result": None}),
+        ("result", stored_result("a/b.jpg", poster_key="/a"), {"status": "unknown", "result": None}),
+        ("result", stored_result("a/b.jpg\n"), {"status": "unknown", "result": None}),
+        ("result", "[" * 5000, {"status": "unknown", "result": None}),
+        ("metadata", '{"a":' * 5000, {"status": "unknown"}),
+        ("last_event_id", "abc", {"status": "queued"}),
     ],
 )
 async def test_a_record_that_cannot_be_read_is_shown_beside_the_others(
@@ -40,6 +64,116 @@ async def test_a_record_that_cannot_be_read_is_shown_beside_the_others(
     assert page.status == 200
     rows = {row["task_id"]: row["status"] for row in page.json["tasks"]}
     assert rows == {odd: shown["status"], even: "queued"}
+    async with api.events("projects/film") as stream:
+        snapshot = await stream.until("snapshot")
+    assert {row["task_id"]: row["status"] for row in snapshot[-1].data["active"]} == {odd: shown["status"], even: "queued"}
+
+
+async def test_an_entry_of_a_list_that_cannot_be_read_is_left_out(api: Client, tasks: Tasks, store: Store) -> None:
+    task_id = await tasks.queued()
+    await raw(store).set(KEYS["task"] + "a string", "in the place of a record")
+    for key in ("film||", "film|queued|", "film|failed|"):
+        await raw(store).zadd(KEYS["index"] + key, {b"\xff\xfe": 1, b"a string": 2})
+    await raw(store).zadd(KEYS["dead"], {b"\xff\xfe": 1, b"a string": 2})
+    page = await api.get("/api/v1/projects/film/tasks")
+    assert [row["task_id"] for row in page.json["tasks"]] == [task_id]
+    async with api.events("projects/film") as stream:
+        snapshot = await stream.until("snapshot")
+    assert [row["task_id"] for row in snapshot[-1].data["active"]] == [task_id]
+    for key in (ALL, ADMIN):
+        assert (await api.get("/api/v1/dead-letters", key=key)).json["dead_letters"] == []
+
+
+async def test_a_task_that_ended_at_no_time_ends_its_stream_all_the_same(api: Client, tasks: Tasks, store: Store) -> None:
+    task_id = await tasks.failed()
+    await raw(store).delete(KEYS["log"] + task_id)
+    await raw(store).hset(KEYS["task"] + task_id, "ended_at_ms", "never")
+    async with api.events(task_id) as stream:
+        assert [event.type for event in await stream.rest()] == ["snapshot", "failed"]
+
+
+@pytest.mark.parametrize("result", [json.dumps({"media": [], "metadata": {}}), stored_result(""), stored_result("../x"), "{"])
+async def test_a_result_that_cannot_be_read_is_given_to_no_other_task(api: Client, tasks: Tasks, store: Store, result: str) -> None:
+    same = {"task_data": {"prompt": "a lamp", "seed": 7}}
+    made = await tasks.completed(**same)
+    await raw(store).hset(KEYS["task"] + made, "result", result)
+    assert (await api.status(await tasks.queued(**same)))["status"] == "queued"
+    keys = await raw(store).keys(KEYS["made"] + "*")
+    assert len(keys) == 1
+    await raw(store).set(keys[0], b"\xff\xfe")
+    assert (await api.status(await tasks.queued(**same)))["status"] == "queued"
+
+
+@pytest.mark.parametrize("id", ["abc", "", "1-2-3", "1\n", "9" * 400])
+async def test_a_last_event_id_that_is_none_counts_as_absent(api: Client, tasks: Tasks, store: Store, id: str) -> None:
+    task_id, run = await tasks.processing()
+    await raw(store).hset(KEYS["task"] + task_id, "last_event_id", id)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(api.get(f"/api/v1/tasks/{task_id}/status?wait=30"))
+        async with api.events(task_id) as stream:
+            (snapshot,) = [event for event in await stream.until("snapshot") if event.type == "snapshot"]
+            assert snapshot.data["last_event_id"] is None
+        await store.fail(task_id, run, "it broke", "internal")
+    assert (waiting.result().status, waiting.result().json["status"]) == (200, "failed")
+
+
+async def test_streams_pass_over_an_entry_of_a_log_that_cannot_be_read(api: Client, tasks: Tasks, store: Store) -> None:
+    first = await tasks.queued()
+    ((id, _),) = await raw(store).xrange(KEYS["log"] + "project:film")
+    for _ in range(2 * ENTRIES + 50):
+        await raw(store).xadd(KEYS["log"] + "project:film", {"foo": "bar"})
+    await raw(store).xadd(KEYS["log"] + "project:film", {"type": "started", "data": "{\n}"})
+    await raw(store).xadd(KEYS["log"] + first, {"foo": "bar"})
+    second = await tasks.queued()
+    await store.cancel(second)
+    await store.cancel(first)
+    async with api.events("projects/film", last_event_id=id.decode()) as stream:
+        events = [await stream.next() for _ in range(3)]
+    assert [(event.type, event.data["task_id"]) for event in events if event] == [
+        ("queued", second),
+        ("cancelled", second),
+        ("cancelled", first),
+    ]
+    async with api.events(first) as stream:
+        assert [event.type for event in await stream.rest()] == ["snapshot", "cancelled"]
+
+
+@pytest.mark.parametrize("value", ["x", "", b"\xff", "nan", "inf", "-1e300", "9" * 500], ids=ascii)
+async def test_a_counter_that_cannot_be_read_counts_as_none(api: Client, tasks: Tasks, store: Store, value: str | bytes) -> None:
+    await tasks.completed()
+    await raw(store).hset(KEYS["priorities"] + "cpu_intensive", mapping=dict.fromkeys("123", value))
+    await raw(store).lpush(KEYS["pace"] + "cpu_intensive", value, value)
+    await raw(store).rpush(KEYS["pace"] + "cpu_intensive", value)
+    await raw(store).hset(KEYS["sums"], mapping={"generate_image ms": value, "claims passed": value, b"\xff": value})
+    await raw(store).hset(KEYS["gpu_ms"], mapping={"film": value, "": value})
+    await raw(store).hset(KEYS["totals"], mapping={"completed": value, "failed": value})
+    queues = await api.get("/api/v1/queues")
+    assert [set(queue["priority_distribution"].values()) for queue in queues.json["queues"]] == [{0}] * 3
+    metrics = (await api.get("/api/v1/tasks/metrics")).json
+    assert metrics["total_tasks"] == metrics["gpu_seconds"] == 0
+    await raw(store).hset(KEYS["sums"], "generate_image tasks", value)
+    for path in ("tasks/metrics", "tasks/health", "projects/film", "health"):
+        assert (await api.get(f"/api/v1/{path}")).status == 200, path
+
+
+@pytest.mark.parametrize("score", [1e300, -1e300, float("inf"), float("-inf"), 999999999999999])
+async def test_a_time_that_cannot_be_read_stops_no_list(api: Client, tasks: Tasks, store: Store, score: float) -> None:
+    task_id = await tasks.failed()
+    await tasks.queued()
+    row = {
+        "worker_id": "w/cpu0", "worker_type": "cpu_intensive", "status": "idle", "current_task_id": None, "gpu_utilization": 0.5,
+        "memory_usage": 1, "tasks_completed": 2, "last_heartbeat": "2026-11-29T00:00:00Z", "queues": ["cpu_intensive"], "device": "cpu",
+        "memory_total": 2, "temperature": None, "power": None, "models": [], "host": "h", "version": "9",
+    }  # fmt: skip
+    await raw(store).hset(KEYS["workers"], "w", json.dumps([row]))
+    for key, member in (("beats", "w"), ("dead", task_id), ("projects", "film"), ("waiting", "x"), ("deliveries", f"{task_id}-1")):
+        await raw(store).zadd(KEYS[key] + ("cpu_intensive" if key == "waiting" else ""), {member: score})
+    await raw(store).hset(KEYS["task"] + task_id, "deliveries", 1)
+    await raw(store).hset(KEYS["delivery"] + f"{task_id}-1", mapping={"kind": "webhook", "state": "pending", "at_ms": "9" * 15})
+    paths = ("dead-letters", "projects/film", "workers/status", "health", "queues", "tasks/health", f"tasks/{task_id}/deliveries")
+    for path in paths:
+        assert (await api.get(f"/api/v1/{path}")).status == 200, path
+    assert (await api.get("/api/v1/dead-letters")).json["total"] == 1
 
 
 async def test_an_unknown_state_is_no_filter(api: Client, tasks: Tasks) -> None:

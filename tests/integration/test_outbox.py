@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from arq import Retry
-from arq.constants import in_progress_key_prefix
+from arq.constants import in_progress_key_prefix, retry_key_prefix
 from standardwebhooks import Webhook
 
 from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, StoredResult, TaskId
@@ -21,6 +21,7 @@ from movieq.settings import Settings
 from movieq.storage import FolderStorage
 from movieq.store import Store
 from tests.arrange import raw, result, running
+from tests.fleet import eventually, fleet
 from tests.service import Receiver, receiver, serving
 from workers import deliver as outbox_module
 from workers.deliver import JITTER, SCHEDULE_S, TRIES, TURN_S, Outbox, deliver, wait_s
@@ -245,6 +246,36 @@ async def test_a_webhook_waits_for_the_one_before_it_of_the_same_task(store: Sto
         assert await due_in_s(store, f"{task_id}-3") <= 0
         assert await tried(outbox, task_id, 3) is None
     assert said(hook) == [("task.completed", None), ("task.completed", None), ("task.updated", 7)]
+
+
+# What is damaged
+
+
+async def test_a_damaged_entry_of_the_outbox_holds_up_no_delivery(folder: Path) -> None:
+    async with fleet(folder) as made, receiver() as hook:
+        tasks = [await failed(made.store, hook.url) for _ in range(5)]
+        jobs = [f"{task_id}-1" for task_id in tasks]
+        redis = raw(made.store)
+        await redis.zadd(KEYS["deliveries"], {b"\xff\xfe": 1, "names nothing": 1})
+        await redis.set(retry_key_prefix + jobs[0], "x")
+        await redis.lpush(retry_key_prefix + jobs[1], "x")
+        await redis.delete(KEYS["job"] + jobs[2])
+        await redis.lpush(KEYS["job"] + jobs[2], "x")
+        await made.store.resend(tasks[3], jobs[3])
+        await redis.hset(KEYS["delivery"] + jobs[3], mapping={"state": "failed"})
+        await made.store.resend(tasks[3], jobs[3])
+        await redis.delete(KEYS["job"] + jobs[3] + ".1")
+        await redis.lpush(KEYS["job"] + jobs[3] + ".1", "x")
+        worker = await made.worker()
+
+        async def over() -> bool:
+            states = [(await facts(made.store, task_id)).state for task_id in tasks]
+            return set(states) == {DeliveryState.DELIVERED} and await redis.zcard(KEYS["deliveries"]) == 0
+
+        await eventually(over, 60)
+        assert sorted({headers["webhook-id"] for headers, _ in hook.requests}) == sorted(jobs)
+        assert worker.said("entries_dropped") == 1
+        assert worker.said("script_failed") == worker.said("claim_failed") == 0
 
 
 # Again

@@ -138,6 +138,58 @@ def test_a_text_of_a_mebibyte_is_one_value_whatever_is_in_it(text: str) -> None:
     assert submitted.task_data["a"] == json.loads(f'"{kept}"')
 
 
+SLOW_NUMBERS = [
+    "1.3333333333333333e-300",
+    "1.3333333333333333E-0310",
+    "4.9406564584124654e-324",
+    "1.370000000000000073407310598549573173e+300",
+    "1.370000000000000073407310598549573173e300",
+    "0." + "0" * 80 + "1" * 17,
+    "9007199254740992." + "9" * 60,
+]
+
+
+@pytest.mark.parametrize("number", SLOW_NUMBERS, ids=lambda number: number[:30])
+@pytest.mark.parametrize("field", ["task_data", "metadata"])
+def test_numbers_that_the_json_library_reads_slowly_are_read_by_another_to_the_same_value(number: str, field: str) -> None:
+    def of(times: int) -> bytes:
+        return body(**{field: {"prompt": "x", "a": ["HERE"]}}).replace(b'"HERE"', ",".join([number] * times).encode())
+
+    for times in (1, 1 + values.SLOW, values.MOST_SLOW // 5):
+        made = of(times)
+        assert getattr(decode(made), field)["a"] == [float(number)] * times
+        assert values.slow(made) == (times > values.SLOW)
+    assert str(values.MOST_SLOW) in refusal(of(values.MOST_SLOW + 1)).message
+
+
+@pytest.mark.parametrize("text", ["0e" * 10_000, "9" * 5000, "0e-300", '\\" 1e5, 2e5\\\\'], ids=lambda text: text[:9])
+def test_texts_that_look_like_such_numbers_stay_what_they_are(text: str) -> None:
+    made = body(metadata={"a": [text] * 30, "b": 0.1})
+    assert decode(made).metadata == {"a": [text] * 30, "b": 0.1}
+    assert not values.slow(made)
+
+
+@pytest.mark.parametrize("long", ["2." + "3" * 200 + "e-300", "0." + "0" * 307 + "1" * 17], ids=lambda long: long[:9])
+def test_many_numbers_of_too_many_characters_are_refused(long: str) -> None:
+    few = body(metadata={"a": ["HERE"]}).replace(b'"HERE"', ",".join([long] * 10).encode())
+    assert decode(few).metadata == {"a": [float(long)] * 10}
+    many = body(metadata={"a": ["HERE"]}).replace(b'"HERE"', ",".join([long] * 250).encode())
+    assert str(values.NUMBER_CHARACTERS) in refusal(many).message
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400"])
+def test_a_number_that_is_too_large_is_refused_by_its_path_among_many(number: str) -> None:
+    made = body(metadata={"a": ["HERE"]}).replace(b'"HERE"', ",".join([*["1.5e-300"] * 300, number]).encode())
+    error = refusal(made)
+    assert [path for path, _ in error.errors] == ["metadata.a[300]"]
+    assert "1.8e308" in error.message
+
+
+@pytest.mark.parametrize("rest", ["?", '"metadata": {"a": 1e999}}', '"metadata": {"a": ' + "[" * 5000, '"a": "\\ud800"}'], ids=range(4))
+def test_a_body_with_a_fault_behind_the_first_is_refused_for_the_first(rest: str) -> None:
+    assert refusal(f'{{"project_id": 5, {rest}'.encode()).message.startswith("project_id: ")
+
+
 @settings(deadline=None)
 @given(VALUES)
 def test_the_count_is_never_below_what_the_body_has(value: Any) -> None:
