@@ -59,6 +59,10 @@ RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
 UNCOUNTED: Final = 10
 """From this attempt on a fault of the machine counts against the task: it may be the task that causes it."""
+UNREADABLE_LIMIT: Final = 4
+"""So many tries fail a task that no worker can read: with their waits a newer one has minutes to come."""
+UNREADABLE_S: Final = 30.0, 600.0
+"""Shortest and longest wait before a task that this version cannot read is tried again."""
 OUT: Final = "out"
 """The folder of a run's spool that its engine makes files in."""
 
@@ -179,6 +183,8 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except Unable as unable:
             log.warning("unable", problem=unable.message)
             await _give_back(parts, running, Counts.DRAIN, 0, unable.message, unable.code, delay_ms=retry_delay_ms(task.attempt))
+        except Unreadable as unreadable:
+            await _give_back_unread(parts, running, unreadable.message)
         except TaskFault as fault:
             if (problem := _host_problem(parts, fault)) is not None:
                 await _blame_host(parts, running, HostFault(problem))
@@ -219,6 +225,10 @@ class Unable(TaskFault):
         self.code = code  # type: ignore[misc]  # of this fault, not of its class
 
 
+class Unreadable(InternalFault):
+    """This worker cannot read the task; one of another version may be able to. It counts as a try: the task may be damaged."""
+
+
 def check_able(parts: Parts, task: Task) -> None:
     """Raises Unable where this worker has no such engine or model."""
     if task.engine not in models.ENGINES:
@@ -227,15 +237,21 @@ def check_able(parts: Parts, task: Task) -> None:
         raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
 
 
-async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
-    """Give a task for which this worker has no function back, uncounted, to one that has; called in place of `run_task`."""
+async def refuse_task(ctx: dict[str, Any], problem: str, *, unreadable: bool = False) -> None:
+    """Give a task for which this worker has no function back, uncounted; one whose parameters are `unreadable` as a try.
+
+    Called in place of `run_task`.
+    """
     parts: Parts = ctx["parts"]
     running: Running = ctx["running"]
     running.started = True
     try:
         with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
-            delay_ms = retry_delay_ms(running.task.attempt)  # perhaps no worker has it yet
-            await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
+            if unreadable:
+                await _give_back_unread(parts, running, problem)
+            else:
+                delay_ms = retry_delay_ms(running.task.attempt)  # perhaps no worker has it yet
+                await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
     finally:
         running.free_slot()
 
@@ -282,7 +298,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
 
 
 def _parsed(task: Task, task_data: Any) -> Params:
-    """Return the parameters of the task. Raises Unable, or InternalFault where a worker of another version may be able to read them."""
+    """Return the parameters of the task. Raises Unable, or Unreadable where a worker of another version may be able to read them."""
     if task.task_type not in params.PARAMS:
         raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
     try:
@@ -290,7 +306,7 @@ def _parsed(task: Task, task_data: Any) -> Params:
     except (msgspec.ValidationError, AttributeError) as error:
         place = str(error).partition(" - at `$")[2].removesuffix("`")
         log.warning("params_unread", problem=str(error))
-        raise InternalFault(f"this worker cannot read task_data{place}: it was accepted by another version") from None
+        raise Unreadable(f"this worker cannot read task_data{place}: it was accepted by another version") from None
 
 
 async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[str, Any], spool: Path) -> Done:
@@ -483,10 +499,24 @@ async def _give_back(
         log.warning("requeue" if status is TaskStatus.QUEUED else "fail", counts=counts, error_code=code, error=error, delay_ms=delay_ms)
 
 
+async def _give_back_unread(parts: Parts, running: Running, error: str) -> None:
+    delay_ms = unreadable_delay_ms(running.task.attempt)
+    await _give_back(parts, running, Counts.TRIES, UNREADABLE_LIMIT, error, InternalFault.code, delay_ms=delay_ms)
+
+
 def retry_delay_ms(attempt: int) -> int:
     """Exponential from two seconds to a minute, with a jitter of a quarter either way, so that faults of many do not come back together."""
-    delay_s = min(RETRY_BASE_S * 2 ** (attempt - 1), RETRY_MOST_S)
-    return int(delay_s * 1000 * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load, hides nothing
+    return int(_doubled_s(RETRY_BASE_S, RETRY_MOST_S, attempt) * 1000 * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load, hides nothing
+
+
+def unreadable_delay_ms(attempt: int) -> int:
+    """Exponential from half a minute to ten: time for a worker of the version that wrote the task."""
+    return int(_doubled_s(*UNREADABLE_S, attempt) * 1000)
+
+
+def _doubled_s(least_s: float, most_s: float, attempt: int) -> float:
+    """Return the wait after an attempt, of which a damaged record may say anything."""
+    return min(least_s * 2 ** min(max(attempt - 1, 0), 20), most_s)
 
 
 async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
