@@ -43,7 +43,7 @@ from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault, log_failure
 from workers.engine import Child, ChildDied, Group, Progress
-from workers.faults import HostFault, host_problem, inside, without_paths
+from workers.faults import PLACE, HostFault, host_problem, inside, without_paths
 from workers.host import Host
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
@@ -186,7 +186,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except Unreadable as unreadable:
             await _give_back_unread(parts, running, unreadable.message)
         except TaskFault as fault:
-            if (problem := _host_problem(parts, fault)) is not None:
+            if (problem := _host_problem(parts, fault, spool)) is not None:
                 await _blame_host(parts, running, HostFault(problem))
             elif fault.retryable:
                 await _give_back(parts, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
@@ -202,7 +202,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
                 if running.reason is None:  # not the run but the worker is cancelled
                     raise
         except Exception as error:
-            if (problem := _host_problem(parts, error)) is not None:
+            if (problem := _host_problem(parts, error, spool)) is not None:
                 log.warning("host_fault", problem=str(error))
                 await _blame_host(parts, running, HostFault(problem))
             else:
@@ -256,10 +256,12 @@ async def refuse_task(ctx: dict[str, Any], problem: str, *, unreadable: bool = F
         running.free_slot()
 
 
-def _host_problem(parts: Parts, error: Exception) -> str | None:
-    """Return what is wrong with this machine, where the error says so."""
+def _host_problem(parts: Parts, error: Exception, spool: Path | None) -> str | None:
+    """Return what is wrong with this machine, where the error says so, or the run's folder is gone."""
     if isinstance(error, KeyTaken):
         return None
+    if spool is not None and not spool.is_dir():
+        return PLACE[errno.ENOENT]
     cause = error.__cause__ if isinstance(error, StorageFault) else None
     if (
         isinstance(cause, OSError)
@@ -412,6 +414,8 @@ async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> St
                     raise
                 if not Path(produced.path).exists():
                     log.error("made_is_gone", path=produced.path)
+                    if not Path(produced.path).parent.is_dir():
+                        raise HostFault(PLACE[errno.ENOENT]) from None
                     raise InternalFault("a file that was made is gone before it was stored") from None
                 log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
                 if parts.kept:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,25 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
         await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
         await healed(made.store, 2)
         assert await no_path_in_any_event(made, task_ids)
+
+
+async def test_a_run_whose_folder_is_removed_while_it_works_costs_no_try(folder: Path) -> None:
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker())
+        (task_id,) = await submitted(api, 1, duration=4, fps=24, resolution="640x360")
+        for attempt in (1, 2, 3):
+
+            async def drawing(attempt: int = attempt) -> bool:
+                task = await made.store.task(TaskId(task_id))
+                assert task is not None
+                assert not task.status.ended, (task.error, bad.log.read_text()[-3000:])
+                return (task.attempt, task.stage) == (attempt, "frames")
+
+            await eventually(drawing, 90)
+            for place in (folder / "spool").glob(f"movieq-spool-*/{task_id}-*"):
+                shutil.rmtree(place, ignore_errors=True)
+        await all_done_uncounted(made, [task_id])
+        assert await no_path_in_any_event(made, [task_id])
 
 
 async def test_a_worker_that_may_not_write_large_files_hands_its_tasks_to_others(folder: Path) -> None:
