@@ -104,6 +104,7 @@ class Worker(ArqWorker):
         self._retention = retention
         self._host = socket.gethostname() if kept else ""
         self._machine = machine
+        self._memory_total = int(psutil.virtual_memory().total)
         self._stale: set[RunToken | int] = set()
         """Runs, and groups by their id, that had no running asyncio task at the last `tend`."""
         self._heartbeat: list[WorkerStatus] = []
@@ -234,7 +235,8 @@ class Worker(ArqWorker):
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
-            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, self._host, self._able)
+            host = self._host if self._machine is None or self._machine.can_store else ""  # whose finished files are to be stored
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, host, self._able)
             self._nonce = None
             for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
                 for each in [list(together)] if slot >= 0 else [[one] for one in together]:
@@ -465,7 +467,7 @@ class Worker(ArqWorker):
                     queues=list(child.kinds) if taking and self._problem(child) is None else [],
                     problem=self._problem(child),
                     device=child.device,
-                    memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
+                    memory_total=gpu.memory_total if gpu else self._memory_total,
                     temperature=gpu.temperature if gpu else None,
                     power=gpu.power if gpu else None,
                     models=child.models if child.pid else [],
@@ -556,7 +558,7 @@ async def serve(settings: Settings) -> None:
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
-            machine = Host(folder)
+            machine = Host(folder, len(children))
             places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
             for child in children:
                 child.spool = folder

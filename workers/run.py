@@ -36,6 +36,7 @@ from movieq.errors import (
     StorageFault,
     TaskFault,
     WorkerLost,
+    causes,
 )
 from movieq.fetch import Fetcher
 from movieq.models import Model
@@ -43,7 +44,7 @@ from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault, log_failure
 from workers.engine import Child, ChildDied, Group, Progress
-from workers.faults import PLACE, HostFault, host_problem, inside, without_paths
+from workers.faults import HOST, PLACE, HostFault, host_problem, inside, said, without_paths
 from workers.host import Host
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
@@ -401,33 +402,44 @@ async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> St
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
-    keys: dict[str, tuple[str, int]] = {}
-    wait_s = RETRY_BASE_S / 2
-    for produced in done.files:
-        key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{Path(produced.path).suffix}"
-        while True:
-            try:
-                keys[produced.role] = key, await parts.storage.put(key, Path(produced.path), produced.content_type)
-                break
-            except StorageFault as fault:
-                if isinstance(fault, KeyTaken):
-                    raise
-                if not Path(produced.path).exists():
-                    log.error("made_is_gone", path=produced.path)
-                    if not Path(produced.path).parent.is_dir():
-                        raise HostFault(PLACE[errno.ENOENT]) from None
-                    raise InternalFault("a file that was made is gone before it was stored") from None
-                log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
-                if parts.kept:
-                    parts.kept.touch(made)
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, RETRY_MOST_S)
+    try:
+        keys = {produced.role: await _put(parts, running, made, prefix, produced) for produced in done.files}
+    finally:
+        if parts.host:
+            parts.host.waits_no_more(running.run)
     output = next(produced for produced in done.files if produced.role == "output")
     key, size_bytes = keys["output"]
     return StoredResult(
         [_stored(output, key, size_bytes, media_type, keys.get("poster"))],
         {**done.metadata, "file_size": size_bytes, "model": task.model, "engine": task.engine},
     )
+
+
+async def _put(parts: Parts, running: Running, made: Made, prefix: str, produced: Produced) -> tuple[str, int]:
+    """Return the key that a file is stored under, and its size in bytes. Raises what another try cannot mend."""
+    key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{Path(produced.path).suffix}"
+    wait_s = RETRY_BASE_S / 2
+    while True:
+        try:
+            return key, await parts.storage.put(key, Path(produced.path), produced.content_type)
+        except StorageFault as fault:
+            if isinstance(fault, KeyTaken):
+                raise
+            if any(isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE) for cause in causes(fault)):
+                raise HostFault(HOST[errno.EMFILE]) from fault
+            if not Path(produced.path).exists():
+                log.error("made_is_gone", path=produced.path)
+                if not Path(produced.path).parent.is_dir():
+                    raise HostFault(PLACE[errno.ENOENT]) from None
+                raise InternalFault("a file that was made is gone before it was stored") from None
+            log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
+            if parts.host:
+                why = said(fault.__cause__) if isinstance(fault.__cause__, OSError) else ""
+                parts.host.refused(running.run, why or without_paths(fault.message, *parts.places))
+            if parts.kept:
+                parts.kept.touch(made)
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, RETRY_MOST_S)
 
 
 def _stored(output: Produced, key: str, size_bytes: int, media_type: str, poster: tuple[str, int] | None) -> StoredMedia:
@@ -520,7 +532,7 @@ def unreadable_delay_ms(attempt: int) -> int:
 
 def _doubled_s(least_s: float, most_s: float, attempt: int) -> float:
     """Return the wait after an attempt, of which a damaged record may say anything."""
-    return min(least_s * 2 ** min(max(attempt - 1, 0), 20), most_s)
+    return min(least_s * (1 << min(max(attempt - 1, 0), 20)), most_s)
 
 
 async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:
