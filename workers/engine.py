@@ -267,7 +267,7 @@ class Child:
         """Resident memory of the child, 0 while there is none."""
         try:
             return int(psutil.Process(self.pid).memory_info().rss) if self.pid else 0
-        except psutil.Error:
+        except (psutil.Error, OSError):  # it has ended; or this process has too many files open
             return 0
 
     async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:

@@ -1,4 +1,7 @@
-"""The machine that a worker runs on: while its disk cannot be used, the worker takes no tasks, says why, and checks again by itself."""
+"""The machine that a worker runs on: while it cannot work, or store what it made, the worker takes no tasks and says why.
+
+Its disk and its open files are examined until they are in order. The storage is tried by the runs that wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from movieq import logs
+from movieq.contracts import RunToken
 from workers import spool
 from workers.faults import HOST, host_problem, said
 
@@ -21,11 +25,14 @@ FLOOR_BYTES: Final = 32 * 1024 * 1024
 SAMPLE_BYTES: Final = 1024 * 1024
 """How much an examination writes."""
 SAMPLE_FILES: Final = 16
-"""How many files an examination opens at once."""
+"""So many files must be there to be opened at once."""
 EXAMINE_S: Final = 2.0, 30.0
 """Shortest and longest wait before a machine at fault is examined again; the first run that ends well resets it."""
 LOOK_S: Final = 5.0
-"""Between two checks of the free space of a machine that is in order."""
+"""Between two checks of the free space and the open files of a machine that is in order."""
+
+UPLOADS_MOST: Final = 4
+"""So many runs, for each child, may wait for a storage that refuses their files before no task is taken."""
 
 log = logs.get()
 
@@ -33,28 +40,59 @@ log = logs.get()
 class Host:
     """Whether this machine can work. It recovers only while `keep` runs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.problem: str | None = None
-        """What is wrong, in words for users; None while nothing is."""
+    def __init__(self, folder: Path, children: int = 1) -> None:
+        self._fault: str | None = None
         self._folder = folder
+        self._uploads_most = UPLOADS_MOST * children
+        self._refused: dict[RunToken, str] = {}
         self._blamed = asyncio.Event()
         self._wait_s = EXAMINE_S[0]
 
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in words for users; None while nothing is."""
+        return self._fault or self._storage_problem
+
+    @property
+    def can_store(self) -> bool:
+        """Whether finished files can be taken on: the state of the disk does not keep them from the storage."""
+        return self._storage_problem is None and self._fault != HOST[errno.EMFILE]
+
+    @property
+    def _storage_problem(self) -> str | None:
+        if len(self._refused) < self._uploads_most:
+            return None
+        return f"its finished files cannot be stored: {next(reversed(self._refused.values()))}"
+
     def blame(self, problem: str) -> None:
         """Take no more tasks until an examination passes."""
-        if self.problem is None:
+        if self._fault is None:
             log.error("worker_problem", problem=problem)
-        self.problem = problem
+        self._fault = problem
         self._blamed.set()
+
+    def refused(self, run: RunToken, problem: str) -> None:
+        """Note that the storage refuses the files of a run, which waits. Where too many wait, no more tasks are taken."""
+        before = self._storage_problem
+        self._refused[run] = problem
+        if before is None and self._storage_problem is not None:
+            log.error("worker_problem", problem=self._storage_problem)
+
+    def waits_no_more(self, run: RunToken) -> None:
+        """Note that a run no longer waits for the storage."""
+        before = self._storage_problem
+        self._refused.pop(run, None)
+        if before is not None and self._storage_problem is None:
+            log.info("worker_problem_over", was=before)
 
     def proven(self) -> None:
         """Note that a run ended well: the next fault is a new one."""
         self._wait_s = EXAMINE_S[0]
 
     async def keep(self, on_room: Callable[[], None]) -> None:
-        """Examine a machine at fault until it is in order, then call `on_room`; watch the free space of one in order."""
+        """Examine a machine at fault until it is in order, then call `on_room`; watch the free space and open files of one in order."""
         while True:
-            if self.problem is None:
+            if self._fault is None:
                 if (problem := await asyncio.to_thread(_look, self._folder)) is not None:
                     self.blame(problem)
                 else:
@@ -64,10 +102,10 @@ class Host:
             self._wait_s = min(self._wait_s * 2, EXAMINE_S[1])
             if (problem := await asyncio.to_thread(examine, self._folder)) is not None:
                 log.warning("worker_problem_lasts", problem=problem, again_in_s=self._wait_s)
-                self.problem = problem
+                self._fault = problem
                 continue
-            log.info("worker_problem_over", was=self.problem)
-            self.problem = None
+            log.info("worker_problem_over", was=self._fault)
+            self._fault = None
             self._blamed.clear()
             on_room()
 
@@ -85,9 +123,6 @@ def examine(folder: Path) -> str | None:
                 os.fsync(file.fileno())
             if path.read_bytes() != sample:
                 return HOST[errno.EIO]
-            with contextlib.ExitStack() as opened:
-                for _ in range(SAMPLE_FILES):
-                    opened.enter_context(path.open("rb"))
     except OSError as error:
         log.debug("examination_failed", problem=str(error))
         return _problem(error, folder)
@@ -96,6 +131,9 @@ def examine(folder: Path) -> str | None:
 
 def _look(folder: Path) -> str | None:
     try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(SAMPLE_FILES):
+                opened.enter_context(Path(os.devnull).open("rb"))
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return _problem(error, folder)

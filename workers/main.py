@@ -50,7 +50,7 @@ from workers.host import Host, set_within
 from workers.kept import SWEEP_S, Kept
 from workers.provenance import Provenance
 from workers.retention import DAY_S, Retention
-from workers.run import BROKE, Parts, Running, refuse_task, run_task
+from workers.run import BROKE, UNREADABLE_LIMIT, Parts, Running, refuse_task, run_task, unreadable_delay_ms
 from workers.spool import spool
 
 POLL_S: Final = 1.0
@@ -72,7 +72,7 @@ AGAIN_S: Final = 1.0
 """How long a part of the worker that broke waits before it starts again."""
 
 UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
-UNREADABLE_MS: Final = 5_000
+UNREADABLE_PARAMETERS: Final = "its parameters in Redis cannot be read"
 
 _DAMAGED: Final = re.compile("WRONGTYPE|not an integer")
 """How Redis answers a command for a key that holds something else."""
@@ -111,6 +111,7 @@ class Worker(ArqWorker):
         self._retention = retention
         self._host = socket.gethostname() if kept else ""
         self._machine = machine
+        self._memory_total = int(psutil.virtual_memory().total)
         self._stale: set[RunToken | int] = set()
         """Runs, and groups by their id, that had no running asyncio task at the last `tend`."""
         self._heartbeat: list[WorkerStatus] = []
@@ -260,7 +261,8 @@ class Worker(ArqWorker):
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
-            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, self._host, self._able)
+            host = self._host if self._machine is None or self._machine.can_store else ""  # whose finished files are to be stored
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, host, self._able)
             self._nonce = None
             for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
                 for each in [list(together)] if slot >= 0 else [[one] for one in together]:
@@ -270,7 +272,7 @@ class Worker(ArqWorker):
                         log.exception("begin_broke", task_ids=[one.task.task_id for one in each])
                         for one in each:
                             if one.run not in self.runs:
-                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES))
+                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
 
     def _slots(self) -> list[Slot]:
         """Where a task can go now, or in a moment."""
@@ -290,7 +292,9 @@ class Worker(ArqWorker):
         to_make = []
         for claimed in together:
             if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
-                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_MS))
+                delay_ms = unreadable_delay_ms(claimed.task.attempt)
+                handing_back = self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
+                runs.create_task(handing_back)
             elif self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
                 self._start(runs, Running(claimed, made=made))
             else:
@@ -332,14 +336,18 @@ class Worker(ArqWorker):
         try:
             try:
                 job = msgspec.msgpack.decode(claimed.job)
-                coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
-            except Exception as error:  # of a newer version, or not a job at all
-                log.error("no_such_job", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
-                coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
+                if job["f"] in self.functions:
+                    coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
+                else:  # of a newer version, or of a plug-in
+                    log.error("no_such_job", task_id=claimed.task.task_id, function=job["f"])
+                    coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
+            except Exception as error:
+                log.error("job_unread", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
+                coroutine = refuse_task(context, UNREADABLE_PARAMETERS, unreadable=True)
             await coroutine
         except Exception:
             log.exception("run_broke", task_id=claimed.task.task_id)
-            await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES)
+            await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES, TRIES_LIMIT)
 
     async def _hand_back(
         self,
@@ -347,11 +355,11 @@ class Worker(ArqWorker):
         run: RunToken,
         why: str = "its worker had no free slot",
         counts: Counts = Counts.DRAIN,
+        limit: int = 0,
         delay_ms: int = 0,
     ) -> None:
         """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
         try:
-            limit = TRIES_LIMIT if counts is Counts.TRIES else 0
             await self.store.requeue(task_id, run, counts, limit, delay_ms, why, "internal" if limit else "worker_lost")
         except RunLost:
             pass
@@ -485,7 +493,7 @@ class Worker(ArqWorker):
                     queues=list(child.kinds) if taking and self._problem(child) is None else [],
                     problem=self._problem(child),
                     device=child.device,
-                    memory_total=gpu.memory_total if gpu else int(psutil.virtual_memory().total),
+                    memory_total=gpu.memory_total if gpu else self._memory_total,
                     temperature=gpu.temperature if gpu else None,
                     power=gpu.power if gpu else None,
                     models=child.models if child.pid else [],
@@ -576,7 +584,7 @@ async def serve(settings: Settings) -> None:
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
-            machine = Host(folder)
+            machine = Host(folder, len(children))
             places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
             for child in children:
                 child.spool = folder

@@ -36,6 +36,7 @@ from movieq.errors import (
     StorageFault,
     TaskFault,
     WorkerLost,
+    causes,
 )
 from movieq.fetch import Fetcher
 from movieq.models import Model
@@ -43,7 +44,7 @@ from movieq.params import AudioParams, Params, TaskType
 from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault, log_failure
 from workers.engine import Child, ChildDied, Group, Progress
-from workers.faults import HostFault, host_problem, inside, without_paths
+from workers.faults import HOST, PLACE, HostFault, host_problem, inside, said, without_paths
 from workers.host import Host
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
@@ -59,6 +60,10 @@ RETRY_BASE_S: Final = 2.0
 RETRY_MOST_S: Final = 60.0
 UNCOUNTED: Final = 10
 """From this attempt on a fault of the machine counts against the task: it may be the task that causes it."""
+UNREADABLE_LIMIT: Final = 4
+"""So many tries fail a task that no worker can read: with their waits a newer one has minutes to come."""
+UNREADABLE_S: Final = 30.0, 600.0
+"""Shortest and longest wait before a task that this version cannot read is tried again."""
 OUT: Final = "out"
 """The folder of a run's spool that its engine makes files in."""
 
@@ -179,8 +184,10 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except Unable as unable:
             log.warning("unable", problem=unable.message)
             await _give_back(parts, running, Counts.DRAIN, 0, unable.message, unable.code, delay_ms=retry_delay_ms(task.attempt))
+        except Unreadable as unreadable:
+            await _give_back_unread(parts, running, unreadable.message)
         except TaskFault as fault:
-            if (problem := _host_problem(parts, fault)) is not None:
+            if (problem := _host_problem(parts, fault, spool)) is not None:
                 await _blame_host(parts, running, HostFault(problem))
             elif fault.retryable:
                 await _give_back(parts, running, Counts.TRIES, TRIES_LIMIT, fault.message, fault.code)
@@ -196,7 +203,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
                 if running.reason is None:  # not the run but the worker is cancelled
                     raise
         except Exception as error:
-            if (problem := _host_problem(parts, error)) is not None:
+            if (problem := _host_problem(parts, error, spool)) is not None:
                 log.warning("host_fault", problem=str(error))
                 await _blame_host(parts, running, HostFault(problem))
             else:
@@ -219,6 +226,10 @@ class Unable(TaskFault):
         self.code = code  # type: ignore[misc]  # of this fault, not of its class
 
 
+class Unreadable(InternalFault):
+    """This worker cannot read the task; one of another version may be able to. It counts as a try: the task may be damaged."""
+
+
 def check_able(parts: Parts, task: Task) -> None:
     """Raises Unable where this worker has no such engine or model."""
     if task.engine not in models.ENGINES:
@@ -227,23 +238,31 @@ def check_able(parts: Parts, task: Task) -> None:
         raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
 
 
-async def refuse_task(ctx: dict[str, Any], problem: str) -> None:
-    """Give a task for which this worker has no function back, uncounted, to one that has; called in place of `run_task`."""
+async def refuse_task(ctx: dict[str, Any], problem: str, *, unreadable: bool = False) -> None:
+    """Give a task for which this worker has no function back, uncounted; one whose parameters are `unreadable` as a try.
+
+    Called in place of `run_task`.
+    """
     parts: Parts = ctx["parts"]
     running: Running = ctx["running"]
     running.started = True
     try:
         with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
-            delay_ms = retry_delay_ms(running.task.attempt)  # perhaps no worker has it yet
-            await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
+            if unreadable:
+                await _give_back_unread(parts, running, problem)
+            else:
+                delay_ms = retry_delay_ms(running.task.attempt)  # perhaps no worker has it yet
+                await _give_back(parts, running, Counts.DRAIN, 0, problem, InternalFault.code, delay_ms=delay_ms)
     finally:
         running.free_slot()
 
 
-def _host_problem(parts: Parts, error: Exception) -> str | None:
-    """Return what is wrong with this machine, where the error says so."""
+def _host_problem(parts: Parts, error: Exception, spool: Path | None) -> str | None:
+    """Return what is wrong with this machine, where the error says so, or the run's folder is gone."""
     if isinstance(error, KeyTaken):
         return None
+    if spool is not None and not spool.is_dir():
+        return PLACE[errno.ENOENT]
     cause = error.__cause__ if isinstance(error, StorageFault) else None
     if (
         isinstance(cause, OSError)
@@ -282,7 +301,7 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
 
 
 def _parsed(task: Task, task_data: Any) -> Params:
-    """Return the parameters of the task. Raises Unable, or InternalFault where a worker of another version may be able to read them."""
+    """Return the parameters of the task. Raises Unable, or Unreadable where a worker of another version may be able to read them."""
     if task.task_type not in params.PARAMS:
         raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
     try:
@@ -290,7 +309,7 @@ def _parsed(task: Task, task_data: Any) -> Params:
     except (msgspec.ValidationError, AttributeError) as error:
         place = str(error).partition(" - at `$")[2].removesuffix("`")
         log.warning("params_unread", problem=str(error))
-        raise InternalFault(f"this worker cannot read task_data{place}: it was accepted by another version") from None
+        raise Unreadable(f"this worker cannot read task_data{place}: it was accepted by another version") from None
 
 
 async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[str, Any], spool: Path) -> Done:
@@ -383,31 +402,44 @@ async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> St
         )
     )  # before the first byte: whatever becomes of the run, its files are known
     running.prefix = prefix
-    keys: dict[str, tuple[str, int]] = {}
-    wait_s = RETRY_BASE_S / 2
-    for produced in done.files:
-        key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{Path(produced.path).suffix}"
-        while True:
-            try:
-                keys[produced.role] = key, await parts.storage.put(key, Path(produced.path), produced.content_type)
-                break
-            except StorageFault as fault:
-                if isinstance(fault, KeyTaken):
-                    raise
-                if not Path(produced.path).exists():
-                    log.error("made_is_gone", path=produced.path)
-                    raise InternalFault("a file that was made is gone before it was stored") from None
-                log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
-                if parts.kept:
-                    parts.kept.touch(made)
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, RETRY_MOST_S)
+    try:
+        keys = {produced.role: await _put(parts, running, made, prefix, produced) for produced in done.files}
+    finally:
+        if parts.host:
+            parts.host.waits_no_more(running.run)
     output = next(produced for produced in done.files if produced.role == "output")
     key, size_bytes = keys["output"]
     return StoredResult(
         [_stored(output, key, size_bytes, media_type, keys.get("poster"))],
         {**done.metadata, "file_size": size_bytes, "model": task.model, "engine": task.engine},
     )
+
+
+async def _put(parts: Parts, running: Running, made: Made, prefix: str, produced: Produced) -> tuple[str, int]:
+    """Return the key that a file is stored under, and its size in bytes. Raises what another try cannot mend."""
+    key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{Path(produced.path).suffix}"
+    wait_s = RETRY_BASE_S / 2
+    while True:
+        try:
+            return key, await parts.storage.put(key, Path(produced.path), produced.content_type)
+        except StorageFault as fault:
+            if isinstance(fault, KeyTaken):
+                raise
+            if any(isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE) for cause in causes(fault)):
+                raise HostFault(HOST[errno.EMFILE]) from fault
+            if not Path(produced.path).exists():
+                log.error("made_is_gone", path=produced.path)
+                if not Path(produced.path).parent.is_dir():
+                    raise HostFault(PLACE[errno.ENOENT]) from None
+                raise InternalFault("a file that was made is gone before it was stored") from None
+            log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=wait_s)
+            if parts.host:
+                why = said(fault.__cause__) if isinstance(fault.__cause__, OSError) else ""
+                parts.host.refused(running.run, why or without_paths(fault.message, *parts.places))
+            if parts.kept:
+                parts.kept.touch(made)
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, RETRY_MOST_S)
 
 
 def _stored(output: Produced, key: str, size_bytes: int, media_type: str, poster: tuple[str, int] | None) -> StoredMedia:
@@ -483,10 +515,24 @@ async def _give_back(
         log.warning("requeue" if status is TaskStatus.QUEUED else "fail", counts=counts, error_code=code, error=error, delay_ms=delay_ms)
 
 
+async def _give_back_unread(parts: Parts, running: Running, error: str) -> None:
+    delay_ms = unreadable_delay_ms(running.task.attempt)
+    await _give_back(parts, running, Counts.TRIES, UNREADABLE_LIMIT, error, InternalFault.code, delay_ms=delay_ms)
+
+
 def retry_delay_ms(attempt: int) -> int:
     """Exponential from two seconds to a minute, with a jitter of a quarter either way, so that faults of many do not come back together."""
-    delay_s = min(RETRY_BASE_S * 2 ** (attempt - 1), RETRY_MOST_S)
-    return int(delay_s * 1000 * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load, hides nothing
+    return int(_doubled_s(RETRY_BASE_S, RETRY_MOST_S, attempt) * 1000 * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load, hides nothing
+
+
+def unreadable_delay_ms(attempt: int) -> int:
+    """Exponential from half a minute to ten: time for a worker of the version that wrote the task."""
+    return int(_doubled_s(*UNREADABLE_S, attempt) * 1000)
+
+
+def _doubled_s(least_s: float, most_s: float, attempt: int) -> float:
+    """Return the wait after an attempt, of which a damaged record may say anything."""
+    return min(least_s * (1 << min(max(attempt - 1, 0), 20)), most_s)
 
 
 async def _ended(running: Running, verb: Callable[[], Awaitable[None]]) -> None:

@@ -314,7 +314,7 @@ async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findi
                     process.send_signal(18)  # SIGCONT, for one that was stopped
             async with aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session:
                 await odd.afterwards(session, f"{url}/hook")
-            await all_ended(store, driver.accepted, 60)
+            await all_ended(store, driver.accepted, 180)  # a record that nobody can read waits for two minutes before its last try
             end = time.monotonic() + 60
             while await client.zcard(KEYS["deliveries"]) and time.monotonic() < end:  # those of a killed worker come 30 s later
                 await asyncio.sleep(0.5)

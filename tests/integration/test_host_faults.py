@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from movieq.contracts import KEYS, TaskId, TaskStatus, WorkerStatus
+from movieq.contracts import KEYS, RunToken, TaskId, TaskStatus, WorkerStatus
 from movieq.store import Store
 from tests.arrange import raw
 from tests.fleet import Fleet, eventually, fleet
 from tests.service import Service
 from workers.faults import host_problem, said, without_paths
-from workers.host import FLOOR_BYTES, Host, examine
+from workers.host import FLOOR_BYTES, UPLOADS_MOST, Host, examine
 from workers.spool import spool
 
 TASKS = 8
@@ -179,6 +180,25 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
         assert await no_path_in_any_event(made, task_ids)
 
 
+async def test_a_run_whose_folder_is_removed_while_it_works_costs_no_try(folder: Path) -> None:
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker())
+        (task_id,) = await submitted(api, 1, duration=4, fps=24, resolution="640x360")
+        for attempt in (1, 2, 3):
+
+            async def drawing(attempt: int = attempt) -> bool:
+                task = await made.store.task(TaskId(task_id))
+                assert task is not None
+                assert not task.status.ended, (task.error, bad.log.read_text()[-3000:])
+                return (task.attempt, task.stage) == (attempt, "frames")
+
+            await eventually(drawing, 90)
+            for place in (folder / "spool").glob(f"movieq-spool-*/{task_id}-*"):
+                shutil.rmtree(place, ignore_errors=True)
+        await all_done_uncounted(made, [task_id])
+        assert await no_path_in_any_event(made, [task_id])
+
+
 async def test_a_worker_that_may_not_write_large_files_hands_its_tasks_to_others(folder: Path) -> None:
     async with fleet(folder) as made:
         api, bad = await asyncio.gather(made.api(), made.worker())
@@ -207,7 +227,87 @@ async def test_a_worker_whose_spool_cannot_be_made_ends_with_the_cure(folder: Pa
         assert "Traceback" not in worker.log.read_text()
 
 
+@pytest.mark.parametrize("damage", ["full", "read-only"])
+async def test_a_worker_whose_storage_refuses_its_files_says_so_and_takes_no_more_than_a_few_tasks(
+    folder: Path, disk: tuple[Path, Callable[[str], None]], damage: str
+) -> None:
+    place, remount = disk
+    async with fleet(folder) as made:
+        bad = await made.worker(MOVIEQ_STORAGE=str(place))
+        await healed(made.store, 1)
+        filler = fill(place, 0)
+        if damage == "read-only":
+            remount("ro")
+        api = await made.api()
+        task_ids = await pictures(api, 16)
+        (row,) = await problem_of(made.store)
+        why = "Read-only file system" if damage == "read-only" else "No space left on device"
+        assert row.problem == f"its finished files cannot be stored: {why}"
+        assert row.queues == []
+        status, health = await api.call("GET", "/tasks/health")
+        assert status == 200
+        assert why in next(alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem")
+        waiting = [task for task in await made.store.tasks([TaskId(each) for each in task_ids]) if task.status is TaskStatus.QUEUED]
+        assert len(waiting) >= 16 - UPLOADS_MOST - 4  # those, and what was in hand when the fourth was refused
+        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await completed(made.store, [task.task_id for task in waiting])
+        if damage == "read-only":
+            remount("rw")
+        filler.unlink()
+        await all_done_uncounted(made, task_ids)
+        assert bad.said("worker_problem_over") > 0
+        await healed(made.store, 2)
+        assert await no_path_in_any_event(made, task_ids)
+
+
+async def test_a_worker_that_can_open_no_more_files_hands_its_tasks_to_others_uncounted(folder: Path) -> None:
+    async with fleet(folder) as made:
+        api, bad = await asyncio.gather(made.api(), made.worker())
+        await healed(made.store, 1)
+        process = psutil.Process(bad.popen.pid)
+        before = process.rlimit(resource.RLIMIT_NOFILE)
+        process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 1, before[1]))
+        task_ids = await pictures(api, 12)
+        (row,) = await problem_of(made.store)
+        assert row.problem == "it has too many files open"
+        assert row.queues == []
+        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await all_done_uncounted(made, task_ids)
+        assert await rows(made.store, with_problem=True)
+        process.rlimit(resource.RLIMIT_NOFILE, before)
+        await healed(made.store, 2)
+        assert await no_path_in_any_event(made, task_ids)
+
+
+async def pictures(api: Service, count: int) -> list[str]:
+    params = {"prompt": "a lamp on a stair", "resolution": "64x64"}
+    return [await api.submit("generate_image", params, project=f"p{number}") for number in range(count)]
+
+
+async def completed(store: Store, task_ids: list[TaskId]) -> None:
+    async def all_are() -> bool:
+        return all(task.status is TaskStatus.COMPLETED for task in await store.tasks(task_ids))
+
+    await eventually(all_are, 90)
+
+
 # ── Examinations ──
+
+
+async def test_uploads_that_wait_stop_the_worker_until_one_of_them_is_stored(folder: Path) -> None:
+    host = Host(folder, children=2)
+    runs = [RunToken(f"run{number}") for number in range(2 * UPLOADS_MOST)]
+    for run in runs:
+        assert (host.problem, host.can_store) == (None, True)
+        for _ in range(3):
+            host.refused(run, "No space left on device")
+    assert (host.problem, host.can_store) == ("its finished files cannot be stored: No space left on device", False)
+    host.blame("its disk is full")
+    assert (host.problem, host.can_store) == ("its disk is full", False)
+    host.waits_no_more(runs[0])
+    assert (host.problem, host.can_store) == ("its disk is full", True)
+    host.blame("it has too many files open")
+    assert host.can_store is False
 
 
 async def test_a_machine_that_was_blamed_is_examined_until_it_passes(folder: Path) -> None:

@@ -21,7 +21,7 @@ from tests.fleet import eventually, fleet, python_path
 from workers.engine import Child, Group, Progress
 from workers.main import Worker
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.run import Running, _Reporter
+from workers.run import Running, _Reporter, retry_delay_ms, unreadable_delay_ms
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 BEYOND = b'{"n": 123456789012345678901234567890}'
@@ -111,6 +111,61 @@ async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_e
             (said,) = [entry.data for entry in await made.store.log_after(task_id, None) if entry.type == "retrying"]
             assert b"this worker cannot read task_data" in said
         assert worker.alive
+
+
+MAP = msgspec.msgpack.encode
+UNREADABLE_JOBS = [b"\xc1", MAP({}), MAP({"task_data": SMALL, "of_a_newer_version": 1}), MAP([1])]
+
+
+async def test_parameters_that_cannot_be_read_cost_tries_with_a_true_reason_and_fail_at_last(folder: Path) -> None:
+    async with fleet(folder) as made:
+        odd = [await submitted(made.store, kwargs=job) for job in UNREADABLE_JOBS]
+        worker = await made.worker()
+        for task_id in odd:
+            task = await ended_unread(made.store, task_id)
+            assert (task.status, task.attempt, task.retryable) == (TaskStatus.FAILED, 4, True)
+            assert task.error == "its parameters in Redis cannot be read"
+            assert await waits_s(made.store, task_id) == [30, 60, 120]
+        assert (await ended(made.store, await submitted(made.store))).attempt == 1
+        assert worker.alive
+
+
+async def test_a_record_that_this_version_cannot_read_leaves_a_newer_worker_minutes_to_take_it(folder: Path) -> None:
+    async with fleet(folder) as made:
+        task_id = await submitted(made.store)
+        await raw(made.store).hset(KEYS["task"] + task_id, "result", "{")
+        await made.worker()
+        await ended_unread(made.store, task_id)
+        assert await waits_s(made.store, task_id) == [30, 60, 120]
+
+
+async def ended_unread(store: Store, task_id: TaskId) -> Task:
+    """What became of a task that waits long between its tries; here the waits are cut short."""
+    redis = raw(store)
+
+    async def over() -> bool:
+        if await redis.zscore(KEYS["delayed"], task_id) is not None:
+            await redis.zadd(KEYS["delayed"], {task_id: 1}, xx=True)
+            await store.tidy()
+        task = await store.task(task_id)
+        return task is not None and task.status.ended
+
+    await eventually(over, 60)
+    task = await store.task(task_id)
+    assert task is not None
+    return task
+
+
+async def waits_s(store: Store, task_id: TaskId) -> list[float]:
+    """The waits that its retries said."""
+    entries = [entry.data for entry in await store.log_after(task_id, None) if entry.type == "retrying"]
+    return [msgspec.json.decode(data)["retry_in"] for data in entries]
+
+
+@pytest.mark.parametrize("attempt", [0, -5, 1, 1025, 10**18])
+def test_the_wait_after_any_attempt_is_within_its_bounds(attempt: int) -> None:
+    assert 1_500 <= retry_delay_ms(attempt) <= 75_000
+    assert 30_000 <= unreadable_delay_ms(attempt) <= 600_000
 
 
 @pytest.mark.parametrize("message", [b"", b"\xff\xfe", b"cancel", b"cancel a", b"cancel a b c", b"dance", b"wake up"])

@@ -10,6 +10,7 @@ Whatever libraries print goes to standard error; standard output carries frames 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import os
@@ -34,7 +35,7 @@ from movieq.models import ENGINES
 from workers import protocol
 from workers.child import leash
 from workers.child.take import Finish, Flag, Made, Take, TakeCancelled, broken
-from workers.faults import device_problem, host_problem, said
+from workers.faults import PLACE, device_problem, host_problem, said
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
 T = TypeVar("T")
@@ -179,6 +180,8 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
         ours = isinstance(error, TaskFault) and not gone  # where CUDA broke, a model that could not be loaded is not at fault
         fault = error if isinstance(error, TaskFault) and ours else InternalFault(f"the {run.engine} engine failed: {said(error)}")
         problem = (device_problem(error) if gone else host_problem(error, Path(run.out_dir).parent)) or ""
+        if not gone and not Path(run.out_dir).is_dir():
+            problem = problem or PLACE[errno.ENOENT]
         return Failed(run.run, fault.code, fault.message, traceback.format_exc(), broken=gone, problem=problem)
 
 
