@@ -321,10 +321,12 @@ def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
         async def send_packed_command(self, *command: Any, **options: Any) -> None:
             task = asyncio.current_task()
             before = task.cancelling() if task else 0
-            await super().send_packed_command(*command, **options)
-            if task and task.cancelling() > before:
-                await self.disconnect(nowait=True)  # nobody waits for its answer
-                raise asyncio.CancelledError
+            try:
+                await super().send_packed_command(*command, **options)
+            finally:  # also where the connection broke at that moment: whoever tries again would never hear of the cancel
+                if task and task.cancelling() > before:
+                    await self.disconnect(nowait=True)  # nobody waits for its answer
+                    raise asyncio.CancelledError
 
     return Cancellable
 

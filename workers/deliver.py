@@ -32,6 +32,7 @@ from movieq.payload import Document, Payload
 from movieq.settings import Settings
 from movieq.storage import Storage
 from movieq.store import Store
+from workers.host import cancel_all
 
 TRIES: Final = 10
 SCHEDULE_S: Final = (0.0, 5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
@@ -157,8 +158,7 @@ async def _held(store: Store, job_id: str) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        holding.cancel()
-        await asyncio.gather(holding, return_exceptions=True)
+        await cancel_all([holding])
 
 
 # ── Webhooks ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

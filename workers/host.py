@@ -11,9 +11,9 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from movieq import logs
 from movieq.contracts import RunToken
@@ -34,6 +34,7 @@ LOOK_S: Final = 5.0
 UPLOADS_MOST: Final = 4
 """So many runs, for each child, may wait for a storage that refuses their files before no task is taken."""
 
+CANCEL_AGAIN_S: Final = 0.5
 log = logs.get()
 
 
@@ -151,3 +152,15 @@ async def set_within(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
     except TimeoutError:
         pass
+
+
+async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait until they have ended. A cancel that a library swallows is said again: else this would wait for ever."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # of a task that nobody waits for any more

@@ -45,7 +45,7 @@ from movieq.storage import Storage
 from movieq.store import DEATHS_LIMIT, TRIES_LIMIT, Claimed, Counts, Store, is_fault, log_failure
 from workers.engine import Child, ChildDied, Group, Progress
 from workers.faults import HOST, PLACE, HostFault, host_problem, inside, said, without_paths
-from workers.host import Host
+from workers.host import Host, cancel_all
 from workers.kept import Kept, Made
 from workers.pace import UPLOAD_AT, Pace
 from workers.protocol import Done, Free, Note, Plan, Preview, Produced, Run, Step
@@ -579,9 +579,7 @@ class _Reporter:
         self._tasks = asyncio.create_task(self._tell()), asyncio.create_task(self._look())
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
     def say(self, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
         self._latest = current_step, stage, step, steps

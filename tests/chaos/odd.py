@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 POISONS: tuple[tuple[str, str | None], ...] = (
     ("metadata", '{"number": %d, "far": 10000000000000000000000000000000}'),
     ("metadata", None),
-    ("result", "{"),
     ("estimate_ms", "soon"),
     ("created_at_ms", None),
     ("attempt", "nan"),
@@ -32,6 +31,9 @@ POISONS: tuple[tuple[str, str | None], ...] = (
     ("max_ms", ""),
 )
 """Fields of a waiting task, and what is put there; None: it is deleted."""
+UNREADABLE = ("result", "{")
+"""The same of a record that no version can read: minutes pass before it is given up, so that only long runs have it."""
+LONG = 1000
 PATIENCE_S = 60
 
 
@@ -77,7 +79,7 @@ class Oddities:
             return
         task = self.chance.choice(waiting)
         task_id = task.task_id
-        field, value = self.chance.choice(POISONS)
+        field, value = self.chance.choice(POISONS if self.driver.tasks < LONG else (*POISONS, UNREADABLE))
         self.poisoned.add(task_id)
         key = KEYS["task"] + task_id
         if value is None:

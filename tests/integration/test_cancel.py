@@ -8,12 +8,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from aiohttp import web
+from redis.exceptions import ConnectionError as RedisConnectionError
 
+from movieq import store as store_module
 from movieq.contracts import KEYS, TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
 from movieq.embedded import Valkey
 from movieq.errors import InvalidState, RunLost
@@ -24,6 +26,7 @@ from tests.fleet import Fleet, Process, eventually
 from tests.proxy import Proxy, proxy, script
 from tests.service import Receiver, Service, receiver, serving
 from workers.engine import CANCEL_GRACE_S
+from workers.host import cancel_all
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
@@ -299,3 +302,50 @@ async def found(store: Store, task_id: TaskId) -> Any:
 async def ends_of(store: Store, task_id: str) -> list[Any]:
     """The terminal entries of a task's log."""
     return [entry for entry in await store.log_after(TaskId(task_id), None) if entry.type in TERMINAL_EVENTS]
+
+
+async def test_a_cancel_that_comes_as_the_connection_breaks_is_not_lost() -> None:
+    class Breaking:
+        """A connection that answers a cancel of its write as `asyncio.wait_for` may: with the error that came at the same moment."""
+
+        def __init__(self) -> None:
+            self.closed = False
+
+        async def send_packed_command(self, *command: Any, **options: Any) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise RedisConnectionError("it broke") from None
+
+        async def disconnect(self, nowait: bool = False) -> None:
+            self.closed = True
+
+    connection: Any = store_module._cancellable(cast("Any", Breaking))()
+    sending = asyncio.create_task(connection.send_packed_command(b"PING"))
+    await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert connection.closed
+
+
+async def test_tasks_that_lose_a_cancel_are_cancelled_again() -> None:
+    lost = 0
+
+    async def loses_two() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                lost += 1
+                if lost == 3:
+                    raise
+
+    async def breaks() -> None:
+        raise ValueError("nobody waits for it")
+
+    tasks = [asyncio.create_task(loses_two()), asyncio.create_task(breaks())]
+    await asyncio.sleep(0)
+    await cancel_all(tasks)
+    assert all(task.done() for task in tasks)
