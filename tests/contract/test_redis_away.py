@@ -108,7 +108,7 @@ async def test_a_fault_of_a_script_is_a_500_and_is_logged_with_its_traceback(
     away: Client, direct: Any, logged: pytest.LogCaptureFixture
 ) -> None:
     assert (await away.submit()).status == 201
-    await direct.set(KEYS["totals"], "no hash")
+    await direct.set(KEYS["projects"], "no list")
     answer = await away.submit()
     assert (answer.status, answer.error) == (500, "internal")
     assert "Retry-After" not in answer.headers
@@ -116,7 +116,7 @@ async def test_a_fault_of_a_script_is_a_500_and_is_logged_with_its_traceback(
     assert record.levelno == logging.ERROR
     assert "Traceback" in record.getMessage()
     assert "WRONGTYPE" in record.getMessage()
-    await direct.delete(KEYS["totals"])
+    await direct.delete(KEYS["projects"])
     assert (await away.submit()).status == 201
 
 
