@@ -5,11 +5,11 @@ Used on both sides of the pipe. The log has the whole error; what clients read n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -84,8 +84,16 @@ def said(error: BaseException) -> str:
     return without_paths(text).partition("\n")[0][:LONGEST].strip()
 
 
+def _own_places() -> list[str]:
+    """Folders of this process. Asking for them opens no file: there may be too many open."""
+    places = [sys.prefix, sys.base_prefix, *filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP", "HOME")))]
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        places.append(os.getcwd())  # noqa: PTH109  # as text
+    return places
+
+
 def without_paths(text: str, *places: Path | str) -> str:
     """Return the text with every path cut down to the file's name: paths in these places and in common folders of any machine."""
-    roots = {str(place).rstrip("/") for place in (*places, tempfile.gettempdir(), sys.prefix, sys.base_prefix, Path.home(), Path.cwd())}
+    roots = {str(place).rstrip("/") for place in (*places, *_own_places())}
     named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
     return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)

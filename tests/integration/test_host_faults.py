@@ -8,6 +8,7 @@ import errno
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
         task = await made.store.task(TaskId(task_id))
         assert task is not None
         assert task.status is TaskStatus.COMPLETED, (task.error, *[process.log.read_text()[-1500:] for process in made.processes])
-        assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"])
+        logged = [entry.data for entry in await made.store.log_after(TaskId(task_id), None) if entry.type == "retrying"]
+        assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"]), logged
 
 
 async def submitted(api: Service, count: int = TASKS, **data: Any) -> list[str]:
@@ -366,3 +368,13 @@ def test_what_clients_read_of_an_error_names_no_path_and_no_class() -> None:
         without_paths("https://a.example/var/lib/movieq/x is no picture", "/var/lib/movieq")
         == "https://a.example/var/lib/movieq/x is no picture"
     )
+
+
+def test_paths_are_cut_out_of_an_error_where_no_file_can_be_opened() -> None:
+    code = (
+        "import os, resource\nfrom workers.faults import without_paths\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "print(without_paths('cannot open /tmp/a/b.mp4'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("cannot open b.mp4\n", "")
