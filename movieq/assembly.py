@@ -15,8 +15,8 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from movieq import logs
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 
 REFRESH_S: Final = 1.0
 

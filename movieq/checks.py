@@ -37,10 +37,11 @@ from redis.exceptions import (
 )
 
 from movieq import logs, settings
-from movieq.contracts import CHANNELS, keys
 from movieq.errors import SettingsError, causes
+from movieq.queue.connection import connect
+from movieq.queue.keys import CHANNELS, keys
+from movieq.queue.refusals import Refusal, is_fault, refusal
 from movieq.settings import Settings, variable
-from movieq.store import Refusal, connect, is_fault, refusal
 
 CHECK_S: Final = 10.0
 REDIS_S: Final = 10.0

@@ -17,12 +17,16 @@ import msgspec
 import uvloop
 
 import movieq
-from movieq import checks, logs, models, payload, plugins, webhooks, weights
-from movieq.contracts import PROJECT_PATTERN, DeadLettersAnswer, DeliveriesAnswer, Priority, TaskStatus
+from movieq import checks, logs, plugins
+from movieq.delivery import payload, webhooks
 from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
-from movieq.params import TaskType
+from movieq.models import table as models
+from movieq.models import weights
+from movieq.queue.connection import connect
+from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
-from movieq.store import Store, connect
+from movieq.tasks.states import Priority, TaskStatus, TaskType
+from movieq.tasks.wire import PROJECT_PATTERN, DeadLettersAnswer, DeliveriesAnswer
 
 if TYPE_CHECKING:
     from movieq.client import Client
@@ -81,7 +85,7 @@ def up(host: str, port: int, folder: Path, no_worker: bool) -> None:
     Starts an embedded Valkey in --data (unless MOVIEQ_REDIS_URL names a server), the API and one worker, and starts again what dies.
     Without MOVIEQ_API_KEYS it makes a key, keeps it in --data and prints it. Prints `movieq ready at URL` when it takes requests.
     """
-    from movieq.up import up as run_up
+    from movieq.local.up import up as run_up
 
     settings = _settings()
     _run(lambda: run_up(settings, host=host, port=port, folder=folder, worker=not no_worker))
@@ -96,13 +100,13 @@ def api(host: str, port: int, fd: int | None) -> None:
 
     Prints `movieq ready at URL` when it takes requests.
     """
-    from movieq import serving
+    from movieq.api import server
 
     settings = _settings()
 
     async def run() -> None:
         await checks.start(settings, "api", works=False)
-        await serving.serve(settings, serving.listen(host, port) if fd is None else socket.socket(fileno=fd))
+        await server.serve(settings, server.listen(host, port) if fd is None else socket.socket(fileno=fd))
 
     _run(run)
 
@@ -122,7 +126,7 @@ def worker(devices: str | None) -> None:
         _refuse(f"{variable('public_url')} is not set: webhooks carry addresses under it, such as https://movieq.example")
 
     async def run() -> None:
-        from workers.main import serve
+        from workers.app import serve
 
         await checks.start(settings, "worker", works=True)
         await serve(settings)
@@ -376,7 +380,7 @@ def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> Non
     if repair:
         _repair(folder, apply)
         return
-    from movieq.doctor import examine
+    from movieq.local.doctor import examine
 
     marks = {checks.Mark.GOOD: "green", checks.Mark.NOTE: "yellow", checks.Mark.BROKEN: "red"}
 
@@ -398,15 +402,15 @@ def demo(out: Path, folder: Path | None) -> None:
     """
     from rich.console import Console
 
-    from movieq import demo as story
+    from movieq.local import demo as story
 
     _run(lambda: story.run(out, folder, Console()))
 
 
 def _repair(folder: Path, apply: bool) -> None:
     """List what is inconsistent in Redis, and mend it where `apply` is set; exit with 1 where something was found and not mended."""
-    from movieq.embedded import Valkey
-    from movieq.repair import inconsistencies
+    from movieq.local.embedded import Valkey
+    from movieq.queue.repair import inconsistencies
 
     settings = _settings()
     if not settings.redis_url:
@@ -489,7 +493,7 @@ async def _watch(client: Client, task_id: str, name: str, url: str | None) -> Ta
     """Follows the task in the terminal and says how it ended."""
     from rich.console import Console
 
-    from movieq.progress import follow
+    from movieq.local.terminal import follow
 
     console = Console(stderr=True)
     try:

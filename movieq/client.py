@@ -29,32 +29,30 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from movieq import __version__, values, webhooks
-from movieq.contracts import (
-    TERMINAL_EVENTS,
-    UPLOAD_BYTES,
+from movieq import __version__
+from movieq.delivery import webhooks
+from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
+from movieq.logs import without_query
+from movieq.tasks import values
+from movieq.tasks.entities import UPLOAD_BYTES, ProcessingProgress
+from movieq.tasks.params import refused
+from movieq.tasks.states import TERMINAL_EVENTS, EventType, Priority, TaskStatus
+from movieq.tasks.wire import (
     CancelAnswer,
     DeadLettersAnswer,
     Deadline,
     DeliveriesAnswer,
     DeliveryAnswer,
     ErrorAnswer,
-    EventType,
     HealthAnswer,
-    Priority,
-    ProcessingProgress,
     Receipt,
     Snapshot,
     SubmitRequest,
     TaskPage,
     TaskState,
-    TaskStatus,
     UploadAnswer,
     WorkersAnswer,
 )
-from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
-from movieq.logs import without_query
-from movieq.params import refused
 
 __all__ = ["Client", "ClientEvent", "Gap", "Preview", "Unreachable", "ended"]
 

@@ -16,9 +16,11 @@ from typing import Any, Final
 
 import msgspec
 
-from movieq import models, params
 from movieq.errors import SettingsError
-from movieq.params import Params, TaskType
+from movieq.models import table as models
+from movieq.tasks import params
+from movieq.tasks.params import Params
+from movieq.tasks.states import TaskType
 
 GROUP: Final = "movieq.plugins"
 
@@ -40,7 +42,7 @@ class NewTaskType(msgspec.Struct, frozen=True, kw_only=True):
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """What a package adds.
 
-    `engines`: name -> the module that has `make(take: Take) -> Made` (`workers.child.take`). `models`: entries as in `models.toml`, which
+    `engines`: name -> the module that has `make(take: Take) -> Made` (`workers.child.job`). `models`: entries as in `models.toml`, which
     say by which engine a type is made, in which queue it waits and how long it takes.
     """
 

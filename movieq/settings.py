@@ -24,8 +24,9 @@ from dotenv import dotenv_values
 from dotenv.parser import Binding, parse_stream
 from msgspec import Meta
 
-from movieq.contracts import PREFIX_PATTERN, PROJECT_PATTERN, Kind
 from movieq.errors import SettingsError
+from movieq.tasks.states import PREFIX_PATTERN, EngineChoice, Kind
+from movieq.tasks.wire import PROJECT_PATTERN
 
 PREFIX: Final = "MOVIEQ_"
 MIN_SECRET: Final = 16
@@ -37,14 +38,6 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _OF_REDIS: Final = {"db", "client_name"}
 _OF_TLS: Final = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 """The query parameters that a Redis url may have. Others that redis-py takes would change the form of its answers."""
-
-
-class EngineChoice(StrEnum):
-    """Which engine makes what names no model: `auto` takes diffusers where the installation has had a GPU worker in the last 30 days."""
-
-    AUTO = "auto"
-    DIFFUSERS = "diffusers"
-    ANIMATIC = "animatic"
 
 
 class PayloadMode(StrEnum):

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from movieq.contracts import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, StoredMedia, StoredResult, TaskId
-from movieq.params import TaskType
-from movieq.store import Claimed, NewTask, Slot, Store
-from workers.engine import Child, Progress
+from movieq.queue.store import Claimed, NewTask, Slot, Store
+from movieq.tasks.results import StoredMedia, StoredResult
+from movieq.tasks.states import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId, TaskType
 from workers.protocol import Done, Run
+from workers.supervisor import Child, Progress
 
 _nonces = itertools.count()
 CPU = [Slot((Kind.CPU_INTENSIVE,))]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from arq.connections import ArqRedis
 
-from movieq.embedded import Valkey, valkey
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.connection import connect
+from movieq.queue.store import Store
 from movieq.settings import Bucket
-from movieq.store import Store, connect
 from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import aiohttp
 import psutil
 
-from movieq.embedded import Valkey
-from movieq.store import Store, connect
+from movieq.local.embedded import Valkey
+from movieq.queue.connection import connect
+from movieq.queue.store import Store
 from tests.service import Service
 
 KEY = "a-key-that-is-long-enough"

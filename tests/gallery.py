@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import movieq
-from workers.child import backdrop, camera, card, figure, grade, lettering, media, palette, puppet, stills, titles
-from workers.child.lettering import Style, Weight
-from workers.child.plate import Plate
+from workers.child.animatic import backdrop, camera, captions, card, cutout, grade, mannequin, palette, typography
+from workers.child.animatic.plate import Plate
+from workers.child.animatic.typography import Style, Weight
+from workers.child.media import encode, images
 
 CELL = (480, 270)
 LABEL = Style(Weight.MEDIUM, 18)
@@ -54,7 +55,7 @@ def cameras() -> Image.Image:
     for word, move in [*camera.FRAMINGS.items(), *camera.MOVES.items()]:
         views = camera.path(move, 72, 3.0, CELL[0] / CELL[1], np.random.default_rng(1))
         plate = Plate(board(2), CELL, "neutral", views)
-        rows += [(f"{word}  {share:.0%}", media.picture(plate.frame(round(71 * share)))) for share in (0, 0.5, 1)]
+        rows += [(f"{word}  {share:.0%}", encode.picture(plate.frame(round(71 * share)))) for share in (0, 0.5, 1)]
     return sheet(rows, 6)
 
 
@@ -67,7 +68,7 @@ def grades() -> Image.Image:
         ImageDraw.Draw(ramp).line((x, 30, x, 60), fill=tuple(Image.new("HSV", (1, 1), (value, 160, 200)).convert("RGB").tobytes()))
     rows = []
     for word in grade.GRADES:
-        cell = stills.fill(board(2), CELL)
+        cell = images.fill(board(2), CELL)
         cell.paste(ramp, (0, CELL[1] - 60))
         rows.append((word, grade.graded(cell, word)))
     return sheet(rows, 4)
@@ -102,7 +103,7 @@ def cards() -> Image.Image:
 def places() -> Image.Image:
     """Every kind of place with every pose in turn."""
     rows = []
-    poses = list(figure.POSES)
+    poses = list(mannequin.POSES)
     for index, kind in enumerate([*backdrop.KINDS] * 3):
         light = list(grade.GRADES)[index % len(grade.GRADES)]
         brief = card.Brief(description=f"{kind} {index}", pose=poses[index % len(poses)], lighting=light, seed=index)
@@ -113,14 +114,14 @@ def places() -> Image.Image:
 def puppets() -> Image.Image:
     """Every motion at four moments, on the palette of a drawing."""
     rows = []
-    figure_image = card.stand_in(150, figure.POSES["pointing"], palette.of_light("neutral"))
-    for motion in puppet.MOTIONS:
-        made = puppet.placings(motion, 48, 2.0, loop=True)
-        actor = puppet.Puppet(figure_image, (CELL[0] / 2, CELL[1] * 0.9))
+    figure_image = card.stand_in(150, mannequin.POSES["pointing"], palette.of_light("neutral"))
+    for motion in cutout.MOTIONS:
+        made = cutout.placings(motion, 48, 2.0, loop=True)
+        actor = cutout.Puppet(figure_image, (CELL[0] / 2, CELL[1] * 0.9))
         for frame in (0, 10, 20, 30):
-            ground = media.planes(Image.new("RGB", CELL, (190, 184, 172)))
+            ground = encode.planes(Image.new("RGB", CELL, (190, 184, 172)))
             actor.lay(ground, made[frame][1])
-            rows.append((f"{motion} {frame}", media.picture(ground)))
+            rows.append((f"{motion} {frame}", encode.picture(ground)))
     return sheet(rows, 8)
 
 
@@ -128,21 +129,21 @@ def over() -> Image.Image:
     """Captions, lower thirds and slate in several shapes."""
     rows = []
     for size in ((1920, 1080), (1280, 720), (1080, 1920), (640, 360), (320, 180), (64, 64)):
-        form = media.Format(size, Fraction(24), 168)
-        frame = media.planes(stills.fill(board(3), size))
-        for title in titles.captions(MIDDLE, form):
+        form = encode.Format(size, Fraction(24), 168)
+        frame = encode.planes(images.fill(board(3), size))
+        for title in captions.captions(MIDDLE, form):
             if title.first == 0:
-                titles.lay(frame, title.overlay)
-        for title in titles.lower_thirds(["Ismael: left, at the glass", {"name": "Zoë", "position": "right"}], form):
-            titles.lay(frame, title.overlay)
-        titles.Slate(form, "punta_gris", "12", 3).lay(frame, 1, 77)
-        rows.append((f"{size[0]}x{size[1]}", fitted(media.picture(frame))))
+                captions.lay(frame, title.overlay)
+        for title in captions.lower_thirds(["Ismael: left, at the glass", {"name": "Zoë", "position": "right"}], form):
+            captions.lay(frame, title.overlay)
+        captions.Slate(form, "punta_gris", "12", 3).lay(frame, 1, 77)
+        rows.append((f"{size[0]}x{size[1]}", fitted(encode.picture(frame))))
     return sheet(rows, 3, (640, 640))
 
 
 def board(number: int) -> Image.Image:
     path = DEMO / f"frame{number}.jpg"
-    return stills.load(path.name, path, (1920, 1080))
+    return images.load(path.name, path, (1920, 1080))
 
 
 def fitted(image: Image.Image, box: tuple[int, int] = (640, 640)) -> Image.Image:
@@ -158,7 +159,7 @@ def sheet(cells: Sequence[tuple[str, Image.Image]], columns: int, cell: tuple[in
     for index, (label, image) in enumerate(cells):
         x, y = index % columns * (cell[0] + 8), index // columns * (cell[1] + 34)
         out.paste(image, (x, y + 28))
-        lettering.draw(canvas, x + 4, y + 20, label, LABEL, (230, 230, 230))
+        typography.draw(canvas, x + 4, y + 20, label, LABEL, (230, 230, 230))
     return out
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from movieq.store import Store
+from movieq.queue.store import Store
 
 Command = list[bytes]
 Match = Callable[[Command, bytes], bool]

@@ -19,7 +19,7 @@ from typing import Any
 
 from aiobotocore.session import AioSession
 
-from movieq.embedded import leashed
+from movieq.local.embedded import leashed
 
 KEY_ID = "AKIAMOVIEQTEST000001"
 SECRET = "movieq-test-secret-key-0123456789abcdef"

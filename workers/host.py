@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from movieq import logs
-from movieq.contracts import RunToken
+from movieq.tasks.states import RunToken
 from workers import spool
 from workers.faults import HOST, host_problem, said
 

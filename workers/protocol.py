@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from movieq.contracts import ModelSwaps
-from movieq.models import Model
+from movieq.models.table import Model
+from movieq.tasks.entities import ModelSwaps
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 EXIT_UNFIT = 78

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from movieq import logs
-from movieq.contracts import Task
 from movieq.credentials import Claim, Credentials
 from movieq.errors import Unsigned
+from movieq.tasks.entities import Task
 from workers.faults import without_paths
 from workers.protocol import Done
 

@@ -17,9 +17,10 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from movieq import logs
+from movieq.queue.refusals import is_fault
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.storage import Storage, checked_key
-from movieq.store import Store, is_fault
+from movieq.storage.base import Storage, checked_key
 
 DAY_S: Final = 86400
 LOOK_S: Final = 1.0

@@ -19,19 +19,23 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from movieq import assembly, logs, models
+from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
-from movieq.api.auth import Keys
 from movieq.api.events import ProjectEvents, TaskEvents
+from movieq.api.key_cache import Keys
+from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
-from movieq.channels import Subscriber
-from movieq.contracts import ErrorAnswer, FieldError
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
-from movieq.events import Hub
-from movieq.fetch import Guard
+from movieq.fetch.guard import Guard
+from movieq.models import table as models
+from movieq.queue.connection import connect
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.refusals import is_fault, log_failure, refusal
+from movieq.queue.store import TIDY_S, Store
 from movieq.settings import Settings
-from movieq.storage import opened
-from movieq.store import TIDY_S, Store, connect, is_fault, log_failure, refusal
+from movieq.storage.open import opened
+from movieq.streams.hub import Hub
+from movieq.tasks.wire import ErrorAnswer, FieldError
 
 log = logs.get()
 
@@ -106,7 +110,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
         secrets = await stack.enter_async_context(assembly.signing_secrets(settings, store))
         subscriber = Subscriber(settings.redis_url, store.keys["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
-        readiness = health.Readiness(store, storage, allow_eviction=settings.allow_eviction)
+        readiness = Readiness(store, storage, allow_eviction=settings.allow_eviction)
         stack.push_async_callback(readiness.aclose)
         app.state.api = state = Api(
             settings=settings,

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-import time
-from typing import Final
 
 import msgspec
 from starlette.requests import HTTPConnection
 
 from movieq.api.state import api
-from movieq.contracts import PROJECT_PATTERN, ProjectId, Task, TaskId
 from movieq.errors import Forbidden, NotFound, Unauthorized, ValidationFailed
 from movieq.settings import Grant, Scope, key_hash
-from movieq.store import Store
-
-CACHE_S: Final = 5.0
-"""How long a key of Redis is good after it was taken back."""
-CACHE_KEYS: Final = 10_000
+from movieq.tasks.entities import Task
+from movieq.tasks.states import ProjectId, TaskId
+from movieq.tasks.wire import PROJECT_PATTERN
 
 _UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
 
@@ -27,28 +22,6 @@ class Caller(msgspec.Struct, frozen=True):
 
     id: str
     grant: Grant
-
-
-class Keys:
-    """The keys that are known. Only hashes are kept and compared, so a comparison's time tells nothing of a key."""
-
-    def __init__(self, grants: dict[str, Grant], store: Store) -> None:
-        self._settings = {key_hash(key): grant for key, grant in grants.items()}
-        self._store = store
-        self._cache: dict[str, tuple[float, Grant | None]] = {}
-
-    async def grant(self, id: str) -> Grant | None:
-        """What the key of this hash may; None for a wrong one."""
-        if (grant := self._settings.get(id)) is not None:
-            return grant
-        until, cached = self._cache.get(id, (0.0, None))
-        if time.monotonic() < until:
-            return cached
-        if len(self._cache) >= CACHE_KEYS:
-            self._cache.clear()
-        found = await self._store.grant(id)
-        self._cache[id] = (time.monotonic() + CACHE_S, found)
-        return found
 
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:

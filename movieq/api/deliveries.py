@@ -7,10 +7,13 @@ from starlette.responses import Response
 
 from movieq import logs
 from movieq.api.auth import task_of
-from movieq.api.state import answered, api, only_query
-from movieq.contracts import DeliveriesAnswer, Delivery, DeliveryAnswer, DeliveryState, Task, utc
+from movieq.api.query import only_query
+from movieq.api.state import answered, api
 from movieq.errors import NotFound
 from movieq.settings import Scope
+from movieq.tasks.entities import Delivery, DeliveryState, Task
+from movieq.tasks.results import utc
+from movieq.tasks.wire import DeliveriesAnswer, DeliveryAnswer
 
 log = logs.get()
 

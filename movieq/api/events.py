@@ -25,13 +25,15 @@ from starlette.types import Receive, Scope, Send
 
 from movieq import signing
 from movieq.api.auth import project_of, task_of
-from movieq.api.state import Api, api, encode, only_query, query_choices
-from movieq.contracts import STATES, EventType, ProjectId, Task, TaskId, TaskStatus
+from movieq.api.query import only_query, query_choices
+from movieq.api.state import Api, api, encode
 from movieq.errors import NotFound, RequestError, ValidationFailed
-from movieq.events import START, Facts, Opening, SocketWatcher, Source, chunk, frame, pair, retry
-from movieq.params import TaskType
+from movieq.queue.store import LogState
 from movieq.settings import Scope as KeyScope
-from movieq.store import LogState
+from movieq.streams.sse import START, chunk, frame, pair, retry
+from movieq.streams.watchers import Facts, Opening, SocketWatcher, Source
+from movieq.tasks.entities import Task
+from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
 HAND_OVER: Final = "movieq.hand_over"
 """The extension of the ASGI scope with which the server gives a connection away; see `movieq.serving`."""

@@ -5,123 +5,24 @@ The health checks need no key. So they show no names, addresses or paths, and wr
 
 from __future__ import annotations
 
-import asyncio
 import time
-from typing import Final
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import Response
 
 import movieq as package
-from movieq import models
 from movieq.api.auth import caller
-from movieq.api.state import answered, api, now, only_query
-from movieq.checks import NOEVICTION
-from movieq.contracts import (
-    Check,
-    CheckName,
-    HealthAnswer,
-    Kind,
-    LiveAnswer,
-    ReadyAnswer,
-    TaskTypeAnswer,
-    TaskTypesAnswer,
-)
-from movieq.models import Engine
-from movieq.params import MAX_DURATION_S, PARAMS
-from movieq.settings import EngineChoice, Scope
-from movieq.storage import Storage
-from movieq.store import Store, refusal
-
-FRESH_S: Final = 1.0
-"""How long the results of the checks are reused."""
-CHECK_S: Final = 3.0
-"""How long a check may take."""
-AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` says what is wrong"
-
-
-class Readiness:
-    """The results of the checks, which run one at a time and at most once a second, however many ask.
-
-    Beside them, `evicts` says that Redis deletes keys when its memory is full, as the settings do not allow; it is empty otherwise.
-    """
-
-    def __init__(self, store: Store, storage: Storage, *, allow_eviction: bool) -> None:
-        self.evicts = ""
-        self._allow_eviction = allow_eviction
-        self._store = store
-        self._storage = storage
-        self._asking: asyncio.Task[list[Check]] | None = None
-        self._asked_s = 0.0
-        self._looking: asyncio.Task[bool] | None = None
-
-    async def checks(self) -> dict[CheckName, Check]:
-        """Return every check by its name."""
-        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_s >= FRESH_S):
-            self._asked_s = time.monotonic()
-            self._asking = asyncio.create_task(self._ask())
-        return {check.name: check for check in await asyncio.shield(self._asking)}
-
-    async def aclose(self) -> None:
-        """Stop checking."""
-        asked = [task for task in (self._asking, self._looking) if task is not None]
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
-
-    async def _ask(self) -> list[Check]:
-        redis, storage, worker, self.evicts = await asyncio.gather(self._redis(), self._files(), self._worker(), self._eviction())
-        return [
-            Check(name, not message, message)
-            for name, message in ((CheckName.REDIS, redis), (CheckName.STORAGE, storage), (CheckName.WORKER, worker))
-        ]
-
-    async def _redis(self) -> str:
-        try:
-            async with asyncio.timeout(CHECK_S):
-                await self._store.check_write()
-        except (RedisError, OSError) as error:
-            if (refused := refusal(error)) is not None:
-                return f"Redis refuses writes because {refused.reason}: {refused.cure}"
-            if isinstance(error, ResponseError):
-                return "Redis refuses writes: `movieq doctor` says what is wrong"
-            return AWAY
-        return ""
-
-    async def _eviction(self) -> str:
-        if self._allow_eviction:
-            return ""
-        try:
-            async with asyncio.timeout(CHECK_S):
-                memory = await self._store.memory()
-        except (RedisError, OSError):
-            return ""
-        if memory is None or not memory.evicts:
-            return ""
-        return f"Redis deletes tasks when its memory is full, by its maxmemory-policy {memory.policy}: {NOEVICTION}"
-
-    async def _files(self) -> str:
-        # a file system that hangs blocks its thread, so there is never more than one
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._storage.usable())
-        await asyncio.wait({self._looking}, timeout=CHECK_S)
-        if not self._looking.done():
-            return "the storage does not answer: `movieq doctor` says what is wrong"
-        if self._looking.exception() is not None or not self._looking.result():
-            return "the storage cannot be used: check MOVIEQ_STORAGE and its free space; `movieq doctor` says what is wrong"
-        return ""
-
-    async def _worker(self) -> str:
-        try:
-            async with asyncio.timeout(CHECK_S):
-                living = [row for row in await self._store.workers() if row.live]
-        except (RedisError, OSError):
-            return "the workers are unknown while Redis cannot be used"
-        if any(row.problem is None for row in living):
-            return ""
-        return "every live worker has a problem: see /workers/status" if living else "there is no live worker: start `movieq worker`"
+from movieq.api.query import only_query
+from movieq.api.readiness import AWAY
+from movieq.api.state import answered, api, now
+from movieq.models import table as models
+from movieq.models.table import Engine
+from movieq.settings import Scope
+from movieq.tasks.params import MAX_DURATION_S, PARAMS
+from movieq.tasks.states import EngineChoice, Kind
+from movieq.tasks.wire import CheckName, HealthAnswer, LiveAnswer, ReadyAnswer, TaskTypeAnswer, TaskTypesAnswer
 
 
 async def live(request: Request) -> Response:

@@ -8,9 +8,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable, Response
 
 from movieq.api.state import api
-from movieq.contracts import MEDIA_URL_S
 from movieq.errors import Forbidden, NotFound, RangeRefused
-from movieq.storage import FolderStorage, content_type
+from movieq.storage.base import content_type
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.results import MEDIA_URL_S
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",

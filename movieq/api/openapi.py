@@ -10,9 +10,34 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import movieq as package
-from movieq import contracts as c
 from movieq.api.state import answered, api
-from movieq.params import PARAMS
+from movieq.tasks import states as c
+from movieq.tasks.entities import ProcessingProgress
+from movieq.tasks.params import PARAMS
+from movieq.tasks.wire import (
+    CancelAnswer,
+    DeadLettersAnswer,
+    DeliveriesAnswer,
+    DeliveryAnswer,
+    ErrorAnswer,
+    HealthAnswer,
+    LiveAnswer,
+    MetricsAnswer,
+    ProjectSnapshot,
+    ProjectState,
+    QueuesAnswer,
+    ReadyAnswer,
+    Receipt,
+    Snapshot,
+    SubmitRequest,
+    TaskPage,
+    TasksHealthAnswer,
+    TaskState,
+    TaskTypesAnswer,
+    UploadAnswer,
+    Webhook,
+    WorkersAnswer,
+)
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -45,17 +70,17 @@ _SIGNED: Final[dict[str, dict[str, Any]]] = {"expires": {"type": "integer"}, "si
 _MANY: Final = {"type": "string", "description": "one or more, comma-separated"}
 
 OPERATIONS: Final = (
-    Operation("get", "/health", "Health check", c.HealthAnswer, errors=(), also={503: c.HealthAnswer}),
-    Operation("get", "/health/live", "Liveness: the process answers", c.LiveAnswer, errors=()),
-    Operation("get", "/health/ready", "Readiness: tasks can be accepted and run", c.ReadyAnswer, errors=(), also={503: c.ReadyAnswer}),
-    Operation("post", "/tasks/submit", "Accept a task", c.Receipt, 201, c.SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
-    Operation("get", "/tasks/{task_id}/status", "The state of a task", c.TaskState, query={"wait": _WAIT}),
-    Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", c.CancelAnswer),
-    Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", c.CancelAnswer),
-    Operation("delete", "/tasks/{task_id}", "Cancel a task", c.CancelAnswer),
-    Operation("post", "/tasks/{task_id}/retry", "Queue a failed task again", c.Receipt, 201),
-    Operation("get", "/projects/{project_id}/tasks", "A page of a project's tasks, newest first", c.TaskPage, query=_PAGE),
-    Operation("get", "/workers/status", "Who works", c.WorkersAnswer),
+    Operation("get", "/health", "Health check", HealthAnswer, errors=(), also={503: HealthAnswer}),
+    Operation("get", "/health/live", "Liveness: the process answers", LiveAnswer, errors=()),
+    Operation("get", "/health/ready", "Readiness: tasks can be accepted and run", ReadyAnswer, errors=(), also={503: ReadyAnswer}),
+    Operation("post", "/tasks/submit", "Accept a task", Receipt, 201, SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
+    Operation("get", "/tasks/{task_id}/status", "The state of a task", TaskState, query={"wait": _WAIT}),
+    Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
+    Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
+    Operation("delete", "/tasks/{task_id}", "Cancel a task", CancelAnswer),
+    Operation("post", "/tasks/{task_id}/retry", "Queue a failed task again", Receipt, 201),
+    Operation("get", "/projects/{project_id}/tasks", "A page of a project's tasks, newest first", TaskPage, query=_PAGE),
+    Operation("get", "/workers/status", "Who works", WorkersAnswer),
     Operation(
         "get",
         "/tasks/{task_id}/events",
@@ -65,9 +90,9 @@ OPERATIONS: Final = (
         answer_type="text/event-stream",
         also={204: None},
     ),
-    Operation("get", "/tasks/{task_id}/deliveries", "The webhooks of a task, and its way into the CMS", c.DeliveriesAnswer),
-    Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", c.DeliveryAnswer),
-    Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", c.ProjectState),
+    Operation("get", "/tasks/{task_id}/deliveries", "The webhooks of a task, and its way into the CMS", DeliveriesAnswer),
+    Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", DeliveryAnswer),
+    Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", ProjectState),
     Operation(
         "get",
         "/projects/{project_id}/events",
@@ -80,24 +105,24 @@ OPERATIONS: Final = (
         "post",
         "/projects/{project_id}/uploads",
         "Keep the bytes of an image or a sound for seven days",
-        c.UploadAnswer,
+        UploadAnswer,
         201,
         "application/octet-stream",
         errors=(400, 401, 403, 413, 503),
     ),
-    Operation("get", "/queues", "What waits, what runs, for how long", c.QueuesAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/metrics", "Totals, rates in percent, average durations", c.MetricsAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/health", "What an operator should look at", c.TasksHealthAnswer, errors=(401, 403, 503)),
+    Operation("get", "/queues", "What waits, what runs, for how long", QueuesAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/metrics", "Totals, rates in percent, average durations", MetricsAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/health", "What an operator should look at", TasksHealthAnswer, errors=(401, 403, 503)),
     Operation(
         "get",
         "/dead-letters",
         "Tasks that were given up after their worker or engine died with them",
-        c.DeadLettersAnswer,
+        DeadLettersAnswer,
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}},
         errors=(400, 401, 403, 503),
     ),
     Operation("delete", "/dead-letters/{task_id}", "List a dead letter no more", None, 204),
-    Operation("get", "/task-types", "What can be submitted here", c.TaskTypesAnswer),
+    Operation("get", "/task-types", "What can be submitted here", TaskTypesAnswer),
 )
 
 
@@ -109,7 +134,7 @@ async def openapi(request: Request) -> Response:
 @cache
 def document(public_url: str) -> dict[str, Any]:
     """The whole API as OpenAPI 3.1."""
-    structs: set[type[msgspec.Struct]] = {c.ErrorAnswer, c.ProcessingProgress, c.ProjectSnapshot, c.Snapshot, c.Webhook, *PARAMS.values()}
+    structs: set[type[msgspec.Struct]] = {ErrorAnswer, ProcessingProgress, ProjectSnapshot, Snapshot, Webhook, *PARAMS.values()}
     structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}
     ordered = sorted(structs, key=lambda struct: struct.__name__)
     refs, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
@@ -139,7 +164,7 @@ def document(public_url: str) -> dict[str, Any]:
 
 def _operation(op: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]]) -> dict[str, Any]:
     content = {op.answer_type: {"schema": schemas[op.answer]} if op.answer else {}}
-    error = {"content": {"application/json": {"schema": schemas[c.ErrorAnswer]}}}
+    error = {"content": {"application/json": {"schema": schemas[ErrorAnswer]}}}
     parameters = [_parameter(name[1:-1], "path", {"type": "string"}) for name in op.path.split("/") if name.startswith("{")]
     parameters += [_parameter(name, "query", schema) for name, schema in op.query.items()]
     if op.path == "/tasks/submit":

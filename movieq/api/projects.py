@@ -11,14 +11,17 @@ from typing import IO, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from movieq import fetch
 from movieq.api.auth import project_of
-from movieq.api.state import answered, api, only_query, query_choice, query_int
+from movieq.api.query import only_query, query_choice, query_int
+from movieq.api.state import answered, api
 from movieq.api.tasks import arriving
-from movieq.contracts import STATES, UPLOAD_BYTES, Pagination, TaskPage, TaskRow, Upload, UploadAnswer, utc
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
-from movieq.params import TaskType
+from movieq.fetch import download
 from movieq.settings import Scope
+from movieq.tasks.entities import UPLOAD_BYTES, Upload
+from movieq.tasks.results import utc
+from movieq.tasks.states import STATES, TaskType
+from movieq.tasks.wire import Pagination, TaskPage, TaskRow, UploadAnswer
 
 UPLOAD_S: Final = 300.0
 PAGES: Final = 1_000_000
@@ -95,9 +98,9 @@ async def _receive(request: Request, file: IO[bytes]) -> int:
 
 def _media_type(path: Path) -> str:
     with path.open("rb") as file:
-        media_type = fetch.sniff(file.read(fetch.HEAD_BYTES))
+        media_type = download.sniff(file.read(download.HEAD_BYTES))
     if media_type is None:
         raise ValidationFailed("the upload is neither an image (jpeg, png, webp, gif, tiff, bmp) nor a sound (wav, mp3, flac, ogg, m4a)")
-    if media_type.startswith("image/") and (problem := fetch.image_problem(path)):
+    if media_type.startswith("image/") and (problem := download.image_problem(path)):
         raise ValidationFailed(f"the upload cannot be used: {problem}")
     return media_type

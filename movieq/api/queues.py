@@ -8,10 +8,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
-from movieq.api.state import Api, answered, api, only_query, query_int
-from movieq.contracts import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer, TaskStatus
+from movieq.api.query import only_query, query_int
+from movieq.api.state import Api, answered, api
 from movieq.errors import NotFound
 from movieq.settings import Scope
+from movieq.tasks.states import TaskStatus
+from movieq.tasks.wire import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer
 
 OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0

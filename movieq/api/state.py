@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 from movieq import logs, signing
-from movieq.contracts import (
-    EVENTS_URL_S,
-    MEDIA_URL_S,
-    EventType,
-    ProcessingProgress,
-    Project,
-    ProjectSnapshot,
-    ProjectState,
-    Snapshot,
-    StoredResult,
-    Task,
-    TaskId,
-    TaskState,
-    TaskStatus,
-    utc,
-)
-from movieq.errors import ValidationFailed
-from movieq.params import TaskType
+from movieq.tasks.entities import ProcessingProgress, Project, Task
+from movieq.tasks.results import MEDIA_URL_S, StoredResult, utc
+from movieq.tasks.states import EventType, TaskId, TaskStatus
+from movieq.tasks.wire import EVENTS_URL_S, ProjectSnapshot, ProjectState, Snapshot, TaskState
 
 if TYPE_CHECKING:
-    from movieq.api.auth import Keys
-    from movieq.api.health import Readiness
-    from movieq.events import Hub
-    from movieq.fetch import Guard
-    from movieq.models import Model
+    from movieq.api.key_cache import Keys
+    from movieq.api.readiness import Readiness
+    from movieq.fetch.guard import Guard
+    from movieq.models.table import Model
+    from movieq.queue.store import Store
     from movieq.settings import Settings
-    from movieq.storage import Storage
-    from movieq.store import Store
+    from movieq.storage.base import Storage
+    from movieq.streams.hub import Hub
 
 GPU_KNOWN_S = 5.0
-
-Choice = TypeVar("Choice", TaskStatus, TaskType)
 log = logs.get()
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
@@ -188,41 +172,3 @@ def answered(answer: Any, status: int = 200, headers: dict[str, str] | None = No
 def now() -> datetime:
     """The time by this process's clock, for answers that are about this moment only."""
     return datetime.now(UTC)
-
-
-def only_query(request: HTTPConnection, *names: str) -> None:
-    """Raises ValidationFailed for a query parameter that nothing reads, or that stands twice."""
-    for name in request.query_params:
-        if name not in names:
-            raise ValidationFailed(f"{name[:40]}: no such query parameter; there are: {', '.join(names) or 'none'}")
-        if len(request.query_params.getlist(name)) > 1:
-            raise ValidationFailed(f"{name}: stands twice in the query")
-
-
-def query_int(request: HTTPConnection, name: str, default: int, least: int, most: int) -> int:
-    """A whole number of the query. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
-        raise ValidationFailed(f"{name}: a whole number of {least} to {most} is allowed, got {text[:40]!r}")
-    return int(text)
-
-
-def query_choice(request: HTTPConnection, name: str, values: Iterable[Choice]) -> Choice | None:
-    """One of these values. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    return None if text is None else _chosen(name, text, values)
-
-
-def query_choices(request: HTTPConnection, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
-    """Any number of these values, comma-separated. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    return frozenset() if text is None else frozenset(_chosen(name, part.strip(), values) for part in text.split(","))
-
-
-def _chosen(name: str, text: str, values: Iterable[Choice]) -> Choice:
-    for value in values:
-        if value == text:
-            return value
-    raise ValidationFailed(f"{name}: one of {', '.join(values)} is allowed, got {text[:80]!r}")

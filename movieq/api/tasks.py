@@ -18,28 +18,24 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from movieq import logs, models, params, payload, values
+from movieq import logs
 from movieq.api.auth import Caller, caller, task_of
-from movieq.api.state import Api, answered, api, only_query, query_int
-from movieq.contracts import (
-    PRIORITY_BIAS_MS,
-    CancelAnswer,
-    Deadline,
-    ProjectId,
-    Receipt,
-    StoredResult,
-    SubmitRequest,
-    Task,
-    TaskId,
-    TaskStatus,
-    utc,
-)
+from movieq.api.query import only_query, query_int
+from movieq.api.state import Api, answered, api
+from movieq.delivery import payload
 from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
-from movieq.events import START, EndWatcher, Opening, Source, pair
-from movieq.fetch import UrlRefused
-from movieq.params import MAX_DURATION_S, TaskType
+from movieq.fetch.guard import UrlRefused
+from movieq.models import table as models
+from movieq.queue.store import Accepted, NewTask
 from movieq.settings import Scope
-from movieq.store import Accepted, NewTask
+from movieq.streams.sse import START, pair
+from movieq.streams.watchers import EndWatcher, Opening, Source
+from movieq.tasks import params, values
+from movieq.tasks.entities import Task
+from movieq.tasks.params import MAX_DURATION_S
+from movieq.tasks.results import StoredResult, utc
+from movieq.tasks.states import PRIORITY_BIAS_MS, ProjectId, TaskId, TaskStatus, TaskType
+from movieq.tasks.wire import CancelAnswer, Deadline, Receipt, SubmitRequest
 
 BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024

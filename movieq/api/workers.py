@@ -7,10 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq.api.auth import caller
-from movieq.api.state import answered, api, only_query
-from movieq.contracts import WorkersAnswer, WorkerState, WorkerStatus
+from movieq.api.query import only_query
+from movieq.api.state import answered, api
+from movieq.queue.store import Store
 from movieq.settings import Grant, Scope
-from movieq.store import Store
+from movieq.tasks.entities import WorkerState, WorkerStatus
+from movieq.tasks.wire import WorkersAnswer
 
 
 async def status(request: Request) -> Response:

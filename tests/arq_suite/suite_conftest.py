@@ -19,10 +19,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError
 
-from movieq.channels import Subscriber
-from movieq.embedded import Valkey, valkey
-from movieq.store import Store, connect
-from workers.main import Worker
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.connection import connect
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.store import Store
+from workers.worker import Worker
 
 msgpack: Any = types.ModuleType("msgpack")  # what of it the suite uses, by msgspec
 msgpack.packb = functools.partial(msgspec.msgpack.encode, enc_hook=repr)

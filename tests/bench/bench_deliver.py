@@ -21,9 +21,9 @@ from typing import Any, Final
 
 import msgspec
 
-from movieq import s3
-from movieq.contracts import TaskId
 from movieq.settings import Bucket
+from movieq.storage import s3
+from movieq.tasks.states import TaskId
 from tests.bench import environments
 from tests.bench.report import report
 from tests.fleet import fleet

@@ -18,22 +18,27 @@ import msgspec
 import torch
 from arq import func
 
-from movieq import logs, models, params
-from movieq.channels import Subscriber
-from movieq.contracts import KEYS, Kind, TaskId, TaskStatus
-from movieq.embedded import Valkey
-from movieq.fetch import Fetcher, Guard
-from movieq.models import Model
-from movieq.params import TaskType
+from movieq import logs
+from movieq.fetch.download import Fetcher
+from movieq.fetch.guard import Guard
+from movieq.local.embedded import Valkey
+from movieq.models import table as models
+from movieq.models.table import Model
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.store import NewTask, Slot, Store
 from movieq.settings import LogFormat, LogLevel
-from movieq.storage import FolderStorage
-from movieq.store import NewTask, Slot, Store, connect
+from movieq.storage.folder import FolderStorage
+from movieq.tasks import params
+from movieq.tasks.states import Kind, TaskId, TaskStatus, TaskType
 from tests.arrange import new_task
 from tests.bench.report import percentile, report
 from tests.engines import tiny
-from workers.engine import Child
-from workers.main import Worker
-from workers.run import Parts, run_task
+from workers.execute import run_task
+from workers.running import Parts
+from workers.supervisor import Child
+from workers.worker import Worker
 
 MODELS = 4
 TASKS = 200

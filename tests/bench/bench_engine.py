@@ -20,16 +20,17 @@ import psutil
 import torch
 from PIL import Image
 
-from movieq.contracts import Kind
-from movieq.models import Model
+from movieq.models.table import Model
+from movieq.tasks.states import Kind
 from tests.arrange import ran
 from tests.bench.report import percentile, report
 from tests.engines import tiny
-from workers.child import media, previews, shelf
-from workers.child.media import Tags
-from workers.child.previews import Call, Eye, Learnt
-from workers.engine import Child, Progress
+from workers.child.diffusion import model_cache, previews
+from workers.child.diffusion.previews import Call, Eye, Learnt
+from workers.child.media import encode
+from workers.child.media.encode import Tags
 from workers.protocol import Run, Step
+from workers.supervisor import Child, Progress
 
 CALLS: Final = 30
 STEPS: Final = 20
@@ -87,7 +88,7 @@ class Bench:
         call = pipe(prompt="a lighthouse in a storm.", width=SIDE, height=SIDE, num_inference_steps=STEPS, generator=generator)
         picture: Image.Image = call.images[0]
         tags = Tags(title="Image", prompt="", seed=1, engine="", model="", version="", task="")
-        media.write_image(self._folder / "bare.jpg", picture, "jpeg", tags)  # type: ignore[arg-type]
+        encode.write_image(self._folder / "bare.jpg", picture, "jpeg", tags)  # type: ignore[arg-type]
         return time.perf_counter() - begun
 
     async def cancelled(self, stage: str) -> float:
@@ -131,7 +132,7 @@ async def measure(folder: Path) -> None:
     bench = Bench(folder)
     keeping = asyncio.create_task(bench.child.keep(bench.ready.set))
     await bench.ready.wait()
-    pipe = shelf.class_of("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
+    pipe = model_cache.class_of("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     pairs = [(bench.bare(pipe), await bench.served()) for _ in range(CALLS + 3)][3:]
     bare, served = (statistics.median(each) for each in zip(*pairs, strict=True))

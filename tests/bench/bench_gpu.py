@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from movieq.contracts import Kind
-from movieq.models import Model
+from movieq.models.table import Model
+from movieq.tasks.states import Kind
 from tests.arrange import ran
 from tests.bench.report import report
 from tests.engines import tiny
-from workers.child import diffusion, shelf
-from workers.child.take import Flag, Take
-from workers.engine import Child
+from workers.child.diffusion import engine as diffusion
+from workers.child.diffusion import model_cache
+from workers.child.job import Flag, Take
 from workers.protocol import Run
+from workers.supervisor import Child
 
 PROMPT = "a lighthouse in a storm"
 ROWS = (1, 2, 4, 8, 16)
@@ -202,14 +203,14 @@ def pictures(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def anew() -> None:
-        shelf.evict("")
+        model_cache.evict("")
         bench.batch(bench.size.sides[0], 1)
 
     load = bench.seconds(anew)
     warm = bench.seconds(lambda: bench.batch(bench.size.sides[0], 1))
     found["from_disk_s"] = load - warm
     take = Take(bench.run(64), lambda message: None, Flag(), bench.device)
-    pipe = shelf.get(take, bench.name, bench.entry, bench.device).pipe
+    pipe = model_cache.get(take, bench.name, bench.entry, bench.device).pipe
     found["from_host_s"] = bench.seconds(lambda: (pipe.to("cpu"), pipe.to(bench.device)))
     for side in bench.size.sides:
         bare = bench.seconds(lambda side=side: bench.bare(pipe, side))  # type: ignore[misc]
@@ -237,10 +238,10 @@ def pictures(bench: Bench) -> dict[str, Any]:
 async def served(bench: Bench) -> dict[str, Any]:
     """Through a child, a picture after another and the next waiting: how that compares to a plain loop in this process."""
     take = Take(bench.run(64), lambda message: None, Flag(), bench.device)
-    pipe = shelf.get(take, bench.name, bench.entry, bench.device).pipe
+    pipe = model_cache.get(take, bench.name, bench.entry, bench.device).pipe
     side = bench.size.sides[-1]
     bare = bench.seconds(lambda: bench.bare(pipe, max(side, 64)))
-    shelf.evict("")
+    model_cache.evict("")
     child = Child("gpu0", (Kind.GPU_HEAVY,), bench.device, step_timeout_s=600)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))
@@ -260,7 +261,7 @@ def clip(folder: Path, size: Size, device: str) -> dict[str, Any]:
     bench = Bench(folder, "ltx", size, device, 1)
     width, height, frames = size.sides
     take = Take(bench.run(64), lambda message: None, Flag(), device)
-    pipe = shelf.get(take, "ltx", bench.entry, device).pipe
+    pipe = model_cache.get(take, "ltx", bench.entry, device).pipe
     options = {"prompt": PROMPT, "width": width, "height": height, "num_frames": frames, "num_inference_steps": bench.entry.defaults.steps}
     return {"clip_s": bench.seconds(lambda: pipe(**options, generator=torch.Generator("cpu").manual_seed(1)))}
 
@@ -273,10 +274,10 @@ def measure(folder: Path, *, small: bool) -> dict[str, Any]:
         bench = Bench(folder, name, size, device, calls)
         for key, value in {**pictures(bench), **asyncio.run(served(bench))}.items():
             found[f"{name}_{key}"] = value
-        shelf.evict("")
+        model_cache.evict("")
     for key, value in clip(folder, CLIPS[small], device).items():
         found[f"ltx_{key}"] = value
-    shelf.evict("")
+    model_cache.evict("")
     return found
 
 

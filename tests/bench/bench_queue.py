@@ -27,7 +27,7 @@ import psutil
 import redis
 import uvloop
 
-from movieq.embedded import Valkey, valkey
+from movieq.local.embedded import Valkey, valkey
 from tests.bench import environments
 from tests.bench.peers import backlog
 from tests.bench.peers.backlog import Backlog

@@ -28,10 +28,12 @@ from typing import Any, Final, NamedTuple
 import psutil
 import uvloop
 
-from movieq.contracts import KEYS, RunToken, TaskId
-from movieq.embedded import Valkey, valkey
-from movieq.serving import allow_open_files
-from movieq.store import Store, connect
+from movieq.api.server import allow_open_files
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.states import RunToken, TaskId
 from tests.arrange import new_task, raw, running
 from tests.bench import environments
 from tests.bench.report import machine, percentile, report

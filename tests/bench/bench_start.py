@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from movieq.contracts import KEYS
-from movieq.embedded import valkey
-from movieq.store import connect
+from movieq.local.embedded import valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
 from tests.bench import load
 from tests.bench.report import percentile, report
 

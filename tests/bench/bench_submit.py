@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from movieq.embedded import valkey
+from movieq.local.embedded import valkey
 from tests.bench import load
 from tests.bench.report import percentile, report
 

@@ -20,9 +20,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from movieq.contracts import KEYS
-from movieq.embedded import valkey
-from movieq.store import Store, connect
+from movieq.local.embedded import valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from tests.arrange import claim, new_task, result
 from tests.bench import load
 from tests.bench.report import percentile, report

@@ -20,9 +20,10 @@ from typing import Final, cast
 import aiohttp
 import uvloop
 
-from movieq.contracts import KEYS
-from movieq.embedded import valkey
-from movieq.store import Store, connect
+from movieq.local.embedded import valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from tests import arrange
 from tests.bench.report import percentile, report
 

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any, Final
 
-from movieq.serving import allow_open_files
+from movieq.api.server import allow_open_files
 
 IN_FLIGHT: Final = 128
 MARK: Final = re.compile(rb"bench-(\d+)")

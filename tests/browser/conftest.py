@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from playwright.async_api import Page, async_playwright
 
-from movieq import store
+from movieq.queue import store
 from tests.fleet import Fleet, eventually, fleet
 from tests.nginx import program
 from tests.service import serving

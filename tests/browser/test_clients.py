@@ -12,8 +12,8 @@ import httpx_sse
 import pytest
 from playwright.async_api import Page
 
-from movieq.contracts import EventType, RunToken, TaskId
-from movieq.store import Store
+from movieq.queue.store import Store
+from movieq.tasks.states import EventType, RunToken, TaskId
 from tests.arrange import result, running
 from tests.browser.conftest import NODE
 from tests.fleet import Fleet, eventually, free_port

@@ -16,7 +16,7 @@ from aiohttp import web
 from playwright.async_api import Page
 
 from movieq import signing
-from movieq.contracts import TaskId
+from movieq.tasks.states import TaskId
 from tests.arrange import claim, new_task, result, running
 from tests.browser.conftest import NODE, ROOT, listens
 from tests.browser.test_clients import work

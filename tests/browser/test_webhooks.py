@@ -9,14 +9,14 @@ from pathlib import Path
 
 import aiohttp
 
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
-from movieq.store import Store
+from movieq.storage.folder import FolderStorage
 from tests.arrange import running
 from tests.browser.conftest import NODE
 from tests.nginx import program
 from tests.service import receiver
-from workers.deliver import Outbox, deliver
+from workers.delivery import Outbox, deliver
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(secret).decode() for secret in (b"old" * 8, b"new" * 8, b"other" * 8))
 

@@ -17,22 +17,24 @@ from pathlib import Path
 import psutil
 
 import movieq
-from movieq import serving
-from movieq.embedded import Valkey
+from movieq.api import server
 from movieq.errors import SettingsError
+from movieq.local.embedded import Valkey
 
 APIS, WORKERS = 2, 3
 RESPAWN_S = 0.2
 ROOT = Path(movieq.__file__).parents[1]
 PLUGIN = ROOT / "tests/engines/palettes/movieq_palettes.py"
 NEWER: dict[str, list[tuple[str, str]]] = {
-    "movieq/contracts.py": [
+    "movieq/tasks/states.py": [
         ('    GOODBYE = "goodbye"\n', '    GOODBYE = "goodbye"\n    NOTED = "noted"\n'),
         ('    CPU_INTENSIVE = "cpu_intensive"\n', '    CPU_INTENSIVE = "cpu_intensive"\n    GPU_TINY = "gpu_tiny"\n'),
-        ('    IDLE = "idle"\n', '    IDLE = "resting"\n'),
     ],
-    "movieq/lua/submit.lua": [("set(t, fields)\n", 'fields.labels = \'{"scene":"12"}\'\nset(t, fields)\n')],
-    "movieq/lua/complete.lua": [("finish(t, 'completed'", "log(t, 'noted', {'\"text\":\"of a newer version\"'})\nfinish(t, 'completed'")],
+    "movieq/tasks/entities.py": [('    IDLE = "idle"\n', '    IDLE = "resting"\n')],
+    "movieq/queue/lua/submit.lua": [("set(t, fields)\n", 'fields.labels = \'{"scene":"12"}\'\nset(t, fields)\n')],
+    "movieq/queue/lua/complete.lua": [
+        ("finish(t, 'completed'", "log(t, 'noted', {'\"text\":\"of a newer version\"'})\nfinish(t, 'completed'")
+    ],
 }
 """What the newer version that runs beside this one knows more: an event, a kind, a state of workers, a field of tasks."""
 
@@ -99,11 +101,11 @@ class Farm:
     @property
     def urls(self) -> list[str]:
         """Where the APIs are; their sockets outlive them."""
-        return [serving.address(sock) for sock in self.sockets]
+        return [server.address(sock) for sock in self.sockets]
 
     def start(self, **settings: str) -> None:
         self.valkey.start()
-        self.sockets = [serving.listen("127.0.0.1", 0) for _ in range(APIS)]
+        self.sockets = [server.listen("127.0.0.1", 0) for _ in range(APIS)]
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
             "MOVIEQ_REDIS_URL": self.valkey.url,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from redis.exceptions import RedisError
 
-from movieq.contracts import KEYS, Kind, TaskId, TaskStatus
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.states import Kind, TaskId, TaskStatus
 from tests.arrange import new_task, raw
 
 if TYPE_CHECKING:

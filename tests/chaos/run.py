@@ -26,9 +26,12 @@ import msgspec
 from PIL import Image
 from redis.exceptions import RedisError
 
-from movieq.contracts import KEYS, EventType, Task, TaskId, TaskStatus
-from movieq.storage import FolderStorage
-from movieq.store import Store, connect
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.entities import Task
+from movieq.tasks.states import EventType, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.bench.report import percentile, report
 from tests.chaos.farm import Farm

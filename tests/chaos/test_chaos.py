@@ -12,8 +12,10 @@ import aiohttp
 import pytest
 
 import movieq
-from movieq.contracts import KEYS, TaskId
-from movieq.store import Store, connect
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.states import TaskId
 from tests.chaos.farm import Farm
 from tests.chaos.run import KEY, Driver, Findings, all_ended, chaos, check
 from tests.service import Receiver, serving
@@ -95,7 +97,7 @@ def test_the_checker_reports_what_is_done_twice_without_the_fence_and_nothing_wi
     for package in ("movieq", "workers"):
         shutil.copytree(root / package, tmp_path / "source" / package)
     if not fence:
-        common = tmp_path / "source/movieq/lua/_common.lua"
+        common = tmp_path / "source/movieq/queue/lua/_common.lua"
         holds = "return t ~= nil and t.status == 'processing' and t.run == run"
         assert holds in common.read_text()
         common.write_text(common.read_text().replace(holds, "return t ~= nil"))

@@ -18,12 +18,13 @@ import structlog
 import uvicorn
 from arq.connections import ArqRedis
 
-from movieq import serving
 from movieq.api import app
-from movieq.contracts import RunToken, TaskId, TaskStatus
-from movieq.embedded import Valkey, valkey
+from movieq.api import server as serving
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.connection import connect
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store, connect
+from movieq.tasks.states import RunToken, TaskId, TaskStatus
 from tests.arrange import claim, result
 from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBMIT, Client
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from movieq.store import Store
+from movieq.queue.store import Store
 from tests.arrange import claim
 from tests.contract.client import ALL, BODY, Answer, Client
 from tests.contract.conftest import Tasks

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from arq.connections import ArqRedis
 
-from movieq.contracts import DeliveryState, TaskId
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.tasks.entities import DeliveryState
+from movieq.tasks.states import TaskId
 from tests.arrange import result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, UNKNOWN, Client
 from tests.contract.conftest import served

@@ -13,12 +13,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from movieq import channels, signing
-from movieq import events as hub_module
-from movieq.contracts import KEYS, STATES, ProcessingProgress, RunToken, TaskId, TaskStatus
-from movieq.embedded import Valkey, valkey
+from movieq import signing
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue import pubsub
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
-from movieq.store import Counts, Store, connect
+from movieq.streams import hub as hub_module
+from movieq.streams import watchers
+from movieq.streams.watchers import STUCK_S
+from movieq.tasks.entities import ProcessingProgress
+from movieq.tasks.states import STATES, RunToken, TaskId, TaskStatus
 from tests.arrange import raw, result
 from tests.contract.client import ALL, DEADLINE_S, READ, Answer, Client, Event, Stream, schema
 from tests.contract.conftest import Tasks, served, stopped
@@ -476,7 +482,7 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
 
 @pytest.mark.usefixtures("quiet_loop")
 async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store) -> None:
-    assert channels.PING_S == 15
+    assert pubsub.PING_S == 15
     # else the secret that is kept in Redis is asked for each second, streams or not
     async with served(msgspec.structs.replace(settings, signing_secret="a-secret-of-this-test")) as api:
         task_id = await Tasks(api, store).queued()
@@ -539,8 +545,9 @@ async def test_a_slow_reader_falls_behind_and_still_gets_every_entry_once(settin
 async def test_a_reader_that_takes_nothing_is_left_and_loses_its_socket(
     settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hub_module.STUCK_S == 30
-    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
+    assert STUCK_S == 30
+    for module in (hub_module, watchers):
+        monkeypatch.setattr(module, "STUCK_S", 0.2)
     async with served(settings, send_buffer=4096) as api:
         tasks = Tasks(api, store)
         task_id, run = await tasks.processing()
@@ -556,7 +563,8 @@ async def test_a_reader_that_takes_nothing_is_left_and_loses_its_socket(
 async def test_the_end_of_a_stream_waits_no_longer_for_a_reader_that_takes_nothing(
     settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "STUCK_S", 0.2)
+    for module in (hub_module, watchers):
+        monkeypatch.setattr(module, "STUCK_S", 0.2)
     async with served(settings, send_buffer=4096) as api:
         tasks = Tasks(api, store)
         task_id, run = await tasks.processing()
@@ -635,8 +643,8 @@ async def test_through_a_restart_of_redis_nothing_is_missed_or_doubled(
 async def test_a_redis_that_hangs_is_noticed_by_its_silence(
     own: Valkey, own_store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels, "PING_S", 0.2)
-    monkeypatch.setattr(channels, "PONG_S", 0.2)
+    monkeypatch.setattr(pubsub, "PING_S", 0.2)
+    monkeypatch.setattr(pubsub, "PONG_S", 0.2)
     async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
         task_id, run = await Tasks(api, own_store).processing()
         async with api.events(task_id) as stream:

@@ -10,9 +10,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import movieq
-from movieq.contracts import KEYS, Kind, TaskId, WorkerState, WorkerStatus, utc
-from movieq.settings import EngineChoice, Settings
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.settings import Settings
+from movieq.tasks.entities import WorkerState, WorkerStatus
+from movieq.tasks.results import utc
+from movieq.tasks.states import EngineChoice, Kind, TaskId
 from tests.arrange import raw
 from tests.contract.client import ALL, FILM, Client
 from tests.contract.conftest import Tasks, served

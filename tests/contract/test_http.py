@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from movieq.api.app import create
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 from tests.arrange import result
 from tests.contract.client import ALL, BODY, DEADLINE_S, Client
 from tests.contract.conftest import Tasks

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from movieq.contracts import KEYS
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings
-from movieq.store import Store
 from tests.arrange import raw
 from tests.contract.client import ADMIN, ALL, FILM, READ, SUBMIT, UNKNOWN, Client
 from tests.contract.conftest import Tasks, served

@@ -10,13 +10,15 @@ import msgspec
 import pytest
 
 import movieq
-from movieq import models, params
 from movieq.api import tasks as tasks_module
-from movieq.contracts import KEYS, Kind, StoredMedia, StoredResult, TaskId, TaskStatus
-from movieq.models import Model
-from movieq.params import TaskType
+from movieq.models import table as models
+from movieq.models.table import Model
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.tasks import params
+from movieq.tasks.results import StoredMedia, StoredResult
+from movieq.tasks.states import Kind, TaskId, TaskStatus, TaskType
 from tests.arrange import new_task, raw
 from tests.contract.client import FILM, Client
 from tests.contract.conftest import Tasks, served

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from movieq.storage import FolderStorage
+from movieq.storage.folder import FolderStorage
 from tests.contract.client import Client
 
 KEY = "projects/film/image/t/r/output.jpg"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from movieq.contracts import STATES, TaskStatus
-from movieq.store import Store
+from movieq.queue.store import Store
+from movieq.tasks.states import STATES, TaskStatus
 from tests.arrange import new_task
 from tests.contract.client import FILM, Answer, Client
 from tests.contract.conftest import Tasks

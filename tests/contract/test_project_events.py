@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from movieq import signing
-from movieq.contracts import KEYS, STATES, ProjectId, TaskId
-from movieq.events import Source
-from movieq.params import TaskType
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
-from movieq.store import Counts, Store
+from movieq.streams.watchers import Source
+from movieq.tasks.states import STATES, ProjectId, TaskId, TaskType
 from tests.arrange import new_task, raw, result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, Client, Event, Stream, schema
 from tests.contract.conftest import Tasks, served

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from movieq.contracts import KEYS, STATES, TaskId, TaskStatus
-from movieq.store import Counts, Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import claim, new_task, raw, result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, Client
 from tests.contract.conftest import Tasks

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from arq.connections import ArqRedis
 
-from movieq.api import health
-from movieq.embedded import Valkey
+from movieq.api import readiness
+from movieq.local.embedded import Valkey
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 from tests.arrange import raw
 from tests.contract.client import Answer, Client
 from tests.contract.conftest import REFUSALS, refuse_writes, served, stopped, take_writes
@@ -28,7 +28,7 @@ LIVE, READY, HEALTH = "/health/live", "/health/ready", "/health"
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request is answered anew."""
-    monkeypatch.setattr(health, "FRESH_S", 0.0)
+    monkeypatch.setattr(readiness, "FRESH_S", 0.0)
 
 
 def failed(answer: Answer) -> dict[str, str]:
@@ -110,7 +110,7 @@ async def test_a_storage_that_hangs_is_asked_by_one_thread_and_holds_up_nobody(
     settings: Settings, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await beat(store)
-    monkeypatch.setattr(health, "CHECK_S", 0.1)
+    monkeypatch.setattr(readiness, "CHECK_S", 0.1)
     os.mkfifo(folder / "hangs")
 
     async def usable() -> bool:
@@ -138,7 +138,7 @@ async def ready(api: Client) -> bool:
 async def test_however_often_it_is_asked_it_writes_once_a_second_at_most(
     quiet_loop: None, redis: ArqRedis, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FRESH_S", 1.0)
+    monkeypatch.setattr(readiness, "FRESH_S", 1.0)
     async with served(settings) as api:
         await beat(store)
         await raw(store).config_resetstat()

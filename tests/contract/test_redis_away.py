@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from movieq.contracts import KEYS, TaskId
-from movieq.embedded import Valkey
+from movieq.local.embedded import Valkey
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.tasks.states import TaskId
 from tests.arrange import new_task, raw
 from tests.contract.client import BODY, Answer, Client
 from tests.contract.conftest import REFUSALS, refuse_writes, served, stopped, take_writes

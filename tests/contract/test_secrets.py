@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from movieq.embedded import Valkey
-from movieq.store import Store
+from movieq.local.embedded import Valkey
+from movieq.queue.store import Store
 from tests.contract.client import ALL, BODY, FILM
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 from tests.arrange import raw
 from tests.contract.client import Client
 from tests.contract.conftest import Tasks, served

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from movieq.contracts import KEYS, STATES, TaskId, TaskStatus
-from movieq.store import Counts, Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.contract.client import UNKNOWN, Client
 from tests.contract.conftest import Tasks

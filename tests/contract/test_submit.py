@@ -16,8 +16,8 @@ from arq import ArqRedis
 from arq.jobs import Job
 
 from movieq.api import tasks
+from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings, key_hash
-from movieq.store import Store
 from tests.arrange import raw
 from tests.contract.client import ALL, BODY, FILM, Client
 from tests.contract.conftest import Tasks, served

@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from movieq.contracts import KEYS, TaskId
-from movieq.events import ENTRIES
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import key_hash
-from movieq.store import Store
+from movieq.streams.hub import ENTRIES
+from movieq.tasks.states import TaskId
 from tests.arrange import raw
 from tests.contract.client import ADMIN, ALL, Client
 from tests.contract.conftest import Tasks

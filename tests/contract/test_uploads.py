@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from movieq.contracts import KEYS, ProjectId
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
+from movieq.tasks.states import ProjectId
 from tests.arrange import raw
 from tests.contract.client import FILM, Client
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from movieq.models import Model
+from movieq.models.table import Model
 from tests.engines import tiny
-from workers.child import diffusion, shelf
-from workers.child.take import Flag, Made, Take
+from workers.child.diffusion import engine as diffusion
+from workers.child.diffusion import model_cache
+from workers.child.job import Flag, Made, Take
 from workers.protocol import FromChild, Run, Step
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; models so small get slower by threads
@@ -149,9 +150,9 @@ class Studio:
 @pytest.fixture
 def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
     """An engine with nothing in memory."""
-    shelf.clear()
+    model_cache.clear()
     yield Studio(folders, folder)
-    shelf.clear()
+    model_cache.clear()
 
 
 @pytest.fixture

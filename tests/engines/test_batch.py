@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from movieq.models import batch
-from movieq.params import ImageParams
+from movieq.models.table import batch
+from movieq.tasks.params import ImageParams
 from tests.engines.conftest import Studio, decoded, difference
 from tests.engines.test_diffusion import failing, pytestmark  # noqa: F401  # the same libraries
 from workers.child import __main__ as child
-from workers.child import diffusion
-from workers.child.take import Finish, Flag, Made, Take
+from workers.child.diffusion import engine as diffusion
+from workers.child.job import Finish, Flag, Made, Take
 from workers.protocol import Cancelled, Done, Failed, FromChild, Note, Rows, Step
 
 ALIKE: list[dict[str, Any]] = [

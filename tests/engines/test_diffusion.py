@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from movieq.errors import InvalidInput, ModelUnavailable, OutOfMemory, UnsupportedParameter
-from movieq.params import AudioFormat
+from movieq.tasks.params import AudioFormat
 from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, SPEAKERS, Result, Studio, difference, task_of
 from workers import protocol
-from workers.child import diffusion, loudness, media, shelf
-from workers.child.take import TakeCancelled
+from workers.child.diffusion import engine as diffusion
+from workers.child.diffusion import model_cache
+from workers.child.job import TakeCancelled
+from workers.child.media import encode, loudness
 from workers.protocol import Done, FromChild, Note, Step
 
 pytestmark = [
@@ -136,7 +138,7 @@ def test_what_a_step_cache_kept_of_a_cancelled_run_does_not_reach_the_next(
     entry = studio.entry("flux", first_block_cache=1e9)
     fresh = studio.make("flux", entry=entry, **asked("flux"))
     if not cleaned:  # the check can fail
-        monkeypatch.setattr("workers.child.watch.forget", lambda pipe: None)
+        monkeypatch.setattr("workers.child.diffusion.hooks.forget", lambda pipe: None)
 
     def hear(message: FromChild) -> None:
         if isinstance(message, Step) and message.stage == "denoise" and message.step:
@@ -251,12 +253,12 @@ def test_a_line_is_spoken_on_in_the_voice_of_a_sample_else_of_its_own_first_sent
 def tone(path: Path, hertz: int) -> Path:
     """Twenty-one seconds of a tone."""
     samples = np.sin(np.arange(21 * 16_000) * 2 * np.pi * hertz / 16_000).astype(np.float32)[:, None]
-    media.write_sound(
+    encode.write_sound(
         path,
         samples,
         16_000,
         AudioFormat.WAV,
-        media.Tags(title="", prompt="", seed=0, engine="", model="", version="", task=""),
+        encode.Tags(title="", prompt="", seed=0, engine="", model="", version="", task=""),
         lambda *_: None,
     )
     return path
@@ -290,7 +292,7 @@ def test_what_a_model_cannot_do_is_refused_by_name_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(UnsupportedParameter, match=said):
         studio.make(name, stills, **{**asked(name), **given})
-    assert not shelf.ready(name)
+    assert not model_cache.ready(name)
 
 
 def test_what_a_model_does_not_read_is_named_in_the_warnings(
@@ -361,7 +363,7 @@ def test_out_of_memory_goes_down_the_ladder_and_makes_what_was_asked_for(studio:
     failing(monkeypatch, 2)
     result = studio.make("sd", **asked("sd"))
     assert notes(result) == ["out of memory: other models were unloaded", "out of memory: pictures are decoded in tiles"]
-    assert not shelf.ready("ltx")
+    assert not model_cache.ready("ltx")
     assert result.decoded.shape == whole.decoded.shape
     assert difference(result.decoded, whole.decoded) < 0.02
     assert result.made.metadata["warnings"] == notes(result)

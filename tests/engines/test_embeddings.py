@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tests.engines.conftest import ENTRIES, IMAGES, SPEAKERS, Studio
-from workers.child import embeddings, shelf
-from workers.child.embeddings import Embeddings
+from workers.child.diffusion import model_cache, prompt_cache
+from workers.child.diffusion.prompt_cache import Embeddings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -41,7 +41,7 @@ def read(studio: Studio, name: str) -> Iterator[list[str]]:
     """The text encoders of the model that work within the block."""
     take = studio.take(name, print, **asked(studio, name))
     assert take.run.entry
-    loaded = shelf.get(take, name, take.run.entry, "cpu")
+    loaded = model_cache.get(take, name, take.run.entry, "cpu")
     found: list[str] = []
     hooks = []
     for part, module in (loaded.pipe or loaded.image_pipe).components.items():
@@ -71,9 +71,9 @@ def test_the_same_words_are_encoded_once_and_give_the_same_bytes(studio: Studio,
 
 def test_how_long_reading_takes_is_learnt_of_what_is_new(studio: Studio) -> None:
     studio.make("sd", **asked(studio, "sd"))
-    took = shelf.seconds("sd")["encode"]
+    took = model_cache.seconds("sd")["encode"]
     studio.make("sd", **asked(studio, "sd"))
-    assert shelf.seconds("sd")["encode"] == took
+    assert model_cache.seconds("sd")["encode"] == took
 
 
 def test_what_a_task_does_to_its_tensors_does_not_reach_the_next() -> None:
@@ -112,7 +112,7 @@ def test_one_and_true_are_not_the_same() -> None:
 
 
 def test_what_was_not_used_for_longest_goes_when_there_is_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "MOST_BYTES", 1000)
+    monkeypatch.setattr(prompt_cache, "MOST_BYTES", 1000)
     known = Embeddings()
 
     def encode(size: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, python_path
 from tests.service import Service, service
-from workers.engine import CANCEL_GRACE_S
 from workers.protocol import EXIT_BROKEN
+from workers.supervisor import CANCEL_GRACE_S
 
 ENGINE = """
 import re
@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from movieq.params import Params
 from movieq.plugins import NewTaskType, Plugin
-from workers.child.take import Made
+from workers.child.job import Made
 from workers.protocol import Produced, Stage
 
 class FaultParams(Params, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from movieq.models import Limits
-from workers.child import fit
+from movieq.models.table import Limits
+from workers.child.diffusion import sizing
 
 SIDES = st.integers(32, 1920).map(lambda half: half * 2)
 LIMITS = st.builds(
@@ -24,7 +24,7 @@ LIMITS = st.builds(
 
 @given(LIMITS, SIDES, SIDES)
 def test_a_size_is_one_that_the_model_makes_and_near_the_aspect(limits: Limits, width: int, height: int) -> None:
-    across, down = fit.size(limits, (width, height))
+    across, down = sizing.size(limits, (width, height))
     assert across % limits.sides == down % limits.sides == 0
     assert across * down <= limits.pixels[1]
     # a step of either side is the coarsest that the aspect can be off, and twice that where sides are small
@@ -43,13 +43,13 @@ def test_a_size_is_one_that_the_model_makes_and_near_the_aspect(limits: Limits, 
     ],
 )
 def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: tuple[int, int], made: tuple[int, int]) -> None:
-    assert fit.size(Limits(sides=sides, pixels=pixels), wanted) == made
+    assert sizing.size(Limits(sides=sides, pixels=pixels), wanted) == made
 
 
 @given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.sampled_from([8.0, 16.0, 24.0, 23.976]), st.floats(1, 30))
 def test_windows_cover_the_clip_and_share_a_picture(step: int, first: int, most: int, fps: float, seconds: float) -> None:
     limits = Limits(frame_step=step, frame_first=first, frames=most, fps=fps)
-    windows = fit.windows(limits, seconds)
+    windows = sizing.windows(limits, seconds)
     for window in windows:
         assert window.frames <= most
         assert (window.frames - first) % step == 0
@@ -61,20 +61,20 @@ def test_windows_cover_the_clip_and_share_a_picture(step: int, first: int, most:
 
 
 def test_seven_seconds_as_two_models_make_them() -> None:
-    assert fit.windows(Limits(frame_step=8, frame_first=1, frames=257, fps=24), 7) == [(0, 169)]
-    assert fit.windows(Limits(frame_step=4, frame_first=1, frames=81, fps=16), 7) == [(0, 81), (80, 33)]
+    assert sizing.windows(Limits(frame_step=8, frame_first=1, frames=257, fps=24), 7) == [(0, 169)]
+    assert sizing.windows(Limits(frame_step=4, frame_first=1, frames=81, fps=16), 7) == [(0, 81), (80, 33)]
 
 
 def test_a_window_ends_at_each_cut_and_the_next_begins_there() -> None:
     limits = Limits(frame_step=4, frame_first=1, frames=13, fps=12)
-    assert fit.windows(limits, 3, [0, 12, 24]) == [(0, 13), (12, 13), (24, 13)]
-    assert fit.windows(limits, 1, [0, 4]) == [(0, 5), (4, 9)]
-    assert fit.windows(limits, 4, [0, 24]) == [(0, 13), (12, 13), (24, 13), (36, 13)]
+    assert sizing.windows(limits, 3, [0, 12, 24]) == [(0, 13), (12, 13), (24, 13)]
+    assert sizing.windows(limits, 1, [0, 4]) == [(0, 5), (4, 9)]
+    assert sizing.windows(limits, 4, [0, 24]) == [(0, 13), (12, 13), (24, 13), (36, 13)]
 
 
 @given(st.integers(1, 32), st.integers(1, 300), st.integers(1, 8))
 def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count: int, frames: int, step: int) -> None:
-    moments = fit.moments(count, frames, step)
+    moments = sizing.moments(count, frames, step)
     assert moments == sorted(moments)
     assert moments[0] == 0
     assert all(moment < frames and moment % step == 0 for moment in moments)
@@ -82,7 +82,7 @@ def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count:
 
 @given(st.integers(1, 300), st.sampled_from([8.0, 16.0, 24.0]), st.integers(1, 300), st.sampled_from([Fraction(24), Fraction(24000, 1001)]))
 def test_each_frame_shows_the_picture_of_its_moment(made: int, fps: float, wanted: int, rate: Fraction) -> None:
-    picked = fit.picked(made, fps, wanted, rate)
+    picked = sizing.picked(made, fps, wanted, rate)
     assert len(picked) == wanted
     assert picked == sorted(picked)
     for frame, picture in enumerate(picked):
@@ -92,6 +92,6 @@ def test_each_frame_shows_the_picture_of_its_moment(made: int, fps: float, wante
 def test_a_picture_is_cut_evenly_to_the_aspect_and_never_stretched() -> None:
     picture = Image.new("RGB", (80, 40), "red")
     picture.paste("blue", (30, 0, 50, 40))
-    scaled = fit.scaled(picture, (40, 40))
+    scaled = sizing.scaled(picture, (40, 40))
     assert scaled.size == (40, 40)
     assert [scaled.getpixel((x, 20)) for x in (2, 20, 37)] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]

@@ -23,7 +23,7 @@ import time
 from PIL import Image
 from movieq.params import Params
 from movieq.plugins import NewTaskType, Plugin
-from workers.child.take import Made
+from workers.child.job import Made
 from workers.protocol import Produced, Stage
 
 class TimedParams(Params, frozen=True, kw_only=True):

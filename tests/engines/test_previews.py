@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from tests.engines import tiny
 from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, Result, Studio
-from workers.child import diffusion, previews, shelf, take
-from workers.child.previews import Call, Eye
+from workers.child import job
+from workers.child.diffusion import engine as diffusion
+from workers.child.diffusion import model_cache, previews
+from workers.child.diffusion.previews import Call, Eye
 from workers.protocol import FromChild, Preview, Step
 
 pytestmark = [
@@ -87,15 +89,15 @@ class Lens(nn.Module):
 @pytest.fixture
 def clear(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Every model that is loaded decodes by a `Lens`, and every step is shown."""
-    eye = shelf._eye
+    eye = model_cache._eye
 
     def through_a_lens(entry: Any, pipe: Any, tiny: Any) -> Eye | None:
         if (vae := getattr(pipe, "vae", None)) is not None and hasattr(vae.config, "latents_mean") | ("scaling_factor" in vae.config):
             vae.decoder = Lens(vae)
         return eye(entry, pipe, tiny)
 
-    monkeypatch.setattr(shelf, "_eye", through_a_lens)
-    monkeypatch.setattr(take, "PREVIEW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(model_cache, "_eye", through_a_lens)
+    monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
@@ -108,7 +110,7 @@ def test_the_last_preview_is_like_what_was_made_and_one_by_a_map_that_was_not_fi
     result = studio.make(name, stills, **task, preview=True)
     steps = sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in result.said)
     assert len(shown(result)) >= steps > 0
-    eye = shelf.get(studio.take(name, print, **task), name, task["entry"], "cpu").eye
+    eye = model_cache.get(studio.take(name, print, **task), name, task["entry"], "cpu").eye
     assert eye is not None
     assert likeness(result, eye._learnt.stride) > 0.9
     plain = studio.make(name, stills, **task)
@@ -140,7 +142,7 @@ def test_a_map_shows_the_colours_of_a_picture_that_it_was_not_fitted_to() -> Non
 def trained() -> Any:
     """A little VAE that has learnt, a little, to encode and decode pictures."""
     torch.manual_seed(0)
-    vae = shelf.class_of("AutoencoderKL")(
+    vae = model_cache.class_of("AutoencoderKL")(
         block_out_channels=[8, 16],
         norm_num_groups=4,
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -169,7 +171,7 @@ def test_previews_are_small_and_no_more_than_two_a_second(studio: Studio) -> Non
 
 
 def test_who_begins_to_watch_a_run_sees_it_until_he_ceases(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(take, "PREVIEW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
     said: list[FromChild] = []
 
     def hear(message: FromChild) -> None:
@@ -178,7 +180,7 @@ def test_who_begins_to_watch_a_run_sees_it_until_he_ceases(studio: Studio, monke
             studio.flag.watched = 4 <= message.step < 8
 
     run = studio.take("sd", hear, **asked(studio, "sd"), steps=12)
-    monkeypatch.setattr(take, "STEP_INTERVAL_S", 0.0)
+    monkeypatch.setattr(job, "STEP_INTERVAL_S", 0.0)
     diffusion.make(run)
     place = {at: sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in said[:at]) for at in range(len(said))}
     assert [place[at] for at, each in enumerate(said) if isinstance(each, Preview)] == [4, 5, 6, 7]
@@ -213,9 +215,9 @@ def test_a_map_is_fitted_at_the_first_load_and_read_at_the_next(studio: Studio, 
     tiny.BUILDERS["flux"](home)
 
     def load() -> Eye | None:
-        shelf.clear()
+        model_cache.clear()
         given = {**asked(studio, "flux"), "entry": studio.entry("flux", weights={"repository": str(home)})}
-        return shelf.get(studio.take("flux", print, **given), "flux", given["entry"], "cpu").eye
+        return model_cache.get(studio.take("flux", print, **given), "flux", given["entry"], "cpu").eye
 
     first, again = load(), load()
     assert first
@@ -235,7 +237,7 @@ def test_a_map_is_fitted_at_the_first_load_and_read_at_the_next(studio: Studio, 
 def test_a_scheduler_that_cannot_be_read_shows_nothing_and_harms_nothing(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
-    monkeypatch.setattr(take, "PREVIEW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
     task = asked(studio, "sd", scheduler={"cls": "IPNDMScheduler"} if broken == "no estimate" else {})
     plain = studio.make("sd", **task)
     if broken == "a fault":
@@ -247,8 +249,8 @@ def test_a_scheduler_that_cannot_be_read_shows_nothing_and_harms_nothing(
 
 
 def test_a_tiny_autoencoder_of_the_table_makes_the_previews(studio: Studio, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(take, "PREVIEW_INTERVAL_S", 0.0)
-    kind = shelf.class_of("AutoencoderTiny")
+    monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
+    kind = model_cache.class_of("AutoencoderTiny")
     kind(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     ).save_pretrained(folder / "tiny")
@@ -279,7 +281,7 @@ SCHEDULERS = [
     ("name", "config"), SCHEDULERS, ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each.values()))
 )
 def test_where_a_model_is_right_each_step_tells_the_finished_latents(name: str, config: dict[str, Any]) -> None:
-    scheduler: Any = shelf.class_of(f"{name}Scheduler")(**config)
+    scheduler: Any = model_cache.class_of(f"{name}Scheduler")(**config)
     scheduler.set_timesteps(8)
     chance = torch.Generator().manual_seed(1)
     wanted, noise = torch.randn(2, 1, 4, 6, 6, generator=chance)
@@ -299,7 +301,7 @@ def test_where_a_model_is_right_each_step_tells_the_finished_latents(name: str, 
             scheduler.step(output, at, sample, return_dict=False)
     assert len(told) == len(scheduler.timesteps)
     assert max(float((each - wanted).abs().max()) for each in told) < 1e-3
-    assert type(scheduler) is shelf.class_of(f"{name}Scheduler")
+    assert type(scheduler) is model_cache.class_of(f"{name}Scheduler")
 
 
 def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -> tuple[Tensor, Any, Any]:
@@ -314,7 +316,7 @@ def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -
 
 
 def test_a_copy_of_a_scheduler_steps_by_itself() -> None:
-    scheduler: Any = shelf.class_of("FlowMatchEulerDiscreteScheduler")()
+    scheduler: Any = model_cache.class_of("FlowMatchEulerDiscreteScheduler")()
     scheduler.set_timesteps(4)
     told: list[Tensor] = []
     with previews.followed(scheduler, lambda: True, told.append):

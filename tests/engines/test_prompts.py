@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from movieq.params import TaskType, convert
-from workers.child.prompts import prompt
+from movieq.tasks.params import convert
+from movieq.tasks.states import TaskType
+from workers.child.diffusion.prompts import prompt
 
 
 @pytest.mark.parametrize(

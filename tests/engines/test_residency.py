@@ -14,14 +14,14 @@ import msgspec
 import pytest
 import torch
 
-from movieq.contracts import ModelSwaps
 from movieq.errors import ModelUnavailable, OutOfMemory
+from movieq.tasks.entities import ModelSwaps
 from tests.engines.conftest import Studio
 from workers.child import __main__ as child_main
-from workers.child import ladder, residency, shelf
-from workers.child.residency import ACTIVATIONS, Budget
-from workers.child.shelf import Loaded
-from workers.child.take import Flag
+from workers.child.diffusion import eviction, model_cache, oom
+from workers.child.diffusion.eviction import ACTIVATIONS, Budget
+from workers.child.diffusion.loaded import Loaded
+from workers.child.job import Flag
 from workers.protocol import Done, Run
 
 pytestmark = [
@@ -41,7 +41,7 @@ class Machine:
         self.room = Budget(GB, 0)
         self.runs = 0
         self.moves: list[tuple[str, str]] = []
-        monkeypatch.setattr(residency, "budget", lambda device, parked: self.room)
+        monkeypatch.setattr(eviction, "budget", lambda device, parked: self.room)
         move = Loaded.move
 
         def seen(loaded: Loaded, place: str) -> None:
@@ -56,7 +56,7 @@ class Machine:
         given: dict[str, Any] = {"text": "x"} if name.startswith("vits") else {"prompt": "x"}
         take = self.studio.take(name.partition(".")[0], print, **given)
         take.run = msgspec.structs.replace(take.run, run=run or f"run{self.runs}")
-        return shelf.get(take, name, self.studio.entry(name.partition(".")[0], **changes), "cpu")
+        return model_cache.get(take, name, self.studio.entry(name.partition(".")[0], **changes), "cpu")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def machine(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def where() -> tuple[list[str], list[str]]:
     """What is on the device, and what waits."""
-    return list(shelf.names()), list(shelf.parked())
+    return list(model_cache.names()), list(model_cache.parked())
 
 
 def room_for(*loaded: Loaded, host: int = 0) -> Budget:
@@ -82,7 +82,7 @@ def test_the_model_used_longest_ago_leaves_first(machine: Machine) -> None:
     machine.get("vits")
     machine.get("vits.4")
     assert where() == (["vits.3", "vits", "vits.4"], [])
-    assert shelf.swaps() == ModelSwaps(loads=4, drops=1)
+    assert model_cache.swaps() == ModelSwaps(loads=4, drops=1)
 
 
 def test_what_had_to_leave_waits_in_the_hosts_memory_and_comes_back_without_the_disk(
@@ -94,7 +94,7 @@ def test_what_had_to_leave_waits_in_the_hosts_memory_and_comes_back_without_the_
     task: dict[str, Any] = {"prompt": "a lighthouse", "resolution": "64x64", "format": "png"}
     fresh = machine.studio.make("sd", entry=entry, **task)
     shutil.rmtree(home)
-    one = shelf._models.resident["sd"]
+    one = model_cache._models.resident["sd"]
     machine.room = Budget(int(one.bytes * ACTIVATIONS), host=one.bytes)
     machine.get("flux")
     assert where() == (["flux"], ["sd"])
@@ -102,8 +102,8 @@ def test_what_had_to_leave_waits_in_the_hosts_memory_and_comes_back_without_the_
     assert again.path.read_bytes() == fresh.path.read_bytes()
     assert again.stages[0] == "load", "it takes its time, though not the disk's"
     assert where() == (["sd"], ["flux"])
-    assert shelf.swaps() == ModelSwaps(loads=2, returns=1, parkings=2)
-    shelf.clear()
+    assert model_cache.swaps() == ModelSwaps(loads=2, returns=1, parkings=2)
+    model_cache.clear()
     with pytest.raises(ModelUnavailable):
         machine.studio.make("sd", entry=entry, **task)
 
@@ -114,16 +114,16 @@ def test_the_host_keeps_what_it_has_room_for_and_drops_the_rest(machine: Machine
     for name in ("vits.2", "vits.3", "vits.4"):
         machine.get(name)
     assert where() == (["vits.4"], ["vits.2", "vits.3"])
-    assert shelf.swaps() == ModelSwaps(loads=4, parkings=3, drops=1)
+    assert model_cache.swaps() == ModelSwaps(loads=4, parkings=3, drops=1)
     machine.room = Budget(int(one.bytes * ACTIVATIONS), host=one.bytes - 1)
     machine.get("vits.5")
     assert where() == (["vits.5"], ["vits.2", "vits.3"]), "what is too large for the host pushes nobody out"
-    assert shelf.swaps() == ModelSwaps(loads=5, parkings=3, drops=2)
+    assert model_cache.swaps() == ModelSwaps(loads=5, parkings=3, drops=2)
 
 
 def test_on_a_cpu_nothing_waits_elsewhere() -> None:
-    assert residency.budget("cpu", 0).host == 0
-    assert residency.budget("cpu", 0).device > 100_000_000
+    assert eviction.budget("cpu", 0).host == 0
+    assert eviction.budget("cpu", 0).device > 100_000_000
 
 
 def test_a_model_has_the_room_that_the_table_says_beside_the_weights_of_the_others(machine: Machine) -> None:
@@ -152,7 +152,7 @@ def test_a_clip_with_sound_is_made_where_only_one_model_has_room(machine: Machin
     sound = ("stable_audio", machine.studio.entry("stable_audio"))
     task: dict[str, Any] = {"prompt": "a lighthouse", "duration": 1, "resolution": "64x64", "fps": 12, "audio_cues": ["sea"]}
     fresh = machine.studio.make("ltx", sound=sound, **task)
-    shelf.clear()
+    model_cache.clear()
     machine.room = Budget(0, GB)
     assert machine.studio.make("ltx", sound=sound, **task).path.read_bytes() == fresh.path.read_bytes()
 
@@ -168,7 +168,7 @@ def test_out_of_memory_parks_the_others_and_they_come_back(machine: Machine) -> 
         return "made"
 
     take = machine.studio.take("vits", print, text="x")
-    assert ladder.climb(take, "vits.2", one.pipe, call) == "made"
+    assert oom.climb(take, "vits.2", one.pipe, call) == "made"
     assert take.warnings == ["out of memory: other models were unloaded"]
     assert where() == (["vits.2"], ["vits"])
     assert machine.get("vits") is one
@@ -182,7 +182,7 @@ def test_a_model_that_does_not_fit_at_once_comes_without_the_others_or_says_so(
     machine.room = Budget(GB, GB)
     machine.get("vits")
     if way == "from the host":
-        shelf.evict("")
+        model_cache.evict("")
     machine.get("vits.2")
     faults = iter(range(times))
 
@@ -196,25 +196,25 @@ def test_a_model_that_does_not_fit_at_once_comes_without_the_others_or_says_so(
         return brought
 
     if way == "from the disk":
-        shelf._models.forget("vits")
-        monkeypatch.setattr(shelf, "_load", faulty(shelf._load))
+        model_cache._models.forget("vits")
+        monkeypatch.setattr(model_cache, "_load", faulty(model_cache._load))
     else:
-        monkeypatch.setattr(shelf._models, "bring_back", faulty(shelf._models.bring_back))
+        monkeypatch.setattr(model_cache._models, "bring_back", faulty(model_cache._models.bring_back))
     if times == 1:
         machine.get("vits")
         assert where() == (["vits"], ["vits.2"])
         return
     with pytest.raises(OutOfMemory, match="does not suffice to load vits"):
         machine.get("vits")
-    assert "vits" not in shelf.names()
+    assert "vits" not in model_cache.names()
     machine.get("vits")
-    assert "vits" in shelf.names()
+    assert "vits" in model_cache.names()
 
 
 def test_another_entry_of_a_name_is_another_model(machine: Machine) -> None:
     machine.room = Budget(GB, GB)
     first = machine.get("vits")
-    shelf.evict("")
+    model_cache.evict("")
     assert machine.get("vits", licence="other") is not first
     assert where() == (["vits"], [])
 

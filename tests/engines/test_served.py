@@ -16,11 +16,11 @@ import av
 import pytest
 from PIL import Image
 
-from movieq.contracts import Kind
+from movieq.tasks.states import Kind
 from tests.engines.conftest import CLIP, PICTURE
 from tests.fleet import eventually, fleet, python_path
 from tests.service import Service, service
-from workers.engine import Child
+from workers.supervisor import Child
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ async def test_a_child_that_dies_before_it_serves_is_started_again_and_never_end
     broken = folder / "python"
     broken.write_text(f'#!/bin/sh\nif [ -e {folder}/well ]; then exec {sys.executable} "$@"; fi\necho "no such library" >&2\nexit 3\n')
     broken.chmod(0o755)
-    monkeypatch.setattr("workers.engine.sys", SimpleNamespace(executable=str(broken)))
+    monkeypatch.setattr("workers.supervisor.sys", SimpleNamespace(executable=str(broken)))
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))

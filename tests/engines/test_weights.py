@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from movieq import weights
-from movieq.models import Weights
+from movieq.models import weights
+from movieq.models.table import Weights
 from tests.engines.conftest import Studio, difference
 from tests.engines.hub import COMMIT, Hub, hub
 from tests.engines.test_diffusion import asked, pytestmark  # noqa: F401  # the same libraries

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from movieq.checks import Finding
-from movieq.contracts import TaskId
-from movieq.doctor import examine
+from movieq.local.doctor import examine
 from movieq.settings import Bucket, load
+from movieq.tasks.states import TaskId
 from tests.fleet import Fleet, Process, eventually
 from tests.r2 import R2, put, r2
 from tests.service import Service, fetched, service
-from workers.kept import PREFIX
+from workers.finished import PREFIX
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 

@@ -15,18 +15,19 @@ import pytest
 from aiohttp import web
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from movieq import store as store_module
-from movieq.contracts import KEYS, TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
-from movieq.embedded import Valkey
 from movieq.errors import InvalidState, RunLost
-from movieq.store import Counts, Store, connect
+from movieq.local.embedded import Valkey
+from movieq.queue.connection import _cancellable, connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.states import TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
 from tests.arrange import claim as claimed
 from tests.arrange import new_task, raw, result, running
 from tests.fleet import Fleet, Process, eventually
 from tests.proxy import Proxy, proxy, script
 from tests.service import Receiver, Service, receiver, serving
-from workers.engine import CANCEL_GRACE_S
 from workers.host import cancel_all
+from workers.supervisor import CANCEL_GRACE_S
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
@@ -320,7 +321,7 @@ async def test_a_cancel_that_comes_as_the_connection_breaks_is_not_lost() -> Non
         async def disconnect(self, nowait: bool = False) -> None:
             self.closed = True
 
-    connection: Any = store_module._cancellable(cast("Any", Breaking))()
+    connection: Any = _cancellable(cast("Any", Breaking))()
     sending = asyncio.create_task(connection.send_packed_command(b"PING"))
     await asyncio.sleep(0)
     sending.cancel()

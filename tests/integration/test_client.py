@@ -19,10 +19,8 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movieq import serving
+from movieq.api import server as serving
 from movieq.client import Client, ClientEvent, Gap, Unreachable, _Frame, _Parser
-from movieq.contracts import KEYS, UPLOAD_BYTES, DeliveryKind, DeliveryState, EventType, Priority, RunToken, Snapshot, TaskId, TaskStatus
-from movieq.embedded import Valkey, valkey
 from movieq.errors import (
     IdempotencyMismatch,
     Internal,
@@ -36,7 +34,12 @@ from movieq.errors import (
     Unavailable,
     ValidationFailed,
 )
-from movieq.store import Counts, Store
+from movieq.local.embedded import Valkey, valkey
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.entities import UPLOAD_BYTES, DeliveryKind, DeliveryState
+from movieq.tasks.states import EventType, Priority, RunToken, TaskId, TaskStatus
+from movieq.tasks.wire import Snapshot
 from tests import service
 from tests.arrange import claim, raw, result
 

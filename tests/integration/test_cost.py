@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from movieq import store as store_module
-from movieq.contracts import KEYS, Kind, ProjectId, RunToken, TaskId
-from movieq.store import Counts, Store
+from movieq.queue import store as store_module
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId
 from tests.arrange import claim, new_task, raw, result, running
-from workers.engine import Child
-from workers.run import Running
+from workers.running import Running
+from workers.supervisor import Child
 
 PROJECT = ProjectId("film")
 

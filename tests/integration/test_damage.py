@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import structlog
 
-from movieq.contracts import KEYS, STATES, DeliveryState, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
 from movieq.errors import InvalidState, NotFound, RunLost
-from movieq.store import Counts, Slot, Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Slot, Store
+from movieq.tasks.entities import DeliveryState
+from movieq.tasks.states import STATES, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, claim, new_task, raw, result, running
 
 _nonces = itertools.count()

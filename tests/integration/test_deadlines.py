@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from movieq.contracts import KEYS, TaskId
-from movieq.params import TaskType
+from movieq.queue.keys import KEYS
+from movieq.tasks.states import TaskId, TaskType
 from tests.arrange import new_task, raw
 from tests.fleet import Fleet
 from tests.service import Service, serving
-from workers.engine import CANCEL_GRACE_S
+from workers.supervisor import CANCEL_GRACE_S
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}

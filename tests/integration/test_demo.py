@@ -19,8 +19,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from movieq.demo import sheet
-from movieq.embedded import valkey
+from movieq.local.demo import sheet
+from movieq.local.embedded import valkey
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from movieq.contracts import KEYS, EventType, TaskId
+from movieq.queue.keys import KEYS
+from movieq.tasks.states import EventType, TaskId
 from tests.arrange import raw
 from tests.fleet import Fleet, Process, eventually
 from tests.proxy import proxy
@@ -119,7 +120,7 @@ def speaks(worker: Process) -> bool:
     """Whether a speaker is at work below the worker."""
     for process in psutil.Process(worker.popen.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "workers.child.speech" in process.cmdline():
+            if "workers.child.animatic.espeak" in process.cmdline():
                 return True
     return False
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from movieq.contracts import KEYS, Kind, WorkerStatus
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.entities import WorkerStatus
+from movieq.tasks.states import Kind
 from tests.arrange import raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
-from workers.engine import FAILURES
 from workers.protocol import EXIT_UNFIT
+from workers.supervisor import FAILURES
 
 SICK = """
 import os

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from movieq.contracts import KEYS, Kind, RunToken, TaskId, TaskStatus
-from movieq.store import Claimed, Counts, NewTask, Slot, Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Claimed, Counts, NewTask, Slot, Store
+from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import new_task, raw, result
 
 _nonces = itertools.count()

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from movieq.contracts import KEYS, TaskId
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.states import TaskId
 from tests.arrange import claim, new_task, raw
 from tests.fleet import eventually, fleet
 from tests.integration.test_redis_faults import RUNNING, SMALL, submitted

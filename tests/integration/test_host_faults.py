@@ -16,8 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from movieq.contracts import KEYS, RunToken, TaskId, TaskStatus, WorkerStatus
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.entities import WorkerStatus
+from movieq.tasks.states import RunToken, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.fleet import Fleet, eventually, fleet
 from tests.service import Service

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from movieq.contracts import KEYS, Kind, RunToken, TaskId, TaskStatus
-from movieq.store import Claimed, Counts, Slot, Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Claimed, Counts, Slot, Store
+from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result, running
-from workers.kept import MANIFEST, PREFIX, Kept
+from workers.finished import MANIFEST, PREFIX, Kept
 from workers.protocol import Done, Produced
 
 TASK, RUN = TaskId("0190-task"), RunToken("abc-1")

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from movieq.api import auth
-from movieq.api.auth import Keys
-from movieq.embedded import Valkey
+from movieq.api import key_cache
+from movieq.api.key_cache import Keys
+from movieq.local.embedded import Valkey
+from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, key_hash
-from movieq.store import Store
 
 
 def movieq(server: Valkey, *words: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +26,7 @@ def movieq(server: Valkey, *words: str) -> subprocess.CompletedProcess[str]:
 async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
     server: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "CACHE_S", 0)
+    monkeypatch.setattr(key_cache, "CACHE_S", 0)
     made = movieq(server, "create", "--project", "film", "--scope", "read")
     key = made.stdout.strip()
     keys = Keys({}, store)

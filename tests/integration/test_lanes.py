@@ -6,9 +6,13 @@ import itertools
 
 import pytest
 
-from movieq.contracts import KEYS, Kind, ProjectId, TaskId, TaskStatus, WorkerState, WorkerStatus, utc
-from movieq.repair import inconsistencies
-from movieq.store import Able, Claimed, Counts, Slot, Store, Stranded
+from movieq.queue.keys import KEYS
+from movieq.queue.records import Able
+from movieq.queue.repair import inconsistencies
+from movieq.queue.store import Claimed, Counts, Slot, Store, Stranded
+from movieq.tasks.entities import WorkerState, WorkerStatus
+from movieq.tasks.results import utc
+from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
 from tests.arrange import new_task, raw, result
 
 _nonces = itertools.count()

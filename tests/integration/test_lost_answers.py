@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from movieq import store as store_module
-from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, Kind, TaskId, TaskStatus
-from movieq.embedded import Valkey
-from movieq.store import Counts, Store, connect
+from movieq.local.embedded import Valkey
+from movieq.queue import store as store_module
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.entities import Delivery, DeliveryState
+from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
 from tests.arrange import CPU, contents, new_task, raw, result
 from tests.fleet import Fleet, eventually, fleet
 from tests.proxy import Proxy, proxy, script

@@ -18,9 +18,11 @@ import msgspec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from movieq.contracts import KEYS, TaskId
-from movieq.embedded import Valkey
-from movieq.store import Claimed, Store, connect
+from movieq.local.embedded import Valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Claimed, Store
+from movieq.tasks.states import TaskId
 from tests.arrange import CPU, new_task, raw, result
 
 # MOVIEQ_TEST_EXAMPLES=100 for a long look

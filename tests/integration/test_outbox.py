@@ -16,15 +16,18 @@ from arq import Retry
 from arq.constants import in_progress_key_prefix, retry_key_prefix
 from standardwebhooks import Webhook
 
-from movieq.contracts import KEYS, Delivery, DeliveryState, EventType, StoredResult, TaskId
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
-from movieq.store import Store
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.entities import Delivery, DeliveryState
+from movieq.tasks.results import StoredResult
+from movieq.tasks.states import EventType, TaskId
 from tests.arrange import raw, result, running
 from tests.fleet import eventually, fleet
 from tests.service import Receiver, receiver, serving
-from workers import deliver as outbox_module
-from workers.deliver import JITTER, SCHEDULE_S, TRIES, TURN_S, Outbox, deliver, wait_s
+from workers import delivery as outbox_module
+from workers.delivery import JITTER, SCHEDULE_S, TRIES, TURN_S, Outbox, deliver, wait_s
 
 OLD, NEW = ("whsec_" + base64.b64encode(secret).decode() for secret in (b"an old secret of 24 byte", b"a new secret of 24 bytes"))
 CMS: Final = "http://cms.test/api/media"

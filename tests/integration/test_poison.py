@@ -13,15 +13,20 @@ import msgspec
 import pytest
 from arq import cron, func
 
-from movieq.contracts import KEYS, Kind, Task, TaskId, TaskStatus
-from movieq.store import Store
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
+from movieq.tasks.entities import Task
+from movieq.tasks.states import Kind, TaskId, TaskStatus
 from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
-from workers.engine import Child, Group, Progress
-from workers.main import Worker
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.run import Running, _Reporter, retry_delay_ms, unreadable_delay_ms
+from workers.reporter import _Reporter
+from workers.retry import retry_delay_ms, unreadable_delay_ms
+from workers.running import Running
+from workers.slots import Group
+from workers.supervisor import Child, Progress
+from workers.worker import Worker
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 BEYOND = b'{"n": 123456789012345678901234567890}'
@@ -351,7 +356,7 @@ def test_a_batch_too_long_for_one_frame_goes_run_by_run() -> None:
 ODD = """
 from movieq.params import Params
 from movieq.plugins import NewTaskType, Plugin
-from workers.child.take import Made
+from workers.child.job import Made
 from workers.protocol import Note, Produced, Stage
 from PIL import Image
 

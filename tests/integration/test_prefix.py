@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from movieq.channels import Subscriber
-from movieq.contracts import Kind, keys
-from movieq.embedded import Valkey
 from movieq.errors import SettingsError
+from movieq.local.embedded import Valkey
+from movieq.queue.connection import connect
+from movieq.queue.keys import keys
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.store import Store
 from movieq.settings import load
-from movieq.store import Store, connect
+from movieq.tasks.states import Kind
 from tests.arrange import claim, new_task, raw, result
 from tests.fleet import Fleet, eventually
 

@@ -11,17 +11,19 @@ import aiohttp
 import pytest
 
 from movieq import credentials
-from movieq.contracts import Kind, TaskStatus
-from movieq.fetch import Fetcher, Guard
-from movieq.storage import FolderStorage
-from movieq.store import Store
+from movieq.fetch.download import Fetcher
+from movieq.fetch.guard import Guard
+from movieq.queue.store import Store
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.states import Kind, TaskStatus
 from tests.arrange import claim, new_task
 from tests.certificates import HOLDER, Chain, chain
 from tests.service import Service, service
 from tests.unit.test_credentials import Read
-from workers.engine import Child
+from workers.execute import run_task
 from workers.provenance import Provenance
-from workers.run import Parts, Running, run_task
+from workers.running import Parts, Running
+from workers.supervisor import Child
 
 CLIP = {"scene_description": "Marrakesh by night", "duration": 1, "fps": 12, "resolution": "128x72"}
 

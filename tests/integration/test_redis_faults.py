@@ -18,7 +18,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from movieq.contracts import KEYS, EventType, TaskId
+from movieq.queue.keys import KEYS
+from movieq.tasks.states import EventType, TaskId
 from tests.arrange import raw
 from tests.fleet import Fleet, Process, eventually, fleet
 from tests.service import Service, receiver

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from movieq.contracts import KEYS, Kind, TaskStatus
-from movieq.embedded import Valkey
-from movieq.repair import inconsistencies
-from movieq.store import Store
+from movieq.local.embedded import Valkey
+from movieq.queue.keys import KEYS
+from movieq.queue.repair import inconsistencies
+from movieq.queue.store import Store
+from movieq.tasks.states import Kind, TaskStatus
 from tests.arrange import claim, contents, new_task, raw, result
 from tests.integration.test_damage import busy, put
 

@@ -15,11 +15,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from movieq import serving
 from movieq.api import app
-from movieq.embedded import Valkey
+from movieq.api import server as serving
+from movieq.local.embedded import Valkey
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 from tests.fleet import KEY, Fleet, eventually, fleet, free_port
 from tests.nginx import nginx
 from tests.service import Service

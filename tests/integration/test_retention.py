@@ -12,11 +12,13 @@ import msgspec
 import pytest
 import structlog
 
-from movieq import s3
-from movieq.contracts import KEYS, TaskId
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Store
 from movieq.settings import Bucket, Settings
-from movieq.storage import FolderStorage, Storage
-from movieq.store import Store
+from movieq.storage import s3
+from movieq.storage.base import Storage
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.states import TaskId
 from tests.arrange import new_task, raw, result, running
 from tests.fleet import eventually
 from workers import retention as module

@@ -17,10 +17,10 @@ import msgspec
 import psutil
 import pytest
 
-from movieq import s3
 from movieq.errors import KeyTaken, SettingsError, StorageFault
-from movieq.s3 import S3Storage
 from movieq.settings import Bucket, load
+from movieq.storage import s3
+from movieq.storage.s3 import S3Storage
 from tests.r2 import R2, get, put, r2
 from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
 from tests.service import fetched

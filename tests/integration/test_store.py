@@ -13,10 +13,11 @@ import pytest
 from arq.jobs import Job
 from redis.exceptions import OutOfMemoryError
 
-from movieq import store as store_module
-from movieq.contracts import KEYS, STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from movieq.errors import IdempotencyMismatch, InvalidState, QueueFull, RequestError, RunLost
-from movieq.store import Counts, Store
+from movieq.queue import store as store_module
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
+from movieq.tasks.states import STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from tests.arrange import CPU, claim, contents, new_task, raw, result, running
 
 LUA = Path(store_module.__file__).with_name("lua")
@@ -522,8 +523,8 @@ def test_every_script_opens_with_its_contract() -> None:
 
 def test_no_python_or_lua_spells_a_key_of_its_own() -> None:
     root = LUA.parents[1]
-    for path in [*root.glob("movieq/**/*.py"), *root.glob("workers/**/*.py"), *root.glob("movieq/lua/*.lua")]:
-        if path.name != "contracts.py":
+    for path in [*root.glob("movieq/**/*.py"), *root.glob("workers/**/*.py"), *root.glob("movieq/queue/lua/*.lua")]:
+        if path.name != "keys.py":
             assert not re.search(r"""["'](movieq|arq):[a-z]""", path.read_text()), path
 
 

@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from movieq.client import Client, Preview
-from movieq.contracts import KEYS, ProcessingProgress, ProjectId, TaskId
-from movieq.events import Source
+from movieq.queue.keys import KEYS
+from movieq.streams.watchers import Source
+from movieq.tasks.entities import ProcessingProgress
+from movieq.tasks.states import ProjectId, TaskId
 from tests.arrange import new_task, raw, running
 from tests.bench.sse_reader import Readers
 from tests.fleet import KEY, Fleet, eventually, fleet

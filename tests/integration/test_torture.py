@@ -15,9 +15,9 @@ import aiohttp
 import pytest
 from redis.exceptions import RedisError
 
-from movieq.contracts import ProjectId
-from movieq.events import Source
-from movieq.store import Counts, Store
+from movieq.queue.store import Counts, Store
+from movieq.streams.watchers import Source
+from movieq.tasks.states import ProjectId
 from tests.arrange import CPU, new_task, result
 from tests.fleet import KEY, Fleet, fleet, free_port
 from tests.service import Service

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from movieq.embedded import Valkey
 from movieq.errors import SettingsError
+from movieq.local.embedded import Valkey
 from tests.service import service
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fleet import Fleet, Process, eventually, fleet
 from tests.service import Service, service
-from workers.main import GONE_S
+from workers.worker import GONE_S
 
 LONG = {"prompt": "a way up the stairs", "duration": 30, "fps": 24, "resolution": "1280x720"}
 DRAIN_S = 2

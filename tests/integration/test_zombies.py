@@ -15,10 +15,11 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from movieq.contracts import KEYS, EventType, Kind, TaskId, TaskStatus
+from movieq.queue.keys import KEYS
+from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
-from movieq.store import Counts, Store
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result
 from tests.fleet import Fleet, Process, eventually
 from tests.proxy import proxy, script

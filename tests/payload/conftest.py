@@ -13,16 +13,18 @@ import pytest
 from arq import Retry
 from PIL import Image
 
-from movieq.contracts import Delivery, StoredMedia, StoredResult, Task, TaskId
-from movieq.fetch import Guard
-from movieq.params import PRODUCTS, TaskType
-from movieq.payload import ANSWER_S, Payload, configured
+from movieq.delivery.payload import ANSWER_S, Payload, configured
+from movieq.fetch.guard import Guard
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.storage import FolderStorage
-from movieq.store import Store
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.entities import Delivery, Task
+from movieq.tasks.params import PRODUCTS
+from movieq.tasks.results import StoredMedia, StoredResult
+from movieq.tasks.states import TaskId, TaskType
 from tests.arrange import running
 from tests.payload.server import PayloadServer, payload_server
-from workers.deliver import Outbox, deliver
+from workers.delivery import Outbox, deliver
 
 METADATA: Final = {
     "engine": "diffusers",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.request import Request, urlopen
 
-from movieq.embedded import leashed
+from movieq.local.embedded import leashed
 
 HERE: Final = Path(__file__).parent
 

@@ -10,17 +10,18 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from movieq.contracts import KEYS, DeliveryState, EventType, TaskStatus
+from movieq.delivery.payload import configured, target
 from movieq.errors import SettingsError
-from movieq.params import TaskType
-from movieq.payload import configured, target
+from movieq.queue.keys import KEYS
 from movieq.settings import PayloadMode, Settings
+from movieq.tasks.entities import DeliveryState
+from movieq.tasks.states import EventType, TaskStatus, TaskType
 from tests.arrange import raw
 from tests.payload.conftest import Desk, clip, still, tried
 from tests.payload.server import PayloadServer, payload_server
 from tests.service import serving
-from workers.deliver import BUSY_S, DEPOSITS, SCHEDULE_S, TRIES
-from workers.main import DELIVERIES
+from workers.app import DELIVERIES
+from workers.delivery import BUSY_S, DEPOSITS, SCHEDULE_S, TRIES
 
 
 async def test_a_result_becomes_a_document_that_says_what_it_is(desk: Desk, cms: PayloadServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from movieq.checks import Finding, Mark
-from movieq.doctor import examine
+from movieq.local.doctor import examine
 from movieq.settings import PayloadMode, Settings
 from tests.payload.server import PayloadServer, payload_server
 from tests.service import serving

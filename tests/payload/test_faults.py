@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from movieq.contracts import DeliveryState, TaskId
+from movieq.tasks.entities import DeliveryState
+from movieq.tasks.states import TaskId
 from tests.fleet import eventually
 from tests.payload.conftest import Desk, tried
 from tests.payload.relay import Relay, relay
 from tests.payload.server import PayloadServer
-from workers.deliver import DOUBT_S, Outbox
+from workers.delivery import DOUBT_S, Outbox
 
 Fault = Callable[[Relay, PayloadServer], None]
 IN_HAND_S = 0.5

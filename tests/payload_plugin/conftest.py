@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 from arq.connections import ArqRedis
 
-from movieq.demo import sheet
-from movieq.embedded import Valkey
+from movieq.local.demo import sheet
+from movieq.local.embedded import Valkey
 from movieq.settings import Settings
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, fleet, free_port

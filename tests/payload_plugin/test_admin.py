@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Error, Page, Response, Route, async_playwright, expect
 
-from movieq import store as stores
-from movieq.store import Store
+from movieq.queue import store as stores
+from movieq.queue.store import Store
 from tests.arrange import claim, result
 from tests.browser.conftest import CHROMIUM_OPTIONS, listens
 from tests.fleet import KEY, Fleet, free_port

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from movieq.queue.store import Store
 from movieq.settings import Settings
-from movieq.store import Store
 from tests.arrange import claim
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, eventually

@@ -21,8 +21,10 @@ from PIL import Image, ImageDraw
 
 from movieq.errors import EngineUnavailable, InputUnavailable, InvalidInput, UnsupportedParameter
 from tests.bench import bench_animatic
-from workers.child import animatic, loudness, puppet, stills
-from workers.child.take import Flag, Made, Take, TakeCancelled
+from workers.child.animatic import cutout
+from workers.child.animatic import engine as animatic
+from workers.child.job import Flag, Made, Take, TakeCancelled
+from workers.child.media import images, loudness
 from workers.protocol import FromChild, Plan, Run, Step
 
 Pixels = npt.NDArray[np.uint8]
@@ -593,7 +595,7 @@ def test_the_reference_is_cut_out(render: Render, tmp_path: Path, kind: str) -> 
         ground = Image.new("RGB", figure.size, (40, 90, 200))
         ground.paste(figure, mask=figure.getchannel("A"))
         (figure if kind == "transparent" else ground).save(path)
-    cut = puppet.cut_out(stills.load_cut_out("r", path, (640, 360)), 200)
+    cut = cutout.cut_out(images.load_cut_out("r", path, (640, 360)), 200)
     alpha = np.asarray(cut.getchannel("A"))
     assert cut.height == 200
     if kind == "a photograph":
@@ -605,7 +607,7 @@ def test_the_reference_is_cut_out(render: Render, tmp_path: Path, kind: str) -> 
     assert frames(render("render_animation", reference_images=["r"], inputs={"r": path}, fps=4))
 
 
-@pytest.mark.parametrize("motion", [*puppet.MOTIONS, "somersault"])
+@pytest.mark.parametrize("motion", [*cutout.MOTIONS, "somersault"])
 def test_every_motion_moves(render: Render, motion: str) -> None:
     made = render("render_animation", prompt="A courier", motion=motion, fps=12)
     shown = frames(made)

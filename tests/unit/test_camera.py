@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from workers.child import camera
-from workers.child.plate import Plate
+from workers.child.animatic import camera
+from workers.child.animatic.plate import Plate
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
-from workers.child import card, palette
-from workers.child.grade import GRADES
-from workers.child.lettering import CAP_HEIGHT, DESCENT, LINE_HEIGHT
+from workers.child.animatic import card, palette
+from workers.child.animatic.grade import GRADES
+from workers.child.animatic.typography import CAP_HEIGHT, DESCENT, LINE_HEIGHT
 
 TEXT = "Salt in his beard, one hand on the brass of the lamp, he waits for a boat that will not come. "
 
@@ -130,9 +130,9 @@ def test_the_same_brief_draws_the_same_card() -> None:
 
 @pytest.mark.parametrize("pose", ["standing", "walking", "sitting", "jumping", "lying"])
 def test_the_figure_stands_whole_in_its_picture(pose: str) -> None:
-    from workers.child import figure
+    from workers.child.animatic import mannequin
 
-    image = card.stand_in(200, figure.POSES[pose], palette.of_light("neutral"))
+    image = card.stand_in(200, mannequin.POSES[pose], palette.of_light("neutral"))
     box = image.getchannel("A").getbbox()
     assert box is not None
     assert box[0] > 0
@@ -144,6 +144,6 @@ def test_the_figure_stands_whole_in_its_picture(pose: str) -> None:
 def test_the_demo_ships_three_small_frames() -> None:
     import movieq
 
-    frames = sorted((Path(movieq.__file__).parent / "demo").glob("frame*.jpg"))
+    frames = sorted((Path(movieq.__file__).parent / "local/demo").glob("frame*.jpg"))
     assert [path.name for path in frames] == ["frame1.jpg", "frame2.jpg", "frame3.jpg"]
     assert sum(path.stat().st_size for path in frames) < 500_000

@@ -17,10 +17,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from movieq.models import ENGINES
+from movieq.models.table import ENGINES
 from workers import protocol
 from workers.child import __main__ as child_main
-from workers.child.take import STEP_INTERVAL_S, Flag, Made, Take
+from workers.child.job import STEP_INTERVAL_S, Flag, Made, Take
 from workers.protocol import Cancel, Cancelled, Done, Failed, FromChild, Plan, Preview, Ready, Run, Step, ToChild, Watched
 
 DEADLINE_S = 20.0

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from movieq import __version__, credentials, doctor, settings
+from movieq import __version__, credentials, settings
 from movieq.checks import Mark
-from movieq.contracts import Kind, ProjectId, Task, TaskId, TaskStatus
 from movieq.credentials import Claim, Credentials
 from movieq.errors import SettingsError, Unsigned
-from movieq.params import TaskType
+from movieq.local import doctor
+from movieq.tasks.entities import Task
+from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus, TaskType
 from tests.certificates import HOLDER, Chain, chain
 from tests.unit.test_tags import FORMATS, MODEL, PROMPT, REVISION, take, told, written
-from workers.child import about
+from workers.child.media import metadata
 from workers.protocol import Done, Produced
 from workers.provenance import Provenance, signed
 
@@ -73,7 +74,7 @@ class Read:
 def made(folder: Path, kind: str) -> Path:
     """A file of this kind, with its tags."""
     path = folder / f"output.{kind}"
-    written(path, kind, about.tags(take(folder, model=MODEL, prompt=PROMPT), "Image"))
+    written(path, kind, metadata.tags(take(folder, model=MODEL, prompt=PROMPT), "Image"))
     return path
 
 
@@ -234,7 +235,7 @@ async def test_every_file_of_a_run_is_signed_as_what_it_is(tmp_path: Path, issue
 async def test_where_tags_are_off_the_claim_says_what_it_is_and_not_how_it_was_made(
     tmp_path: Path, issued: Chain, signer: Credentials
 ) -> None:
-    written(tmp_path / "output.png", "png", about.tags(take(tmp_path, model=MODEL, prompt="Marrakesh", file_tags=False), "Image"))
+    written(tmp_path / "output.png", "png", metadata.tags(take(tmp_path, model=MODEL, prompt="Marrakesh", file_tags=False), "Image"))
     files = (Produced(str(tmp_path / "output.png"), "output", "image/png"),)
     run = Done("run", files, {"digital_source_type": "trainedAlgorithmicMedia", "seed": 7, "revision": REVISION})
     await signed(Provenance(tags=False, credentials=signer), task(), "Marrakesh", run)

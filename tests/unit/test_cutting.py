@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.child.cutting import cut
+from workers.child.animatic.shots import cut
 
 rates = st.sampled_from([Fraction(1), Fraction(12), Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(60)])
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from movieq import __version__, settings
-from movieq.up import API_STOP_S, WORKER_STOP_S
+from movieq.local.up import API_STOP_S, WORKER_STOP_S
 from tests import nginx
 from tests.fleet import fleet, free_port
-from workers.main import GONE_S
+from workers.worker import GONE_S
 
 ROOT: Final = Path(__file__).parents[2]
 DEPLOY: Final = ROOT / "deploy"
@@ -178,4 +178,4 @@ def test_the_steps_of_the_image_of_the_api_work_on_what_its_context_lets_through
                     shutil.copy(context / name, source / to)
     done = subprocess.run([target / "bin" / "movieq", "--version"], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip().endswith(__version__)
-    assert list(target.glob("lib/*/site-packages/movieq/lua/claim.lua"))
+    assert list(target.glob("lib/*/site-packages/movieq/queue/lua/claim.lua"))

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from movieq.errors import InputUnavailable, InvalidInput, StorageFault
-from movieq.fetch import BACKOFF_S, HEAD_BYTES, Fetched, Fetcher, Guard, Kind, UrlRefused, image_problem, shown, sniff
+from movieq.fetch.download import BACKOFF_S, HEAD_BYTES, Fetched, Fetcher, Kind, image_problem, sniff
+from movieq.fetch.guard import Guard, UrlRefused, shown
 
 LOOPBACK = IPv4Network("127.0.0.0/8")
 ONLY_ONE = IPv4Network("127.0.0.1/32")

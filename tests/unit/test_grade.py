@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workers.child import grade
-from workers.child.palette import lab
+from workers.child.animatic import grade
+from workers.child.animatic.palette import lab
 
 
 def ramp(word: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -16,23 +16,43 @@ import pytest
 
 import movieq
 from movieq.settings import Settings, variable
-from workers.child import camera, figure, grade, puppet, sound, speech
+from workers.child.animatic import camera, cutout, espeak, grade, mannequin
+from workers.child.media import ambience
 
 ROOT = Path(movieq.__file__).parents[1]
-LEAVES = ["errors", "params", "contracts", "settings", "models", "plugins", "logs", "signing"]
-ADAPTERS: dict[str, set[str]] = {
-    "store": {"arq", "redis", "line"},
-    "line": {"redis", "hiredis"},
-    "channels": {"redis"},
-    "events": {"redis", "store", "channels"},
-    "storage": {"s3"},
-    "s3": {"aiobotocore", "aiohttp", "botocore", "storage", "types_aiobotocore_s3"},
-    "fetch": {"aiohttp", "PIL", "yarl"},
-    "webhooks": {"aiohttp"},
-    "payload": {"aiohttp", "yarl"},
-    "weights": {"huggingface_hub"},
-    "credentials": {"c2pa", "cryptography"},
+ROOMS: list[set[str]] = [
+    {"errors"},
+    {"tasks"},
+    {"settings"},
+    {"logs", "signing", "credentials"},
+    {"models", "fetch"},
+    {"plugins", "storage", "delivery"},
+    {"queue"},
+    {"streams", "assembly", "checks", "client"},
+    {"api", "workers"},
+    {"local"},
+    {"cli"},
+]
+"""The rooms of movieq, and the worker's, from the ground up: each imports from those before its own line alone."""
+WINGS: list[set[str]] = [{"pdeathsig", "job"}, {"media"}, {"animatic", "diffusion"}, {"__main__"}]
+"""The same of the engine process, workers/child."""
+LIBRARIES: dict[str, set[str]] = {
+    "movieq/queue": {"arq", "redis", "hiredis"},
+    "movieq/streams": {"redis"},
+    "movieq/storage/base.py": set(),
+    "movieq/storage/folder.py": set(),
+    "movieq/storage/open.py": set(),
+    "movieq/storage/s3.py": {"aiobotocore", "aiohttp", "botocore", "types_aiobotocore_s3"},
+    "movieq/fetch": {"aiohttp", "PIL", "yarl"},
+    "movieq/delivery": {"aiohttp", "yarl"},
+    "movieq/models": {"huggingface_hub"},
+    "movieq/credentials.py": {"c2pa", "cryptography"},
+    "movieq/tasks": set(),
+    "movieq/errors.py": set(),
+    "movieq/signing.py": set(),
+    "movieq/plugins.py": set(),
 }
+"""Which libraries a room may know, beside the standard one and msgspec."""
 
 
 def modules(folder: str) -> Iterator[Path]:
@@ -50,26 +70,88 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def ours(path: Path) -> set[str]:
-    """The rooms of movieq that a file imports from."""
-    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("movieq.")}
-    return {room for room in rooms if (ROOT / "movieq" / room).exists() or (ROOT / f"movieq/{room}.py").exists()}
+def every_module() -> dict[str, Path]:
+    """Each module of movieq and workers by its dotted name."""
+    found = {}
+    for path in [*modules("movieq"), *modules("workers")]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def test_the_vocabulary_imports_downwards_only() -> None:
-    allowed: set[str] = set()
-    for name in LEAVES:
-        assert ours(ROOT / f"movieq/{name}.py") <= allowed, name
-        allowed.add(name)
+def arrows() -> dict[str, set[str]]:
+    """For each module those that it imports; a package's face counts where the package itself is imported."""
+    every = every_module()
+    return {name: {each for each in imports(path) if each in every and each != name} for name, path in every.items()}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_imports_the_vocabulary_and_its_one_library_only(name: str) -> None:
-    third_party = (
-        {full.split(".")[0] for full in imports(ROOT / f"movieq/{name}.py")} - set(sys.stdlib_module_names) - {"movieq", "msgspec"}
-    )
-    others = ours(ROOT / f"movieq/{name}.py") - set(LEAVES)
-    assert third_party | others <= ADAPTERS[name]
+def room(module: str) -> str:
+    head, _, rest = module.partition(".")
+    return head if head == "workers" else rest.partition(".")[0]
+
+
+def wing(module: str) -> str:
+    return module.removeprefix("workers.child.").partition(".")[0]
+
+
+def back_arrows(found: dict[str, set[str]]) -> list[str]:
+    """Every import that does not lead down."""
+    rank = {name: number for number, names in enumerate(ROOMS) for name in names}
+    depth = {name: number for number, names in enumerate(WINGS) for name in names}
+    wrong = []
+    for module, others in found.items():
+        for other in others:
+            if "." not in module or "." not in other:  # the faces of the two packages: the version
+                continue
+            if (module, room(other)) == ("movieq.cli.serve", "workers"):
+                continue
+            inside = module.startswith("workers.child.") and other.startswith("workers.child.")
+            ranks, of = (depth, wing) if inside else (rank, room)
+            if of(module) != of(other) and ranks[of(other)] >= ranks[of(module)]:
+                wrong.append(f"{module} -> {other}")
+    return wrong
+
+
+def circles(found: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Every set of modules that import one another in a circle."""
+    reach: dict[str, set[str]] = {}
+    for module in found:
+        seen: set[str] = set()
+        ahead = [module]
+        while ahead:
+            for other in found[ahead.pop()] - seen:
+                seen.add(other)
+                ahead.append(other)
+        reach[module] = seen
+    return sorted({tuple(sorted(b for b in reach[a] if a in reach[b])) for a in found if a in reach[a]})
+
+
+def test_imports_lead_down() -> None:
+    assert not back_arrows(arrows())
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert not circles(arrows())
+
+
+def test_a_back_arrow_and_a_circle_are_found() -> None:
+    assert back_arrows({"movieq.tasks.states": {"movieq.queue.store"}, "movieq.queue.store": set()})
+    assert back_arrows({"workers.child.media.encode": {"workers.child.animatic.engine"}, "workers.child.animatic.engine": set()})
+    assert circles({"movieq.a": {"movieq.b"}, "movieq.b": {"movieq.c"}, "movieq.c": {"movieq.a"}, "movieq.d": {"movieq.a"}})
+
+
+def test_every_room_has_its_place() -> None:
+    listed = set().union(*ROOMS)
+    assert {room(name) for name in every_module() if "." in name} == listed
+    assert {wing(name) for name in every_module() if name.startswith("workers.child.")} == set().union(*WINGS)
+
+
+@pytest.mark.parametrize("place", LIBRARIES)
+def test_a_room_knows_its_libraries_alone(place: str) -> None:
+    files = [ROOT / place] if place.endswith(".py") else list(modules(place))
+    for path in files:
+        third_party = {full.split(".")[0] for full in imports(path)} - set(sys.stdlib_module_names) - {"movieq", "msgspec"}
+        assert third_party <= LIBRARIES[place], path
 
 
 def test_movieq_never_imports_workers_but_to_start_one() -> None:
@@ -101,7 +183,7 @@ def test_nobody_imports_the_child() -> None:
 
 
 def test_importing_the_worker_brings_no_torch() -> None:
-    code = "import sys, workers.main, movieq.cli, movieq.api.app; sys.exit(bool({'torch', 'diffusers', 'av'} & sys.modules.keys()))"
+    code = "import sys, workers.app, movieq.cli, movieq.api.app; sys.exit(bool({'torch', 'diffusers', 'av'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -148,7 +230,7 @@ def test_the_readme_lists_every_word_that_the_animatic_knows() -> None:
     listed = {name: [word.strip() for word in re.split("[,;]", words)] for name, words in rows.items()}
     assert listed["`camera_angle`"] == [*camera.MOVES, *camera.FRAMINGS]
     assert listed["`lighting`"] == [*grade.GRADES]
-    assert listed["`audio_cues`, `background_noise`"] == [*sound.SOUNDS]
-    assert listed["`pace`, `emotion`"] == [*speech.PACES, *speech.EMOTIONS]
-    assert listed["`pose`"] == [*figure.POSES]
-    assert listed["`motion`"] == [*puppet.MOTIONS]
+    assert listed["`audio_cues`, `background_noise`"] == [*ambience.SOUNDS]
+    assert listed["`pace`, `emotion`"] == [*espeak.PACES, *espeak.EMOTIONS]
+    assert listed["`pose`"] == [*mannequin.POSES]
+    assert listed["`motion`"] == [*cutout.MOTIONS]

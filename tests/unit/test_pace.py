@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.pace import FETCH_SHARE, UPLOAD_AT, Pace
+from workers.eta import FETCH_SHARE, UPLOAD_AT, Pace
 from workers.protocol import Stage
 
 

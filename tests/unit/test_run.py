@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.run import retry_delay_ms
+from workers.retry import retry_delay_ms
 
 
 @pytest.mark.parametrize("attempt", range(1, 12))

@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from movieq import models, settings
+from movieq import settings
 from movieq.errors import SettingsError
+from movieq.models import table as models
 from movieq.settings import Settings, load, variable
 
 NUMBERS = [field.name for field in msgspec.structs.fields(Settings) if type(field.default) in (int, float)]

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from workers.child import loudness, media, sound, speech
+from workers.child.animatic import espeak
+from workers.child.media import ambience, encode, loudness
 
 Samples = npt.NDArray[np.float32]
 
@@ -35,7 +36,7 @@ def ebur128(samples: Samples, rate: int) -> float:
     meter.link_to(sink)
     graph.configure()
     level = float("nan")
-    for frame in [*media._audio_frames(samples, rate), None]:
+    for frame in [*encode._audio_frames(samples, rate), None]:
         source.push(frame)
         try:
             while True:
@@ -50,14 +51,14 @@ def ebur128(samples: Samples, rate: int) -> float:
 
 
 def test_there_are_eight_sounds_and_more() -> None:
-    assert {"rain", "wind", "city", "room", "footsteps", "fire", "sea", "crowd"} <= set(sound.SOUNDS)
+    assert {"rain", "wind", "city", "room", "footsteps", "fire", "sea", "crowd"} <= set(ambience.SOUNDS)
 
 
-@pytest.mark.parametrize("name", sound.SOUNDS)
+@pytest.mark.parametrize("name", ambience.SOUNDS)
 def test_a_sound_is_heard_in_both_ears_and_loops_without_a_click(name: str) -> None:
-    looped = sound.loop((name,), RATE, rng())
+    looped = ambience.loop((name,), RATE, rng())
 
-    assert looped.shape == (sound.LOOP_S * RATE, 2)
+    assert looped.shape == (ambience.LOOP_S * RATE, 2)
     assert np.abs(looped).max() == pytest.approx(1, abs=0.01)
     assert (np.sqrt((looped**2).mean(axis=0)) > 0.005).all()
     assert not np.array_equal(looped[:, 0], looped[:, 1])
@@ -67,8 +68,8 @@ def test_a_sound_is_heard_in_both_ears_and_loops_without_a_click(name: str) -> N
 
 def test_sounds_differ_in_colour_or_in_shape() -> None:
     prints = {}
-    for name in sound.SOUNDS:
-        mono = sound.loop((name,), RATE, rng()).mean(axis=1)
+    for name in ambience.SOUNDS:
+        mono = ambience.loop((name,), RATE, rng()).mean(axis=1)
         spectrum = np.abs(np.fft.rfft(mono)) ** 2
         bands = np.array([part.sum() for part in np.split(spectrum, np.geomspace(40, len(spectrum) - 1, 11).astype(int))])
         envelope = np.sqrt((mono.reshape(-1, RATE // 20) ** 2).mean(axis=1))
@@ -78,12 +79,12 @@ def test_sounds_differ_in_colour_or_in_shape() -> None:
 
 
 def test_the_same_generator_gives_the_same_sound() -> None:
-    assert np.array_equal(sound.loop(("rain", "wind"), RATE, rng(4)), sound.loop(("rain", "wind"), RATE, rng(4)))
-    assert not np.array_equal(sound.loop(("rain",), RATE, rng(4)), sound.loop(("rain",), RATE, rng(5)))
+    assert np.array_equal(ambience.loop(("rain", "wind"), RATE, rng(4)), ambience.loop(("rain", "wind"), RATE, rng(4)))
+    assert not np.array_equal(ambience.loop(("rain",), RATE, rng(4)), ambience.loop(("rain",), RATE, rng(5)))
 
 
 def test_scenes_change_where_the_picture_does_without_a_gap() -> None:
-    bed = sound.bed([("rain",), ("engine",)], 6 * RATE, RATE, rng(), changes=[2 * RATE])
+    bed = ambience.bed([("rain",), ("engine",)], 6 * RATE, RATE, rng(), changes=[2 * RATE])
     low = [
         np.abs(np.fft.rfft(bed[a * RATE : b * RATE, 0]))[: 100 * (b - a)].sum() / np.abs(np.fft.rfft(bed[a * RATE : b * RATE, 0])).sum()
         for a, b in ((0, 1), (3, 4))
@@ -106,7 +107,7 @@ def test_scenes_change_where_the_picture_does_without_a_gap() -> None:
     ],
 )
 def test_cues_are_found_as_people_write_them(text: str, names: tuple[str, ...]) -> None:
-    assert sound.cues(text) == names
+    assert ambience.cues(text) == names
 
 
 # -- loudness
@@ -115,7 +116,7 @@ def test_cues_are_found_as_people_write_them(text: str, names: tuple[str, ...]) 
 @pytest.mark.parametrize("rate", [8000, 22050, 48000])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_loudness_agrees_with_ffmpegs_meter(rate: int, channels: int) -> None:
-    noise = sound.bed([("crowd",)], 6 * rate, rate, rng())[:, :channels] * np.linspace(0.05, 0.5, 6 * rate, dtype=np.float32)[:, None]
+    noise = ambience.bed([("crowd",)], 6 * rate, rate, rng())[:, :channels] * np.linspace(0.05, 0.5, 6 * rate, dtype=np.float32)[:, None]
     assert loudness.lufs(noise, rate) == pytest.approx(ebur128(noise, rate), abs=0.3)
 
 
@@ -131,7 +132,7 @@ def test_silence_has_none_and_stays_silent() -> None:
 
 
 def test_nothing_is_louder_than_the_ceiling() -> None:
-    loud = loudness.at(sound.loop(("footsteps",), RATE, rng()), RATE, -10)
+    loud = loudness.at(ambience.loop(("footsteps",), RATE, rng()), RATE, -10)
     assert np.abs(loud).max() <= loudness.CEILING + 1e-6
 
 
@@ -139,9 +140,9 @@ def test_nothing_is_louder_than_the_ceiling() -> None:
 
 
 def spoken(text: str = LINE, pace: str | None = None, emotion: str | None = None, language: str = "en") -> Samples:
-    how, warnings = speech.delivery(pace, emotion)
+    how, warnings = espeak.delivery(pace, emotion)
     assert warnings == []
-    return speech.speak(text, language, how, lambda done, of: None)
+    return espeak.speak(text, language, how, lambda done, of: None)
 
 
 def pitch(samples: Samples) -> float:
@@ -153,10 +154,10 @@ def pitch(samples: Samples) -> float:
             continue
         part -= part.mean()
         correlation = np.correlate(part, part, "full")[len(part) - 1 :]
-        lags = slice(speech.SAMPLE_RATE // 400, speech.SAMPLE_RATE // 60)
+        lags = slice(espeak.SAMPLE_RATE // 400, espeak.SAMPLE_RATE // 60)
         lag = int(np.argmax(correlation[lags])) + lags.start
         if correlation[lag] > 0.5 * correlation[0]:
-            found.append(speech.SAMPLE_RATE / lag)
+            found.append(espeak.SAMPLE_RATE / lag)
     return float(np.median(found))
 
 
@@ -175,7 +176,7 @@ def test_excited_is_at_least_fifteen_percent_higher_than_sad() -> None:
 @speaks
 def test_progress_comes_while_it_is_spoken() -> None:
     heard: list[int] = []
-    speech.speak(LINE * 40, "en", speech.Delivery(), lambda done, of: heard.append(done))
+    espeak.speak(LINE * 40, "en", espeak.Delivery(), lambda done, of: heard.append(done))
     assert heard == sorted(heard)
     assert len(set(heard)) > 5
 
@@ -189,7 +190,7 @@ def test_what_progress_raises_stops_the_speaker() -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
-        speech.speak(LINE, "en", speech.Delivery(), stop)
+        espeak.speak(LINE, "en", espeak.Delivery(), stop)
 
 
 @speaks
@@ -197,24 +198,24 @@ def test_what_progress_raises_stops_the_speaker() -> None:
     ("language", "text"), [("de-AT", "Guten Abend"), ("pt_BR", "Boa noite"), ("zh", "你好"), ("el", "Καλημέρα"), ("no", "God kveld")]
 )
 def test_languages_are_spoken(language: str, text: str) -> None:
-    assert len(spoken(text, language=language)) > speech.SAMPLE_RATE / 4
+    assert len(spoken(text, language=language)) > espeak.SAMPLE_RATE / 4
 
 
 def test_words_that_are_not_known_change_nothing_and_are_named() -> None:
-    how, warnings = speech.delivery("sideways", "sesquipedalian")
-    assert how == speech.Delivery()
+    how, warnings = espeak.delivery("sideways", "sesquipedalian")
+    assert how == espeak.Delivery()
     assert [warning.split()[0] for warning in warnings] == ["pace", "emotion"]
 
 
 @speaks
 @pytest.mark.parametrize("rate", [8000, 44100])
 def test_a_line_is_at_minus_sixteen_and_its_background_twenty_under(rate: int) -> None:
-    line = loudness.at(media.resampled(spoken()[:, None], speech.SAMPLE_RATE, rate), rate, -16)
+    line = loudness.at(encode.resampled(spoken()[:, None], espeak.SAMPLE_RATE, rate), rate, -16)
     assert ebur128(line, rate) == pytest.approx(-16, abs=2)
 
 
 def test_resampling_keeps_length_and_pitch() -> None:
     tone: Callable[[int], Samples] = lambda rate: np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)[:, None]  # noqa: E731  # two uses of one formula
-    out = media.resampled(tone(22050), 22050, 48000)
+    out = encode.resampled(tone(22050), 22050, 48000)
     assert len(out) == pytest.approx(48000, abs=40)
     assert np.argmax(np.abs(np.fft.rfft(out[:48000, 0], 48000))) == 440

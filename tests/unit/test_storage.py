@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from movieq.errors import Forbidden, StorageFault
-from movieq.storage import FolderStorage, checked_key, content_type
+from movieq.storage.base import checked_key, content_type
+from movieq.storage.folder import FolderStorage
 
 KEY = "projects/p-1/video/0190/run_a/output.mp4"
 NOT_KEYS = [

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from movieq import __version__
-from movieq.models import Model
-from movieq.params import AudioFormat, ImageFormat
-from workers.child import about, animatic, media
-from workers.child.take import Flag, Made, Take
+from movieq.models.table import Model
+from movieq.tasks.params import AudioFormat, ImageFormat
+from workers.child.animatic import engine as animatic
+from workers.child.job import Flag, Made, Take
+from workers.child.media import encode, metadata
 from workers.protocol import Run
 
 PROMPT = "A <weary> keeper & his lamp, in Besançon"
@@ -44,16 +45,16 @@ def take(folder: Path, task_type: str = "generate_image", *, model: Model | None
     return Take(run, lambda message: None, Flag())
 
 
-def written(path: Path, kind: str, tags: media.Tags) -> None:
+def written(path: Path, kind: str, tags: encode.Tags) -> None:
     """A small file of this kind."""
     if kind in list(ImageFormat):
-        media.write_image(path, PICTURE, ImageFormat(kind), tags)
+        encode.write_image(path, PICTURE, ImageFormat(kind), tags)
     elif kind in list(AudioFormat):
-        media.write_sound(path, NOISE, 48_000, AudioFormat(kind), tags, lambda done, of: None)
+        encode.write_sound(path, NOISE, 48_000, AudioFormat(kind), tags, lambda done, of: None)
     else:
-        with media.Clip(path, media.Format((64, 64), Fraction(24), 24), tags) as clip:
+        with encode.Clip(path, encode.Format((64, 64), Fraction(24), 24), tags) as clip:
             for _ in range(24):
-                clip.add(media.planes(PICTURE))
+                clip.add(encode.planes(PICTURE))
 
 
 def told(path: Path) -> dict[str, str]:
@@ -65,7 +66,7 @@ def told(path: Path) -> dict[str, str]:
         root = ElementTree.fromstring(packet)
         texts = {each.tag.rpartition("}")[2]: each.text or "" for each in root.iter()}
         assert texts.pop("DigitalSourceType") == f"http://cv.iptc.org/newscodes/digitalsourcetype/{texts['source']}"
-        return {name: text for name, text in texts.items() if name in media.Tags.__struct_fields__}
+        return {name: text for name, text in texts.items() if name in encode.Tags.__struct_fields__}
     with av.open(str(path)) as container:
         comment = {key.lower(): value for key, value in container.metadata.items()}["comment"]
     return {name: str(value) for name, value in msgspec.json.decode(comment).items()}
@@ -74,7 +75,7 @@ def told(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_of_any_format_says_how_it_was_made(tmp_path: Path, kind: str) -> None:
     made = take(tmp_path, model=MODEL, prompt=PROMPT)
-    written(path := tmp_path / f"output.{kind}", kind, about.tags(made, "Image"))
+    written(path := tmp_path / f"output.{kind}", kind, metadata.tags(made, "Image"))
     assert told(path) == {
         "title": "Image", "engine": "diffusers", "version": __version__, "source": "trainedAlgorithmicMedia", "prompt": PROMPT,
         "seed": "7", "model": "some-model", "revision": REVISION, "task": "task-1",
@@ -84,13 +85,13 @@ def test_a_file_of_any_format_says_how_it_was_made(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize("kind", FORMATS)
 def test_where_tags_are_off_a_file_says_what_it_is_and_not_how_it_was_made(tmp_path: Path, kind: str) -> None:
     made = take(tmp_path, model=MODEL, prompt="Marrakesh by night", file_tags=False)
-    written(path := tmp_path / f"output.{kind}", kind, about.tags(made, "Image"))
+    written(path := tmp_path / f"output.{kind}", kind, metadata.tags(made, "Image"))
     assert told(path) == {"title": "Image", "engine": "diffusers", "version": __version__, "source": "trainedAlgorithmicMedia"}
     assert not [word for word in (b"Marrakesh", b"some-model", REVISION.encode(), b"task-1") if word in path.read_bytes()]
 
 
 def test_a_png_says_it_in_text_too(tmp_path: Path) -> None:
-    written(path := tmp_path / "output.png", "png", about.tags(take(tmp_path, model=MODEL, prompt=PROMPT), "Image"))
+    written(path := tmp_path / "output.png", "png", metadata.tags(take(tmp_path, model=MODEL, prompt=PROMPT), "Image"))
     with Image.open(path) as image:
         image.load()
         texts = {str(key): str(value) for key, value in image.info.items()}

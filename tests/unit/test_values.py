@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movieq import values
 from movieq.api.tasks import decode
-from movieq.contracts import SubmitRequest
 from movieq.errors import ValidationFailed
-from movieq.values import ELEMENTS, LEAST, MOST, NESTING
+from movieq.tasks import values
+from movieq.tasks.values import ELEMENTS, LEAST, MOST, NESTING
+from movieq.tasks.wire import SubmitRequest
 
 MIB = 1024 * 1024
 EDGES = [LEAST - 1, LEAST, MOST, MOST + 1, 2**63, 10**400, -(10**30)]

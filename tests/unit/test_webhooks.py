@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from movieq.delivery.webhooks import MAX_ANSWER_BYTES, Outcome, headers, parse_secrets, retry_after_s, send
 from movieq.errors import SettingsError
-from movieq.webhooks import MAX_ANSWER_BYTES, Outcome, headers, parse_secrets, retry_after_s, send
 
 BODY = '{"type": "task.completed", "text": "Škoda"}'.encode()
 

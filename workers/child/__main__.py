@@ -29,12 +29,12 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from movieq import plugins
-from movieq.contracts import ModelSwaps
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
-from movieq.models import ENGINES
+from movieq.models.table import ENGINES
+from movieq.tasks.entities import ModelSwaps
 from workers import protocol
-from workers.child import leash
-from workers.child.take import Finish, Flag, Made, Take, TakeCancelled, broken
+from workers.child import pdeathsig
+from workers.child.job import Finish, Flag, Made, Take, TakeCancelled, broken
 from workers.faults import PLACE, device_problem, host_problem, said
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
@@ -187,13 +187,13 @@ def _judged(run: Run, work: Callable[[], T]) -> T | Failed | Cancelled:
 
 def resident() -> tuple[str, ...]:
     """The models on the device: the animatic needs none, and is always there."""
-    shelf = sys.modules.get("workers.child.shelf")
+    shelf = sys.modules.get("workers.child.diffusion.model_cache")
     return ("animatic", *(shelf.names() if shelf else ()))
 
 
 def put_by() -> tuple[tuple[str, ...], ModelSwaps]:
     """The models that wait in the host's memory, and how often models came and went."""
-    shelf = sys.modules.get("workers.child.shelf")
+    shelf = sys.modules.get("workers.child.diffusion.model_cache")
     return (shelf.parked(), shelf.swaps()) if shelf else ((), ModelSwaps())
 
 
@@ -227,7 +227,7 @@ def private_pipe() -> tuple[BinaryIO, BinaryIO]:
 
 
 def main() -> None:
-    leash.hold()
+    pdeathsig.hold()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m workers.child", description="The process of one device; started by the worker.")

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from movieq.contracts import KEYS, Kind, ProjectId, TaskId, TaskStatus
-from movieq.store import NewTask, Store, connect
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.store import NewTask, Store
+from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
 from tests import arrange
 from tests.bench.peers import ours
 

@@ -24,20 +24,24 @@ import msgspec
 from arq import func
 
 from movieq import logs
-from movieq.channels import Subscriber
-from movieq.contracts import KEYS, Kind, TaskId
 from movieq.errors import TaskFault
-from movieq.fetch import Fetcher, Guard
-from movieq.params import TaskType
+from movieq.fetch.download import Fetcher
+from movieq.fetch.guard import Guard
+from movieq.queue.connection import connect
+from movieq.queue.keys import KEYS
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.store import NewTask, Store
 from movieq.settings import LogFormat, LogLevel
-from movieq.storage import FolderStorage
-from movieq.store import NewTask, Store, connect
+from movieq.storage.folder import FolderStorage
+from movieq.tasks.states import Kind, TaskId, TaskType
 from tests import arrange
 from tests.bench.peers import peer
-from workers.engine import Child, Group, Progress
-from workers.main import Worker
+from workers.execute import run_task
 from workers.protocol import Done, Run
-from workers.run import Parts, Running, run_task
+from workers.running import Parts, Running
+from workers.slots import Group
+from workers.supervisor import Child, Progress
+from workers.worker import Worker
 
 KWARGS = msgspec.msgpack.encode(peer.PAYLOAD)
 PICTURE = msgspec.msgpack.encode({"task_data": {"prompt": "a lamp", "resolution": "64x64"}})

@@ -6,10 +6,10 @@ from typing import Annotated
 from msgspec import Meta
 from PIL import Image
 
-from movieq.params import Params
 from movieq.plugins import NewTaskType, Plugin
-from workers.child import about
-from workers.child.take import Made, Take
+from movieq.tasks.params import Params
+from workers.child.job import Made, Take
+from workers.child.media import metadata
 from workers.protocol import Produced, Stage
 
 
@@ -29,7 +29,7 @@ def make(take: Take) -> Made:
         strip.paste((digest[0], digest[1], digest[2]), (64 * number, 0, 64 * number + 64, 64))
         take.step("mix", number + 1, take.params.colours)
     strip.save(path := take.out_dir / "output.png")
-    return Made((Produced(str(path), "output", "image/png", *strip.size),), about.metadata(take, "png", strip.size))
+    return Made((Produced(str(path), "output", "image/png", *strip.size),), metadata.metadata(take, "png", strip.size))
 
 
 plugin = Plugin(

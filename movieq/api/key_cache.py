@@ -1,0 +1,35 @@
+"""API keys and what each may do, remembered for some seconds."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from movieq.queue.store import Store
+from movieq.settings import Grant, key_hash
+
+CACHE_S: Final = 5.0
+"""How long a key of Redis is good after it was taken back."""
+CACHE_KEYS: Final = 10_000
+
+
+class Keys:
+    """The keys that are known. Only hashes are kept and compared, so a comparison's time tells nothing of a key."""
+
+    def __init__(self, grants: dict[str, Grant], store: Store) -> None:
+        self._settings = {key_hash(key): grant for key, grant in grants.items()}
+        self._store = store
+        self._cache: dict[str, tuple[float, Grant | None]] = {}
+
+    async def grant(self, id: str) -> Grant | None:
+        """What the key of this hash may; None for a wrong one."""
+        if (grant := self._settings.get(id)) is not None:
+            return grant
+        until, cached = self._cache.get(id, (0.0, None))
+        if time.monotonic() < until:
+            return cached
+        if len(self._cache) >= CACHE_KEYS:
+            self._cache.clear()
+        found = await self._store.grant(id)
+        self._cache[id] = (time.monotonic() + CACHE_S, found)
+        return found

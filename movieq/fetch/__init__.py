@@ -1,0 +1,1 @@
+"""Inputs from the network, and which addresses may be contacted."""

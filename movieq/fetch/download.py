@@ -1,0 +1,290 @@
+"""Guarded downloads: the bytes of a url that a stranger named, or a reason why not.
+
+`Guard` keeps strangers' urls out of private networks. It is asked twice: about the url before anything else, and about every address that a
+host name stands for when a connection is made; the connection goes to the addresses that were asked about, so a name server that answers
+differently the second time gains nothing. The sessions it makes hold this for every request, also those of webhooks.
+
+`Fetcher` brings an image or a sound into a file: bounded in bytes and seconds, redirects followed by hand, kept only if its bytes (never
+the declared type) are of a kind that was asked for. Left out: caching, resuming, `upload:` and `task:` references (they never leave the
+house), and decoding, so a file that is damaged behind its header passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import re
+import socket
+import struct
+from collections.abc import Collection
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+from urllib.parse import unquote_to_bytes, urljoin
+
+import aiohttp
+import msgspec
+from PIL import Image
+
+from movieq.errors import InputUnavailable, InvalidInput, StorageFault
+from movieq.fetch.guard import CONNECT_S, TOTAL_S, Guard, shown
+
+MAX_BYTES: Final = 25 * 1024 * 1024
+BACKOFF_S: Final = (0.2, 0.5, 1.0)
+"""Before the second, third and fourth try of a fault that may pass."""
+MAX_REDIRECTS: Final = 5
+MAX_PIXELS: Final = 40_000_000
+HEAD_BYTES: Final = 512
+"""What `sniff` wants to see of a file."""
+
+IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+"""Pillow's names. Its other formats stay shut: some start programs (EPS), none is a still that the web shows."""
+
+
+class Kind(StrEnum):
+    """What a reference can be asked to be: the first half of its media type."""
+
+    IMAGE = "image"
+    AUDIO = "audio"
+
+
+_ACCEPTED: Final = {Kind.IMAGE: "an image (jpeg, png, webp, gif, tiff, bmp)", Kind.AUDIO: "a sound (wav, mp3, flac, ogg, m4a)"}
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """A file that is there, and what its bytes are."""
+
+    path: Path
+    media_type: str
+    size_bytes: int
+
+
+class Fetcher:
+    """Downloads under a guard; an async context manager that owns one client session."""
+
+    def __init__(self, guard: Guard, *, max_bytes: int = MAX_BYTES, total_s: float = TOTAL_S) -> None:
+        self._guard = guard
+        self._max_bytes = max_bytes
+        self._total_s = total_s
+
+    async def __aenter__(self) -> Self:
+        self._session = self._guard.session()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self._session.close()
+
+    async def fetch(self, url: str, dest: Path, kinds: Collection[Kind]) -> Fetched:
+        """What `url` (http, https or data) stands for lies at `dest` and is of one of these kinds, an image of at most 40 megapixels.
+
+        Raises InputUnavailable if it cannot be had within the bytes and seconds of this fetcher, InvalidInput if it was had and is
+        something else, both naming the url without its query; StorageFault if `dest` cannot be written. Then, and on cancel, nothing lies
+        at `dest`.
+        """
+        try:
+            if url[:5].lower() == "data:":
+                body = self._decoded(url)
+                with _created(dest) as file:
+                    await asyncio.to_thread(file.write, body)
+            else:
+                await self._tried(url, dest)
+            return await asyncio.to_thread(_examined, url, dest, kinds)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                dest.unlink()
+            if isinstance(error, OSError):  # those of the network have become others by now
+                raise StorageFault(f"cannot keep {shown(url)} at {dest}: {error.strerror or error}") from error
+            raise
+
+    def _decoded(self, url: str) -> bytes:
+        """The bytes inside a data url (RFC 2397; base64 forgiving about blanks and padding, as browsers are)."""
+        declared, comma, data = url[5:].partition(",")
+        if not comma:
+            raise InvalidInput(f"{shown(url)} is not a data url: it has no comma")
+        body = unquote_to_bytes(data)
+        if declared.rstrip().lower().endswith(";base64"):
+            body = b"".join(body.split()).rstrip(b"=")
+            try:
+                body = base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
+            except ValueError as error:
+                raise InvalidInput(f"{shown(url)} is not valid base64") from error
+        if len(body) > self._max_bytes:
+            raise _unavailable(url, _too_large(self._max_bytes))
+        return body
+
+    async def _tried(self, url: str, dest: Path) -> None:
+        """Download, again where a fault may pass, until it is there or the time is over."""
+        try:
+            async with asyncio.timeout(self._total_s):
+                for pause_s in (*BACKOFF_S, None):
+                    try:
+                        return await self._followed(url, dest)
+                    except _Missed as missed:
+                        if pause_s is None or not missed.may_pass:
+                            raise _unavailable(url, missed.problem) from missed
+                        await asyncio.sleep(pause_s)
+        except TimeoutError as error:
+            raise _unavailable(url, f"it did not come within {self._total_s:g} s") from error
+
+    async def _followed(self, url: str, dest: Path) -> None:
+        """One try: from the url, over its redirects, to the file. Raises _Missed."""
+        here = url
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                async with self._session.get(
+                    self._guard.check_url(here),
+                    allow_redirects=False,
+                    headers={"Accept-Encoding": "identity"},
+                    timeout=aiohttp.ClientTimeout(total=self._total_s, sock_connect=CONNECT_S),
+                ) as answer:
+                    location = answer.headers.get("Location")
+                    if answer.status not in (301, 302, 303, 307, 308) or location is None:
+                        return await self._streamed(answer, dest)
+                    try:
+                        here = urljoin(here, location)
+                    except ValueError as error:
+                        raise _Missed("it redirects to something that is no url") from error
+        except aiohttp.ClientError as error:
+            raise _missed(error) from error
+        raise _Missed(f"it redirects more than {MAX_REDIRECTS} times")
+
+    async def _streamed(self, answer: aiohttp.ClientResponse, dest: Path) -> None:
+        if not 200 <= answer.status < 300:
+            raise _Missed(f"it answered {answer.status}", may_pass=answer.status in (408, 425, 429) or answer.status >= 500)
+        if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+            raise _Missed("it came compressed (Content-Encoding), which was not asked for")
+        if (answer.content_length or 0) > self._max_bytes:
+            raise _Missed(_too_large(self._max_bytes))
+        size = 0
+        with _created(dest) as file:
+            pending = bytearray()
+            async for chunk in answer.content.iter_any():
+                size += len(chunk)
+                if size > self._max_bytes:
+                    raise _Missed(_too_large(self._max_bytes))
+                pending += chunk
+                if len(pending) >= 256 * 1024:
+                    await asyncio.to_thread(file.write, bytes(pending))
+                    pending.clear()
+            await asyncio.to_thread(file.write, pending)
+
+
+def sniff(head: bytes) -> str | None:
+    """The media type that the first bytes of a file (`HEAD_BYTES` are plenty) show; None for whatever is neither image nor sound.
+
+    An mp4 of any brand is `audio/mp4`: whether there is sound in it shows when it is opened. SVG is none: it is a program that draws.
+    """
+    for media_type, pattern in _MAGIC:
+        if pattern.match(head):
+            return media_type
+    return None
+
+
+def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
+    """Why this file is not an image that can be worked with, read from its header alone; None if nothing speaks against it. Blocks."""
+    with path.open("rb") as file:
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit comes at 89 and 179 megapixels
+            return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
+        except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
+            # What Pillow's readers raise on damaged headers, a Warning where warnings are errors; UnidentifiedImageError is an OSError.
+            return "its image header cannot be read"
+    if width * height > max_pixels:
+        return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
+    return None
+
+
+_MP3_RATES: Final = bytes(byte for byte in range(256) if 0 < byte >> 4 < 15 and byte >> 2 & 3 != 3)
+
+_MAGIC: Final = [
+    (media_type, re.compile(pattern, re.DOTALL))
+    for media_type, pattern in (
+        ("image/jpeg", rb"\xff\xd8\xff"),
+        ("image/png", rb"\x89PNG\r\n\x1a\n"),
+        ("image/webp", rb"RIFF....WEBP"),
+        ("image/gif", rb"GIF8[79]a"),
+        ("image/tiff", rb"II\*\0|MM\0\*"),
+        # "BM" begins many a text: also ask for the reserved zeros and a size of the second header that exists
+        ("image/bmp", rb"BM....\0{4}....[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}"),
+        ("audio/wav", rb"(?:RIFF|RF64)....WAVE"),
+        ("audio/flac", rb"fLaC"),
+        ("audio/ogg", rb"OggS\0"),
+        ("audio/mp4", rb"....ftyp(?:M4A |M4B |mp4[12]|isom|iso[2-9]|3gp[4-7]|dash)"),
+        # a tag, or a frame of layer III with a bit rate and a sample rate that exist
+        ("audio/mpeg", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + re.escape(_MP3_RATES) + rb"]"),
+    )
+]
+
+
+class _Missed(Exception):
+    """One try failed. `may_pass`: whether another one can help."""
+
+    def __init__(self, problem: str, *, may_pass: bool = False) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.may_pass = may_pass
+
+
+def _created(dest: Path) -> BinaryIO:
+    """An empty file to write to from threads, as a disk that stalls must not stall the leases of other tasks.
+
+    It is opened and closed here and now: after a cancel no thread can bring it back, and its buffer's lock makes closing wait for a write.
+    """
+    return dest.open("wb")
+
+
+def _examined(url: str, path: Path, kinds: Collection[Kind]) -> Fetched:
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    media_type = sniff(head)
+    if media_type is None or media_type.partition("/")[0] not in kinds:
+        asked = " or ".join(_ACCEPTED[kind] for kind in Kind if kind in kinds)
+        raise InvalidInput(f"{shown(url)} is not usable: {media_type or _description(head)}, and not {asked}")
+    if media_type.startswith("image/") and (problem := image_problem(path)):
+        raise InvalidInput(f"{shown(url)} is not usable: {problem}")
+    return Fetched(path=path, media_type=media_type, size_bytes=path.stat().st_size)
+
+
+def _description(head: bytes) -> str:
+    """For the message alone: what somebody most likely meant to send."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "it is empty"
+    if b"<svg" in text:
+        return "it is an SVG drawing"
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "it is an HTML page"
+    return "its bytes are of no known kind"
+
+
+def _unavailable(url: str, problem: str) -> InputUnavailable:
+    return InputUnavailable(f"{shown(url)} cannot be had: {problem}")
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"it is larger than {max_bytes / 1024 / 1024:g} MiB"
+
+
+def _missed(error: aiohttp.ClientError) -> _Missed:
+    """aiohttp's errors in our words: its own carry addresses that were resolved, and parts of the url."""
+    match error:
+        case aiohttp.InvalidURL():
+            return _Missed(error.description or "it is not a well-formed url")
+        case aiohttp.ClientConnectorDNSError():
+            return _Missed("its host was not found", may_pass=error.os_error.errno == socket.EAI_AGAIN)
+        case aiohttp.ClientSSLError():
+            return _Missed("its certificate or TLS handshake was not accepted")
+        case aiohttp.ServerTimeoutError():
+            return _Missed("its host did not answer in time", may_pass=True)
+        case aiohttp.ClientConnectorError():
+            return _Missed(f"no connection: {error.os_error.strerror or 'refused'}", may_pass=True)
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError() | aiohttp.ClientPayloadError():
+            return _Missed("the connection broke off", may_pass=True)
+        case aiohttp.ClientResponseError():
+            return _Missed("its answer is not HTTP")
+        case _:
+            return _Missed(f"the request failed ({type(error).__name__})")

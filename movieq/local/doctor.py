@@ -1,0 +1,369 @@
+"""`movieq doctor`: the settings against the real servers. A line for each check: what is so, and what to do where it is not good."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import importlib.util
+import secrets
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from movieq import checks, credentials, logs
+from movieq.checks import CHECK_S, Finding, Mark
+from movieq.client import Client, Unreachable
+from movieq.delivery import payload, webhooks
+from movieq.delivery.payload import Payload
+from movieq.errors import CmsFault, ModelUnavailable, MovieqError, SettingsError, StorageFault
+from movieq.fetch.guard import Guard, UrlRefused, shown
+from movieq.models import table as models
+from movieq.models import weights
+from movieq.settings import Bucket, PayloadMode, Settings, variable
+from movieq.storage.open import opened
+
+EXPIRES_SOON: Final = timedelta(days=30)
+LARGE_BYTES: Final = 20 * 1024**2 + 1
+"""Just more than Payload takes of a file unless it is told otherwise."""
+NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
+NO_GPU: Final = "none on this machine: animatics need none; a model that is asked for by name runs on the CPU, slowly"
+
+
+async def examine(
+    given: Callable[[], Settings], data: Path, local_url: str, found: Callable[[Finding], None], callback: str | None = None
+) -> bool:
+    """Every check has been made and its findings passed on, in order; returns whether nothing is broken.
+
+    `given` reads the settings; `data` is the folder of `movieq up`, `local_url` where it listens; `callback` is a callback_url to try.
+    """
+    whole = True
+
+    def note(finding: Finding) -> None:
+        nonlocal whole
+        whole = whole and finding.mark is not Mark.BROKEN
+        found(finding)
+
+    for finding in (*_packages(), _speech(), _gpu()):
+        note(finding)
+    try:
+        for finding in checks.unknown():
+            note(finding)
+        read = given()
+    except SettingsError as error:
+        note(Finding(Mark.BROKEN, "settings", error.message))
+        return False
+    if read.storage == Settings().storage:  # as `movieq up` has it
+        read = msgspec.structs.replace(read, storage=str(data / "media"))
+    for finding in (
+        _api_keys(read, data),
+        _webhook_secret(read),
+        _models(read),
+        _signatures(read),
+        checks.gpus(read),
+        await asyncio.to_thread(checks.spool, read),
+        await _guarded("storage", lambda: _storage(read)),
+    ):
+        note(finding)
+    for finding in await _redis(read):
+        note(finding)
+    for finding in await _cms(read):
+        note(finding)
+    note(await _guarded("callbacks", lambda: _callback(read, callback)))
+    note(await _guarded("API", lambda: _api(read, local_url)))
+    return whole
+
+
+async def _guarded(subject: str, check: Callable[[], Awaitable[Finding]]) -> Finding:
+    try:
+        async with asyncio.timeout(CHECK_S):
+            return await check()
+    except TimeoutError:
+        return Finding(Mark.BROKEN, subject, f"no answer within {CHECK_S:g} s")
+
+
+# ── This machine ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _packages() -> list[Finding]:
+    """The libraries with machine code in them: whether they load here, not only whether they are installed."""
+    found = []
+    for package, module, purpose in (("av", "av", "video and sound"), ("pillow", "PIL.Image", "pictures"), ("numpy", "numpy", "frames")):
+        name = {"av": "PyAV", "pillow": "Pillow"}.get(package, package)
+        try:
+            importlib.import_module(module)
+            found.append(Finding(Mark.GOOD, name, f"{importlib.metadata.version(package)} ({purpose})"))
+        except ImportError as error:
+            found.append(Finding(Mark.BROKEN, name, f"does not load: {error}; pip install --force-reinstall {package}"))
+    return found
+
+
+def _speech() -> Finding:
+    missing = "dialogue fails with engine_unavailable until it is there: pip install 'movieq[speech]' (GPL-3)"
+    if importlib.util.find_spec("espeakng_loader") is None:
+        return Finding(Mark.NOTE, "speech", f"espeak-ng is not installed; {missing}")
+    loader = importlib.import_module("espeakng_loader")
+    if not Path(loader.get_library_path()).exists() or not Path(loader.get_data_path()).exists():
+        return Finding(
+            Mark.BROKEN, "speech", "espeakng-loader has no library for this machine; pip install --force-reinstall espeakng-loader"
+        )
+    return Finding(Mark.GOOD, "speech", f"espeak-ng by espeakng-loader {importlib.metadata.version('espeakng-loader')}")
+
+
+def _gpu() -> Finding:
+    """What the driver knows of GPUs, and whether models can use them. It starts no CUDA."""
+    driver = NVIDIA_DRIVER.exists()
+    if importlib.util.find_spec("pynvml") is None:
+        if driver:
+            return Finding(Mark.BROKEN, "GPU", "a driver is here, and nothing that can use it: pip install 'movieq[gpu]'")
+        return Finding(Mark.GOOD, "GPU", NO_GPU)
+    library = importlib.import_module("pynvml")
+    try:
+        library.nvmlInit()
+        cards = [library.nvmlDeviceGetName(library.nvmlDeviceGetHandleByIndex(each)) for each in range(library.nvmlDeviceGetCount())]
+    except library.NVMLError as error:
+        if driver:
+            return Finding(
+                Mark.BROKEN, "GPU", f"the driver is here and does not answer ({error}): start the machine again, or its driver anew"
+            )
+        return Finding(Mark.GOOD, "GPU", NO_GPU)
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(Mark.BROKEN, "GPU", f"{', '.join(cards)}, and no torch: pip install 'movieq[gpu]'")
+    if torch.endswith("+cpu"):
+        return Finding(
+            Mark.BROKEN, "GPU", f"{', '.join(cards)}, and torch {torch}, which knows no GPU: pip install torch by its CUDA index"
+        )
+    return Finding(Mark.GOOD, "GPU", f"{', '.join(cards)}; torch {torch}")
+
+
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _api_keys(read: Settings, data: Path) -> Finding:
+    count = len(read.keys())
+    if count:
+        return Finding(Mark.GOOD, "API keys", f"{count} in {variable('api_keys')}")
+    own = data / "api-key"
+    if own.exists():
+        return Finding(Mark.GOOD, "API keys", f"that of `movieq up`, in {own}; for `movieq api` set {variable('api_keys')}")
+    return Finding(
+        Mark.NOTE, "API keys", f"{variable('api_keys')} is not set: `movieq up` makes one in {data}, `movieq api` lets nobody in"
+    )
+
+
+def _webhook_secret(read: Settings) -> Finding:
+    try:
+        count = len(webhooks.parse_secrets(read.webhook_secret))
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "webhooks", error.message)
+    if not count:
+        return Finding(Mark.NOTE, "webhooks", f"unsigned: receivers cannot know who sent them until {variable('webhook_secret')} is set")
+    return Finding(Mark.GOOD, "webhooks", "signed" if count == 1 else f"signed by {count} secrets, while rotating")
+
+
+def _models(read: Settings) -> Finding:
+    try:
+        table = models.load(read.models)
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "models", error.message)
+    try:
+        importlib.import_module("huggingface_hub")
+    except ImportError:
+        here = [name for name, model in table.items() if not weights.sources(model)]
+        return Finding(Mark.GOOD, "models", f"{len(table)}; here: {', '.join(here)}; the others need pip install 'movieq[gpu]'")
+    here = []
+    wrong: list[str] = []
+    for name, model in table.items():
+        sources = weights.sources(model)
+        try:
+            for source in sources:
+                weights.find(source)
+            here.append(name)
+        except ModelUnavailable as error:
+            wrong += [f"{name}: {error.message}"] if any(weights.begun(source) for source in sources) else []
+    if wrong:
+        return Finding(Mark.BROKEN, "models", "; ".join(wrong))
+    lacking = [name for name in table if name not in here]
+    text = f"{len(table)}; here: {', '.join(here)}"
+    return Finding(Mark.GOOD, "models", f"{text}; `movieq models pull NAME` brings {', '.join(lacking)}" if lacking else text)
+
+
+def _signatures(read: Settings) -> Finding:
+    try:
+        signer = credentials.load(read)
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "signatures", error.message)
+    if signer is None:
+        return Finding(Mark.GOOD, "signatures", f"results are not signed (C2PA); {variable('c2pa_certificate')} names a certificate")
+    text = f"results are signed (C2PA) by {signer.name}, until {signer.expires:%Y-%m-%d}"
+    if signer.expires - datetime.now(UTC) < EXPIRES_SOON:
+        return Finding(Mark.NOTE, "signatures", f"{text}: renew its certificate, and start the workers again")
+    return Finding(Mark.GOOD, "signatures", text)
+
+
+async def _storage(read: Settings) -> Finding:
+    if (bucket := read.bucket()) is not None:
+        return await _bucket(read, bucket)
+    return await asyncio.to_thread(checks.storage, read)
+
+
+async def _bucket(read: Settings, bucket: Bucket) -> Finding:
+    """A small file can be stored, read, opened by its address, and deleted."""
+    key = f"doctor/{secrets.token_hex(8)}.txt"
+    with tempfile.TemporaryDirectory(prefix="movieq-doctor-") as folder:
+        sent, received = Path(folder) / "sent", Path(folder) / "received"
+        sent.write_text(key)
+        try:
+            async with opened(read, read.public_url, (), patient=False) as storage:
+                await storage.put(key, sent, "text/plain")
+                whole = await storage.open(key, received) is not None and received.read_text() == key
+                problem = await _address_problem(storage.url(key, int(time.time()) + 60), key, public=bool(bucket.public_url))
+                await storage.delete(key)
+        except StorageFault as fault:
+            return Finding(Mark.BROKEN, "storage", fault.message)
+    if not whole:
+        return Finding(Mark.BROKEN, "storage", f"bucket {bucket.name} of {bucket.endpoint} gave back other bytes than it was given")
+    if problem:
+        return Finding(Mark.BROKEN, "storage", problem)
+    return Finding(
+        Mark.GOOD, "storage", f"bucket {bucket.name} of {bucket.endpoint}: a file was stored, read, opened by its url and deleted"
+    )
+
+
+async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
+    """Why the address does not open what was stored; None where it does."""
+    cure = f"correct {variable('r2_public_url')}, or leave it unset for signed urls" if public else "signed urls do not work there"
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            if answer.status == 200 and await answer.text() == body:
+                return None
+            return f"{logs.without_query(url)} answers {answer.status} and not with the file; {cure}"
+    except (aiohttp.ClientError, OSError) as error:
+        return f"{logs.without_query(url)} cannot be opened: {error}; {cure}"
+
+
+# ── Servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _redis(read: Settings) -> list[Finding]:
+    if not read.redis_url:
+        return [
+            Finding(
+                Mark.GOOD,
+                "Redis",
+                f"{variable('redis_url')} is not set: `movieq up` brings its own Valkey; `movieq api` and `worker` need one",
+            )
+        ]
+    return await checks.server(read, "doctor")
+
+
+async def _cms(read: Settings) -> list[Finding]:
+    try:
+        cms = payload.configured(read)
+    except SettingsError as error:
+        return [Finding(Mark.BROKEN, "CMS", error.message)]
+    if cms is None:
+        return [Finding(Mark.GOOD, "CMS", f"{variable('payload_url')} is not set: results are told by webhooks alone")]
+    found: list[Finding] = []
+    async with Guard(origins=read.own_origins()).session() as session:
+        asked = Payload(cms, session, answer_s=CHECK_S)
+        checks = [_cms_key, _cms_collection, _cms_fields, *([_cms_limits] if asked.takes_files else [])]
+        for check in checks:
+            try:
+                found.append(await check(asked))
+            except CmsFault as fault:
+                found.append(Finding(Mark.BROKEN, "CMS", f"{cms.url}: {fault.message}"))
+            if found[-1].mark is Mark.BROKEN:
+                break  # what follows would say the same again
+    return found
+
+
+async def _cms_key(asked: Payload) -> Finding:
+    if await asked.known():
+        return Finding(Mark.GOOD, "CMS", f"{asked.cms.url} knows the key")
+    advice = f"choose Enable API Key on the page of one, and set {variable('payload_api_key')}, or {variable('payload_users')}"
+    return Finding(Mark.BROKEN, "CMS", f"{asked.cms.url} knows no user in {asked.cms.users!r} with this key: {advice}")
+
+
+async def _cms_collection(asked: Payload) -> Finding:
+    may, name = await asked.may(), asked.cms.media
+    if "create" not in may or "read" not in may:
+        return Finding(
+            Mark.BROKEN, "CMS media", f"the key's user may not create and read {name!r}: widen its `access` in the Payload config"
+        )
+    if "delete" not in may:
+        return Finding(Mark.NOTE, "CMS media", f"the key's user may not delete in {name!r}: what a fault left double stays double")
+    return Finding(Mark.GOOD, "CMS media", f"the key's user may create, read and delete in {name!r}")
+
+
+async def _cms_fields(asked: Payload) -> Finding:
+    missing, cms = await asked.missing(), asked.cms
+    if not missing:
+        return Finding(Mark.GOOD, "CMS fields", f"{cms.media!r} has all of {', '.join(cms.paths())}")
+    needed = {cms.path(payload.TASK_ID), cms.path("url")} if cms.mode is PayloadMode.REFERENCE else set()
+    advice = f"add them to the collection, or map or leave them out by {variable('payload_fields')}"
+    mark = Mark.BROKEN if needed & set(missing) else Mark.NOTE
+    return Finding(mark, "CMS fields", f"{cms.media!r} has no {', '.join(missing)}, which get lost: {advice}")
+
+
+async def _cms_limits(asked: Payload) -> Finding:
+    limit = await asked.limit_bytes(LARGE_BYTES)
+    if limit is None:
+        return Finding(Mark.GOOD, "CMS limits", f"files of more than {LARGE_BYTES // 1024**2} MiB are taken")
+    return Finding(
+        Mark.NOTE, "CMS limits", f"no file over {limit / 1024**2:.0f} MiB is taken, and clips can have more: raise {payload.LIMITS}"
+    )
+
+
+async def _callback(read: Settings, url: str | None) -> Finding:
+    networks = read.private_networks()
+    if not read.redis_url and not networks:  # as `movieq up` has it
+        networks = (IPv4Network("127.0.0.0/8"), IPv6Network("::1"))
+    allowed = ", ".join(["public addresses", *map(str, networks), *read.own_origins()])
+    if url is None:
+        return Finding(Mark.GOOD, "callbacks", f"may go to {allowed}; to try one: movieq doctor --callback URL")
+    guard, name = Guard(networks, read.own_origins()), shown(url)
+    try:
+        async with guard.session() as session, session.head(guard.check_url(url), allow_redirects=False) as answer:
+            status = answer.status
+    except UrlRefused as error:
+        return Finding(Mark.BROKEN, "callbacks", f"{name} is refused: {error.description}; allowed are {allowed}")
+    except (aiohttp.ClientError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Finding(Mark.BROKEN, "callbacks", f"{name} cannot be reached from here: {reason}; start its server, or open the way to it")
+    if 300 <= status < 400:
+        return Finding(
+            Mark.BROKEN, "callbacks", f"{name} sends elsewhere ({status}), and redirects are not followed: give the final address"
+        )
+    if status >= 500:
+        return Finding(Mark.NOTE, "callbacks", f"{name} answers {status}: see the log of its server")
+    return Finding(Mark.GOOD, "callbacks", f"{name} can be reached (it answers {status} to a HEAD)")
+
+
+async def _api(read: Settings, local_url: str) -> Finding:
+    url = read.public_url or local_url
+    name = f"{url} ({variable('public_url')})" if read.public_url else url
+    try:
+        async with Client(url, "none", patience_s=0) as client:
+            health = await client.health()
+    except SettingsError as error:
+        return Finding(Mark.BROKEN, "API", f"{variable('public_url')}: {error.message}")
+    except Unreachable:
+        return Finding(Mark.NOTE, "API", f"none runs at {name}; start one with `movieq up`, or `movieq api`")
+    except MovieqError as error:
+        return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
+    told = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
+    if health.status == "healthy":
+        return Finding(Mark.GOOD, "API", told)
+    waiting = sum(health.queue_sizes.values())
+    advice = f"{waiting} tasks wait for a worker that is not there; start one with `movieq worker`" if waiting else "see its log"
+    return Finding(Mark.BROKEN if health.status == "unhealthy" else Mark.NOTE, "API", f"{told}; {advice}")

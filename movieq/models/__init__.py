@@ -1,0 +1,1 @@
+"""The model table, and which weights are on this machine."""

@@ -1,0 +1,184 @@
+"""Weights on this machine: where they lie, whether they are what their revision says, and how they come here. Knows no torch.
+
+A folder is taken as it is. What comes from the hub lies in the hub's own cache (`HF_HOME`), where other tools find it too; `pull` writes
+beside it what it has checked, and nothing is loaded that it did not write down. When a file has changed since, it is hashed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from movieq.errors import ModelUnavailable
+from movieq.models.table import Model, Weights
+
+_READ: Final = (".json", ".txt", ".model", ".jinja")
+"""What a pipeline reads beside its weights. No pickle, and no code."""
+
+
+class _Checked(msgspec.Struct, frozen=True):
+    """A file as it was when its hash was right; `hash` is the hub's: SHA-256 of a large file, git's SHA-1 of a blob of a small one."""
+
+    size: int
+    mtime_ns: int
+    hash: str
+
+
+def sources(model: Model) -> list[Weights]:
+    """Everything that a model is made of."""
+    return [each for each in (model.weights, *model.components.values()) if each is not None]
+
+
+def find(weights: Weights) -> Path:
+    """The folder of the weights, every file of which is what it should be. Raises ModelUnavailable saying what to do."""
+    if weights.revision is None:
+        folder = Path(weights.repository)
+        if not folder.is_dir():
+            raise ModelUnavailable(f"there is no folder {folder} on this worker's machine")
+        return folder
+    folder, checked = _snapshot(weights), _stamp(weights)
+    if not checked.is_file():
+        raise ModelUnavailable(f"{weights.repository} is not on this worker's machine, or was not checked: run `movieq models pull`")
+    known = _read(checked)
+    for name, before in known.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != before.size:
+            raise ModelUnavailable(f"{weights.repository}: {name} is missing or cut off: run `movieq models pull`")
+        if file.stat().st_mtime_ns != before.mtime_ns and hashed(file, before.hash) != before.hash:
+            raise ModelUnavailable(
+                f"{weights.repository}: {name} is not what revision {weights.revision[:12]} says: run `movieq models pull`"
+            )
+    return folder
+
+
+def beside(weights: Weights, name: str) -> Path | None:
+    """Where something of this name that was learnt from the weights is kept: a new place when they change. Its folder may not be there yet.
+
+    With what `pull` wrote; for a folder, which is taken as it is, in the user's cache. None where the user has none.
+    """
+    if weights.revision is not None:
+        return _stamp(weights).with_suffix(f".{name}")
+    folder = Path(weights.repository) / weights.subfolder
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.safetensors"))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "movieq" / f"{hashlib.sha256(repr(files).encode()).hexdigest()[:32]}.{name}"
+
+
+def begun(weights: Weights) -> bool:
+    """Whether these weights have been pulled to this machine, whatever has become of them since; a folder always counts as that."""
+    return weights.revision is None or _stamp(weights).is_file()
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A file of a repository that a model needs."""
+
+    name: str
+    size: int
+    hash: str
+
+
+def listing(weights: Weights) -> list[Wanted]:
+    """What is to be had of a repository, asked of the hub. Raises ModelUnavailable."""
+    from huggingface_hub import HfApi
+
+    try:
+        info: Any = HfApi().model_info(weights.repository, revision=weights.revision, files_metadata=True, timeout=30)
+    except Exception as error:  # of its HTTP client, which changes from version to version
+        raise ModelUnavailable(f"{weights.repository}: the hub cannot be asked: {error}") from None
+    files = [Wanted(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings]
+    return list(needed(weights, files))
+
+
+def needed(weights: Weights, files: list[Wanted]) -> Iterator[Wanted]:
+    """Of all files of a repository those that are loaded: no other variant, no second copy of the whole as one file, no pickle."""
+    pipeline = any(file.name == "model_index.json" for file in files) and not weights.subfolder
+    for file in files:
+        folder, _, name = file.name.rpartition("/")
+        if weights.subfolder and folder != weights.subfolder:
+            continue
+        if name.endswith(_READ) or (
+            name.endswith(".safetensors") and (folder or not pipeline) and _variant(name) == _best(weights.variant, folder, files)
+        ):
+            yield file
+
+
+def _variant(name: str) -> str:
+    """ "fp16" of model.fp16.safetensors and of model.fp16-00001-of-00002.safetensors; "" of one without."""
+    middle = name.removesuffix(".safetensors").partition(".")[2]
+    return middle.partition("-")[0]
+
+
+def _best(variant: str | None, folder: str, files: list[Wanted]) -> str:
+    here = {
+        _variant(file.name.rpartition("/")[2])
+        for file in files
+        if file.name.rpartition("/")[0] == folder and file.name.endswith(".safetensors")
+    }
+    return variant if variant in here and variant is not None else ""
+
+
+def pull(weights: Weights) -> int:
+    """Every file of the weights is here, whole, and what the revision says: how many bytes. Goes on with what was begun before.
+
+    Raises ModelUnavailable where the hub cannot be reached, or sends something else.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if weights.revision is None:
+        find(weights)
+        return 0
+    known: dict[str, _Checked] = {}
+    for file in listing(weights):
+        try:
+            path = Path(hf_hub_download(weights.repository, file.name, revision=weights.revision))
+        except Exception as error:
+            raise ModelUnavailable(f"{weights.repository}: {file.name}: {error}; what has come is kept, pull again to go on") from None
+        if (is_now := hashed(path, file.hash)) != file.hash:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise ModelUnavailable(
+                f"{weights.repository}: {file.name} came with the hash {is_now}, and not {file.hash}: it was thrown away"
+            )
+        known[file.name] = _Checked(path.stat().st_size, path.stat().st_mtime_ns, file.hash)
+    checked = _stamp(weights)
+    checked.parent.mkdir(exist_ok=True)
+    checked.write_bytes(msgspec.json.encode(known))
+    return sum(each.size for each in known.values())
+
+
+def hashed(path: Path, like: str) -> str:
+    """The hash of a file, of the kind that this one is."""
+    if len(like) == 64:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _home(weights: Weights) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{weights.repository.replace('/', '--')}"
+
+
+def _snapshot(weights: Weights) -> Path:
+    return _home(weights) / "snapshots" / str(weights.revision)
+
+
+def _stamp(weights: Weights) -> Path:
+    return _home(weights) / "movieq" / f"{weights.revision}{weights.subfolder and '-' + weights.subfolder}.json"
+
+
+def _read(checked: Path) -> dict[str, _Checked]:
+    try:
+        return msgspec.json.decode(checked.read_bytes(), type=dict[str, _Checked])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelUnavailable(f"{checked} cannot be read ({error}): run `movieq models pull`") from None

@@ -1,0 +1,45 @@
+"""Lua scripts, called by the names of their arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import NoScriptError
+
+from movieq.queue.connection import SharedConnection
+
+_ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
+_REST = "..."
+
+
+class Script:
+    """A Lua script called by the names of its arguments, as its `-- args:` line declares them."""
+
+    def __init__(self, connection: SharedConnection, path: Path, keys: Mapping[str, str]) -> None:
+        source = path.read_text()
+        shebang, _, body = source.partition("\n")
+        declared = _ARGS.search(source)
+        if not shebang.startswith("#!lua") or declared is None:
+            raise ValueError(f"{path.name}: the first line must be `#!lua ...`, and one line must be `-- args: ...`")
+        self.args = [name for name in declared[1].split() if name != _REST]
+        names = ", ".join(self.args)
+        common = path.with_name("_common.lua").read_text()
+        # ARGV is unpacked by length, so that a long rest cannot overflow Lua's stack
+        head = f"local {names} = unpack(ARGV, 1, {len(self.args)})\n"
+        whole = f"{shebang}\n{head}{common}\nlocal function main()\n{body}\nend\nlocal answer = main()\nsave()\nreturn answer\n"
+        self._connection = connection
+        self._source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
+        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
+        if args.keys() != set(self.args):
+            raise TypeError(f"expects {self.args}, got {sorted(args)}")
+        arguments = [*(args[name] for name in self.args), *rest]
+        try:
+            return await self._connection.call("EVALSHA", self._sha, 0, *arguments)
+        except NoScriptError:  # a server that is new, or was started again
+            return await self._connection.call("EVAL", self._source, 0, *arguments)

@@ -1,0 +1,271 @@
+"""Events on their way out: each is encoded once, and the same bytes are written to the sockets of all who watch.
+
+A `Hub` follows logs. It keeps no task and no queue for a watcher that is up to date: when a message comes over pub/sub, it writes to every
+socket that takes it. A watcher that is not up to date (it has just come, or its socket is full) has a task, which reads the log from where
+the watcher is until nothing is left and nothing was announced meanwhile; then it is live again. So it misses nothing of the log and sees
+nothing twice. What is not in the log (progress between its entries, previews) goes to those alone who are live.
+
+After any doubt of the connection to Redis one reading of the log serves all who were live. A client that takes nothing for 30 s is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+from redis import exceptions
+
+from movieq import logs
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.records import Logged, event_type
+from movieq.queue.store import Store
+from movieq.streams.sse import RETRY_MS, Id, chunk, frame, pair, retry
+from movieq.streams.watchers import COMMENT, LAST_EVENTS, STUCK_S, Event, Opening, Render, Source, Topic, Watcher, facts_of
+from movieq.tasks.states import EventType
+
+COMMENT_S: Final = 15.0
+TICKS: Final = 60
+"""In how many parts the watchers get their comments, one part after the other: fifteen thousand at once would hold up an event."""
+LINGER_S: Final = 2.0
+"""How long the end of the process waits for clients to take their goodbye."""
+AWAY_S: Final = 1.0
+"""How soon a log is asked for again while Redis is away."""
+ENTRIES: Final = 100
+"""How much of a log is read at once."""
+
+log = logs.get()
+
+
+class Hub:
+    """The logs that are followed in this process. `run` must be running."""
+
+    def __init__(self, store: Store, subscriber: Subscriber, render: Render) -> None:
+        self._store = store
+        self._subscriber = subscriber
+        self._render = render
+        self._topics: dict[str, Topic] = {}
+        self._comments: list[set[Watcher]] = [set() for _ in range(TICKS)]
+        self._turn = 0
+        self._group: asyncio.TaskGroup
+        self.closing = False
+
+    async def run(self) -> None:
+        """Owns the tasks of watchers that are not live, and sends the comments."""
+        async with asyncio.TaskGroup() as self._group:
+            tick = 0
+            while True:
+                await asyncio.sleep(COMMENT_S / TICKS)
+                tick = (tick + 1) % TICKS
+                comment = chunk(COMMENT)
+                for watcher in list(self._comments[tick]):
+                    if watcher.blocked:
+                        self._fall_behind(watcher)
+                    else:
+                        watcher.tell(comment)
+
+    def follow(self, source: Source, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> None:
+        """The watcher gets the opening and what comes after it, each entry once, in order, to the end of the log or the hub, or to `part`.
+
+        The opening is made anew, a second later, where Redis is away: a browser that was sent away would meet a 503, and after that it does
+        not come back.
+        """
+        if self.closing:
+            self._bid_goodbye(source, watcher)
+            return
+        topic = self._topics.get(source.log)
+        if topic is None:
+            topic = self._topics[source.log] = Topic(source)
+            topic.channel = self._subscriber.listen(
+                self._store.keys["events"] + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
+            )
+        topic.watchers.add(watcher)
+        watcher.topic = topic
+        self._turn = (self._turn + 1) % TICKS
+        watcher.comments = self._comments[self._turn]
+        watcher.comments.add(watcher)
+        self._lead(watcher, lambda: self._open(topic, watcher, opening))
+
+    def part(self, watcher: Watcher) -> None:
+        """The watcher follows nothing any more."""
+        topic, watcher.topic = watcher.topic, None
+        reading, watcher.reading = watcher.reading, None
+        if reading is not None and reading is not asyncio.current_task():
+            reading.cancel()
+        if watcher.comments is not None:
+            watcher.comments.discard(watcher)
+        if topic is None:
+            return
+        topic.watchers.discard(watcher)
+        topic.live.discard(watcher)
+        if not topic.watchers and self._topics.get(topic.source.log) is topic:
+            del self._topics[topic.source.log]
+            self._subscriber.leave(self._store.keys["events"] + topic.source.log)
+            if topic.recovering is not None:
+                topic.recovering.cancel()
+
+    def close(self) -> None:
+        """Every stream says goodbye and ends."""
+        self.closing = True
+        for topic in list(self._topics.values()):
+            for watcher in list(topic.watchers):
+                self.part(watcher)
+                self._bid_goodbye(topic.source, watcher)
+
+    def watchers(self) -> int:
+        """How many streams are open."""
+        return sum(len(topic.watchers) for topic in self._topics.values())
+
+    # ── Live ──
+
+    def _on_message(self, topic: Topic, message: bytes) -> None:
+        head, name, data = message.split(b"\n", 2)
+        logged = not head.startswith(b">")
+        topic.heard += logged
+        if topic.recovering is not None:
+            return  # the log will tell
+        id, at = head.decode(), pair(head.decode().removeprefix(">"))
+        if at <= topic.since:
+            return
+        type_ = event_type(name)
+        if topic.live:
+            sent = frame(type_, self._render(type_, data), id if logged else None)
+            self._tell(topic, Event(at, logged, type_, data, chunk(sent)))
+        elif logged:
+            topic.newest = at
+
+    def _tell(self, topic: Topic, event: Event) -> None:
+        """Every live watcher that has not had it from the log gets the event, or, where it is blocked, goes back to the log."""
+        at, data, facts = event.at, event.chunk, None
+        behind = []
+        for watcher in topic.live:
+            if at > watcher.since:
+                if watcher.wants is not None:
+                    facts = facts or facts_of(event.data)
+                    if not watcher.wants(facts):
+                        continue
+                if watcher.blocked:
+                    behind.append(watcher)
+                else:
+                    watcher.tell(data)
+        for watcher in behind:
+            self._fall_behind(watcher)
+        if event.logged:
+            topic.newest = at
+            if topic.source.ends and event.type in LAST_EVENTS:
+                for watcher in [each for each in topic.live if at > each.since]:
+                    self._end(watcher)
+
+    def _end(self, watcher: Watcher) -> None:
+        self.part(watcher)
+        watcher.end(b"", STUCK_S)
+
+    def _bid_goodbye(self, source: Source, watcher: Watcher) -> None:
+        wait_ms = RETRY_MS + random.randrange(RETRY_MS)  # noqa: S311  # spreads reconnections, hides nothing
+        watcher.end(retry(wait_ms) + frame(EventType.GOODBYE, msgspec.json.encode(source.name)), LINGER_S)
+
+    def _on_doubt(self, topic: Topic) -> None:
+        topic.heard += 1
+        if topic.live and topic.recovering is None:
+            topic.recovering = self._group.create_task(self._recover(topic))
+
+    async def _recover(self, topic: Topic) -> None:
+        """Whoever was live has what was missed."""
+        try:
+            while True:
+                heard = topic.heard
+                entries = await self._log_after(topic, topic.newest)
+                for entry in entries or ():
+                    self._tell(topic, Event(pair(entry.id), True, entry.type, entry.data, chunk(self._frame(entry))))
+                if entries is None:
+                    await asyncio.sleep(AWAY_S)
+                elif len(entries) < ENTRIES and heard == topic.heard:
+                    topic.since = topic.newest
+                    return
+        except Exception:
+            log.exception("stream_broke")
+            for watcher in list(topic.live):
+                watcher.drop()
+        finally:
+            topic.recovering = None
+
+    # ── From the log ──
+
+    def _fall_behind(self, watcher: Watcher) -> None:
+        topic = watcher.topic
+        if topic is not None and watcher in topic.live:
+            topic.live.discard(watcher)
+            position = max(watcher.since, topic.newest)
+            self._lead(watcher, lambda: self._catch_up(topic, watcher, position))
+
+    def _lead(self, watcher: Watcher, way: Callable[[], Awaitable[bool]]) -> None:
+        """A task leads the watcher until it is live, has ended or is gone."""
+
+        async def led() -> None:
+            try:
+                if not await way():
+                    log.info("stream_stuck", **(watcher.topic.source.name if watcher.topic else {}))
+                    watcher.drop()
+            except Exception:
+                log.exception("stream_broke")
+                watcher.drop()
+            finally:
+                if watcher.reading is asyncio.current_task():
+                    watcher.reading = None
+
+        watcher.reading = self._group.create_task(led())
+
+    async def _open(self, topic: Topic, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await topic.channel.wait()
+        while True:
+            try:
+                opened = await opening()
+                break
+            except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+                await asyncio.sleep(AWAY_S)
+        if opened.frames:
+            watcher.tell(chunk(opened.frames))
+        if opened.position is None:
+            self._end(watcher)
+            return True
+        return await self._catch_up(topic, watcher, opened.position)
+
+    async def _catch_up(self, topic: Topic, watcher: Watcher, position: Id) -> bool:
+        """The watcher has had what the log holds, and is live or has ended; False where it takes nothing."""
+        last: EventType | None = None
+        while await watcher.drained():
+            heard = topic.heard
+            entries = await self._log_after(topic, position)
+            if entries is None:
+                await asyncio.sleep(AWAY_S)
+                continue
+            if entries:
+                position, last = pair(entries[-1].id), entries[-1].type
+                wanted = entries if watcher.wants is None else [each for each in entries if watcher.wants(facts_of(each.data))]
+                if wanted:
+                    watcher.tell(chunk(b"".join(self._frame(entry) for entry in wanted)))
+            if len(entries) == ENTRIES or heard != topic.heard:
+                continue
+            if topic.source.ends and last in LAST_EVENTS:
+                self._end(watcher)
+            else:
+                if not topic.live:
+                    topic.newest = position
+                watcher.since = position
+                topic.live.add(watcher)
+            return True
+        return False
+
+    async def _log_after(self, topic: Topic, position: Id) -> list[Logged] | None:
+        """The next entries; None where Redis is away."""
+        try:
+            return await self._store.log_after(topic.source.log, f"{position[0]}-{position[1]}", ENTRIES)
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+            return None
+
+    def _frame(self, entry: Logged) -> bytes:
+        return frame(entry.type, self._render(entry.type, entry.data), entry.id)

@@ -1,0 +1,1 @@
+"""What a task is: its states, parameters, records, results and the shapes that clients see."""

@@ -1,0 +1,337 @@
+"""`task_data` of each task type: its fields, their limits, and what a task of these parameters costs.
+
+Known fields are checked here; unknown ones are kept, go to the engine as they came and are named in the receipt's `warnings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from fractions import Fraction
+from functools import lru_cache
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from movieq.errors import ValidationFailed
+from movieq.tasks.states import TaskType
+
+MAX_PIXELS: Final = 4_000_000_000
+"""Width x height x frames of one task."""
+
+LANGUAGES: Final = frozenset(
+    """
+    af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id io
+    is it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl pt py qu quc
+    qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
+    """.split()
+)
+"""Primary language subtags (BCP 47) that can be spoken."""
+
+
+class ImageFormat(StrEnum):
+    """Of `generate_image`; the extension of jpeg is jpg."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+
+
+class AudioFormat(StrEnum):
+    """Of `process_audio`."""
+
+    MP3 = "mp3"
+    WAV = "wav"
+    FLAC = "flac"
+
+
+Text = Annotated[str, Meta(max_length=8000)]
+Word = Annotated[str, Meta(max_length=200)]
+Reference = Annotated[str, Meta(min_length=1, max_length=1_000_000, description="url, upload:ID, data: url or task:ID")]
+References = Annotated[list[Reference], Meta(max_length=32)]
+Seconds = Annotated[float, Meta(ge=1, le=30)]
+Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}(?!\n)$", description="WIDTHxHEIGHT, even sides of 64 to 3840")]
+Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$")]
+Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True):
+    """What every task type takes."""
+
+    prompt: Text | None = None
+    negative_prompt: Text | None = None
+    model: Word | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=150)] | None = None
+    guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
+    draft: bool = False
+    preview: bool = False
+    no_cache: bool = False
+
+    @property
+    def description(self) -> str:
+        """The text that says what to make; empty where only images say it."""
+        return self.prompt or ""
+
+    @property
+    def references(self) -> list[str]:
+        """Every reference that the engine will need, each once, in order."""
+        return []
+
+
+class VideoParams(Params, frozen=True, kw_only=True):
+    """`generate_video`: a storyboard or a description becomes an mp4."""
+
+    scene_description: Text | None = None
+    storyboard_images: References = msgspec.field(default_factory=list)
+    camera_angle: Word | None = None
+    lighting: Word | None = None
+    character_positions: Annotated[list[Text | dict[str, Any]], Meta(max_length=32)] = msgspec.field(default_factory=list)
+    audio_cues: Annotated[list[Word], Meta(max_length=32)] = msgspec.field(default_factory=list)
+    captions: bool = True
+    duration: Seconds = 7.0
+    fps: Fps = 24
+    resolution: Resolution = "1920x1080"
+
+    @property
+    def description(self) -> str:
+        return self.scene_description or self.prompt or ""
+
+    @property
+    def references(self) -> list[str]:
+        return list(dict.fromkeys(self.storyboard_images))
+
+
+class ImageParams(Params, frozen=True, kw_only=True):
+    """`generate_image`: a description becomes a still."""
+
+    character_description: Text | None = None
+    style_guide: Reference | None = None
+    reference_images: References = msgspec.field(default_factory=list)
+    pose: Word | None = None
+    lighting: Word | None = None
+    resolution: Resolution = "1024x1024"
+    format: ImageFormat = ImageFormat.JPEG
+
+    @property
+    def description(self) -> str:
+        return self.character_description or self.prompt or ""
+
+    @property
+    def references(self) -> list[str]:
+        return list(dict.fromkeys([*self.reference_images, *([self.style_guide] if self.style_guide else [])]))
+
+
+class AudioParams(Params, frozen=True, kw_only=True):
+    """`process_audio`: `text` becomes dialogue; a `prompt` alone becomes sound without speech."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=5000)] | None = None
+    language: Annotated[str, Meta(min_length=2, max_length=35)] = "en"
+    character_voice_profile: Reference | None = None
+    emotion: Word | None = None
+    pace: Word | None = None
+    background_noise: Word | None = None
+    duration: Annotated[float, Meta(ge=0.5, le=60)] = 5.0
+    output_format: AudioFormat = AudioFormat.MP3
+    sample_rate: Annotated[int, Meta(ge=8000, le=48000)] = 44100
+
+    @property
+    def description(self) -> str:
+        return self.text or self.prompt or ""
+
+    @property
+    def references(self) -> list[str]:
+        return [self.character_voice_profile] if self.character_voice_profile else []
+
+
+class AnimationParams(Params, frozen=True, kw_only=True):
+    """`render_animation`: a character moves."""
+
+    character_description: Text | None = None
+    reference_images: References = msgspec.field(default_factory=list)
+    motion: Word | None = None
+    duration: Seconds = 3.0
+    fps: Fps = 24
+    resolution: Resolution = "1280x720"
+    loop: bool = False
+
+    @property
+    def description(self) -> str:
+        return self.character_description or self.prompt or ""
+
+    @property
+    def references(self) -> list[str]:
+        return list(dict.fromkeys(self.reference_images))
+
+
+PARAMS: Final[dict[TaskType, type[Params]]] = {
+    TaskType.GENERATE_VIDEO: VideoParams,
+    TaskType.GENERATE_IMAGE: ImageParams,
+    TaskType.PROCESS_AUDIO: AudioParams,
+    TaskType.RENDER_ANIMATION: AnimationParams,
+}
+
+SAMPLE_RATES: Final = (8000, 16000, 22050, 24000, 44100, 48000)
+
+MAX_DURATION_S: Final[dict[TaskType, int]] = {
+    TaskType.GENERATE_VIDEO: 300 * 60,
+    TaskType.GENERATE_IMAGE: 30 * 60,
+    TaskType.PROCESS_AUDIO: 30 * 60,
+    TaskType.RENDER_ANIMATION: 300 * 60,
+}
+"""The longest that one run of a task may take."""
+
+PRODUCTS: Final[dict[TaskType, tuple[str, str]]] = {
+    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
+    TaskType.GENERATE_IMAGE: ("image", "character_design"),
+    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
+    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
+}
+"""Folder of the storage and `media_type` of what each task type makes."""
+
+
+def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[str]]:
+    """The parameters, checked, and the keys of `task_data` that nothing reads.
+
+    Raises ValidationFailed naming each field that is wrong, what was given and what is allowed.
+    """
+    try:
+        params = convert(task_type, task_data)
+    except msgspec.ValidationError:
+        raise refused(_problems(task_type, task_data)) from None
+    if errors := list(_inconsistent(task_type, params)):
+        raise refused(errors)
+    return params, sorted(task_data.keys() - set(PARAMS[task_type].__struct_fields__))
+
+
+def convert(task_type: TaskType, task_data: dict[str, Any]) -> Params:
+    """The parameters of task_data that `parse` has let through; null means absent."""
+    return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, PARAMS[task_type])
+
+
+def size(resolution: str) -> tuple[int, int]:
+    """Width and height in pixels of "1920x1080"."""
+    width, height = resolution.split("x")
+    return int(width), int(height)
+
+
+@lru_cache(maxsize=256)
+def frame_rate(fps: float | str) -> Fraction:
+    """Frames a second, exact: 24, 23.976 (which film people mean as 24000/1001) or "24000/1001"."""
+    if isinstance(fps, str):
+        return Fraction(fps)
+    for whole in (24, 30, 48, 60):
+        if abs(fps - whole * 1000 / 1001) < 0.005:
+            return Fraction(whole * 1000, 1001)
+    return Fraction(fps).limit_denominator(1001)
+
+
+def frames(params: VideoParams | AnimationParams) -> int:
+    """How many frames the clip has."""
+    return _frames(params.duration, params.fps)
+
+
+@lru_cache(maxsize=256)
+def _frames(duration: float, fps: float | str) -> int:
+    return max(1, round(Fraction(duration) * frame_rate(fps)))
+
+
+def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every field that is wrong, where `convert` names the first alone."""
+    errors: list[tuple[str, str]] = []
+    for field in msgspec.structs.fields(PARAMS[task_type]):
+        value = task_data.get(field.encode_name)
+        if value is not None:
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                errors.append(_problem(field.encode_name, value, str(error)))
+        elif field.required:  # of a plug-in's: ours have none
+            errors.append((f"task_data.{field.encode_name}", "it is needed"))
+    return errors
+
+
+def given(text: str, value: object) -> str:
+    """The text of msgspec, and after it what was given instead: the beginning of its JSON."""
+    shown = msgspec.json.encode(value).decode() if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return f"{text}{'' if ', got ' in text else ', got'} {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _problem(key: str, value: object, message: str) -> tuple[str, str]:
+    text, _, path = message.partition(" - at `$")
+    return f"task_data.{key}{path.removesuffix('`')}", given(text, value)
+
+
+def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
+    """Return the error for wrong values, given as pairs of path and message."""
+    path, message = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))
+
+
+def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
+    errors: list[tuple[str, str]] = []
+    if not params.description.strip():
+        if isinstance(params, AudioParams):
+            errors.append(("task_data.text", "one of text (dialogue) and prompt (sound without speech) is needed"))
+        elif not params.references:
+            names = [
+                n
+                for n in ("scene_description", "character_description", "prompt", "storyboard_images", "reference_images")
+                if hasattr(params, n)
+            ]
+            errors.append((f"task_data.{names[0]}", f"one of {', '.join(names)} is needed"))
+    for name, text in _texts(params):
+        if "\0" in text or not _encodable(text):
+            errors.append((f"task_data.{name}", "text with NUL or half a surrogate pair cannot be drawn or spoken"))
+    if isinstance(params, AudioParams):
+        if params.sample_rate not in SAMPLE_RATES:
+            errors.append(("task_data.sample_rate", f"one of {', '.join(map(str, SAMPLE_RATES))} is allowed, got {params.sample_rate}"))
+        if params.language.lower().replace("_", "-").split("-")[0] not in LANGUAGES:
+            errors.append(
+                (
+                    "task_data.language",
+                    f"{params.language!r} cannot be spoken; allowed: {', '.join(sorted(LANGUAGES))}, with a region behind (en-gb)",
+                )
+            )
+        if params.text is not None and not params.text.strip():
+            errors.append(("task_data.text", "at least one visible character is needed"))
+    if isinstance(params, VideoParams | ImageParams | AnimationParams):
+        errors += _sizes(params)
+    return errors
+
+
+def _texts(params: Params) -> Iterator[tuple[str, str]]:
+    """Every text of the parameters, those in lists too, and the field that it is in."""
+    for name in params.__struct_fields__:
+        value = getattr(params, name)
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, str):
+                yield name, each
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sizes(params: VideoParams | ImageParams | AnimationParams) -> list[tuple[str, str]]:
+    width, height = size(params.resolution)
+    if not (64 <= width <= 3840 and 64 <= height <= 3840) or width % 2 or height % 2:
+        return [("task_data.resolution", f"both sides must be even and 64 to 3840, got {params.resolution!r}")]
+    if isinstance(params, ImageParams):
+        return []
+    try:
+        rate = frame_rate(params.fps)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 1 <= rate <= 60:
+        return [("task_data.fps", f"1 to 60 frames a second are allowed, got {params.fps!r}")]
+    if (pixels := width * height * frames(params)) > MAX_PIXELS:
+        return [("task_data.resolution", f"width x height x frames is {pixels}, at most {MAX_PIXELS} allowed: ask for less of one of them")]
+    return []

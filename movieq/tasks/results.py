@@ -1,0 +1,72 @@
+"""What a completed task has produced: files by their storage keys in Redis, by signed urls for clients."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+MEDIA_URL_S: Final = 7 * 24 * 3600
+"""How long signed urls are good."""
+
+
+_SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+KEY_PATTERN: Final = rf"^{_SEGMENT}(/{_SEGMENT})*(?!\n)$"
+"""Of the keys of files. No segment begins with a dot: neither "." nor "..", and no key can meet a temporary file."""
+MAX_KEY_CHARS: Final = 1024
+
+StorageKey = Annotated[str, Meta(pattern=KEY_PATTERN, max_length=MAX_KEY_CHARS)]
+
+
+class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file of a result as it lies in Redis: by its key, since urls are signed when they are read."""
+
+    key: StorageKey
+    media_type: str
+    content_type: str
+    size_bytes: int
+    poster_key: StorageKey | None = None
+    width: int | None = None
+    height: int | None = None
+    duration_s: float | None = None
+
+
+class StoredResult(msgspec.Struct, frozen=True):
+    """What `complete` commits; `media[0]` is the result itself."""
+
+    media: Annotated[list[StoredMedia], Meta(min_length=1)]
+    metadata: dict[str, Any]
+    payload_media_id: str | int | None = None
+
+
+class MediaResult(msgspec.Struct, frozen=True):
+    """A file of a result. `url` can be opened as it stands for at least a day."""
+
+    url: str
+    media_type: str
+    content_type: str
+    file_size: int
+    poster_url: str | None = None
+    width: int | None = None
+    height: int | None = None
+    duration: float | None = None
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a completed task made."""
+
+    media_url: str
+    payload_media_id: str | int | None
+    media: list[MediaResult]
+    metadata: dict[str, Any]
+
+
+_LAST_MS: Final = 253_402_300_799_000
+"""The last second of the year 9999."""
+
+
+def utc(ms: float) -> datetime:
+    """Return milliseconds since the epoch as a time of the contract: the nearest from 1970 to 9999, since a damaged record may say any."""
+    return datetime.fromtimestamp(int(min(max(ms, 0), _LAST_MS)) / 1000, UTC)

@@ -1,0 +1,252 @@
+"""Dialogue by espeak-ng (the extra `speech`): real speech without weights, and plainly a machine's.
+
+`speak` runs this module as a process for one text, because espeak-ng keeps state: the same text differs when spoken twice in one process,
+and a fresh one gives the same samples. That process writes blocks to its standard output: a big-endian header (characters of the text
+that were reached, bytes) and s16 mono samples. It can be killed at any moment. GPL-3 code stays inside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import selectors
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from movieq.errors import EngineUnavailable, InternalFault, InvalidInput
+from workers.child import pdeathsig
+
+LIMIT_S: Final = 120.0
+"""5,000 characters take about 4 s; a text that takes longer than this hangs."""
+SAMPLE_RATE: Final = 22_050
+"""Of espeak-ng's own synthesiser."""
+
+_HEADER: Final = struct.Struct(">II")
+_POLL_S: Final = 0.05
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """How a line is spoken, in espeak-ng's units: words a minute; pitch and its range 0 to 100, 50 the voice's own."""
+
+    rate: int = 165
+    pitch: int = 50
+    range: int = 50
+
+
+PACES: Final = {"slow": 0.76, "normal": 1.0, "fast": 1.32}
+_PACE_WORDS: Final = {
+    "slow": ("slow", "measured", "deliberate", "languid", "calm"),
+    "fast": ("fast", "quick", "rapid", "brisk", "hurried", "urgent"),
+    "normal": ("normal", "medium", "moderate", "even", "natural", "default"),
+}
+EMOTIONS: Final = {
+    "neutral": (1.0, 50, 50),
+    "excited": (1.10, 72, 80),
+    "happy": (1.06, 64, 68),
+    "angry": (1.10, 56, 78),
+    "fearful": (1.14, 70, 44),
+    "tender": (0.94, 54, 40),
+    "sad": (0.86, 36, 24),
+    "tired": (0.82, 40, 20),
+}
+"""Emotion -> share of the pace, pitch, range."""
+_EMOTION_WORDS: Final = {
+    "excited": ("excit", "thrill", "ecstatic", "enthusias", "elated", "shout"),
+    "happy": ("happy", "joy", "cheer", "glad", "amused", "warm"),
+    "angry": ("angry", "anger", "furious", "rage", "irritat"),
+    "fearful": ("fear", "afraid", "scared", "terrif", "anxious", "nervous", "panic"),
+    "tender": ("tender", "gentle", "loving", "soft", "soothing", "hope"),
+    "sad": ("sad", "grief", "sorrow", "mourn", "melanchol", "depress", "despair"),
+    "tired": ("tired", "weary", "exhaust", "bored", "sleepy"),
+    "neutral": ("neutral", "plain", "flat", "natural"),
+}
+
+
+def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]]:
+    """How to speak, and a warning for each word that is not known and so changes nothing."""
+    tempo, warnings = _named(pace, _PACE_WORDS), []
+    feeling = _named(emotion, _EMOTION_WORDS)
+    if pace and tempo is None:
+        warnings.append(f"pace {pace!r} is not known and was taken as normal; known: {', '.join(PACES)}")
+    if emotion and feeling is None:
+        warnings.append(f"emotion {emotion!r} is not known and was taken as neutral; known: {', '.join(EMOTIONS)}")
+    share, pitch, span = EMOTIONS[feeling or "neutral"]
+    return Delivery(round(165 * PACES[tempo or "normal"] * share), pitch, span), warnings
+
+
+def _named(text: str | None, table: dict[str, tuple[str, ...]]) -> str | None:
+    lowered = (text or "").lower()
+    return next((name for name, words in table.items() if any(word in lowered for word in words)), None)
+
+
+def voice_of(language: str) -> str:
+    """espeak-ng's name of a BCP 47 language."""
+    tag = language.lower().replace("_", "-")
+    primary, _, rest = tag.partition("-")
+    renamed = {"zh": "cmn", "no": "nb", "in": "id", "iw": "he"}.get(primary, primary)
+    if renamed == "en" and not rest:
+        return "en-us"
+    return f"{renamed}-{rest}" if rest else renamed
+
+
+def speak(text: str, language: str, how: Delivery, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
+    """The spoken text, mono at `SAMPLE_RATE`; calls `progress(characters spoken, characters)` twenty times a second or more.
+
+    What `progress` raises stops the speaker. Raises EngineUnavailable without the extra, InvalidInput where nothing of the text can be
+    spoken or the language is not espeak-ng's.
+    """
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise EngineUnavailable("dialogue needs espeak-ng, which is not installed here: pip install 'movieq[speech]'")
+    command = [sys.executable, "-m", __name__, voice_of(language), str(how.rate), str(how.pitch), str(how.range)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
+        try:
+            spoken = _listen(speaker, text, progress)
+        finally:
+            speaker.kill()
+    if not len(spoken) or np.abs(spoken).max() < 1e-4:
+        raise InvalidInput(f"text: nothing in {text[:80]!r} can be spoken in {language!r}")
+    return spoken
+
+
+def _listen(speaker: subprocess.Popen[bytes], text: str, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
+    assert speaker.stdin
+    assert speaker.stdout
+    assert speaker.stderr
+    threading.Thread(target=_hand_over, args=(speaker.stdin, text.encode()), daemon=True).start()
+    heard, samples, reached, end_s = bytearray(), bytearray(), 0, time.monotonic() + LIMIT_S
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(speaker.stdout, selectors.EVENT_READ)
+        while True:
+            progress(min(reached, len(text)), len(text))
+            if time.monotonic() > end_s:
+                raise InternalFault(f"espeak-ng did not finish within {LIMIT_S:.0f} s")
+            if waiting.select(_POLL_S):
+                part = os.read(speaker.stdout.fileno(), 65536)
+                if not part:
+                    break
+                heard += part
+                reached = max(reached, _unpack(heard, samples))
+    if code := speaker.wait():
+        words = speaker.stderr.read().decode(errors="replace").strip()
+        if code == _NO_VOICE:
+            raise InvalidInput(f"language: {words}")
+        print(words[-2000:], file=sys.stderr)  # noqa: T201  # for the worker's log
+        raise InternalFault(f"espeak-ng ended with {code}: the worker's log says more")
+    return np.frombuffer(bytes(samples), "<i2").astype(np.float32) / np.float32(32768)
+
+
+def _hand_over(stdin: IO[bytes], text: bytes) -> None:
+    """In a thread of its own: a long text fills the pipe before the speaker reads."""
+    with contextlib.suppress(BrokenPipeError), stdin:  # a speaker that ended first says why itself
+        stdin.write(text)
+
+
+def _unpack(heard: bytearray, samples: bytearray) -> int:
+    """Moves the samples of whole blocks out of what was heard; returns how far in the text the last of them reached."""
+    reached = 0
+    while len(heard) >= _HEADER.size:
+        position, size = _HEADER.unpack_from(heard)
+        if len(heard) < _HEADER.size + size:
+            break
+        samples += heard[_HEADER.size : _HEADER.size + size]
+        del heard[: _HEADER.size + size]
+        reached = position
+    return reached
+
+
+class _Voice(ctypes.Structure):
+    """espeak_VOICE of speak_lib.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("languages", ctypes.c_char_p),
+        ("identifier", ctypes.c_char_p),
+        ("gender", ctypes.c_ubyte),
+        ("age", ctypes.c_ubyte),
+        ("variant", ctypes.c_ubyte),
+        ("xx1", ctypes.c_ubyte),
+        ("score", ctypes.c_int),
+        ("spare", ctypes.c_void_p),
+    )
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h; a list of them ends with type 0."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
+_NO_VOICE: Final = 3
+_SYNCHRONOUS, _UTF8 = 2, 1
+_RATE, _PITCH, _RANGE = 1, 3, 4
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
+def main(arguments: list[str]) -> int:
+    """The speaker: voice, rate, pitch and range as arguments, the text on standard input, blocks of samples on standard output."""
+    import espeakng_loader
+
+    pdeathsig.hold()
+    voice, rate, pitch, span = arguments
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # espeak-ng prints its complaints
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    library.espeak_GetCurrentVoice.restype = ctypes.POINTER(_Voice)
+    if library.espeak_Initialize(_SYNCHRONOUS, 200, espeakng_loader.get_data_path().encode(), 0) != SAMPLE_RATE:
+        raise RuntimeError("espeak_Initialize failed")
+    wanted = _Voice(languages=voice.encode())
+    if library.espeak_SetVoiceByProperties(ctypes.byref(wanted)) != 0 or not _is(library.espeak_GetCurrentVoice().contents, voice):
+        sys.stderr.write(f"{voice!r} is not a language of espeak-ng")
+        return _NO_VOICE
+    for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, span)):
+        library.espeak_SetParameter(parameter, int(value), 0)
+    position = 0
+
+    def hear(wave: ctypes._Pointer[ctypes.c_short], count: int, events: ctypes._Pointer[_Event]) -> int:
+        nonlocal position
+        index = 0
+        while events[index].type != 0:
+            position = max(position, events[index].text_position)
+            index += 1
+        if count > 0:
+            out.write(_HEADER.pack(position, 2 * count) + ctypes.string_at(wave, 2 * count))
+            out.flush()
+        return 0
+
+    callback = _CALLBACK(hear)
+    library.espeak_SetSynthCallback(callback)
+    text = sys.stdin.buffer.read() + b"\0"
+    if library.espeak_Synth(text, len(text), 0, 0, 0, _UTF8, None, None) != 0:
+        raise RuntimeError("espeak_Synth failed")
+    return 0
+
+
+def _is(found: _Voice, voice: str) -> bool:
+    """Whether the voice that espeak-ng chose speaks the language: its list is (priority byte, name, NUL) again and again."""
+    primary = voice.partition("-")[0]
+    first: bytes = found.languages[1:]
+    return first.decode().partition("-")[0] == primary
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

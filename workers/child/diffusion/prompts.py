@@ -1,0 +1,48 @@
+"""What a model is told: the fields of a task as one text, each where a person would put it.
+
+The description comes first, since text encoders cut off at the end; then one short sentence a field, in an order that never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams
+
+
+def prompt(params: Params) -> str:
+    """The text for the model: "A lamp is lit. Camera: dolly in. Lighting: moonlight."; of a sound the description alone."""
+    return " ".join(_sentence(text) for text in _parts(params) if text.strip())
+
+
+def _parts(params: Params) -> Iterator[str]:
+    yield params.description
+    match params:
+        case VideoParams():
+            yield _named("Camera", params.camera_angle)
+            yield _named("Lighting", params.lighting)
+            yield _named("In the picture", "; ".join(_position(each) for each in params.character_positions))
+        case ImageParams():
+            yield _named("Pose", params.pose)
+            yield _named("Lighting", params.lighting)
+        case AnimationParams():
+            yield _named("Motion", params.motion)
+        case AudioParams():
+            pass
+
+
+def _named(name: str, text: str | None) -> str:
+    return f"{name}: {text}" if text and text.strip() else ""
+
+
+def _position(position: str | dict[str, Any]) -> str:
+    """ "the keeper, left" of {"name": "the keeper", "position": "left"}: what is text or a number, in the order that it came."""
+    if isinstance(position, str):
+        return position
+    return ", ".join(str(value) for value in position.values() if isinstance(value, str | int | float) and str(value).strip())
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "!", "?", "\u3002")) else f"{text}."

@@ -1,0 +1,275 @@
+"""The outbox: plain arq jobs that tell the world how a task ended: the CMS gets its result, `callback_url` a webhook.
+
+The script that ended the task froze the facts; here they become a body or a document, with addresses signed at the time of sending, and go
+out until the receiver takes them: ten tries over a day and a half. At least once: the job of a worker that dies is another's after half a
+minute. The CMS has one document for each task all the same: a try looks for one before it makes one, and where a try may have made one that
+nobody heard of (its answer was lost), what is double is removed a minute later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+from arq import Retry
+from arq.constants import in_progress_key_prefix
+from redis.exceptions import RedisError
+
+from movieq import logs
+from movieq.delivery import payload, webhooks
+from movieq.delivery.payload import Document, Payload
+from movieq.errors import CmsFault, StorageFault
+from movieq.queue.store import Store
+from movieq.settings import Settings
+from movieq.storage.base import Storage
+from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
+from movieq.tasks.results import MEDIA_URL_S, utc
+from movieq.tasks.states import TaskStatus, TaskType
+from movieq.tasks.wire import Webhook
+from workers.host import cancel_all
+
+TRIES: Final = 10
+SCHEDULE_S: Final = (0.0, 5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
+"""Before each try, from the one before; the last one again for those beyond."""
+JITTER: Final = 0.1
+"""By how much of itself a wait varies, so that what a receiver missed together does not come back together."""
+INTERRUPTED_S: Final = 5.0
+TURN_S: Final = 30.0
+"""How often a webhook looks whether the one before it, of the same task, is through; its end makes this one due anyway."""
+DOUBT_S: Final = 60.0
+"""What a CMS that hung is given to end what it still has in hand, before what is double is removed."""
+DEPOSITS: Final = 8
+"""Uploads to the CMS that a worker has in hand at once: the rest of its places is for webhooks, also while a CMS hangs."""
+BUSY_S: Final = 3.0, 9.0
+"""After how long a delivery to the CMS that found no place comes again."""
+HELD_S: Final = 30.0
+"""For so long the job of a worker that died is left alone."""
+
+log = logs.get()
+_EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}
+
+
+class Outbox(msgspec.Struct, frozen=True):
+    """What deliveries work with. `cms` is None where there is none; files for it pass through `spool`, or the system's temporary folder."""
+
+    store: Store
+    storage: Storage
+    session: aiohttp.ClientSession
+    secrets: tuple[str, ...]
+    settings: Settings
+    spool: Path | None = None
+    cms: Payload | None = None
+    deposits: asyncio.Semaphore = msgspec.field(default_factory=lambda: asyncio.Semaphore(DEPOSITS))
+
+
+class _Tried(msgspec.Struct, frozen=True):
+    """What came of a try. `final`: another cannot help. `doubt`: the CMS may have more than the one document of `media_id`."""
+
+    ok: bool
+    final: bool = False
+    status: int | None = None
+    problem: str = ""
+    retry_after_s: float = 0.0
+    media_id: str | int | None = None
+    doubt: bool = False
+
+
+async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
+    """The arq function of a delivery: the receiver has it, or refused it for good, or arq is asked to come again."""
+    outbox: Outbox = ctx["outbox"]
+    try:
+        async with _held(outbox.store, ctx["job_id"]):
+            await _deliver(outbox, delivery_id)
+    except (Retry, asyncio.CancelledError):
+        raise
+    except (RedisError, OSError, TimeoutError) as error:
+        # to arq any other exception is the end of the job, and the delivery would be lost
+        log.warning("deliver_interrupted", delivery_id=delivery_id, problem=str(error) or type(error).__name__)
+        raise Retry(defer=INTERRUPTED_S) from error
+    except Exception as error:
+        log.exception("deliver_broke", delivery_id=delivery_id)
+        raise Retry(defer=wait_s(ctx["job_try"])) from error
+
+
+def wait_s(tries: int) -> float:
+    """The wait after so many tries."""
+    return SCHEDULE_S[min(tries, len(SCHEDULE_S) - 1)] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # spreads load, hides nothing
+
+
+async def _deliver(outbox: Outbox, delivery_id: str) -> None:
+    delivery = await outbox.store.begin(delivery_id)
+    if delivery == "wait":
+        raise Retry(defer=TURN_S)
+    if delivery is None:
+        return
+    with logs.bound(task_id=delivery.task_id, project_id=delivery.project_id):
+        if delivery.state is not DeliveryState.PENDING:
+            if delivery.doubt:
+                await _remove_doubles(outbox, delivery_id, delivery)
+            return
+        if delivery.kind is DeliveryKind.WEBHOOK:
+            tried = await _send(outbox, delivery_id, delivery)
+        elif outbox.deposits.locked():
+            raise Retry(defer=random.uniform(*BUSY_S))  # noqa: S311  # spreads load, hides nothing
+        else:
+            async with outbox.deposits:
+                tried = await _deposit(outbox, delivery_id, delivery)
+        await _note(outbox, delivery_id, delivery, tried)
+
+
+async def _note(outbox: Outbox, delivery_id: str, delivery: Delivery, tried: _Tried) -> None:
+    tries = delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
+    facts = {"delivery_id": delivery_id, "kind": delivery.kind, "url": logs.without_query(delivery.url), "tries": tries}
+    over = not tried.ok and (tried.final or tries >= TRIES)
+    state = DeliveryState.DELIVERED if tried.ok else DeliveryState.FAILED if over else DeliveryState.PENDING
+    made = None if state is DeliveryState.PENDING else tried.media_id  # else a document is still to be pointed at it
+    known = await outbox.store.delivered(delivery_id, state, tries, tried.status, tried.problem, made)
+    match state:
+        case DeliveryState.DELIVERED:
+            log.info("deliver", **facts, status=tried.status)
+        case DeliveryState.FAILED:
+            log.error("deliver_failed", **facts, problem=tried.problem)
+        case DeliveryState.PENDING:
+            again_s = max(wait_s(tries), tried.retry_after_s)
+            log.warning("deliver_again", **facts, problem=tried.problem, again_in_s=round(again_s, 1))
+            raise Retry(defer=again_s)
+    if tried.doubt or (made is not None and known not in (None, made)):  # or another worker was faster with the same delivery
+        await outbox.store.doubt(delivery_id, True)
+        raise Retry(defer=DOUBT_S)
+
+
+@asynccontextmanager
+async def _held(store: Store, job_id: str) -> AsyncIterator[None]:
+    """No other worker takes the job, for as long as the block runs and half a minute after this worker died in it."""
+
+    async def hold() -> None:
+        while True:
+            await asyncio.sleep(HELD_S / 3)
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await store.redis.pexpire(in_progress_key_prefix + job_id, int(HELD_S * 1000))
+
+    holding = asyncio.create_task(hold())
+    try:
+        yield
+    finally:
+        await cancel_all([holding])
+
+
+# ── Webhooks ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _send(outbox: Outbox, delivery_id: str, delivery: Delivery) -> _Tried:
+    body = msgspec.json.encode(webhook(delivery, outbox.storage))
+    headers = webhooks.headers(outbox.secrets, delivery_id, int(time.time()), body)
+    outcome = await webhooks.send(outbox.session, delivery.url, body, headers)
+    return _Tried(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)
+
+
+def webhook(delivery: Delivery, storage: Storage) -> Webhook:
+    """The body of a delivery."""
+    result = None if delivery.result is None else storage.result(delivery.result, int(time.time()) + MEDIA_URL_S)
+    status, ended_at = delivery.status, utc(delivery.ended_at_ms)
+    is_video = delivery.task_type in (TaskType.GENERATE_VIDEO, TaskType.RENDER_ANIMATION)
+    return Webhook(
+        type=f"task.{delivery.type}",
+        timestamp=utc(delivery.at_ms),
+        task_id=delivery.task_id,
+        project_id=delivery.project_id,
+        task_type=delivery.task_type,
+        status=status,
+        result=result,
+        error=delivery.error,
+        error_code=delivery.error_code,
+        processing_time=None if delivery.started_at_ms is None else (delivery.ended_at_ms - delivery.started_at_ms) / 1000,
+        metadata=delivery.metadata,
+        taskId=delivery.task_id,
+        event=_EVENT[status],
+        data=result,
+        scene_id=delivery.metadata.get("scene_id"),
+        video_url=result.media_url if result is not None and is_video else None,
+        completed_at=ended_at if status is TaskStatus.COMPLETED else None,
+        failed_at=ended_at if status is TaskStatus.FAILED else None,
+        cancelled_at=ended_at if status is TaskStatus.CANCELLED else None,
+    )
+
+
+# ── The CMS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _deposit(outbox: Outbox, delivery_id: str, delivery: Delivery) -> _Tried:
+    """The CMS has a document of the result, and the one that the task's metadata name points at it."""
+    media_id, doubt = delivery.media_id, delivery.doubt
+    try:
+        if outbox.cms is None:
+            raise CmsFault("this worker knows no CMS: MOVIEQ_PAYLOAD_URL is not set where it runs")
+        if media_id is None:
+            known = await outbox.cms.find(delivery.task_id)
+            document = known[0] if known else await _create(outbox, outbox.cms, delivery_id, delivery)
+            await _check_size(outbox.cms, document, delivery)
+            media_id, doubt = document.id, doubt or len(known) > 1
+            await outbox.store.doubt(delivery_id, doubt, media_id)
+        if (target := payload.target(delivery.metadata)) is not None:
+            await outbox.cms.point(target, media_id)
+    except CmsFault as fault:
+        wait = webhooks.retry_after_s(fault.retry_after, time.time()) if fault.retry_after else None
+        return _Tried(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
+    except StorageFault as fault:
+        log.warning("result_not_read", delivery_id=delivery_id, problem=fault.message)  # the message names folders of this machine
+        return _Tried(False, problem="the result cannot be read from the storage just now")
+    return _Tried(True, status=200, media_id=media_id, doubt=doubt)
+
+
+async def _check_size(cms: Payload, document: Document, delivery: Delivery) -> None:
+    """Raises CmsFault where the CMS did not keep all of the file; then it has none."""
+    assert delivery.result is not None
+    media = delivery.result.media[0]
+    if cms.takes_files and not document.whole(media):
+        await cms.remove(document.id)
+        raise CmsFault(f"the CMS kept {document.filesize} of {media.size_bytes} bytes: see its log, and the disk of its `staticDir`")
+
+
+async def _create(outbox: Outbox, cms: Payload, delivery_id: str, delivery: Delivery) -> Document:
+    assert delivery.result is not None
+    media = delivery.result.media[0]
+    url = outbox.storage.result(delivery.result, int(time.time()) + MEDIA_URL_S).media_url
+    fields = cms.cms.document(delivery, await outbox.store.task_data(delivery.task_id), url)
+    name = f"{media.media_type}-{delivery.task_id}{Path(media.key).suffix}"
+    with tempfile.TemporaryDirectory(dir=outbox.spool, prefix=f"{delivery_id}-") as folder:
+        file = None
+        if cms.takes_files:
+            file = Path(folder) / "file"
+            if await outbox.storage.open(media.key, file) is None:
+                raise CmsFault("the file is not in the storage any more", final=True)
+        await outbox.store.doubt(delivery_id, True)
+        try:
+            return await cms.create(fields, file, name, media.content_type)
+        except CmsFault as fault:
+            if fault.status is not None and fault.status < 500 and not delivery.doubt:
+                await outbox.store.doubt(delivery_id, False)  # it said no: there is none
+            raise
+
+
+async def _remove_doubles(outbox: Outbox, delivery_id: str, delivery: Delivery) -> None:
+    """Of the documents that tries with a lost answer have made, only the one is left that the task's result names."""
+    task = await outbox.store.task(delivery.task_id)
+    kept = task.result.payload_media_id if task is not None and task.result is not None else None
+    if outbox.cms is None or kept is None:
+        return
+    try:
+        for document in await outbox.cms.find(delivery.task_id):
+            if document.id != kept:
+                await outbox.cms.remove(document.id)
+                log.info("double_removed", delivery_id=delivery_id, media_id=document.id)
+    except CmsFault as fault:
+        log.warning("doubles_not_removed", delivery_id=delivery_id, problem=fault.message)
+        raise Retry(defer=wait_s(len(SCHEDULE_S) // 2)) from None
+    await outbox.store.doubt(delivery_id, False)

@@ -1,0 +1,48 @@
+"""Fetch the inputs of a task into its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from movieq.errors import InputUnavailable
+from movieq.fetch import download
+from movieq.tasks.params import AudioParams, Params
+from movieq.tasks.states import ProjectId, TaskId, TaskStatus
+from workers.running import Parts
+
+
+async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
+    """Every reference of the parameters as a local file, each fetched once. Raises InputUnavailable, InvalidInput naming the reference."""
+    kinds = (download.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (download.Kind.IMAGE,)
+    found: dict[str, str] = {}
+    for number, reference in enumerate(parsed.references):
+        dest = spool / f"input{number}"
+        scheme, _, rest = reference.partition(":")
+        if scheme == "upload":
+            await _uploaded(parts, project_id, reference, rest, dest)
+        elif scheme == "task":
+            await _made_before(parts, project_id, task_id, reference, rest, dest)
+        else:
+            await parts.fetcher.fetch(reference, dest, kinds)
+        found[reference] = str(dest)
+    return found
+
+
+async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:
+    upload = await parts.store.upload(upload_id)
+    if upload is None or upload.project_id != project_id or await parts.storage.open(upload.key, dest) is None:
+        raise InputUnavailable(f"{reference}: this project has no such upload (uploads are kept for seven days)")
+
+
+async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
+    if other_id == task_id:
+        raise InputUnavailable(f"{reference}: a task cannot use its own result")
+    other = await parts.store.task(TaskId(other_id))
+    if other is None or other.project_id != project_id:
+        raise InputUnavailable(f"{reference}: this project has no such task")
+    if other.status is not TaskStatus.COMPLETED or other.result is None:
+        raise InputUnavailable(f"{reference}: that task is {other.status}, only a completed one has a result")
+    media = other.result.media[0]
+    key = media.key if media.content_type.startswith(("image/", "audio/")) else media.poster_key or media.key
+    if await parts.storage.open(key, dest) is None:
+        raise InputUnavailable(f"{reference}: the file of that task is not there any more")

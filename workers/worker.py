@@ -1,0 +1,557 @@
+"""The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
+
+For tasks the claim brings what arq would fetch, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
+registered functions stay. Deliveries are plain jobs of a plain arq queue, polled and finished by arq's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import secrets
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+import psutil
+from arq.constants import in_progress_key_prefix, job_key_prefix, retry_key_prefix
+from arq.jobs import serialize_job
+from arq.worker import Worker as ArqWorker
+from redis.exceptions import ResponseError
+
+import movieq
+from movieq import logs
+from movieq.errors import RunLost
+from movieq.models import table as models
+from movieq.queue.pubsub import Subscriber
+from movieq.queue.records import Able
+from movieq.queue.refusals import log_failure
+from movieq.queue.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Claimed, Counts, Slot, Store
+from movieq.tasks.entities import WorkerState, WorkerStatus
+from movieq.tasks.results import utc
+from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
+from workers import gpus
+from workers.execute import BROKE, UNREADABLE_LIMIT, refuse_task
+from workers.finished import SWEEP_S, Kept
+from workers.host import Host, set_within
+from workers.retention import Retention
+from workers.retry import unreadable_delay_ms
+from workers.running import Running
+from workers.supervisor import CANCEL_GRACE_S, Child, ChildUnfit
+
+POLL_S: Final = 1.0
+"""The safety net under the wake."""
+POLL_MOST_S: Final = 5.0
+AWAY_S: Final = 0.5
+"""Between two tries to renew while Redis is away, beside the patience of each."""
+LAST_S: Final = CANCEL_GRACE_S + 1.5
+"""How long after the drain runs have to be handed back: first an engine that does not listen has its grace."""
+GONE_S: Final = 10.0
+"""How long after the drain a worker is gone, whatever Redis, its engines and its disk do. Its runs have `LAST_S` of it, ..."""
+LETTING_GO_S: Final = 0.4
+"""... what was cancelled has this to end, twice, ..."""
+GOODBYE_S: Final = 1.0
+"""... and Redis has this to hear that the worker leaves."""
+AGAIN_S: Final = 1.0
+"""How long a part of the worker that broke waits before it starts again."""
+
+UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
+UNREADABLE_PARAMETERS: Final = "its parameters in Redis cannot be read"
+
+_DAMAGED: Final = re.compile("WRONGTYPE|not an integer")
+"""How Redis answers a command for a key that holds something else."""
+
+log = logs.get()
+
+
+class Worker(ArqWorker):
+    """An arq worker with slots: its tasks run in `children`, its plain jobs as arq runs them."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        store: Store,
+        subscriber: Subscriber,
+        children: list[Child],
+        drain_s: float,
+        weights: Mapping[str, float],
+        kept: Kept | None = None,
+        able: Able | None = None,
+        machine: Host | None = None,
+        retention: Retention | None = None,
+        **arq: Any,
+    ) -> None:
+        super().__init__(**arq)
+        self.worker_id = worker_id
+        self.store = store
+        self.children = children
+        self.runs: dict[RunToken, Running] = {}
+        self._subscriber = subscriber
+        self._drain_s = drain_s
+        self._weights = msgspec.json.encode(weights)
+        self._kept = kept
+        self._able = able
+        self._retention = retention
+        self._host = socket.gethostname() if kept else ""
+        self._machine = machine
+        self._memory_total = int(psutil.virtual_memory().total)
+        self._stale: set[RunToken | int] = set()
+        """Runs, and groups by their id, that had no running asyncio task at the last `tend`."""
+        self._heartbeat: list[WorkerStatus] = []
+        self._readings: dict[str, gpus.Reading] = {}
+        self._nonce: str | None = None
+        self._wake = asyncio.Event()
+        self._full = False
+        self._doubt = asyncio.Event()
+        """Set where Redis was away, or this process stood still: leases are renewed at once, and before anything is claimed."""
+        self._renewed_s = time.monotonic()
+        self._draining = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.on_signal: Callable[[float], None] = lambda seconds: None
+        """Called at each signal with the seconds within which the worker must be gone."""
+        # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
+        self._leases = asyncio.Lock()
+
+    async def main(self) -> None:
+        """Works until a signal asks it to end, and what it holds is finished or handed back."""
+        self.ctx["redis"] = self.pool
+        if self.on_startup:
+            await self.on_startup(self.ctx)
+        log.info("worker_started", worker=self.worker_id, queues=self._kinds(), children=[child.name for child in self.children])
+        async with asyncio.TaskGroup() as group:
+            serving = [
+                group.create_task(_unending("subscriber", self._subscriber.run)),
+                group.create_task(_unending("listen", self._listen)),
+                group.create_task(_unending("keep", self._keep)),
+                group.create_task(_unending("read_gpus", self._read_gpus)),
+                group.create_task(_unending("sweep_kept", self._sweep_kept)),
+                *([group.create_task(_unending("retention", self._retention.run))] if self._retention else []),
+                *(group.create_task(_unending(child.name, partial(child.keep, self._wake.set, self._on_unfit))) for child in self.children),
+            ]
+            if self._machine is not None:
+                serving.append(group.create_task(_unending("machine", partial(self._machine.keep, self._wake.set))))
+            async with asyncio.TaskGroup() as runs:
+                working = runs.create_task(self._work(runs))
+                draining = asyncio.create_task(self._draining.wait())
+                try:
+                    await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    draining.cancel()
+                await self._drain(working)
+            await _let_go(serving)
+        log.info("worker_ended", worker=self.worker_id)
+
+    def _on_unfit(self) -> None:
+        """Raise ChildUnfit where every child of this worker says that it cannot work, and none ever has."""
+        if all(child.unfit is not None and not child.served for child in self.children):
+            raise ChildUnfit(str(self.children[0].unfit))
+
+    def handle_sig(self, signum: signal.Signals) -> None:
+        """The first signal drains, the second hands everything back at once."""
+        log.info("drain", signal=signal.Signals(signum).name, runs=len(self.runs), seconds=self._drain_s)
+        if self._draining.is_set():
+            self._hurry.set()
+        self.on_signal((0.0 if self._draining.is_set() else self._drain_s) + GONE_S)
+        self.allow_pick_jobs = False
+        self._draining.set()
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Leaves, and closes what arq opened."""
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self.store.leave(self.worker_id)
+                await self.pool.delete(self.health_check_key)
+                if self._kept:
+                    await self._kept.sweep(self.store, committed_s=0)
+        except Exception as error:
+            log_failure("leave_failed", error)
+        if self.on_shutdown:
+            await self.on_shutdown(self.ctx)
+        await self.store.aclose()
+
+    # ── Taking work ──
+
+    async def _work(self, runs: asyncio.TaskGroup) -> None:
+        while not self._draining.is_set():
+            self._wake.clear()
+            try:
+                await self._claim(runs)
+                async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
+                    await self._poll_iteration()
+                if self.burst and await self._burst_over():
+                    return
+            except Exception as error:
+                self._doubt.set()
+                if log_failure("claim_failed", error, away="redis_away"):
+                    self._nonce = None  # what was claimed is handed back by the next renewal
+            await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
+
+    async def _burst_over(self) -> bool:
+        if not 0 <= self.max_burst_jobs <= self._jobs_started() and await self.pool.zcard(self.queue_name):
+            return False
+        await asyncio.gather(*self.tasks.values())
+        return True
+
+    async def start_jobs(self, job_ids: list[bytes]) -> None:
+        """As arq's, which starts one after the other and asks about those that run here too: four trips to Redis for each.
+
+        A job that Redis did not let it start does not count as one that runs. An entry that is no text is dropped.
+        """
+        due = []
+        for job_id in job_ids:
+            try:
+                if job_id.decode() not in self.tasks:
+                    due.append(job_id)
+            except UnicodeDecodeError:
+                await self.pool.zrem(self.queue_name, job_id)
+                log.warning("entries_dropped", entries=[f"deliveries {job_id!r}"], cure="none is needed: it names no delivery")
+        try:
+            while due and (room := self.max_jobs - self.job_counter) > 0:
+                batch, due = due[:room], due[room:]
+                started = await asyncio.gather(*(super(Worker, self).start_jobs([job_id]) for job_id in batch), return_exceptions=True)
+                for error in filter(None, started):
+                    raise error
+            self._full = self.job_counter >= self.max_jobs
+        except BaseException:
+            await asyncio.sleep(0)  # jobs that ended have counted themselves out
+            for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
+                self._release_sem_dec_counter_on_complete()
+            raise
+
+    async def run_job(self, job_id: str, score: int) -> None:
+        """As arq's; where the keys of the job are damaged they are written again, since its name tells them, and it is due as before."""
+        try:
+            await super().run_job(job_id, score)
+        except ResponseError as error:
+            if not _DAMAGED.search(str(error)):
+                raise
+            log.warning("job_mended", job_id=job_id, problem=str(error))
+            definition = serialize_job("deliver", (job_id.partition(".")[0],), {}, None, score, serializer=self.job_serializer)
+            await self.pool.set(job_key_prefix + job_id, definition)
+            await self.pool.delete(retry_key_prefix + job_id, in_progress_key_prefix + job_id)
+
+    def _release_sem_dec_counter_on_complete(self) -> None:
+        super()._release_sem_dec_counter_on_complete()
+        if self._full:  # more may be due than there was room for
+            self._wake.set()
+
+    async def _claim(self, runs: asyncio.TaskGroup) -> None:
+        if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
+            await self._renew()  # what is still ours must not be claimed anew
+        if self._draining.is_set():
+            return
+        async with self._leases:
+            self._nonce = self._nonce or secrets.token_hex(8)
+            rows = {key: most for child in self.children for key, most in child.rows.items()}
+            host = self._host if self._machine is None or self._machine.can_store else ""  # whose finished files are to be stored
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, host, self._able)
+            self._nonce = None
+            for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
+                for each in [list(together)] if slot >= 0 else [[one] for one in together]:
+                    try:
+                        self._begin(runs, each)
+                    except Exception:
+                        log.exception("begin_broke", task_ids=[one.task.task_id for one in each])
+                        for one in each:
+                            if one.run not in self.runs:
+                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
+
+    def _slots(self) -> list[Slot]:
+        """Where a task can go now, or in a moment."""
+        found = [
+            Slot(child.kinds, tuple(name for name in child.models_then if name != models.ANIMATIC), child.free)
+            for child in self.children
+            if (child.free or child.soon) and self._problem(child) is None
+        ]
+        return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
+
+    def _problem(self, child: Child) -> str | None:
+        """Return why the child takes no tasks; None while it does."""
+        return (self._machine.problem if self._machine else None) or child.problem
+
+    def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
+        """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
+        to_make = []
+        for claimed in together:
+            if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
+                delay_ms = unreadable_delay_ms(claimed.task.attempt)
+                handing_back = self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
+                runs.create_task(handing_back)
+            elif self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
+                self._start(runs, Running(claimed, made=made))
+            else:
+                to_make.append(claimed)
+        if not to_make:
+            return
+        task = to_make[0].task
+        able = [
+            child
+            for child in self.children
+            if (child.free or child.soon) and task.kind in child.kinds and self._problem(child) is None and not self._draining.is_set()
+        ]
+        if not able:
+            for claimed in to_make:
+                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
+            return
+        child = min(able, key=lambda child: (not child.free, task.model not in child.models))
+        group = child.reserve([claimed.task.task_id for claimed in to_make], task.model, task.batch)
+        for claimed in to_make:
+            self._start(runs, Running(claimed, child, group))
+        if child.soon:
+            self._wake.set()
+
+    def _start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+        claimed = running.claimed
+        self.runs[claimed.run] = running
+        running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
+        running.asyncio_task.add_done_callback(lambda _: self._over(running))  # even where it never began
+
+    def _over(self, running: Running) -> None:
+        """Forget the run, and free its slot."""
+        self.runs.pop(running.run, None)
+        running.free_slot()
+
+    async def _run(self, running: Running) -> None:
+        """Run the task; whatever it raises concerns no other."""
+        claimed = running.claimed
+        context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
+        try:
+            try:
+                job = msgspec.msgpack.decode(claimed.job)
+                if job["f"] in self.functions:
+                    coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
+                else:  # of a newer version, or of a plug-in
+                    log.error("no_such_job", task_id=claimed.task.task_id, function=job["f"])
+                    coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
+            except Exception as error:
+                log.error("job_unread", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
+                coroutine = refuse_task(context, UNREADABLE_PARAMETERS, unreadable=True)
+            await coroutine
+        except Exception:
+            log.exception("run_broke", task_id=claimed.task.task_id)
+            await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES, TRIES_LIMIT)
+
+    async def _hand_back(
+        self,
+        task_id: TaskId,
+        run: RunToken,
+        why: str = "its worker had no free slot",
+        counts: Counts = Counts.DRAIN,
+        limit: int = 0,
+        delay_ms: int = 0,
+    ) -> None:
+        """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
+        try:
+            await self.store.requeue(task_id, run, counts, limit, delay_ms, why, "internal" if limit else "worker_lost")
+        except RunLost:
+            pass
+        except Exception as error:
+            log_failure("hand_back_failed", error)  # the next renewal names it again
+
+    # ── Keeping it ──
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                self.tend()
+                for running in self.runs.values():
+                    if running.child and running.group is running.child.late():
+                        running.stop("late")
+            except Exception:
+                log.exception("tend_failed")
+            try:
+                await self._renew()
+            except Exception as error:
+                log_failure("renew_failed", error)
+                await asyncio.sleep(AWAY_S)
+                continue
+            try:
+                await self.store.tidy()
+            except Exception as error:
+                log_failure("tidy_failed", error)
+            await set_within(self._doubt, RENEW_S)
+
+    def tend(self) -> None:
+        """Free runs, and groups in slots, that have had no running asyncio task since this was last called.
+
+        Their tasks are missing from the next renewal, and so are handed back.
+        """
+        found: set[RunToken | int] = set()
+        for run, running in list(self.runs.items()):
+            if running.asyncio_task is None or running.asyncio_task.done():
+                found.add(run)
+                if run in self._stale:
+                    log.error("run_without_task", task_id=running.task.task_id, run=run)
+                    self._over(running)
+        run_groups = {id(running.group) for running in self.runs.values()}
+        for child in self.children:
+            for group in [group for group in child.groups if id(group) not in run_groups]:
+                found.add(id(group))
+                if id(group) in self._stale:
+                    log.error("slot_without_run", child=child.name, task_ids=group.task_ids)
+                    child.drop(group)
+        self._stale = found
+
+    async def _sweep_kept(self) -> None:
+        while self._kept is not None:
+            try:
+                await self._kept.sweep(self.store)
+            except Exception as error:
+                log_failure("sweep_kept_failed", error)
+            await asyncio.sleep(SWEEP_S)
+
+    async def _read_gpus(self) -> None:
+        """Read the state of the GPUs, apart from the renewals: a driver that hangs must not cost the leases."""
+        while devices := [child.device for child in self.children if child.device != "cpu"]:
+            for device in devices:
+                if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
+                    self._readings[device] = reading
+            await asyncio.sleep(RENEW_S)
+
+    async def _renew(self) -> None:
+        try:
+            self._heartbeat = self.rows()
+        except Exception:  # too many open files, say: the leases are renewed all the same
+            log.exception("heartbeat_failed")
+        async with self._leases:
+            self._doubt.clear()
+            try:
+                lost, forgotten = await self.store.renew(
+                    self.worker_id,
+                    self._heartbeat,
+                    [(running.task.task_id, run) for run, running in self.runs.items()],
+                    has_gpu=any(child.device != "cpu" and child.unfit is None for child in self.children),
+                    able=self._able,
+                )
+            except BaseException:
+                self._doubt.set()
+                raise
+            self._renewed_s = time.monotonic()
+            if self._nonce is not None and not self._draining.is_set():
+                forgotten = []  # of a claim whose answer was lost: it is said again, and answers them
+        for _, run in lost:
+            if run in self.runs:
+                self.runs[run].stop("lost")
+        for task_id, run in forgotten:
+            log.warning("forgotten_task", task_id=task_id)
+            await self._hand_back(task_id, run)
+
+    async def _listen(self) -> None:
+        """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
+        channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt)
+        with suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
+            await channel.wait()
+
+    def _on_doubt(self) -> None:
+        self._doubt.set()  # a cancel may have been missed
+        self._wake.set()
+
+    def _on_control(self, message: bytes) -> None:
+        match message.decode(errors="replace").split():
+            case ["wake"]:
+                self._wake.set()
+            case ["cancel", _, run]:
+                if (running := self.runs.get(RunToken(run))) is not None:
+                    running.stop("cancelled")
+            case _:  # of a newer version, or not from movieq
+                log.warning("unknown_message", said=message[:100].decode(errors="replace"))
+
+    def rows(self) -> list[WorkerStatus]:
+        """This worker's rows in the workers' status: one for each child."""
+        taking = not self._draining.is_set()
+        rows = []
+        for child in self.children:
+            gpu = self._readings.get(child.device)
+            rows.append(
+                WorkerStatus(
+                    worker_id=f"{self.worker_id}/{child.name}",
+                    worker_type=min(child.kinds, key=list(Kind).index),
+                    status=WorkerState.BUSY if child.task_id else WorkerState.IDLE,
+                    current_task_id=child.task_id,
+                    gpu_utilization=gpu.utilization if gpu else 0.0,
+                    memory_usage=gpu.memory_used if gpu else child.memory_bytes(),
+                    tasks_completed=child.tasks_completed,
+                    last_heartbeat=utc(int(time.time() * 1000)),
+                    queues=list(child.kinds) if taking and self._problem(child) is None else [],
+                    problem=self._problem(child),
+                    device=child.device,
+                    memory_total=gpu.memory_total if gpu else self._memory_total,
+                    temperature=gpu.temperature if gpu else None,
+                    power=gpu.power if gpu else None,
+                    models=child.models if child.pid else [],
+                    models_parked=child.models_parked,
+                    model_swaps=child.model_swaps,
+                    idle_gap=statistics.median(child.idle_s) if child.idle_s else None,
+                    host=socket.gethostname(),
+                    version=movieq.__version__,
+                )
+            )
+        return rows
+
+    # ── Ending ──
+
+    async def _drain(self, working: asyncio.Task[None]) -> None:
+        """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left.
+
+        A claim under way may end within the grace; what it brings is handed back.
+        """
+        for running in list(self.runs.values()):
+            if running.made is None and running.pace.remaining_s() > self._drain_s:
+                running.stop("drain")
+        await self._ended_within(self._drain_s, unless=self._hurry)
+        for running in list(self.runs.values()):
+            running.stop("drain")
+        for job in self.tasks.values():
+            job.cancel()
+        await self._ended_within(LAST_S)
+        for running in list(self.runs.values()):
+            running.abandon()
+        await _let_go([working, *(running.asyncio_task for running in self.runs.values() if running.asyncio_task), *self.tasks.values()])
+
+    async def _ended_within(self, seconds: float, unless: asyncio.Event | None = None) -> None:
+        tasks: set[asyncio.Task[Any]] = {running.asyncio_task for running in self.runs.values() if running.asyncio_task}
+        tasks.update(self.tasks.values())
+        called_off = asyncio.create_task((unless or asyncio.Event()).wait())
+        ended = asyncio.create_task(asyncio.wait(tasks)) if tasks else called_off
+        try:
+            if tasks:
+                await asyncio.wait({called_off, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            called_off.cancel()
+            ended.cancel()
+
+    def _kinds(self) -> list[Kind]:
+        return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
+
+
+async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
+    """Run a part of the worker until it returns or is cancelled; start it again where it breaks. Raises ChildUnfit."""
+    while True:
+        try:
+            await part()
+            return
+        except ChildUnfit:
+            raise
+        except Exception as error:
+            log_failure("part_broke", error, part=name)
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait for them, but not for ever. One that must still send its last word to Redis needs the second cancel."""
+    for _ in range(2):
+        if not (left := {task for task in tasks if not task.done()}):
+            return
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=LETTING_GO_S)
