@@ -25,6 +25,7 @@ from movieq.models import weights
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Priority, TaskStatus, TaskType
 from movieq.tasks.wire import PROJECT_PATTERN, DeadLettersAnswer, DeliveriesAnswer
 
@@ -36,13 +37,6 @@ PATIENCE_S: Final = 2.0
 DATA: Final = Path(".movieq")
 LOCAL_URL: Final = "http://127.0.0.1:8001"
 """Where `movieq up` listens unless told otherwise."""
-
-IMAGES: Final = {
-    TaskType.GENERATE_VIDEO: "storyboard_images",
-    TaskType.GENERATE_IMAGE: "reference_images",
-    TaskType.RENDER_ANIMATION: "reference_images",
-}
-"""Which field of task_data the --image files of a task become."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -183,13 +177,14 @@ def submit(
     The task_data of each type: GET /api/v1/task-types, or README.md.
     """
     task_data = _task_data(TaskType(task_type), data_text, pairs, draft)
-    field = IMAGES.get(TaskType(task_type))
-    if images and field is None:
-        raise click.UsageError(f"--image: {task_type} takes no pictures; those that do: {', '.join(IMAGES)}")
+    field = REGISTRY.tasks[TaskType(task_type)].image_field
+    if images and not field:
+        those = ", ".join(each for each, spec in REGISTRY.tasks.items() if spec.image_field)
+        raise click.UsageError(f"--image: {task_type} takes no pictures; those that do: {those}")
 
     async def run() -> TaskStatus | None:
         async with _client(url, key) as client:
-            if field is not None and images:
+            if images:
                 uploads = [await client.upload(project, image) for image in images]
                 given = task_data.get(field) or []
                 task_data[field] = [*(given if isinstance(given, list) else [given]), *(upload.url for upload in uploads)]
@@ -440,8 +435,8 @@ def _repair(folder: Path, apply: bool) -> None:
 
 def _known(task_type: str) -> str:
     """A task type, of a plug-in too."""
-    if task_type not in list(TaskType):
-        raise click.BadParameter(f"{task_type!r} is not one of {', '.join(TaskType)}.")
+    if task_type not in REGISTRY.tasks:
+        raise click.BadParameter(f"{task_type!r} is not one of {', '.join(REGISTRY.tasks)}.")
     return task_type
 
 

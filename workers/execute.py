@@ -39,6 +39,7 @@ from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Counts, Store
 from movieq.tasks import params
 from movieq.tasks.entities import Task
 from movieq.tasks.params import Params
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import TaskStatus, TaskType
 from workers.eta import UPLOAD_AT
@@ -144,7 +145,7 @@ class Unreadable(InternalFault):
 
 def check_able(parts: Parts, task: Task) -> None:
     """Raises Unable where this worker has no such engine or model."""
-    if task.engine not in models.ENGINES:
+    if task.engine not in REGISTRY.engines:
         raise Unable(f"this worker has no engine {task.engine}: the task waits for one that has", EngineUnavailable.code)
     if task.engine != models.ANIMATIC and task.model not in parts.models:
         raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
@@ -214,10 +215,10 @@ async def _make_and_commit(parts: Parts, running: Running, task_data: dict[str, 
 
 def _parsed(task: Task, task_data: Any) -> Params:
     """Return the parameters of the task. Raises Unable, or Unreadable where a worker of another version may be able to read them."""
-    if task.task_type not in params.PARAMS:
+    if (spec := REGISTRY.tasks.get(TaskType(task.task_type))) is None:
         raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
     try:
-        return params.convert(TaskType(task.task_type), task_data)
+        return params.convert(spec.params, task_data)
     except (msgspec.ValidationError, AttributeError) as error:
         place = str(error).partition(" - at `$")[2].removesuffix("`")
         log.warning("params_unread", problem=str(error))
@@ -260,8 +261,8 @@ async def _make(parts: Parts, running: Running, parsed: Params, task_data: dict[
 async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> StoredResult:
     """The files are in the storage. Goes on trying for as long as the run holds its lease. Raises what only another run can mend."""
     task, done = running.task, made.done
-    folder, media_type = params.PRODUCTS[TaskType(task.task_type)]
-    prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
+    spec = REGISTRY.tasks[TaskType(task.task_type)]
+    prefix = f"projects/{task.project_id}/{spec.folder}/{task.task_id}/{running.run}"
     await insist(
         lambda: parts.store.report(
             task.task_id,
@@ -285,7 +286,7 @@ async def _store(parts: Parts, running: Running, made: Made, made_ms: int) -> St
     output = next(produced for produced in done.files if produced.role == "output")
     key, size_bytes = keys["output"]
     return StoredResult(
-        [_stored(output, key, size_bytes, media_type, keys.get("poster"))],
+        [_stored(output, key, size_bytes, spec.media_type, keys.get("poster"))],
         {**done.metadata, "file_size": size_bytes, "model": task.model, "engine": task.engine},
     )
 

@@ -26,7 +26,7 @@ from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError,
 from movieq.models import table as models
 from movieq.settings import PREFIX
 from movieq.tasks.entities import ModelSwaps
-from movieq.tasks.states import Kind, TaskId, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, Kind, TaskId
 from workers.faults import HostFault
 from workers.protocol import (
     EXIT_UNFIT,
@@ -461,7 +461,7 @@ class Child:
         assert process.stdout is not None
         with tempfile.TemporaryDirectory(dir=self.spool, prefix="self-test-") as folder:
             params = {"prompt": "a self-test", "resolution": "64x64"}
-            run = Run(SELF_TEST, SELF_TEST, SELF_TEST, TaskType.GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
+            run = Run(SELF_TEST, SELF_TEST, SELF_TEST, GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
             self._send(frame(run))
             async with asyncio.timeout(EXAMINE_S):
                 while isinstance(answer := await self._receive(process.stdout), Progress):

@@ -14,17 +14,14 @@ from msgspec import Meta
 import movieq
 from movieq.errors import SettingsError, ValidationFailed
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams, frames, size
-from movieq.tasks.states import EngineChoice, Kind, TaskType
+from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import PROCESS_AUDIO, EngineChoice, Kind, TaskType
 
 ANIMATIC: Final = "animatic"
 IMMUTABLE: Final = ("upload:", "task:", "data:")
 """How references begin behind which there is always the same file."""
-ENGINES: Final[dict[str, str]] = {"animatic": "workers.child.animatic.engine", "diffusers": "workers.child.diffusion.engine"}
-"""Engine -> the module with its `make`, for the child to import; plug-ins add theirs."""
 PREVIEW_VAE: Final = "preview_vae"
 """A component that only previews are decoded by, an AutoencoderTiny: sharper than the map of colours that is fitted to every VAE."""
-EXTRA: Final[dict[str, dict[str, Any]]] = {}
-"""Entries of plug-ins, as they would stand in the file."""
 
 
 class Engine(StrEnum):
@@ -117,7 +114,7 @@ def load(path: str = "") -> dict[str, Model]:
     """The table: the shipped entries, those of plug-ins, over them those of the file at `path`. Raises SettingsError naming the entry."""
     shipped = Path(__file__).with_name("models.toml")
     table = _read(str(shipped), shipped)
-    for name, entries in EXTRA.items():
+    for name, entries in REGISTRY.models.items():
         table |= _checked(name, entries)
     return table | _read(f"MOVIEQ_MODELS: {path}", Path(path)) if path else table
 
@@ -144,8 +141,10 @@ def _checked(name: str, entries: dict[str, Any]) -> dict[str, Model]:
 
 def _problem(model: Model) -> str | None:
     """What makes an entry useless, though each field is well formed."""
-    if model.engine not in ENGINES:
-        return f"engine {model.engine!r} is not there; there are: {', '.join(ENGINES)}"
+    if unknown := sorted(model.tasks.keys() - REGISTRY.tasks.keys()):
+        return f"tasks: there is no task type {unknown[0]}; there are: {', '.join(REGISTRY.tasks)}"
+    if model.engine not in REGISTRY.engines:
+        return f"engine {model.engine!r} is not there; there are: {', '.join(REGISTRY.engines)}"
     if model.engine != Engine.DIFFUSERS:
         return None
     if model.weights is None:
@@ -181,7 +180,7 @@ def default(table: dict[str, Model], engine: Engine, task_type: TaskType, params
 
 def sound(table: dict[str, Model]) -> tuple[str, Model] | None:
     """What makes the sound under a picture: the default for sound without speech."""
-    name = default(table, Engine.DIFFUSERS, TaskType.PROCESS_AUDIO, AudioParams())
+    name = default(table, Engine.DIFFUSERS, PROCESS_AUDIO, AudioParams())
     return None if name is None else (name, table[name])
 
 

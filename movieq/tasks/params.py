@@ -16,7 +16,6 @@ import msgspec
 from msgspec import Meta
 
 from movieq.errors import ValidationFailed
-from movieq.tasks.states import TaskType
 
 MAX_PIXELS: Final = 4_000_000_000
 """Width x height x frames of one task."""
@@ -166,49 +165,26 @@ class AnimationParams(Params, frozen=True, kw_only=True):
         return list(dict.fromkeys(self.reference_images))
 
 
-PARAMS: Final[dict[TaskType, type[Params]]] = {
-    TaskType.GENERATE_VIDEO: VideoParams,
-    TaskType.GENERATE_IMAGE: ImageParams,
-    TaskType.PROCESS_AUDIO: AudioParams,
-    TaskType.RENDER_ANIMATION: AnimationParams,
-}
-
 SAMPLE_RATES: Final = (8000, 16000, 22050, 24000, 44100, 48000)
 
-MAX_DURATION_S: Final[dict[TaskType, int]] = {
-    TaskType.GENERATE_VIDEO: 300 * 60,
-    TaskType.GENERATE_IMAGE: 30 * 60,
-    TaskType.PROCESS_AUDIO: 30 * 60,
-    TaskType.RENDER_ANIMATION: 300 * 60,
-}
-"""The longest that one run of a task may take."""
 
-PRODUCTS: Final[dict[TaskType, tuple[str, str]]] = {
-    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
-    TaskType.GENERATE_IMAGE: ("image", "character_design"),
-    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
-    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
-}
-"""Folder of the storage and `media_type` of what each task type makes."""
-
-
-def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[str]]:
-    """The parameters, checked, and the keys of `task_data` that nothing reads.
+def parse(cls: type[Params], task_data: dict[str, Any]) -> tuple[Params, list[str]]:
+    """Return the parameters, checked, and the keys of `task_data` that nothing reads.
 
     Raises ValidationFailed naming each field that is wrong, what was given and what is allowed.
     """
     try:
-        params = convert(task_type, task_data)
+        params = convert(cls, task_data)
     except msgspec.ValidationError:
-        raise refused(_problems(task_type, task_data)) from None
-    if errors := list(_inconsistent(task_type, params)):
+        raise refused(_problems(cls, task_data)) from None
+    if errors := list(_inconsistent(params)):
         raise refused(errors)
-    return params, sorted(task_data.keys() - set(PARAMS[task_type].__struct_fields__))
+    return params, sorted(task_data.keys() - set(cls.__struct_fields__))
 
 
-def convert(task_type: TaskType, task_data: dict[str, Any]) -> Params:
-    """The parameters of task_data that `parse` has let through; null means absent."""
-    return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, PARAMS[task_type])
+def convert(cls: type[Params], task_data: dict[str, Any]) -> Params:
+    """Return the parameters of task_data that `parse` has let through; null means absent."""
+    return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, cls)
 
 
 def size(resolution: str) -> tuple[int, int]:
@@ -238,10 +214,10 @@ def _frames(duration: float, fps: float | str) -> int:
     return max(1, round(Fraction(duration) * frame_rate(fps)))
 
 
-def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str, str]]:
+def _problems(cls: type[Params], task_data: dict[str, Any]) -> list[tuple[str, str]]:
     """Every field that is wrong, where `convert` names the first alone."""
     errors: list[tuple[str, str]] = []
-    for field in msgspec.structs.fields(PARAMS[task_type]):
+    for field in msgspec.structs.fields(cls):
         value = task_data.get(field.encode_name)
         if value is not None:
             try:
@@ -271,7 +247,7 @@ def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
     return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))
 
 
-def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
+def _inconsistent(params: Params) -> list[tuple[str, str]]:
     errors: list[tuple[str, str]] = []
     if not params.description.strip():
         if isinstance(params, AudioParams):

@@ -11,6 +11,13 @@ ProjectId = NewType("ProjectId", str)
 RunToken = NewType("RunToken", str)
 """Names one run of one task: random, given by the claim, carried by every write of the run (the fence)."""
 
+TaskType = NewType("TaskType", str)
+"""Names what can be asked for: one of those below, or of a plug-in. `movieq.tasks.registry` says what each takes and yields."""
+GENERATE_VIDEO: Final = TaskType("generate_video")
+GENERATE_IMAGE: Final = TaskType("generate_image")
+PROCESS_AUDIO: Final = TaskType("process_audio")
+RENDER_ANIMATION: Final = TaskType("render_animation")
+
 
 class TaskStatus(StrEnum):
     """Where a task is."""
@@ -108,27 +115,3 @@ class EngineChoice(StrEnum):
     AUTO = "auto"
     DIFFUSERS = "diffusers"
     ANIMATIC = "animatic"
-
-
-class TaskType(StrEnum):
-    """What can be asked for: these, and what plug-ins add (`movieq.plugins`)."""
-
-    GENERATE_VIDEO = "generate_video"
-    GENERATE_IMAGE = "generate_image"
-    PROCESS_AUDIO = "process_audio"
-    RENDER_ANIMATION = "render_animation"
-
-    @classmethod
-    def _missing_(cls, value: object) -> TaskType | None:
-        member = cls._value2member_map_.get(value)  # decoders that were made before a plug-in came ask here
-        return member if isinstance(member, TaskType) else None
-
-    @classmethod
-    def add(cls, value: str) -> TaskType:
-        """The member of this value, which is there from now on."""
-        if value not in cls._value2member_map_:
-            member = str.__new__(cls, value)
-            member._name_, member._value_ = value, value
-            cls._member_map_[value] = cls._value2member_map_[value] = member
-            cls._member_names_.append(value)
-        return cls(value)

@@ -18,8 +18,9 @@ ENGINE = """
 import re
 from pathlib import Path
 from PIL import Image
-from movieq.params import Params
-from movieq.plugins import NewTaskType, Plugin
+from movieq.tasks.params import Params
+from movieq.plugins import Plugin
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made
 from workers.protocol import Produced, Stage
 
@@ -48,7 +49,7 @@ def make(take):
     return Made((Produced(str(path), "output", "image/png", 64, 64),), {})
 
 plugin = Plugin(
-    task_types={"fault": NewTaskType(params=FaultParams)},
+    task_types={"fault": TaskSpec(params=FaultParams)},
     engines={"faults": "faults"},
     models={"faults": {"engine": "faults", "kind": "cpu_intensive", "tasks": {"fault": 1}}},
 )

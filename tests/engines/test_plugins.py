@@ -81,8 +81,8 @@ async def test_its_parameters_are_checked_as_those_of_any_type(running: Service)
         ("raise RuntimeError('out of paint')", "cannot be loaded: RuntimeError: out of paint"),
         ("plugin = 3", "is no movieq.plugins.Plugin"),
         ("from movieq.plugins import Plugin\nplugin = Plugin(engines={'Not A Name': 'x'})", "'Not A Name' is no name"),
-        ("from movieq.plugins import *\nfrom movieq.params import *\n"
-         "plugin = Plugin(task_types={'generate_image': NewTaskType(params=VideoParams)})", "there is a task type generate_image already"),
+        ("from movieq.plugins import *\nfrom movieq.tasks.params import *\n"
+         "plugin = Plugin(task_types={'generate_image': TaskSpec(params=VideoParams)})", "there is a task type generate_image already"),
         ("from movieq.plugins import Plugin\nplugin = Plugin(models={'x': {'engine': 'candle', 'kind': 'gpu_heavy', 'tasks': {}}})",
          "x: engine 'candle' is not there"),
     ],

@@ -21,7 +21,7 @@ from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.reporter import _Reporter
+from workers.reporter import Reporter
 from workers.retry import retry_delay_ms, unreadable_delay_ms
 from workers.running import Running
 from workers.slots import Group
@@ -354,8 +354,9 @@ def test_a_batch_too_long_for_one_frame_goes_run_by_run() -> None:
 # ── What engines say ──
 
 ODD = """
-from movieq.params import Params
-from movieq.plugins import NewTaskType, Plugin
+from movieq.tasks.params import Params
+from movieq.plugins import Plugin
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made
 from workers.protocol import Note, Produced, Stage
 from PIL import Image
@@ -387,7 +388,7 @@ def make(take):
     return Made((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
 
 plugin = Plugin(
-    task_types={"odd": NewTaskType(params=OddParams)},
+    task_types={"odd": TaskSpec(params=OddParams)},
     engines={"odd": "odd"},
     models={"odd": {"engine": "odd", "kind": "cpu_intensive", "tasks": {"odd": 1}}},
 )
@@ -464,7 +465,7 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
             raise ValueError("nor this")
 
     odd = Odd(store.redis)
-    reporter = _Reporter(odd, Running(claimed))
+    reporter = Reporter(odd, Running(claimed))
 
     async def shown() -> bool:
         reporter.say("drawing", stage="work")
