@@ -1,6 +1,6 @@
-"""What can be asked for in this process: the task types, the engines that render them, and models that plug-ins bring.
+"""The task types that this process knows, the engines that render them, and the models of plug-ins.
 
-movieq's own entries stand here; `movieq.plugins` adds those of other packages when a process starts, before anything is opened.
+The entries of movieq itself are below; `movieq.plugins` adds those of other packages when a process starts.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Param
 from movieq.tasks.states import GENERATE_IMAGE, GENERATE_VIDEO, PROCESS_AUDIO, RENDER_ANIMATION, TaskType
 
 LONGEST_S: Final = 300 * 60
-"""No run of any task may take longer."""
+"""Longest run of any task, in seconds."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A task type. `params` says what its task_data may hold; clients see the docstring of that class, `name: what becomes of what`."""
+    """A task type. `params` is the class of its task_data; the part of its docstring after the colon describes the task type to clients."""
 
     params: type[Params]
     max_duration_s: int = 30 * 60
-    """The longest that one run may take."""
+    """Longest run, in seconds."""
     folder: str = "other"
-    """The folder of the storage that its results lie in."""
+    """Folder of its results in the storage."""
     media_type: str = "file"
-    """What its result is called in the API and in the CMS."""
+    """Media type of its result in the API and in the CMS."""
     image_field: str = ""
-    """The field of task_data that takes pictures; empty where none does."""
+    """The field of task_data that holds images; empty if there is none."""
 
     @property
     def description(self) -> str:
-        """Return the sentence for clients."""
+        """Return the description for clients."""
         return (self.params.__doc__ or "").partition(": ")[2]
 
 
 class Registry(msgspec.Struct, frozen=True):
-    """The task types by name, the engines (name -> module for the engine process to import), and model entries by plug-in."""
+    """Task types by name, engines by name (the module that the engine process imports), and model entries by plug-in."""
 
     tasks: dict[TaskType, TaskSpec]
     engines: dict[str, str]

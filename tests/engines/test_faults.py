@@ -98,4 +98,4 @@ async def test_a_child_whose_cuda_broke_ends_by_itself_and_the_next_one_makes_it
 async def test_a_field_that_a_plug_in_needs_is_named_where_it_is_missing(running: Service) -> None:
     body = {"project_id": "film", "task_type": "fault", "task_data": {"fault": "none"}}
     status, answer = await running.call("POST", "/tasks/submit", json=body)
-    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "it is needed"}])
+    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "required"}])
