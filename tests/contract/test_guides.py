@@ -159,11 +159,14 @@ def properties(schema: dict[str, Any]) -> dict[str, Any]:
     return dict(schema["properties"])
 
 
-async def test_the_guides_name_every_field_of_every_answer(running: Service) -> None:
-    text = "".join(page.read_text() for page in GUIDES)
+async def test_the_pages_name_every_field_of_every_answer_and_event(running: Service) -> None:
     schemas = (await document(running))["components"]["schemas"]
-    unnamed = {f"{name}.{field}" for name, schema in schemas.items() for field in schema.get("properties", {})}
-    assert {each for each in unnamed if not re.search(rf"[`\"]{each.partition('.')[2]}[`\"]", text)} == set()
+    unnamed = set()
+    for name, schema in schemas.items():
+        page = guide({"Webhook": "cms"}.get(name, "events" if name in ("ProcessingProgress", "Snapshot", "ProjectSnapshot") else "api"))
+        text = page.read_text() + (guide("api").read_text() if page.stem == "events" else "")
+        unnamed |= {f"{name}.{field}" for field in schema.get("properties", {}) if not re.search(rf"[`\"]{field}[`\"]", text)}
+    assert unnamed == set()
 
 
 async def test_the_reference_lists_the_routes_of_the_api_and_no_others(running: Service) -> None:
