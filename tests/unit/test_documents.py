@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from movieq import models
 from movieq.cli import main
@@ -100,7 +101,21 @@ def test_every_setting_that_is_named_exists(page: Path) -> None:
     assert named - {variable(field) for field in Settings.__struct_fields__} - OTHERS == set()
 
 
+def test_the_compose_file_has_the_services_and_profiles_that_are_named() -> None:
+    services = yaml.safe_load((ROOT / "deploy/docker-compose.yml").read_text())["services"]
+    named = [command for command in commands(guide("operating")) if command.startswith("docker compose ")]
+    assert {name for command in named for name in re.findall(r" run (\S+)", command)} <= services.keys()
+    profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
+    assert {name for command in named for name in re.findall(r"--profile (\S+)", command)} == {"gpu"} <= profiles
+
+
 # ── What the pages repeat of the code ──
+
+
+def test_the_operating_guide_lists_every_alert() -> None:
+    raised = re.findall(r'Alert\("([a-z_]+)"', (ROOT / "movieq/api/queues.py").read_text())
+    table = guide("operating").read_text().partition("| alert |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE) == raised
 
 
 def test_the_reference_lists_every_error_code_with_its_status() -> None:
