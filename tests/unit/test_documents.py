@@ -10,11 +10,11 @@ import click
 import pytest
 import yaml
 
-from movieq import models
 from movieq.cli import main
-from movieq.contracts import TRANSITIONS
 from movieq.errors import MovieqError, RequestError, TaskFault
+from movieq.models import table as models
 from movieq.settings import Settings, variable
+from movieq.tasks.states import TRANSITIONS
 from tests.documents import DOCUMENTS, GUIDES, ROOT, blocks, guide
 
 OTHERS = {"MOVIEQ_", "MOVIEQ_URL", "MOVIEQ_API_KEY"}
