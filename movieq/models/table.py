@@ -20,7 +20,7 @@ ANIMATIC: Final = "animatic"
 IMMUTABLE: Final = ("upload:", "task:", "data:")
 """How references begin behind which there is always the same file."""
 ENGINES: Final[dict[str, str]] = {"animatic": "workers.child.animatic.engine", "diffusers": "workers.child.diffusion.engine"}
-"""Engine -> the module with its `make`, for the child to import; plug-ins add theirs."""
+"""Engine -> the module with its `render`, which the engine process imports; plug-ins add theirs."""
 PREVIEW_VAE: Final = "preview_vae"
 """A component that only previews are decoded by, an AutoencoderTiny: sharper than the map of colours that is fitted to every VAE."""
 EXTRA: Final[dict[str, dict[str, Any]]] = {}

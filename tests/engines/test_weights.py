@@ -62,9 +62,9 @@ async def test_a_pull_brings_what_is_needed_checks_it_and_the_engine_loads_it(so
     assert "licence mit" in err
     assert await models(source, folder, "check", "tiny") == (0, "tiny: ok\n", "")
     entry = studio.entry("sd", weights={"repository": "team/model", "revision": COMMIT}, image_pipeline=None)
-    result = studio.make("sd", entry=entry, **asked("sd"))
-    assert difference(result.decoded, studio.make("sd", **asked("sd")).decoded) == 0
-    assert result.made.metadata["revision"] == COMMIT
+    result = studio.render("sd", entry=entry, **asked("sd"))
+    assert difference(result.decoded, studio.render("sd", **asked("sd")).decoded) == 0
+    assert result.output.metadata["revision"] == COMMIT
 
 
 async def test_a_pull_that_was_cut_off_goes_on_where_it_was(source: Hub, folder: Path) -> None:
