@@ -39,7 +39,7 @@ def ebur128(samples: Samples, rate: int) -> float:
 @pytest.mark.parametrize("channels", [1, 2])
 def test_loudness_agrees_with_ffmpegs_meter(rate: int, channels: int) -> None:
     noise = (
-        ambience.bed([("crowd",)], 6 * rate, rate, np.random.default_rng(1))[:, :channels]
+        ambience.bed([("sea",)], 6 * rate, rate, np.random.default_rng(1))[:, :channels]
         * np.linspace(0.05, 0.5, 6 * rate, dtype=np.float32)[:, None]
     )
     assert loudness.lufs(noise, rate) == pytest.approx(ebur128(noise, rate), abs=0.3)
@@ -51,8 +51,8 @@ def test_a_full_scale_tone_has_the_loudness_that_the_standard_gives() -> None:
 
 
 def test_normalized_sound_has_the_target_loudness_on_ffmpegs_meter() -> None:
-    noise = ambience.bed([("crowd",)], 6 * 44100, 44100, np.random.default_rng(1)) * np.float32(0.1)
-    assert ebur128(loudness.normalize(noise, 44100, -16), 44100) == pytest.approx(-16, abs=0.5)
+    noise = np.random.default_rng(1).normal(0, 0.05, (3 * 22050, 2)).astype(np.float32)
+    assert ebur128(loudness.normalize(noise, 22050, -16), 22050) == pytest.approx(-16, abs=0.5)
 
 
 def test_silence_has_no_loudness_and_stays_silent() -> None:
