@@ -42,16 +42,14 @@ class GatedParams(Params, frozen=True, kw_only=True):
 
 def render(job):
     """Work on the device until the file `work` exists, then without it until the file `rest` exists."""
-    job.plan(Stage("work", "working", 1.0), Stage("rest", "resting", 1.0))
+    job.plan(Stage("work", "working", 1.0), Stage("rest", "resting", 0.001))
     wait_for(job, "work", job.params.work)
     return lambda: finish(job)
 
 def wait_for(job, stage, file):
     job.begin(stage)
-    step = 0
     while file and not Path(file).exists():
-        step += 1
-        job.step(stage, min(step, 9_999), 10_000)
+        job.step(stage, 999, 1000)  # nearly done: the next task may be claimed ahead
         time.sleep(0.02)
     job.step(stage, 1, 1)
 
@@ -79,8 +77,24 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield started
 
 
-async def test_the_next_task_has_the_device_while_the_one_before_is_finished(running: Service, folder: Path) -> None:
-    gate = folder / "gate"
+@pytest.fixture
+def gate(folder: Path) -> Iterator[Path]:
+    """A file for which tasks wait; it exists at the latest when the test ends, so that no task waits on."""
+    yield folder / "gate"
+    (folder / "gate").touch()
+
+
+async def claimed_ahead(running: Service, task_id: str) -> None:
+    """Wait until the task is claimed."""
+
+    async def processing() -> bool:
+        _, status = await running.call("GET", f"/tasks/{task_id}/status")
+        return bool(status["status"] == "processing")
+
+    await eventually(processing, 60)
+
+
+async def test_the_next_task_has_the_device_while_the_one_before_is_finished(running: Service, gate: Path) -> None:
     first = await running.submit("gated", {"rest": str(gate)})
     second = await running.submit("gated", {"work": str(gate)})
     await running.until(first, "stage", "rest")
@@ -92,8 +106,8 @@ async def test_the_next_task_has_the_device_while_the_one_before_is_finished(run
         assert (await running.ended(each))["status"] == "completed"
 
 
-async def test_the_inputs_of_the_next_task_are_fetched_while_the_device_is_busy(running: Service, folder: Path) -> None:
-    gate, asked = folder / "gate", asyncio.Event()
+async def test_the_inputs_of_the_next_task_are_fetched_while_the_device_is_busy(running: Service, gate: Path) -> None:
+    asked = asyncio.Event()
     still = io.BytesIO()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(still, "PNG")
 
@@ -114,9 +128,13 @@ async def test_the_inputs_of_the_next_task_are_fetched_while_the_device_is_busy(
             assert (await running.ended(each))["status"] == "completed"
 
 
-async def test_the_status_of_a_worker_has_the_time_that_its_device_waits_between_two_tasks(running: Service) -> None:
-    for task_id in [await running.submit("gated", {}) for _ in range(6)]:
-        assert (await running.ended(task_id))["status"] == "completed"
+async def test_the_status_of_a_worker_has_the_time_that_its_device_waits_between_two_tasks(running: Service, gate: Path) -> None:
+    first = await running.submit("gated", {"work": str(gate)})
+    second = await running.submit("gated", {})
+    await claimed_ahead(running, second)
+    gate.touch()
+    for each in (first, second):
+        assert (await running.ended(each))["status"] == "completed"
 
     async def known() -> bool:
         _, answer = await running.call("GET", "/workers/status")
@@ -126,8 +144,7 @@ async def test_the_status_of_a_worker_has_the_time_that_its_device_waits_between
     await eventually(known, 60)
 
 
-async def test_a_task_that_is_cancelled_while_it_is_finished_leaves_the_one_on_the_device_alone(running: Service, folder: Path) -> None:
-    gate = folder / "gate"
+async def test_cancelling_a_task_that_is_being_finished_leaves_the_next_one_alone(running: Service, gate: Path, folder: Path) -> None:
     first = await running.submit("gated", {"rest": str(folder / "never")})
     second = await running.submit("gated", {"work": str(gate)})
     await running.until(first, "stage", "rest")
@@ -141,8 +158,7 @@ async def test_a_task_that_is_cancelled_while_it_is_finished_leaves_the_one_on_t
 
 
 @pytest.mark.slow
-async def test_a_task_that_waits_longer_than_estimated_is_requeued(running: Service, folder: Path) -> None:
-    gate = folder / "gate"
+async def test_a_task_that_waits_longer_than_estimated_is_requeued(running: Service, gate: Path) -> None:
     first = await running.submit("gated", {"work": str(gate)})
     second = await running.submit("gated", {})
     await running.until(second, "event", "retrying", 120)
