@@ -28,8 +28,8 @@ _NAME: Final = re.compile("[a-z][a-z0-9_]{0,63}")
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """What a package adds.
 
-    `engines`: name -> the module that has `make(take: Take) -> Made` (`workers.child.job`). `models`: entries as in `models.toml`, which
-    say by which engine a type is made, in which queue it waits and how long it takes.
+    `engines`: name -> a module with `render(job: Job) -> Output` (`workers.child.job`). `models`: entries as in `models.toml`, which
+    say by which engine a type is rendered, in which queue it waits and how long it takes.
     """
 
     task_types: dict[str, TaskSpec] = {}

@@ -1,4 +1,4 @@
-"""Sheets for the eye: every camera word, every grade, cards, figures and titles. `python -m tests.gallery OUT_DIR`, or `make gallery`."""
+"""Contact sheets of all that the animatic draws, to look at: `python -m tests.gallery OUT_DIR`, or `make gallery`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.child.media import encode, images
 
 CELL = (480, 270)
 LABEL = Style(Weight.MEDIUM, 18)
-DEMO = Path(movieq.__file__).parent / "demo"
+DEMO = Path(movieq.__file__).parent / "local" / "demo"
 
 SHORT = "I"
 MIDDLE = "A weary lighthouse keeper in a long oilskin coat, salt in his beard, one hand on the brass of the lamp, listening for it."
@@ -42,25 +42,25 @@ def main(folder: Path) -> None:
         ("grades", grades()),
         ("cards", cards()),
         ("places", places()),
-        ("puppets", puppets()),
-        ("titles", over()),
+        ("cutouts", cutouts()),
+        ("captions", overlays()),
     ):
         image.save(folder / f"{name}.png", compress_level=3)
         print(folder / f"{name}.png")
 
 
 def cameras() -> Image.Image:
-    """Each camera word: the first, the middle and the last frame of a shot of three seconds."""
+    """Return a sheet of every camera word: first, middle and last frame of a three-second shot."""
     rows = []
     for word, move in [*camera.FRAMINGS.items(), *camera.MOVES.items()]:
         views = camera.path(move, 72, 3.0, CELL[0] / CELL[1], np.random.default_rng(1))
         plate = Plate(board(2), CELL, "neutral", views)
-        rows += [(f"{word}  {share:.0%}", encode.picture(plate.frame(round(71 * share)))) for share in (0, 0.5, 1)]
+        rows += [(f"{word}  {share:.0%}", encode.to_image(plate.frame(round(71 * share)))) for share in (0, 0.5, 1)]
     return sheet(rows, 6)
 
 
 def grades() -> Image.Image:
-    """Each lighting word on a drawing and on a ramp of greys and colours."""
+    """Return a sheet of every look on a drawing and on ramps of grey and colour."""
     ramp = Image.new("RGB", (CELL[0], 60))
     for x in range(CELL[0]):
         value = round(255 * x / (CELL[0] - 1))
@@ -68,14 +68,14 @@ def grades() -> Image.Image:
         ImageDraw.Draw(ramp).line((x, 30, x, 60), fill=tuple(Image.new("HSV", (1, 1), (value, 160, 200)).convert("RGB").tobytes()))
     rows = []
     for word in grade.GRADES:
-        cell = images.fill(board(2), CELL)
+        cell = images.fill_frame(board(2), CELL)
         cell.paste(ramp, (0, CELL[1] - 60))
-        rows.append((word, grade.graded(cell, word)))
+        rows.append((word, grade.apply(cell, word)))
     return sheet(rows, 4)
 
 
 def cards() -> Image.Image:
-    """Cards of several shapes, lengths, lights and poses."""
+    """Return a sheet of cards of several shapes, text lengths, looks and poses."""
     rows = []
     for index, (text, size, lighting, pose) in enumerate(
         (
@@ -101,7 +101,7 @@ def cards() -> Image.Image:
 
 
 def places() -> Image.Image:
-    """Every kind of place with every pose in turn."""
+    """Return a sheet of every kind of place, three times, with one pose after another."""
     rows = []
     poses = list(mannequin.POSES)
     for index, kind in enumerate([*backdrop.KINDS] * 3):
@@ -111,33 +111,33 @@ def places() -> Image.Image:
     return sheet(rows, 4)
 
 
-def puppets() -> Image.Image:
-    """Every motion at four moments, on the palette of a drawing."""
+def cutouts() -> Image.Image:
+    """Return a sheet of every motion at four moments."""
     rows = []
-    figure_image = card.stand_in(150, mannequin.POSES["pointing"], palette.of_light("neutral"))
+    figure = card.mannequin_image(150, mannequin.POSES["pointing"], palette.from_lighting("neutral"))
     for motion in cutout.MOTIONS:
-        made = cutout.placings(motion, 48, 2.0, loop=True)
-        actor = cutout.Puppet(figure_image, (CELL[0] / 2, CELL[1] * 0.9))
+        placements = cutout.placements(motion, 48, 2.0, loop=True)
+        actor = cutout.Cutout(figure, (CELL[0] / 2, CELL[1] * 0.9))
         for frame in (0, 10, 20, 30):
-            ground = encode.planes(Image.new("RGB", CELL, (190, 184, 172)))
-            actor.lay(ground, made[frame][1])
-            rows.append((f"{motion} {frame}", encode.picture(ground)))
+            ground = encode.to_planes(Image.new("RGB", CELL, (190, 184, 172)))
+            actor.draw(ground, placements[frame][1])
+            rows.append((f"{motion} {frame}", encode.to_image(ground)))
     return sheet(rows, 8)
 
 
-def over() -> Image.Image:
-    """Captions, lower thirds and slate in several shapes."""
+def overlays() -> Image.Image:
+    """Return a sheet of captions, lower thirds and slate on frames of several shapes."""
     rows = []
     for size in ((1920, 1080), (1280, 720), (1080, 1920), (640, 360), (320, 180), (64, 64)):
-        form = encode.Format(size, Fraction(24), 168)
-        frame = encode.planes(images.fill(board(3), size))
-        for title in captions.captions(MIDDLE, form):
-            if title.first == 0:
-                captions.lay(frame, title.overlay)
-        for title in captions.lower_thirds(["Ismael: left, at the glass", {"name": "Zoë", "position": "right"}], form):
-            captions.lay(frame, title.overlay)
-        captions.Slate(form, "punta_gris", "12", 3).lay(frame, 1, 77)
-        rows.append((f"{size[0]}x{size[1]}", fitted(encode.picture(frame))))
+        clip = encode.ClipFormat(size, Fraction(24), 168)
+        frame = encode.to_planes(images.fill_frame(board(3), size))
+        for page in captions.description_overlays(MIDDLE, clip):
+            if page.first == 0:
+                captions.composite(frame, page.overlay)
+        for lower_third in captions.lower_thirds(["Ismael: left, at the glass", {"name": "Zoë", "position": "right"}], clip):
+            captions.composite(frame, lower_third.overlay)
+        captions.Slate(clip, "punta_gris", "12", 3).draw(frame, 1, 77)
+        rows.append((f"{size[0]}x{size[1]}", fitted(encode.to_image(frame))))
     return sheet(rows, 3, (640, 640))
 
 

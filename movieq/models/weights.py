@@ -50,9 +50,7 @@ def find(weights: Weights) -> Path:
         if not file.is_file() or file.stat().st_size != before.size:
             raise ModelUnavailable(f"{weights.repository}: {name} is missing or incomplete: run `movieq models pull`")
         if file.stat().st_mtime_ns != before.mtime_ns and hashed(file, before.hash) != before.hash:
-            raise ModelUnavailable(
-                f"{weights.repository}: {name} differs from revision {weights.revision[:12]}: run `movieq models pull`"
-            )
+            raise ModelUnavailable(f"{weights.repository}: {name} differs from revision {weights.revision[:12]}: run `movieq models pull`")
     return folder
 
 

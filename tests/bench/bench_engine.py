@@ -26,7 +26,7 @@ from tests.arrange import ran
 from tests.bench.report import percentile, report
 from tests.engines import tiny
 from workers.child.diffusion import model_cache, previews
-from workers.child.diffusion.previews import Call, Eye, Learnt
+from workers.child.diffusion.previews import CallSize, ColourMap, Previewer
 from workers.child.media import encode
 from workers.child.media.encode import Tags
 from workers.protocol import Run, Step
@@ -109,12 +109,12 @@ class Bench:
 
 def preview_seconds(shape: tuple[int, ...]) -> float:
     """Of the processor for one preview, from the estimate to the JPEG: of a picture of 1024 px, or a clip of 257 frames of 1280 by 768."""
-    eye = Eye(Learnt(8, 8, torch.randn(shape[1] + 1, 3).div(shape[1]).tolist()))
+    previewer = Previewer(ColourMap(8, 8, torch.randn(shape[1] + 1, 3).div(shape[1]).tolist()))
     latents = torch.randn(shape)
     begun = time.process_time()
-    pictures = eye.look(latents, Call())
+    pictures = previewer.decode(latents, CallSize())
     assert pictures is not None
-    previews.drawn(pictures)
+    previews.encode_strip(pictures)
     return time.process_time() - begun
 
 
@@ -132,7 +132,7 @@ async def measure(folder: Path) -> None:
     bench = Bench(folder)
     keeping = asyncio.create_task(bench.child.keep(bench.ready.set))
     await bench.ready.wait()
-    pipe = model_cache.class_of("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
+    pipe = model_cache.library_class("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     pairs = [(bench.bare(pipe), await bench.served()) for _ in range(CALLS + 3)][3:]
     bare, served = (statistics.median(each) for each in zip(*pairs, strict=True))

@@ -25,7 +25,7 @@ from tests.bench.report import report
 from tests.engines import tiny
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import model_cache
-from workers.child.job import Flag, Take
+from workers.child.job import Flag, Job
 from workers.protocol import Run
 from workers.supervisor import Child
 
@@ -187,8 +187,8 @@ class Bench:
 
     def batch(self, side: int, rows: int) -> None:
         """So many pictures in one call."""
-        takes = [Take(self.run(side), lambda message: None, Flag(), self.device) for _ in range(rows)]
-        parts = diffusion.make_batch(takes) if rows > 1 else [diffusion.make(takes[0])]
+        jobs = [Job(self.run(side), lambda message: None, Flag(), self.device) for _ in range(rows)]
+        parts = diffusion.render_batch(jobs) if rows > 1 else [diffusion.render(jobs[0])]
         failed = [part for part in parts if isinstance(part, Exception)]
         if failed:
             raise failed[0]
@@ -203,14 +203,14 @@ def pictures(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def anew() -> None:
-        model_cache.evict("")
+        model_cache.evict_others("")
         bench.batch(bench.size.sides[0], 1)
 
     load = bench.seconds(anew)
     warm = bench.seconds(lambda: bench.batch(bench.size.sides[0], 1))
     found["from_disk_s"] = load - warm
-    take = Take(bench.run(64), lambda message: None, Flag(), bench.device)
-    pipe = model_cache.get(take, bench.name, bench.entry, bench.device).pipe
+    job = Job(bench.run(64), lambda message: None, Flag(), bench.device)
+    pipe = model_cache.get(job, bench.name, bench.entry, bench.device).pipe
     found["from_host_s"] = bench.seconds(lambda: (pipe.to("cpu"), pipe.to(bench.device)))
     for side in bench.size.sides:
         bare = bench.seconds(lambda side=side: bench.bare(pipe, side))  # type: ignore[misc]
@@ -237,11 +237,11 @@ def pictures(bench: Bench) -> dict[str, Any]:
 
 async def served(bench: Bench) -> dict[str, Any]:
     """Through a child, a picture after another and the next waiting: how that compares to a plain loop in this process."""
-    take = Take(bench.run(64), lambda message: None, Flag(), bench.device)
-    pipe = model_cache.get(take, bench.name, bench.entry, bench.device).pipe
+    job = Job(bench.run(64), lambda message: None, Flag(), bench.device)
+    pipe = model_cache.get(job, bench.name, bench.entry, bench.device).pipe
     side = bench.size.sides[-1]
     bare = bench.seconds(lambda: bench.bare(pipe, max(side, 64)))
-    model_cache.evict("")
+    model_cache.evict_others("")
     child = Child("gpu0", (Kind.GPU_HEAVY,), bench.device, step_timeout_s=600)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))
@@ -260,8 +260,8 @@ def clip(folder: Path, size: Size, device: str) -> dict[str, Any]:
     """A clip by a bare pipeline."""
     bench = Bench(folder, "ltx", size, device, 1)
     width, height, frames = size.sides
-    take = Take(bench.run(64), lambda message: None, Flag(), device)
-    pipe = model_cache.get(take, "ltx", bench.entry, device).pipe
+    job = Job(bench.run(64), lambda message: None, Flag(), device)
+    pipe = model_cache.get(job, "ltx", bench.entry, device).pipe
     options = {"prompt": PROMPT, "width": width, "height": height, "num_frames": frames, "num_inference_steps": bench.entry.defaults.steps}
     return {"clip_s": bench.seconds(lambda: pipe(**options, generator=torch.Generator("cpu").manual_seed(1)))}
 
@@ -274,10 +274,10 @@ def measure(folder: Path, *, small: bool) -> dict[str, Any]:
         bench = Bench(folder, name, size, device, calls)
         for key, value in {**pictures(bench), **asyncio.run(served(bench))}.items():
             found[f"{name}_{key}"] = value
-        model_cache.evict("")
+        model_cache.evict_others("")
     for key, value in clip(folder, CLIPS[small], device).items():
         found[f"ltx_{key}"] = value
-    model_cache.evict("")
+    model_cache.evict_others("")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, saved as real ones are, and the engine that loads them, in this process: a test can look in."""
+"""Tiny pipelines with random weights, saved like real ones, and the diffusion engine in the process of the test."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from movieq.models.table import Model
 from tests.engines import tiny
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import model_cache
-from workers.child.job import Flag, Made, Take
+from workers.child.job import Flag, Job, Output
 from workers.protocol import FromChild, Run, Step
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; models so small get slower by threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; threads slow down models this small
 torch.set_num_threads(1)
 
 PICTURE = {"sides": 16, "pixels": [1, 4096]}
@@ -53,7 +53,7 @@ SOUNDS = {"stable_audio", *SPEAKERS}
 
 
 def task_of(name: str) -> str:
-    """What the model makes."""
+    """Return the task type of the model."""
     return (
         "generate_image"
         if name in IMAGES
@@ -67,7 +67,7 @@ def task_of(name: str) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's cache, where models of a folder keep what was learnt of them: each of these is learnt once."""
+    """The user's cache folder, with the colour maps of models in folders: each is fitted once a session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["XDG_CACHE_HOME"])
@@ -75,7 +75,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, which is made when it is first asked for."""
+    """The folder of a tiny model, built on first use."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -88,28 +88,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 class Result(NamedTuple):
-    """What came of a task, and what was said on the way."""
+    """The output of a task, and the messages sent while it was rendered."""
 
-    made: Made
-    said: list[FromChild]
+    output: Output
+    sent: list[FromChild]
 
     @property
     def path(self) -> Path:
-        return Path(self.made.files[0].path)
+        return Path(self.output.files[0].path)
 
     @property
     def stages(self) -> list[str]:
-        """The stages as they were entered."""
-        return [stage for stage, _ in itertools.groupby(each.stage for each in self.said if isinstance(each, Step))]
+        """The stages in the order in which they began."""
+        return [stage for stage, _ in itertools.groupby(each.stage for each in self.sent if isinstance(each, Step))]
 
     @property
     def decoded(self) -> npt.NDArray[np.float32]:
-        """The pictures or samples of the file, 0 to 1 or -1 to 1."""
+        """The file's pictures, 0 to 1, or samples, -1 to 1."""
         return decoded(self.path)
 
 
 class Studio:
-    """Runs tasks by tiny models."""
+    """Renders tasks with tiny models."""
 
     def __init__(self, folders: Callable[[str], Path], folder: Path) -> None:
         self._folders = folders
@@ -118,7 +118,7 @@ class Studio:
         self.flag = Flag()
 
     def entry(self, name: str, **changes: Any) -> Model:
-        """The model's entry, with other fields instead."""
+        """Return the model's table entry with changed fields."""
         fields = {
             "engine": "diffusers",
             "kind": "gpu_heavy",
@@ -130,8 +130,8 @@ class Studio:
         }
         return msgspec.convert(fields, Model)
 
-    def take(self, name: str, said: Callable[[FromChild], None], inputs: dict[str, Path] | None = None, **given: Any) -> Take:
-        """A run of a task by the model; `entry`, `seed` and `sound` beside its parameters."""
+    def job(self, name: str, send: Callable[[FromChild], None], inputs: dict[str, Path] | None = None, **given: Any) -> Job:
+        """Return a job for the model; `entry`, `seed` and `sound` stand beside its parameters."""
         name_of_run = f"run{next(self._count)}"
         out = self._folder / name_of_run
         out.mkdir()
@@ -139,17 +139,17 @@ class Studio:
         entry, seed, sound = given.pop("entry", None) or self.entry(name), given.pop("seed", 1), given.pop("sound", None)
         paths = {reference: str(path) for reference, path in (inputs or {}).items()}
         run = Run(name_of_run, "task", "film", task_of(name), "diffusers", name, given, {}, paths, seed, str(out), entry, sound)
-        return Take(run, said, self.flag)
+        return Job(run, send, self.flag)
 
-    def make(self, name: str, inputs: dict[str, Path] | None = None, **given: Any) -> Result:
-        """The result of a task."""
-        said: list[FromChild] = []
-        return Result(diffusion.make(self.take(name, said.append, inputs, **given))(), said)
+    def render(self, name: str, inputs: dict[str, Path] | None = None, **given: Any) -> Result:
+        """Render a task to its end."""
+        sent: list[FromChild] = []
+        return Result(diffusion.render(self.job(name, sent.append, inputs, **given))(), sent)
 
 
 @pytest.fixture
 def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
-    """An engine with nothing in memory."""
+    """An engine with no model in memory."""
     model_cache.clear()
     yield Studio(folders, folder)
     model_cache.clear()
@@ -157,7 +157,7 @@ def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
 
 @pytest.fixture
 def stills(folder: Path) -> dict[str, Path]:
-    """Two references and their files: a light disc on dark, and the other way round."""
+    """Two references and their files: a light disc on dark, and a dark one on light."""
     found = {}
     for number, (ground, ink) in enumerate([("#202028", "#f0e0c0"), ("#e8e0d0", "#302018")]):
         still = Image.new("RGB", (320, 180), ground)
@@ -168,7 +168,7 @@ def stills(folder: Path) -> dict[str, Path]:
 
 
 def decoded(path: Path) -> npt.NDArray[np.float32]:
-    """The pictures (n, h, w, 3), 0 to 1, or the samples (n, channels), of a file."""
+    """Return the pictures of a file, (n, h, w, 3), 0 to 1, or its samples, (n, channels)."""
     if path.suffix in (".jpg", ".png", ".webp"):
         return _unit([np.asarray(Image.open(path).convert("RGB"))])
     with av.open(str(path)) as container:
@@ -186,6 +186,6 @@ def _unit(pictures: list[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
 
 
 def difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
-    """The mean distance of two results of one shape."""
+    """Return the mean absolute difference of two results of one shape."""
     n = min(len(left), len(right))
     return float(np.abs(left[:n] - right[:n]).mean())

@@ -1,10 +1,10 @@
-"""A hub of models on this machine: the routes of Hugging Face's that a pull goes through, over a folder, and what can go wrong there."""
+"""A model hub on this machine: the routes of Hugging Face that a pull uses, over a folder, with faults on demand."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -22,14 +22,16 @@ class Hub:
         self.folder = folder
         self.url = ""
         self.cut: int | None = None
-        """After so many bytes of a large file the connection breaks, once."""
+        """After so many bytes of a large file the connection breaks, once..."""
+        self.received: Callable[[], bool] = lambda: True
+        """...and when this is true."""
         self.changed = False
-        """Large files arrive with another byte at their end."""
+        """Whether large files arrive with a changed last byte."""
         self.asked: list[tuple[str, str]] = []
         """Method and Range of each request for a large file."""
 
     async def info(self, request: web.Request) -> web.Response:
-        """What is in the repository."""
+        """Return the list of files."""
         if request.match_info["revision"] != COMMIT:
             raise web.HTTPNotFound
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
@@ -44,7 +46,7 @@ class Hub:
         return found
 
     async def file(self, request: web.Request) -> web.StreamResponse:
-        """A file, or its end from a byte on."""
+        """Return a file, from the first byte of the request's range."""
         path = self.folder / request.match_info["name"]
         if request.match_info["revision"] != COMMIT or not path.is_file():
             raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound"})
@@ -64,7 +66,9 @@ class Hub:
             if large and self.cut is not None:
                 await response.write(data[start : start + self.cut])
                 self.cut = None
-                await asyncio.sleep(0.5)  # until the client has taken it
+                async with asyncio.timeout(60):
+                    while not self.received():
+                        await asyncio.sleep(0.01)
                 assert request.transport is not None
                 request.transport.abort()
                 return response
@@ -74,17 +78,17 @@ class Hub:
 
 @asynccontextmanager
 async def hub(folder: Path) -> AsyncIterator[Hub]:
-    """A hub over a folder, on a free port."""
-    made = Hub(folder)
+    """Serve a hub over a folder, on a free port."""
+    served = Hub(folder)
     application = web.Application()
-    application.router.add_get("/api/models/team/model/revision/{revision}", made.info)
-    application.router.add_get("/team/model/resolve/{revision}/{name:.+}", made.file)
+    application.router.add_get("/api/models/team/model/revision/{revision}", served.info)
+    application.router.add_get("/team/model/resolve/{revision}/{name:.+}", served.file)
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    served.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
-        yield made
+        yield served
     finally:
         await runner.cleanup()
 

@@ -1,8 +1,9 @@
-"""Several pictures in one call of a model: each the same as alone, none harmed by what becomes of another."""
+"""Several pictures in one call of a model: each is the same as alone, and a failure of one does not affect the others."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.engines.conftest import Studio, decoded, difference
 from tests.engines.test_diffusion import failing, pytestmark  # noqa: F401  # the same libraries
 from workers.child import __main__ as child
 from workers.child.diffusion import engine as diffusion
-from workers.child.job import Finish, Flag, Made, Take
+from workers.child.job import Finish, Flag, Job, Output
 from workers.protocol import Cancelled, Done, Failed, FromChild, Note, Rows, Step
 
 ALIKE: list[dict[str, Any]] = [
@@ -24,112 +25,112 @@ ALIKE: list[dict[str, Any]] = [
 
 
 class Batch:
-    """Tasks of one batch key: what came of each, and what was said."""
+    """Jobs of one batch key, and the messages that each sent. `on_message` is called for each of them."""
 
-    def __init__(self, studio: Studio, name: str, tasks: list[dict[str, Any]] = ALIKE, **more: Any) -> None:
-        self.said: list[tuple[int, FromChild]] = []
+    def __init__(
+        self, studio: Studio, name: str, on_message: Callable[[int, FromChild], None] = lambda number, message: None, **more: Any
+    ) -> None:
+        self._on_message = on_message
+        self.sent: list[tuple[int, FromChild]] = []
         self.flags: list[Flag] = []
-        self.takes: list[Take] = []
-        for number, task in enumerate(tasks):
+        self.jobs: list[Job] = []
+        for number, task in enumerate(ALIKE):
             given = {"resolution": "64x64", "format": "png", **task, **more}
-            self.takes.append(studio.take(name, functools.partial(self.hear, number), **given))
+            self.jobs.append(studio.job(name, functools.partial(self._receive, number), **given))
             self.flags.append(studio.flag)
 
-    def hear(self, number: int, message: FromChild) -> None:
-        """What a row says."""
-        self.said.append((number, message))
+    def _receive(self, number: int, message: FromChild) -> None:
+        self.sent.append((number, message))
+        self._on_message(number, message)
 
-    def made(self) -> list[Made]:
-        """What came of it, where nothing failed."""
-        return [part() if callable(part) else self._broken(part) for part in self.parts()]
+    def outputs(self) -> list[Output]:
+        """Render the batch to its end; nothing may fail."""
+        return [result() if callable(result) else self._no_error(result) for result in self.render()]
 
-    def parts(self) -> list[Made | Finish | Exception]:
-        """What the engine makes of it."""
-        return diffusion.make_batch(self.takes)
+    def render(self) -> list[Output | Finish | Exception]:
+        """Render the batch."""
+        return diffusion.render_batch(self.jobs)
 
     def of(self, kind: type[FromChild]) -> list[Any]:
-        """What was said of a kind, and by which row."""
-        return [(number, message) for number, message in self.said if isinstance(message, kind)]
+        """Return the messages of a kind, and which job sent each."""
+        return [(number, message) for number, message in self.sent if isinstance(message, kind)]
 
-    def _broken(self, part: Made | Exception) -> Made:
-        assert isinstance(part, Made), part
-        return part
+    def _no_error(self, result: Output | Exception) -> Output:
+        assert isinstance(result, Output), result
+        return result
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "z_image"])
 @pytest.mark.parametrize("more", [{}, {"negative_prompt": "rain"}])
 def test_each_picture_of_a_batch_is_the_one_that_its_task_alone_becomes(studio: Studio, name: str, more: dict[str, Any]) -> None:
-    alone = [studio.make(name, resolution="64x64", **{"format": "png", **task, **more}) for task in ALIKE]
+    alone = [studio.render(name, resolution="64x64", **{"format": "png", **task, **more}) for task in ALIKE]
     together = Batch(studio, name, **more)
-    made = together.made()
-    for one, many in zip(alone, made, strict=True):
+    outputs = together.outputs()
+    for one, many in zip(alone, outputs, strict=True):
         assert difference(one.decoded, decoded(one.path.parent.parent / many.files[0].path)) < 1 / 255
-        assert {**one.made.metadata, "batch_size": 3} == many.metadata
+        assert {**one.output.metadata, "batch_size": 3} == many.metadata
     stages = [[message.stage for number, message in together.of(Step) if number == row and not message.step] for row in range(3)]
     assert stages[0] == stages[1] == stages[2] != []
 
 
-def test_a_row_that_is_cancelled_leaves_and_the_others_are_made(studio: Studio) -> None:
-    alone = [studio.make("flux", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
-    together = Batch(studio, "flux")
+def test_a_job_cancelled_in_a_batch_leaves_it_and_the_others_are_rendered(studio: Studio) -> None:
+    alone = [studio.render("flux", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
 
-    def hear(number: int, message: FromChild) -> None:
-        together.said.append((number, message))
+    def cancel_one(number: int, message: FromChild) -> None:
         if isinstance(message, Step) and message.stage == "denoise" and message.step == 1:
             together.flags[1].set()
 
-    for number, take in enumerate(together.takes):
-        take._send = functools.partial(hear, number)
-    runs = tuple(take.run for take in together.takes)
-    parts = together.parts()
-    answers = [child.answered(run, part) for run, part in zip(runs, parts, strict=True) if callable(part)]
+    together = Batch(studio, "flux", cancel_one)
+    runs = tuple(job.run for job in together.jobs)
+    results = together.render()
+    answers = [child.finish_run(run, result) for run, result in zip(runs, results, strict=True) if callable(result)]
     assert [type(answer) for answer in answers] == [Done, Cancelled, Done]
     for row in (0, 2):
         answer = answers[row]
         assert isinstance(answer, Done)
         assert difference(alone[row].decoded, decoded(alone[row].path.parent.parent / answer.files[0].path)) < 1 / 255
     after = [number for number, message in together.of(Step) if message.stage == "decode"]
-    assert 1 not in after, "nobody speaks of it any more"
+    assert 1 not in after, "no message about it is sent any more"
 
 
-def test_when_all_rows_are_cancelled_the_call_stops(studio: Studio) -> None:
+def test_when_all_jobs_of_a_batch_are_cancelled_the_call_stops(studio: Studio) -> None:
     together = Batch(studio, "flux")
     for flag in together.flags:
         flag.set()
-    answers = child.perform(
-        tuple(take.run for take in together.takes),
+    answers = child.render_runs(
+        tuple(job.run for job in together.jobs),
         lambda message: None,
-        {take.run.run: flag for take, flag in zip(together.takes, together.flags, strict=True)},
+        {job.run.run: flag for job, flag in zip(together.jobs, together.flags, strict=True)},
     )
     assert [type(answer) for answer in answers] == [Cancelled] * 3
 
 
-def test_a_batch_that_is_too_large_is_made_in_halves(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [studio.make("sd", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
+def test_a_batch_that_is_too_large_is_rendered_in_halves(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [studio.render("sd", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
     failing(monkeypatch, 1)
     together = Batch(studio, "sd")
-    made = together.made()
-    assert [each.metadata["batch_size"] for each in made] == [1, 2, 2]
+    outputs = together.outputs()
+    assert [each.metadata["batch_size"] for each in outputs] == [1, 2, 2]
     assert [message.text for _, message in together.of(Note)] == ["out of memory: the batch was halved"] * 3
-    assert [message.rows for _, message in together.of(Rows)] == [1], "so many fit"
-    for one, many in zip(alone, made, strict=True):
+    assert [message.rows for _, message in together.of(Rows)] == [1], "the limit is reported"
+    for one, many in zip(alone, outputs, strict=True):
         assert difference(one.decoded, decoded(one.path.parent.parent / many.files[0].path)) < 1 / 255
 
 
-def test_a_row_that_fails_fails_alone(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fails_in_a_batch_fails_alone(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FluxPipeline
 
     call = FluxPipeline.__call__
 
+    @functools.wraps(call)  # the engine reads its signature
     def sick(self: Any, *args: Any, **options: Any) -> Any:
         if "fog" in (options["prompt"] if isinstance(options["prompt"], list) else [options["prompt"]])[-1]:
             raise ValueError("no fog, please")
         return call(self, *args, **options)
 
-    sick.__signature__ = __import__("inspect").signature(call)  # type: ignore[attr-defined]  # the engine reads what it takes
     monkeypatch.setattr(FluxPipeline, "__call__", sick)
     together = Batch(studio, "flux")
-    first, second, third = together.parts()
+    first, second, third = together.render()
     assert callable(first)
     assert callable(second)
     assert isinstance(third, ValueError)
@@ -137,11 +138,17 @@ def test_a_row_that_fails_fails_alone(studio: Studio, monkeypatch: pytest.Monkey
     assert "each of its 3 tasks is tried alone" in together.of(Note)[0][1].text
 
 
-def test_a_fault_of_the_device_is_no_rows(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion, "_called", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA error: misaligned address")))
+def test_a_broken_device_fails_the_whole_batch(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    @functools.wraps(StableDiffusionPipeline.__call__)
+    def broken(self: Any, *args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", broken)
     together = Batch(studio, "sd")
-    flags = {take.run.run: flag for take, flag in zip(together.takes, together.flags, strict=True)}
-    answers = child.perform(tuple(take.run for take in together.takes), lambda message: None, flags)
+    flags = {job.run.run: flag for job, flag in zip(together.jobs, together.flags, strict=True)}
+    answers = child.render_runs(tuple(job.run for job in together.jobs), lambda message: None, flags)
     assert all(isinstance(answer, Failed) and answer.broken for answer in answers)
 
 

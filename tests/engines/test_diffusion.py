@@ -1,7 +1,8 @@
-"""Every kind of pipeline makes what was asked for, the same for a seed, another for another prompt; it stops anywhere, without a trace."""
+"""Every kind of pipeline renders what was asked for: the same for a seed, different for another prompt; a cancel leaves no trace."""
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, SPEAKERS, Result, St
 from workers import protocol
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import model_cache
-from workers.child.job import TakeCancelled
+from workers.child.job import JobCancelled
 from workers.child.media import encode, loudness
 from workers.protocol import Done, FromChild, Note, Step
 
 pytestmark = [
-    # of libraries, about each other
+    # warnings of the libraries about each other
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -33,7 +34,7 @@ FIRST = "https://a.example/0.png"
 
 
 def asked(name: str, prompt: str = "a lighthouse in a storm") -> dict[str, Any]:
-    """A small task for the model."""
+    """Return the parameters of a small task for the model."""
     match task_of(name):
         case "generate_image":
             return {"prompt": prompt, "resolution": "96x64", "format": "png"}
@@ -46,17 +47,17 @@ def asked(name: str, prompt: str = "a lighthouse in a storm") -> dict[str, Any]:
 
 
 def with_images(name: str) -> dict[str, Any]:
-    """The same, for a model that cannot do without an image."""
+    """Return the image that the model cannot do without, if any."""
     return {"storyboard_images": [FIRST]} if "pipeline" not in ENTRIES[name] else {}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_the_file_is_just_what_was_asked_for_and_says_what_was_made(studio: Studio, stills: dict[str, Path], name: str) -> None:
-    result = studio.make(name, stills, **asked(name), **with_images(name))
-    metadata = result.made.metadata
+def test_the_file_is_what_was_asked_for_and_its_metadata_says_what_was_rendered(studio: Studio, stills: dict[str, Path], name: str) -> None:
+    result = studio.render(name, stills, **asked(name), **with_images(name))
+    metadata = result.output.metadata
     assert (metadata["engine"], metadata["model"], metadata["seed"], metadata["device"]) == ("diffusers", name, 1, "cpu")
     assert metadata["versions"]["torch"] == torch.__version__
-    done = Done("run", result.made.files, metadata)
+    done = Done("run", result.output.files, metadata)
     assert protocol.from_child_decoder.decode(protocol.frame(done)[protocol.HEADER.size :]) == done, "plain data crosses the pipe"
     if name in SOUNDS:
         assert metadata["sample_rate"] == 44100
@@ -84,7 +85,7 @@ def test_the_file_is_just_what_was_asked_for_and_says_what_was_made(studio: Stud
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_seed_gives_the_same_bytes_and_another_prompt_another_result(studio: Studio, stills: dict[str, Path], name: str) -> None:
     first, again, other, seeded = (
-        studio.make(name, stills, **asked(name, prompt), **with_images(name), seed=seed)
+        studio.render(name, stills, **asked(name, prompt), **with_images(name), seed=seed)
         for prompt, seed in [
             ("a lighthouse", 1),
             ("a lighthouse", 1),
@@ -99,15 +100,15 @@ def test_a_seed_gives_the_same_bytes_and_another_prompt_another_result(studio: S
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills: dict[str, Path], name: str) -> None:
-    result = studio.make(name, stills, **asked(name), **with_images(name))
+    result = studio.render(name, stills, **asked(name), **with_images(name))
     stages = ["load", "denoise", "mux"] if name in SPEAKERS else ["load", "encode", "denoise", "decode", "mux"]
     assert result.stages == stages
-    again = studio.make(name, stills, **asked(name), **with_images(name))
+    again = studio.render(name, stills, **asked(name), **with_images(name))
     assert again.stages == stages[1:], "it is in memory already"
     for stage in stages:
-        steps = [each.step / each.steps for each in result.said if isinstance(each, Step) and each.stage == stage]
+        steps = [each.step / each.steps for each in result.sent if isinstance(each, Step) and each.stage == stage]
         assert steps == sorted(steps)
-    assert [each.step == each.steps for each in result.said if isinstance(each, Step) and each.stage == "denoise"][-1]
+    assert [each.step == each.steps for each in result.sent if isinstance(each, Step) and each.stage == "denoise"][-1]
 
 
 @pytest.mark.parametrize(
@@ -115,40 +116,38 @@ def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills:
 )
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
 def test_a_run_that_is_cancelled_in_any_stage_stops_there_and_the_next_is_clean(studio: Studio, name: str, stage: str) -> None:
-    fresh = studio.make(name, **asked(name))
-    said: list[FromChild] = []
+    fresh = studio.render(name, **asked(name))
+    sent: list[FromChild] = []
 
-    def hear(message: FromChild) -> None:
-        said.append(message)
+    def receive(message: FromChild) -> None:
+        sent.append(message)
         if isinstance(message, Step) and message.stage == stage:
             studio.flag.set()
 
-    with pytest.raises(TakeCancelled):
-        diffusion.make(studio.take(name, hear, **asked(name, "something else")))
-    heard = [each.stage for each in said if isinstance(each, Step)]
-    assert heard[-1] == stage
-    assert heard.count(stage) == 1, "it stopped before the next step"
-    assert studio.make(name, **asked(name)).path.read_bytes() == fresh.path.read_bytes()
+    with pytest.raises(JobCancelled):
+        diffusion.render(studio.job(name, receive, **asked(name, "something else")))
+    stages = [each.stage for each in sent if isinstance(each, Step)]
+    assert stages[-1] == stage
+    assert stages.count(stage) == 1, "it stopped before the next step"
+    assert studio.render(name, **asked(name)).path.read_bytes() == fresh.path.read_bytes()
 
 
 @pytest.mark.parametrize("cleaned", [True, False])
-def test_what_a_step_cache_kept_of_a_cancelled_run_does_not_reach_the_next(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch, cleaned: bool
-) -> None:
+def test_the_step_cache_of_a_cancelled_run_does_not_reach_the_next(studio: Studio, monkeypatch: pytest.MonkeyPatch, cleaned: bool) -> None:
     entry = studio.entry("flux", first_block_cache=1e9)
-    fresh = studio.make("flux", entry=entry, **asked("flux"))
+    fresh = studio.render("flux", entry=entry, **asked("flux"))
     if not cleaned:  # the check can fail
-        monkeypatch.setattr("workers.child.diffusion.hooks.forget", lambda pipe: None)
+        monkeypatch.setattr("workers.child.diffusion.hooks.reset", lambda pipe: None)
 
-    def hear(message: FromChild) -> None:
+    def cancel(message: FromChild) -> None:
         if isinstance(message, Step) and message.stage == "denoise" and message.step:
             studio.flag.set()
 
-    with pytest.raises(TakeCancelled):
-        diffusion.make(studio.take("flux", hear, entry=entry, **asked("flux", "something else"), seed=9))
-    after = studio.make("flux", entry=entry, **asked("flux"))
+    with pytest.raises(JobCancelled):
+        diffusion.render(studio.job("flux", cancel, entry=entry, **asked("flux", "something else"), seed=9))
+    after = studio.render("flux", entry=entry, **asked("flux"))
     assert (after.path.read_bytes() == fresh.path.read_bytes()) is cleaned
-    assert after.made.metadata["lossy"] == ["first_block_cache 1e+09"]
+    assert after.output.metadata["lossy"] == ["first_block_cache 1e+09"]
 
 
 # ── Images, windows, sound ──
@@ -156,61 +155,63 @@ def test_what_a_step_cache_kept_of_a_cancelled_run_does_not_reach_the_next(
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "z_image"])
 def test_a_reference_image_shows_in_the_result(studio: Studio, stills: dict[str, Path], name: str) -> None:
-    without = studio.make(name, **asked(name))
-    first, second = (studio.make(name, stills, **asked(name), reference_images=[each]) for each in (FIRST, SECOND))
+    without = studio.render(name, **asked(name))
+    first, second = (studio.render(name, stills, **asked(name), reference_images=[each]) for each in (FIRST, SECOND))
     assert difference(first.decoded, without.decoded) >= 2 / 255
     assert difference(first.decoded, second.decoded) >= 0.5 / 255
 
 
-def test_storyboard_images_stand_at_their_times(studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = seen_calls(monkeypatch)
-    studio.make("ltx_condition", stills, **asked("ltx_condition"), storyboard_images=[FIRST, SECOND])
-    assert [call["frame_index"] for call in given] == [[0, 8]]
-    given.clear()
-    result = studio.make("wan_i2v", stills, **asked("wan_i2v"), storyboard_images=[FIRST, SECOND])
-    assert [(call["num_frames"], sorted(call.keys() & {"image", "last_image"})) for call in given] == [
+def test_storyboard_images_appear_at_their_times(studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded_calls(monkeypatch, "LTXConditionPipeline", "WanImageToVideoPipeline")
+    studio.render("ltx_condition", stills, **asked("ltx_condition"), storyboard_images=[FIRST, SECOND])
+    assert [call["frame_index"] for call in calls] == [[0, 8]]
+    calls.clear()
+    result = studio.render("wan_i2v", stills, **asked("wan_i2v"), storyboard_images=[FIRST, SECOND])
+    assert [(call["num_frames"], sorted(call.keys() & {"image", "last_image"})) for call in calls] == [
         (5, ["image", "last_image"]),
         (9, ["image"]),
     ]
-    assert given[0]["last_image"].tobytes() == given[1]["image"].tobytes(), "from the first to the second, and on from there"
-    assert result.made.metadata["generated"]["frames"] == 13
+    assert calls[0]["last_image"].tobytes() == calls[1]["image"].tobytes(), "from the first to the second, and on from there"
+    assert result.output.metadata["generated"]["frames"] == 13
 
 
-def seen_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What pipelines are called with, which goes on to them."""
-    given: list[dict[str, Any]] = []
-    called = diffusion._called
+def recorded_calls(monkeypatch: pytest.MonkeyPatch, *pipelines: str) -> list[dict[str, Any]]:
+    """Record the arguments of every call of these pipeline classes."""
+    calls: list[dict[str, Any]] = []
+    for name in pipelines:
+        cls = model_cache.library_class(name)
 
-    def seen(take: Any, loaded: Any, images: bool, options: dict[str, Any], part: tuple[int, int] = (0, 1)) -> Any:
-        given.append(options)
-        return called(take, loaded, images, options, part)
+        @functools.wraps(cls.__call__)  # the engine reads its signature
+        def recorded(self: Any, *args: Any, call: Any = cls.__call__, **options: Any) -> Any:
+            calls.append(options)
+            return call(self, *args, **options)
 
-    monkeypatch.setattr(diffusion, "_called", seen)
-    return given
+        monkeypatch.setattr(cls, "__call__", recorded)
+    return calls
 
 
 @pytest.mark.parametrize("name", ["ltx_condition", "wan_i2v"])
-def test_a_clip_longer_than_a_window_goes_on_from_the_last_picture(
+def test_a_clip_longer_than_a_window_continues_from_its_last_frame(
     studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    given = seen_calls(monkeypatch)
+    calls = recorded_calls(monkeypatch, ENTRIES[name]["image_pipeline"])
     task = {**asked(name), "duration": 3, "storyboard_images": [FIRST]}
-    result = studio.make(name, stills, **task)
-    generated = result.made.metadata["generated"]
-    assert generated["windows"] == len(given) == 3
+    result = studio.render(name, stills, **task)
+    generated = result.output.metadata["generated"]
+    assert generated["windows"] == len(calls) == 3
     assert generated["frames"] >= 36
     assert result.decoded.shape[0] == 72
-    assert all("image" in call for call in given)
+    assert all("image" in call for call in calls)
     assert result.stages == ["load", "encode", "denoise", "decode", "mux"]
-    assert result.path.read_bytes() == studio.make(name, stills, **task).path.read_bytes()
+    assert result.path.read_bytes() == studio.render(name, stills, **task).path.read_bytes()
 
 
-def test_sound_cues_are_made_by_the_sound_model_and_mixed_under_the_picture(studio: Studio, folder: Path) -> None:
+def test_sound_cues_are_rendered_by_the_sound_model_and_mixed_under_the_picture(studio: Studio, folder: Path) -> None:
     sound = ("stable_audio", studio.entry("stable_audio"))
     modelled, other = (
-        studio.make("ltx", **asked("ltx"), audio_cues=cues, sound=sound) for cues in (["sea", "gulls"], ["a train", "bells"])
+        studio.render("ltx", **asked("ltx"), audio_cues=cues, sound=sound) for cues in (["sea", "gulls"], ["a train", "bells"])
     )
-    assert "warnings" not in modelled.made.metadata
+    assert "warnings" not in modelled.output.metadata
     assert modelled.stages[-2:] == ["sound", "mux"]
     for result in (modelled, other):
         with av.open(str(result.path)) as container:
@@ -219,39 +220,39 @@ def test_sound_cues_are_made_by_the_sound_model_and_mixed_under_the_picture(stud
         assert abs(samples.shape[1] / 48_000 - 1) < 0.05
         assert abs(loudness.lufs(samples.T, 48_000) - diffusion.BED_LUFS) < 3
     absent = studio.entry("stable_audio", weights={"repository": str(folder / "nothing")})
-    synthesized = studio.make("ltx", **asked("ltx"), audio_cues=["sea"], sound=("absent", absent))
-    assert synthesized.made.metadata["warnings"] == ["the sound is the animatic's: no model for sound is on this worker's machine"]
+    synthesized = studio.render("ltx", **asked("ltx"), audio_cues=["sea"], sound=("absent", absent))
+    assert synthesized.output.metadata["warnings"] == ["the sound is the animatic's: no model for sound is on this worker's machine"]
 
 
-def test_a_line_is_spoken_on_in_the_voice_of_a_sample_else_of_its_own_first_sentence(
+def test_a_line_is_spoken_in_the_voice_of_a_sample_else_of_its_own_first_sentence(
     studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import CsmProcessor
 
-    heard: list[Any] = []
-    read = CsmProcessor.apply_chat_template
+    contexts: list[Any] = []
+    apply = CsmProcessor.apply_chat_template
 
-    def seen(self: Any, turns: Any, **options: Any) -> Any:
-        heard.append(turns)
-        return read(self, turns, **options)
+    def recorded(self: Any, turns: Any, **options: Any) -> Any:
+        contexts.append(turns)
+        return apply(self, turns, **options)
 
-    monkeypatch.setattr(CsmProcessor, "apply_chat_template", seen)
+    monkeypatch.setattr(CsmProcessor, "apply_chat_template", recorded)
     tones = {f"https://a.example/{hertz}.wav": tone(folder / f"{hertz}.wav", hertz) for hertz in (110, 880)}
-    low, high = (studio.make("csm", tones, **asked("csm"), character_voice_profile=each) for each in tones)
+    low, high = (studio.render("csm", tones, **asked("csm"), character_voice_profile=each) for each in tones)
     assert difference(low.decoded, high.decoded) >= 2 / 255
-    samples = [turns[0]["content"][1]["audio"] for turns in heard]
+    samples = [turns[0]["content"][1]["audio"] for turns in contexts]
     assert len(samples) == 4, "two sentences each"
     assert all(len(each) == 20 * 24_000 for each in samples)
     assert samples[0] is samples[1]
-    assert "of character_voice_profile the first 20 s are used" in low.made.metadata["warnings"]
-    heard.clear()
-    studio.make("csm", **asked("csm"))
-    assert [len(turns) for turns in heard] == [1, 2]
-    assert heard[1][0]["content"][0]["text"] == "a lighthouse in a storm."
+    assert "of character_voice_profile the first 20 s are used" in low.output.metadata["warnings"]
+    contexts.clear()
+    studio.render("csm", **asked("csm"))
+    assert [len(turns) for turns in contexts] == [1, 2]
+    assert contexts[1][0]["content"][0]["text"] == "a lighthouse in a storm."
 
 
 def tone(path: Path, hertz: int) -> Path:
-    """Twenty-one seconds of a tone."""
+    """Write 21 seconds of a tone."""
     samples = np.sin(np.arange(21 * 16_000) * 2 * np.pi * hertz / 16_000).astype(np.float32)[:, None]
     encode.write_sound(
         path,
@@ -267,12 +268,12 @@ def tone(path: Path, hertz: int) -> Path:
 def test_a_voice_sample_without_sound_is_refused(studio: Studio, folder: Path) -> None:
     (folder / "broken.wav").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
     with pytest.raises(InvalidInput, match=r"https://a.example/v.wav: .*sound"):
-        studio.make(
+        studio.render(
             "csm", {"https://a.example/v.wav": folder / "broken.wav"}, **asked("csm"), character_voice_profile="https://a.example/v.wav"
         )
 
 
-# ── What cannot be had ──
+# ── What is refused or ignored ──
 
 
 @pytest.mark.parametrize(
@@ -291,38 +292,38 @@ def test_what_a_model_cannot_do_is_refused_by_name_before_anything_is_loaded(
     studio: Studio, stills: dict[str, Path], name: str, given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UnsupportedParameter, match=said):
-        studio.make(name, stills, **{**asked(name), **given})
-    assert not model_cache.ready(name)
+        studio.render(name, stills, **{**asked(name), **given})
+    assert not model_cache.is_loaded(name)
 
 
-def test_what_a_model_does_not_read_is_named_in_the_warnings(
+def test_parameters_that_a_model_ignores_are_named_in_the_warnings(
     studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned(name: str, **given: Any) -> list[str]:
-        return list(studio.make(name, stills, **asked(name), **given).made.metadata["warnings"])
+        return list(studio.render(name, stills, **asked(name), **given).output.metadata["warnings"])
 
     assert warned("animatediff", loop=True) == ["loop is not used: animatediff makes no loops"]
     assert len(warned("vits", emotion="sad", pace="slow", background_noise="rain")) == 3
     assert warned("ltx_condition", storyboard_images=[FIRST, SECOND, FIRST]) == ["3 images do not fit into the clip: 2 are used"]
-    given = seen_calls(monkeypatch)
+    calls = recorded_calls(monkeypatch, "LTXPipeline", "StableAudioPipeline")
     sound = ("stable_audio", studio.entry("stable_audio"))
-    studio.make("ltx", **asked("ltx"), audio_cues=["sea"], sound=sound, steps=1, negative_prompt="fog")
-    assert [call["num_inference_steps"] for call in given[-2:]] == [1, 4], "steps are the picture's, and not the sound's"
-    assert "negative_prompt" not in given[-1]
+    studio.render("ltx", **asked("ltx"), audio_cues=["sea"], sound=sound, steps=1, negative_prompt="fog")
+    assert [call["num_inference_steps"] for call in calls] == [1, 4], "the task's steps are for the picture, not for the sound"
+    assert "negative_prompt" not in calls[-1]
 
 
 def test_a_line_without_a_letter_that_the_model_knows_is_refused(studio: Studio) -> None:
     with pytest.raises(InvalidInput, match="knows none of its letters"):
-        studio.make("vits", text="\u4f60\u597d", output_format="wav")
+        studio.render("vits", text="\u4f60\u597d", output_format="wav")
 
 
 @pytest.mark.parametrize("change", [{"weights": {"repository": "/nowhere"}}, {"pipeline": "NoSuchPipeline"}, {"pipeline": "FluxPipeline"}])
 def test_a_model_that_cannot_be_loaded_says_why(studio: Studio, change: dict[str, Any]) -> None:
     with pytest.raises(ModelUnavailable):
-        studio.make("sd", entry=studio.entry("sd", image_pipeline=None, **change), **asked("sd"))
+        studio.render("sd", entry=studio.entry("sd", image_pipeline=None, **change), **asked("sd"))
 
 
-def test_weights_that_are_no_safetensors_are_refused(studio: Studio, folder: Path, folders: Any) -> None:
+def test_weights_that_are_not_safetensors_are_refused(studio: Studio, folder: Path, folders: Any) -> None:
     import shutil
 
     shutil.copytree(folders("sd"), folder / "pickled")
@@ -330,14 +331,14 @@ def test_weights_that_are_no_safetensors_are_refused(studio: Studio, folder: Pat
         torch.save({}, file.with_name("diffusion_pytorch_model.bin"))
         file.unlink()
     with pytest.raises(ModelUnavailable, match="safetensors"):
-        studio.make("sd", entry=studio.entry("sd", weights={"repository": str(folder / "pickled")}), **asked("sd"))
+        studio.render("sd", entry=studio.entry("sd", weights={"repository": str(folder / "pickled")}), **asked("sd"))
 
 
 # ── Memory ──
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """The decoder runs out of memory so often, and works then."""
+    """Let the decoder run out of memory so many times, and then work."""
     from diffusers import AutoencoderKL
 
     left = [times]
@@ -354,27 +355,27 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
 
 
 def notes(result: Result) -> list[str]:
-    return [each.text for each in result.said if isinstance(each, Note)]
+    return [each.text for each in result.sent if isinstance(each, Note)]
 
 
-def test_out_of_memory_goes_down_the_ladder_and_makes_what_was_asked_for(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    studio.make("ltx", **asked("ltx"))
-    whole = studio.make("sd", **asked("sd"))
+def test_out_of_memory_falls_back_step_by_step_and_renders_what_was_asked_for(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    studio.render("ltx", **asked("ltx"))
+    whole = studio.render("sd", **asked("sd"))
     failing(monkeypatch, 2)
-    result = studio.make("sd", **asked("sd"))
+    result = studio.render("sd", **asked("sd"))
     assert notes(result) == ["out of memory: other models were unloaded", "out of memory: pictures are decoded in tiles"]
-    assert not model_cache.ready("ltx")
+    assert not model_cache.is_loaded("ltx")
     assert result.decoded.shape == whole.decoded.shape
     assert difference(result.decoded, whole.decoded) < 0.02
-    assert result.made.metadata["warnings"] == notes(result)
+    assert result.output.metadata["warnings"] == notes(result)
 
 
-def test_when_no_rung_holds_the_task_fails_as_out_of_memory_and_the_next_can_be_made(
+def test_when_no_fallback_suffices_the_task_fails_as_out_of_memory_and_the_next_one_can_be_rendered(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = studio.make("sd", **asked("sd"))
+    whole = studio.render("sd", **asked("sd"))
     left = failing(monkeypatch, 9)
     with pytest.raises(OutOfMemory, match="tried to allocate"):
-        studio.make("sd", **asked("sd"))
+        studio.render("sd", **asked("sd"))
     left[0] = 0
-    assert difference(studio.make("sd", **asked("sd")).decoded, whole.decoded) < 0.02
+    assert difference(studio.render("sd", **asked("sd")).decoded, whole.decoded) < 0.02

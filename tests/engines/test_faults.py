@@ -1,8 +1,7 @@
-"""What an engine can do to its process, by a plug-in that does it: each costs a try and a respawn, and the worker goes on."""
+"""What an engine can do to its process, by a plug-in that does it: each costs a try and a restart, and the worker goes on."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tests.engines.test_plugins import installed
 from tests.fleet import eventually, python_path
 from tests.service import Service, service
 from workers.protocol import EXIT_BROKEN
-from workers.supervisor import CANCEL_GRACE_S
 
 ENGINE = """
 import re
@@ -21,7 +19,7 @@ from PIL import Image
 from movieq.tasks.params import Params
 from movieq.plugins import Plugin
 from movieq.tasks.registry import TaskSpec
-from workers.child.job import Made
+from workers.child.job import Output
 from workers.protocol import Produced, Stage
 
 class FaultParams(Params, frozen=True, kw_only=True):
@@ -32,21 +30,21 @@ class FaultParams(Params, frozen=True, kw_only=True):
     def description(self):
         return self.fault
 
-def make(take):
-    take.plan(Stage("work", "working", 1.0))
-    take.begin("work")
-    mark = Path(take.params.once)
+def render(job):
+    job.plan(Stage("work", "working", 1.0))
+    job.begin("work")
+    mark = Path(job.params.once)
     if not mark.exists():
         mark.touch()
-        if take.params.fault == "hang":
-            re.match(r"(a|a)+b", "a" * 64)  # for ever, and no other thread of the process comes to anything
-        if take.params.fault == "cuda":
+        if job.params.fault == "hang":
+            re.match(r"(a|a)+b", "a" * 64)  # for ever, and it holds the GIL
+        if job.params.fault == "cuda":
             try:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             except RuntimeError as error:
                 raise ValueError("the denoiser failed") from error
-    Image.new("RGB", (64, 64)).save(path := take.out_dir / "output.png")
-    return Made((Produced(str(path), "output", "image/png", 64, 64),), {})
+    Image.new("RGB", (64, 64)).save(path := job.out_dir / "output.png")
+    return Output((Produced(str(path), "output", "image/png", 64, 64),), {})
 
 plugin = Plugin(
     task_types={"fault": TaskSpec(params=FaultParams)},
@@ -58,20 +56,20 @@ plugin = Plugin(
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with that engine, which kills what shows no progress for three seconds."""
+    """A service with that engine; it kills an engine process that reports no progress for three seconds."""
     folder = tmp_path_factory.mktemp("faults")
     site = folder / "site"
     site.mkdir()
-    with service(folder, PYTHONPATH=python_path(installed(site, ("faults", ENGINE))), MOVIEQ_STEP_TIMEOUT_S="3") as made:
-        yield made
+    with service(folder, PYTHONPATH=python_path(installed(site, ("faults", ENGINE))), MOVIEQ_STEP_TIMEOUT_S="3") as started:
+        yield started
 
 
 def exit_codes(running: Service) -> list[int]:
-    """Of the children that ended so far."""
+    """Return the exit codes of the engine processes that have ended."""
     return [line["exit_code"] for line in running.log if line.get("message") == "child_ended"]
 
 
-async def test_a_model_that_hangs_is_killed_after_the_time_of_a_step_and_tried_again(running: Service, folder: Path) -> None:
+async def test_a_model_that_hangs_is_killed_after_the_step_timeout_and_tried_again(running: Service, folder: Path) -> None:
     ended = await running.ended(await running.submit("fault", {"fault": "hang", "once": str(folder / "once")}))
     assert (ended["status"], ended["attempt"]) == ("completed", 2), ended
     assert -9 in exit_codes(running)
@@ -82,14 +80,13 @@ async def test_a_model_that_hangs_and_is_cancelled_is_killed_after_the_grace(run
     await running.until(task_id, "stage", "work")
     before = len(exit_codes(running))
     assert (await running.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200
-    begun = asyncio.get_running_loop().time()
-    await eventually(lambda: len(exit_codes(running)) > before, CANCEL_GRACE_S + 10)
-    assert asyncio.get_running_loop().time() - begun < CANCEL_GRACE_S + 3
+    await eventually(lambda: len(exit_codes(running)) > before, 60)
+    assert exit_codes(running)[-1] == -9
     ended = await running.ended(await running.submit("fault", {"fault": "none", "once": str(folder / "once")}))
     assert (ended["status"], ended["attempt"]) == ("completed", 1)
 
 
-async def test_a_child_whose_cuda_broke_ends_by_itself_and_the_next_one_makes_it(running: Service, folder: Path) -> None:
+async def test_an_engine_process_with_a_broken_device_ends_by_itself_and_the_next_one_renders(running: Service, folder: Path) -> None:
     ended = await running.ended(await running.submit("fault", {"fault": "cuda", "once": str(folder / "once")}))
     assert (ended["status"], ended["attempt"]) == ("completed", 2), ended
     assert EXIT_BROKEN in exit_codes(running)

@@ -1,4 +1,4 @@
-"""A package of somebody else's adds a task type, by an engine of its own: installed as a user would, and run from POST to file."""
+"""A plug-in package adds a task type with an engine of its own: installed as a user would, and run from POST to file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).with_name("palettes")
 
 
 def installed(folder: Path, *names: tuple[str, str]) -> Path:
-    """A place with packages that consist of a module each, which says this, and is a plug-in by its name."""
+    """Return a folder for PYTHONPATH with packages of one module each, which are plug-ins by their name."""
     for name, module in names:
         (folder / f"{name}.py").write_text(module)
         (folder / f"{name}-1.0.dist-info").mkdir()
@@ -32,7 +32,7 @@ def installed(folder: Path, *names: tuple[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service on a machine where the example is installed."""
+    """A service with the example plug-in installed."""
     folder = tmp_path_factory.mktemp("plugged")
     source = folder / "source"
     source.mkdir()
@@ -41,8 +41,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             (source / file.name).write_bytes(file.read_bytes())
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
     subprocess.run(pip, check=True, timeout=100)
-    with service(folder, PYTHONPATH=python_path(folder / "site")) as made:
-        yield made
+    with service(folder, PYTHONPATH=python_path(folder / "site")) as started:
+        yield started
 
 
 def test_the_example_is_less_than_forty_lines() -> None:

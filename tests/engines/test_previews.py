@@ -1,11 +1,10 @@
-"""A preview is like the picture that comes of it, small and seldom, and changes nothing; it is shown to who asked or watches."""
+"""A preview resembles the finished picture, is small and rare, and does not change the result; it is sent if asked for or watched."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import io
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, Result, Studio
 from workers.child import job
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import model_cache, previews
-from workers.child.diffusion.previews import Call, Eye
+from workers.child.diffusion.previews import CallSize, ColourMap, Previewer
 from workers.protocol import FromChild, Preview, Step
 
 pytestmark = [
@@ -31,13 +30,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-SEEN = [name for name in ENTRIES if name not in SOUNDS]
+PREVIEWED = [name for name in ENTRIES if name not in SOUNDS]
 FIRST = "https://a.example/0.png"
 WIDE = {"resolution": "128x64", "prompt": "a lighthouse"}
 
 
 def asked(studio: Studio, name: str, **changes: Any) -> dict[str, Any]:
-    """A small task that shows all that the model makes: nothing is cut off or left out of it."""
+    """Return the parameters of a small task whose result shows everything that the model renders, uncropped."""
     limits = ENTRIES[name]["limits"]
     if name in IMAGES:
         return {"entry": studio.entry(name, limits={**limits, "pixels": [1, 2048]}, **changes), **WIDE, "format": "png"}
@@ -48,16 +47,16 @@ def asked(studio: Studio, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def shown(result: Result) -> list[Image.Image]:
-    """The previews of a run."""
-    return [Image.open(io.BytesIO(each.jpeg)) for each in result.said if isinstance(each, Preview)]
+    """Return the previews of a run."""
+    return [Image.open(io.BytesIO(each.jpeg)) for each in result.sent if isinstance(each, Preview)]
 
 
 def likeness(result: Result, stride: int) -> float:
-    """Of the last preview and the pictures that came of it: how they correlate, both small."""
-    made, last = result.decoded, shown(result)[-1]
-    count = last.width * made.shape[1] // (last.height * made.shape[2])
-    cells = (len(made) - 1) // stride
-    pictures = [Image.fromarray((made[round(at) * stride] * 255).astype(np.uint8)) for at in np.linspace(0, cells, count)]
+    """Return the correlation of the last preview with the finished pictures, both scaled down."""
+    output, last = result.decoded, shown(result)[-1]
+    count = last.width * output.shape[1] // (last.height * output.shape[2])
+    cells = (len(output) - 1) // stride
+    pictures = [Image.fromarray((output[round(at) * stride] * 255).astype(np.uint8)) for at in np.linspace(0, cells, count)]
     strip = Image.new("RGB", (128 * count, 64))
     for number, picture in enumerate(pictures):
         strip.paste(picture, (128 * number, 0))
@@ -66,14 +65,14 @@ def likeness(result: Result, stride: int) -> float:
 
 
 class Lens(nn.Module):
-    """A decoder whose colours lie straight in the latents, as those of trained ones nearly do; those of random weights do not."""
+    """A decoder whose colours are linear in the latents, as those of trained VAEs nearly are; those of random weights are not."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         clips = any(isinstance(part, nn.Conv3d) for part in vae.modules())
         with torch.no_grad():
             probe = vae.encode(torch.zeros(1, 3, *((9,) if clips else ()), 64, 64)).latent_dist.mode()
-        spread = float((previews._raw(vae, torch.ones_like(probe)) - previews._raw(vae, torch.zeros_like(probe))).mean())
+        spread = float((previews.vae_latents(vae, torch.ones_like(probe)) - previews.vae_latents(vae, torch.zeros_like(probe))).mean())
         self.ratio, self.stride = 64 // probe.shape[-1], 8 // (probe.shape[2] - 1) if clips else 1
         chance = torch.Generator().manual_seed(3)
         self.colours = nn.Parameter(torch.randn(3, probe.shape[1], generator=chance) * 0.4 / spread / probe.shape[1] ** 0.5)
@@ -87,52 +86,55 @@ class Lens(nn.Module):
 
 
 @pytest.fixture
-def clear(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Every model that is loaded decodes by a `Lens`, and every step is shown."""
-    eye = model_cache._eye
+def linear_vae(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Every model that is loaded decodes with a `Lens`, and every step is previewed."""
+    fit = previews.colour_map
 
-    def through_a_lens(entry: Any, pipe: Any, tiny: Any) -> Eye | None:
-        if (vae := getattr(pipe, "vae", None)) is not None and hasattr(vae.config, "latents_mean") | ("scaling_factor" in vae.config):
+    def with_lens(vae: Any, stored: Path | None) -> ColourMap | None:
+        if hasattr(vae.config, "latents_mean") | ("scaling_factor" in vae.config):
             vae.decoder = Lens(vae)
-        return eye(entry, pipe, tiny)
+        return fit(vae, stored)
 
-    monkeypatch.setattr(model_cache, "_eye", through_a_lens)
+    monkeypatch.setattr(previews, "colour_map", with_lens)
     monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
-@pytest.mark.parametrize("name", SEEN)
-@pytest.mark.usefixtures("clear")
-def test_the_last_preview_is_like_what_was_made_and_one_by_a_map_that_was_not_fitted_is_not(
+@pytest.mark.parametrize("name", PREVIEWED)
+@pytest.mark.usefixtures("linear_vae")
+def test_the_last_preview_resembles_the_result_and_one_with_a_random_map_does_not(
     studio: Studio, stills: dict[str, Path], name: str
 ) -> None:
     task = asked(studio, name)
-    result = studio.make(name, stills, **task, preview=True)
-    steps = sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in result.said)
+    result = studio.render(name, stills, **task, preview=True)
+    steps = sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in result.sent)
     assert len(shown(result)) >= steps > 0
-    eye = model_cache.get(studio.take(name, print, **task), name, task["entry"], "cpu").eye
-    assert eye is not None
-    assert likeness(result, eye._learnt.stride) > 0.9
-    plain = studio.make(name, stills, **task)
+    loaded = model_cache.find(name)
+    assert loaded
+    assert loaded.previewer
+    colours = loaded.previewer.map
+    assert likeness(result, colours.stride) > 0.9
+    plain = studio.render(name, stills, **task)
     assert not shown(plain)
     assert plain.path.read_bytes() == result.path.read_bytes()
     chance = torch.Generator().manual_seed(5)
-    eye._colours = torch.randn(eye._colours.shape, generator=chance)
-    assert likeness(studio.make(name, stills, **task, preview=True), eye._learnt.stride) < 0.6
+    random = torch.randn(len(colours.colours), 3, generator=chance).tolist()
+    loaded.previewer = Previewer(msgspec.structs.replace(colours, colours=random))
+    assert likeness(studio.render(name, stills, **task, preview=True), colours.stride) < 0.6
 
 
 def test_a_map_shows_the_colours_of_a_picture_that_it_was_not_fitted_to() -> None:
     vae = trained()
-    learnt = previews.learnt(vae, None)
-    assert learnt is not None
+    fitted = previews.colour_map(vae, None)
+    assert fitted is not None
     chance = torch.Generator().manual_seed(9)
     picture = F.interpolate(torch.rand(1, 3, 4, 6, generator=chance), size=(64, 96), mode="bicubic").clamp(0, 1)
     with torch.no_grad():
-        latents = previews._encoded(vae, picture * 2 - 1) * vae.config.scaling_factor
-    unfitted = msgspec.structs.replace(learnt, colours=torch.randn(5, 3, generator=chance).tolist())
+        latents = previews.encode_pictures(vae, picture * 2 - 1) * vae.config.scaling_factor
+    unfitted = msgspec.structs.replace(fitted, colours=torch.randn(5, 3, generator=chance).tolist())
     alike = []
-    for each in (learnt, unfitted):
-        seen = Eye(each).look(latents, Call())
+    for each in (fitted, unfitted):
+        seen = Previewer(each).decode(latents, CallSize())
         assert seen is not None
         small = F.interpolate(picture, size=seen.shape[1:3], mode="area")[0].movedim(0, -1).numpy()
         alike.append(np.corrcoef(seen.numpy().ravel(), small.ravel())[0, 1])
@@ -140,122 +142,115 @@ def test_a_map_shows_the_colours_of_a_picture_that_it_was_not_fitted_to() -> Non
 
 
 def trained() -> Any:
-    """A little VAE that has learnt, a little, to encode and decode pictures."""
+    """Return a small VAE that was trained a little."""
     torch.manual_seed(0)
-    vae = model_cache.class_of("AutoencoderKL")(
+    vae = model_cache.library_class("AutoencoderKL")(
         block_out_channels=[8, 16],
         norm_num_groups=4,
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         latent_channels=4,
     )
-    pictures = torch.stack([*previews._pictures(32)])
+    pictures = torch.stack([*previews.training_pictures(32)])
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
     for _ in range(80):
         optimizer.zero_grad()
-        F.mse_loss(vae.decode(previews._encoded(vae, pictures), return_dict=False)[0], pictures).backward()  # type: ignore[no-untyped-call]
+        F.mse_loss(vae.decode(previews.encode_pictures(vae, pictures), return_dict=False)[0], pictures).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return vae
 
 
-# ── Who sees it, and how often ──
+# ── When previews are sent ──
 
 
-def test_previews_are_small_and_no_more_than_two_a_second(studio: Studio) -> None:
-    studio.make("ltx", **asked(studio, "ltx"))
-    begun = time.monotonic()
-    result = studio.make("ltx", **asked(studio, "ltx"), preview=True, steps=30)
-    assert 1 <= len(shown(result)) <= (time.monotonic() - begun) / 0.5 + 1
-    assert all(len(each.jpeg) <= 10_000 for each in result.said if isinstance(each, Preview))
+def test_previews_are_small_and_wait_for_their_interval(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job.PREVIEW_INTERVAL_S == 0.5
+    monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 3600.0)
+    result = studio.render("ltx", **asked(studio, "ltx"), preview=True)
+    assert len(shown(result)) == 1
+    assert all(len(each.jpeg) <= 10_000 for each in result.sent if isinstance(each, Preview))
     assert shown(result)[0].size == (160 * 4, 80), "pictures of the clip beside each other"
 
 
-def test_who_begins_to_watch_a_run_sees_it_until_he_ceases(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_sends_previews_while_it_is_watched(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
-    said: list[FromChild] = []
+    sent: list[FromChild] = []
 
-    def hear(message: FromChild) -> None:
-        said.append(message)
+    def receive(message: FromChild) -> None:
+        sent.append(message)
         if isinstance(message, Step) and message.stage == "denoise":
             studio.flag.watched = 4 <= message.step < 8
 
-    run = studio.take("sd", hear, **asked(studio, "sd"), steps=12)
+    run = studio.job("sd", receive, **asked(studio, "sd"), steps=12)
     monkeypatch.setattr(job, "STEP_INTERVAL_S", 0.0)
-    diffusion.make(run)
-    place = {at: sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in said[:at]) for at in range(len(said))}
-    assert [place[at] for at, each in enumerate(said) if isinstance(each, Preview)] == [4, 5, 6, 7]
+    diffusion.render(run)
+    place = {at: sum(isinstance(each, Step) and each.stage == "denoise" and each.step > 0 for each in sent[:at]) for at in range(len(sent))}
+    assert [place[at] for at, each in enumerate(sent) if isinstance(each, Preview)] == [4, 5, 6, 7]
 
 
-def test_sound_is_never_shown(studio: Studio) -> None:
-    result = studio.make("stable_audio", prompt="rain", duration=2, output_format="wav", preview=True)
+def test_sound_has_no_previews(studio: Studio) -> None:
+    result = studio.render("stable_audio", prompt="rain", duration=2, output_format="wav", preview=True)
     assert not shown(result)
     sound = ("stable_audio", studio.entry("stable_audio"))
     given = asked(studio, "ltx")
-    with_sound = studio.make("ltx", **given, audio_cues=["sea"], sound=sound, preview=True)
-    stages = [each.stage for each in with_sound.said if isinstance(each, Step)]
+    with_sound = studio.render("ltx", **given, audio_cues=["sea"], sound=sound, preview=True)
+    stages = [each.stage for each in with_sound.sent if isinstance(each, Step)]
     assert "sound" in stages
-    assert not any(isinstance(each, Preview) for each in with_sound.said[-len(stages[stages.index("sound") :]) :])
+    assert not any(isinstance(each, Preview) for each in with_sound.sent[-len(stages[stages.index("sound") :]) :])
 
 
-# ── The map ──
+# ── The colour map ──
 
 
 def test_a_map_is_fitted_at_the_first_load_and_read_at_the_next(studio: Studio, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     cache = folder / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    fits: list[Any] = []
-    fitted = previews._fitted
-
-    def counted(vae: Any) -> previews.Learnt:
-        fits.append(vae)
-        return fitted(vae)
-
-    monkeypatch.setattr(previews, "_fitted", counted)
     home = folder / "model"
     tiny.BUILDERS["flux"](home)
 
-    def load() -> Eye | None:
+    def load() -> ColourMap:
         model_cache.clear()
         given = {**asked(studio, "flux"), "entry": studio.entry("flux", weights={"repository": str(home)})}
-        return model_cache.get(studio.take("flux", print, **given), "flux", given["entry"], "cpu").eye
+        previewer = model_cache.get(studio.job("flux", print, **given), "flux", given["entry"], "cpu").previewer
+        assert previewer
+        return previewer.map
 
-    first, again = load(), load()
-    assert first
-    assert again
-    assert len(fits) == 1
-    assert torch.equal(first._colours, again._colours)
-    (kept,) = (cache / "movieq").iterdir()
-    kept.write_text("{")
-    assert load()
-    assert len(fits) == 2, "it could not be read"
+    fitted = load()
+    (stored,) = (cache / "movieq").iterdir()
+    marked = msgspec.structs.replace(fitted, ratio=fitted.ratio + 1)
+    stored.write_bytes(msgspec.json.encode(marked))
+    assert load() == marked, "it was read"
+    stored.write_text("{")
+    assert load() == fitted, "it could not be read, and was fitted again"
+    assert msgspec.json.decode(stored.read_bytes(), type=ColourMap) == fitted
     tiny.BUILDERS["flux"](home)
-    assert load()
-    assert len(fits) == 3, "these are other weights"
+    load()
+    assert len([*(cache / "movieq").iterdir()]) == 2, "these are other weights"
 
 
 @pytest.mark.parametrize("broken", ["no estimate", "a fault"])
-def test_a_scheduler_that_cannot_be_read_shows_nothing_and_harms_nothing(
+def test_a_scheduler_without_estimates_has_no_previews_and_renders_as_ever(
     studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
     monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
     task = asked(studio, "sd", scheduler={"cls": "IPNDMScheduler"} if broken == "no estimate" else {})
-    plain = studio.make("sd", **task)
+    plain = studio.render("sd", **task)
     if broken == "a fault":
-        monkeypatch.setattr(Eye, "look", lambda *_: 1 / 0)
-    seen = studio.make("sd", **task, preview=True)
-    assert not shown(seen)
-    assert seen.path.read_bytes() == plain.path.read_bytes()
-    assert capsys.readouterr().err.count("no more previews") == (broken == "a fault"), "said once, and not at each step"
+        monkeypatch.setattr(Previewer, "decode", lambda *_: 1 / 0)
+    previewed = studio.render("sd", **task, preview=True)
+    assert not shown(previewed)
+    assert previewed.path.read_bytes() == plain.path.read_bytes()
+    assert capsys.readouterr().err.count("no more previews") == (broken == "a fault"), "logged once, and not at each step"
 
 
 def test_a_tiny_autoencoder_of_the_table_makes_the_previews(studio: Studio, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
-    kind = model_cache.class_of("AutoencoderTiny")
+    kind = model_cache.library_class("AutoencoderTiny")
     kind(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     ).save_pretrained(folder / "tiny")
     mapped, decoded = (
-        studio.make("sd", **asked(studio, "sd", components=components), preview=True)
+        studio.render("sd", **asked(studio, "sd", components=components), preview=True)
         for components in ({}, {"preview_vae": {"repository": str(folder / "tiny"), "cls": "AutoencoderTiny"}})
     )
     assert len(shown(decoded)) == len(shown(mapped)) > 0
@@ -263,7 +258,7 @@ def test_a_tiny_autoencoder_of_the_table_makes_the_previews(studio: Studio, monk
     assert decoded.path.read_bytes() == mapped.path.read_bytes()
 
 
-# ── What a scheduler says ──
+# ── The estimate after a step ──
 
 NOISE = ["DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "PNDM", "LCM"]
 SCHEDULERS = [
@@ -280,15 +275,15 @@ SCHEDULERS = [
 @pytest.mark.parametrize(
     ("name", "config"), SCHEDULERS, ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each.values()))
 )
-def test_where_a_model_is_right_each_step_tells_the_finished_latents(name: str, config: dict[str, Any]) -> None:
-    scheduler: Any = model_cache.class_of(f"{name}Scheduler")(**config)
+def test_with_a_perfect_model_each_step_estimates_the_finished_latents(name: str, config: dict[str, Any]) -> None:
+    scheduler: Any = model_cache.library_class(f"{name}Scheduler")(**config)
     scheduler.set_timesteps(8)
     chance = torch.Generator().manual_seed(1)
     wanted, noise = torch.randn(2, 1, 4, 6, 6, generator=chance)
     wanted = wanted.tanh()  # some clip what is beyond 1
     kind = config.get("prediction_type", "flow_prediction")
-    told: list[Tensor] = []
-    with previews.followed(scheduler, lambda: True, told.append):
+    estimates: list[Tensor] = []
+    with previews.latent_estimates(scheduler, lambda: True, estimates.append):
         for number, at in enumerate(scheduler.timesteps):
             if scheduler.step_index is None if hasattr(scheduler, "step_index") else False:
                 scheduler._init_step_index(at)
@@ -299,13 +294,13 @@ def test_where_a_model_is_right_each_step_tells_the_finished_latents(name: str, 
                 sample, alpha, sigma = noisy(scheduler, wanted, noise, at, number)
                 output = noise if kind == "epsilon" else alpha * noise - sigma * wanted
             scheduler.step(output, at, sample, return_dict=False)
-    assert len(told) == len(scheduler.timesteps)
-    assert max(float((each - wanted).abs().max()) for each in told) < 1e-3
-    assert type(scheduler) is model_cache.class_of(f"{name}Scheduler")
+    assert len(estimates) == len(scheduler.timesteps)
+    assert max(float((each - wanted).abs().max()) for each in estimates) < 1e-3
+    assert type(scheduler) is model_cache.library_class(f"{name}Scheduler")
 
 
 def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -> tuple[Tensor, Any, Any]:
-    """The latents at a step as the scheduler has them, with how much of them is picture and how much noise."""
+    """Return the latents at a step as the scheduler has them, and the shares of picture and noise in them."""
     if not hasattr(scheduler, "sigmas"):
         alpha, sigma = scheduler.alphas_cumprod[int(at)] ** 0.5, (1 - scheduler.alphas_cumprod[int(at)]) ** 0.5
         return alpha * wanted + sigma * noise, alpha, sigma
@@ -316,11 +311,11 @@ def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -
 
 
 def test_a_copy_of_a_scheduler_steps_by_itself() -> None:
-    scheduler: Any = model_cache.class_of("FlowMatchEulerDiscreteScheduler")()
+    scheduler: Any = model_cache.library_class("FlowMatchEulerDiscreteScheduler")()
     scheduler.set_timesteps(4)
-    told: list[Tensor] = []
-    with previews.followed(scheduler, lambda: True, told.append):
+    estimates: list[Tensor] = []
+    with previews.latent_estimates(scheduler, lambda: True, estimates.append):
         other = copy.deepcopy(scheduler)
         other.step(torch.ones(1, 2), scheduler.timesteps[0], torch.ones(1, 2))
-        assert (scheduler.step_index, other.step_index, told) == (None, 1, [])
-        assert "generator" in inspect.signature(scheduler.step).parameters, "pipelines look what it takes"
+        assert (scheduler.step_index, other.step_index, estimates) == (None, 1, [])
+        assert "generator" in inspect.signature(scheduler.step).parameters, "pipelines read its signature"

@@ -1,4 +1,4 @@
-"""Real models through the whole service: API, queue, worker, its child, storage. Also what kills a child, and what is said of it."""
+"""Real models through the whole service: API, queue, worker, engine process, storage. Also what ends an engine process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import av
@@ -58,8 +59,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], P
         languages = ["en"]
         '''
     )
-    with service(folder, MOVIEQ_MODELS=str(folder / "models.toml")) as made:
-        yield made
+    with service(folder, MOVIEQ_MODELS=str(folder / "models.toml")) as started:
+        yield started
 
 
 async def test_a_named_model_makes_an_image_on_a_machine_without_a_gpu(running: Service) -> None:
@@ -136,10 +137,8 @@ async def test_a_cancel_stops_a_model_between_two_steps_and_the_child_lives_on(r
     await running.until(task_id, "stage", "denoise")
     status, _ = await running.call("DELETE", f"/tasks/{task_id}/cancel")
     assert status == 200
-    begun = asyncio.get_running_loop().time()
     next_id = await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture"})
     assert (await running.ended(next_id))["status"] == "completed"
-    assert asyncio.get_running_loop().time() - begun < 3
     assert [each.pid for each in running.find("workers.child")] == [child.pid]
 
 
@@ -155,10 +154,15 @@ async def test_a_crash_while_a_model_works_costs_one_try(running: Service, signu
 
 async def test_the_workers_status_says_which_models_are_in_memory(running: Service) -> None:
     await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "model": "tiny-picture"}))
-    await asyncio.sleep(4)  # a heartbeat
-    _, answer = await running.call("GET", "/workers/status")
-    (worker,) = answer["workers"]
-    assert worker["models"][-1] == "tiny-picture"
+    worker: dict[str, Any] = {}
+
+    async def reported() -> bool:
+        _, answer = await running.call("GET", "/workers/status")
+        (found,) = answer["workers"]
+        worker.update(found)
+        return bool(worker["models"][-1] == "tiny-picture")
+
+    await eventually(reported, 60)  # with the next heartbeat
     assert worker["models_parked"] == []
     assert worker["model_swaps"]["loads"] >= 1
     assert (worker["device"], worker["gpu_utilization"], worker["temperature"], worker["power"]) == ("cpu", 0.0, None, None)
@@ -190,22 +194,29 @@ async def test_a_child_that_dies_before_it_serves_is_started_again_and_never_end
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = folder / "python"
-    broken.write_text(f'#!/bin/sh\nif [ -e {folder}/well ]; then exec {sys.executable} "$@"; fi\necho "no such library" >&2\nexit 3\n')
+    broken.write_text(
+        f"""#!/bin/sh
+if [ -e {folder}/well ]; then exec {sys.executable} "$@"; fi
+touch {folder}/failed
+echo "no such library" >&2
+exit 3
+"""
+    )
     broken.chmod(0o755)
     monkeypatch.setattr("workers.supervisor.sys", SimpleNamespace(executable=str(broken)))
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.keep(ready.set))
-    await asyncio.sleep(1)
+    await eventually((folder / "failed").exists, 60)
     assert not ready.is_set()
     assert not keeping.done()
     (folder / "well").touch()
-    await asyncio.wait_for(ready.wait(), 30)
+    await asyncio.wait_for(ready.wait(), 60)
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
 
 
-async def test_a_cancel_while_a_model_loads_frees_the_slot_within_two_seconds(folder: Path, folders: Callable[[str], Path]) -> None:
+async def test_a_cancel_while_a_model_loads_frees_the_slot_without_waiting_for_it(folder: Path, folders: Callable[[str], Path]) -> None:
     library = folder / "library"
     library.mkdir()
     # an import that takes long, as from a cold disk
@@ -214,7 +225,8 @@ async def test_a_cancel_while_a_model_loads_frees_the_slot_within_two_seconds(fo
         "class Slow:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == 'diffusers.pipelines.flux.pipeline_flux' and os.path.exists({str(folder / 'slow')!r}):\n"
-        "            time.sleep(60)\n"
+        f"            open({str(folder / 'loading')!r}, 'w').close()\n"
+        "            time.sleep(600)\n"
         "sys.meta_path.insert(0, Slow())\n"
     )
     (folder / "slow").touch()
@@ -228,11 +240,9 @@ async def test_a_cancel_while_a_model_loads_frees_the_slot_within_two_seconds(fo
         child = worker.child().pid
         task_id = await api.submit("generate_image", {"prompt": "a lamp", "model": "flux"})
         await api.until(task_id, "current_step", "loading_models")
-        await asyncio.sleep(2)  # it is in the middle of it
+        await eventually((folder / "loading").exists, 60)
         assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200
-        begun = asyncio.get_running_loop().time()
-        await eventually(lambda: worker.said("child_ready") == 2)
-        assert asyncio.get_running_loop().time() - begun < 2
+        await eventually(lambda: worker.said("child_ready") == 2, 60)
         assert worker.child().pid != child
         (folder / "slow").unlink()
         ended = await api.ended(await api.submit("generate_image", {"prompt": "a lamp", "model": "flux"}))

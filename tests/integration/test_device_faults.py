@@ -18,14 +18,14 @@ from workers.supervisor import FAILURES
 SICK = """
 import os
 from movieq.plugins import Plugin
-from workers.child import animatic
+from workers.child.animatic import engine as animatic
 
-def make(take):
+def render(job):
     if os.path.exists(MARK):
-        if "at once" in getattr(take.params, "prompt", ""):
+        if "at once" in getattr(job.params, "prompt", ""):
             os._exit(9)
         raise RuntimeError("cannot open /usr/lib/libsick.so.6: wrong magic")
-    return animatic.make(take)
+    return animatic.render(job)
 
 plugin = Plugin(engines={"animatic": "sick"})
 """

@@ -357,7 +357,7 @@ ODD = """
 from movieq.tasks.params import Params
 from movieq.plugins import Plugin
 from movieq.tasks.registry import TaskSpec
-from workers.child.job import Made
+from workers.child.job import Output
 from workers.protocol import Note, Produced, Stage
 from PIL import Image
 
@@ -368,24 +368,24 @@ class OddParams(Params, frozen=True, kw_only=True):
     def description(self):
         return self.odd
 
-def make(take):
-    odd = take.params.odd
+def render(job):
+    odd = job.params.odd
     if odd == "no plan":
-        take.plan()
+        job.plan()
     elif odd == "no weight":
-        take.plan(Stage("a", "a", 0.0), Stage("b", "b", float("nan")), Stage("c", "c", -1.0))
+        job.plan(Stage("a", "a", 0.0), Stage("b", "b", float("nan")), Stage("c", "c", -1.0))
     else:
-        take.plan(Stage("a", "a", 1.0))
-    take.begin("a")
+        job.plan(Stage("a", "a", 1.0))
+    job.begin("a")
     if odd == "an unreadable step":
-        take.step("a", "one", "two")
+        job.step("a", "one", "two")
     if odd == "an unsendable note":
-        take._send(Note(take.run.run, object()))
-    take.step("a", 1, 1)
-    Image.new("RGB", (64, 64)).save(path := take.out_dir / "output.png")
+        job._send(Note(job.run.run, object()))
+    job.step("a", 1, 1)
+    Image.new("RGB", (64, 64)).save(path := job.out_dir / "output.png")
     width = "wide" if odd == "an unreadable answer" else 64
     metadata = {"a number": 2**70, "an object": object()}.get(odd)
-    return Made((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
+    return Output((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
 
 plugin = Plugin(
     task_types={"odd": TaskSpec(params=OddParams)},

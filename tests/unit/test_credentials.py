@@ -22,8 +22,8 @@ from movieq.local import doctor
 from movieq.tasks.entities import Task
 from movieq.tasks.states import GENERATE_IMAGE, Kind, ProjectId, TaskId, TaskStatus
 from tests.certificates import HOLDER, Chain, chain
-from tests.unit.test_tags import FORMATS, MODEL, PROMPT, REVISION, take, told, written
-from workers.child.media import metadata
+from tests.render.tagged import FORMATS, MODEL, PROMPT, REVISION, job, tags_of, write
+from workers.child.media.metadata import file_tags
 from workers.protocol import Done, Produced
 from workers.provenance import Provenance, signed
 
@@ -74,7 +74,7 @@ class Read:
 def made(folder: Path, kind: str) -> Path:
     """A file of this kind, with its tags."""
     path = folder / f"output.{kind}"
-    written(path, kind, metadata.tags(take(folder, model=MODEL, prompt=PROMPT), "Image"))
+    write(path, kind, file_tags(job(folder, model=MODEL, prompt=PROMPT), "Image"))
     return path
 
 
@@ -107,7 +107,7 @@ def test_a_reader_finds_who_made_a_file_of_any_format_and_by_what(tmp_path: Path
     assert (generator["name"], generator["version"]) == ("movieq", __version__)
     assert (read.manifest["title"], read.manifest["signature_info"]["common_name"]) == ("output.png", HOLDER)
     assert np.array_equal(content(path), before), "signing changes no pixel and no sample"
-    assert told(path)["revision"] == REVISION, "nor its tags"
+    assert tags_of(path)["revision"] == REVISION, "nor its tags"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -235,7 +235,7 @@ async def test_every_file_of_a_run_is_signed_as_what_it_is(tmp_path: Path, issue
 async def test_where_tags_are_off_the_claim_says_what_it_is_and_not_how_it_was_made(
     tmp_path: Path, issued: Chain, signer: Credentials
 ) -> None:
-    written(tmp_path / "output.png", "png", metadata.tags(take(tmp_path, model=MODEL, prompt="Marrakesh", file_tags=False), "Image"))
+    write(tmp_path / "output.png", "png", file_tags(job(tmp_path, model=MODEL, prompt="Marrakesh", file_tags=False), "Image"))
     files = (Produced(str(tmp_path / "output.png"), "output", "image/png"),)
     run = Done("run", files, {"digital_source_type": "trainedAlgorithmicMedia", "seed": 7, "revision": REVISION})
     await signed(Provenance(tags=False, credentials=signer), task(), "Marrakesh", run)

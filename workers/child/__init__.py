@@ -1,1 +1,1 @@
-"""The engine's process: synchronous, knows neither asyncio nor Redis. Started as `python -m workers.child`, imported by nobody."""
+"""The engine process: synchronous, without asyncio and Redis. Started as `python -P -m workers.child`; nobody imports it."""

@@ -1,9 +1,10 @@
-"""One run as an engine sees it: what is asked for, and how to say how far it is.
+"""One run as an engine sees it: what to render, and how to report progress.
 
-An engine is a function `make(take: Take) -> Made | Finish`. It announces its stages, reports each step that is done and hands back files,
-or what is left to do for them without its device. It knows neither the pipe nor the worker. To fail it raises a
-`movieq.errors.TaskFault`; to stop when told, it calls `step` or `check` often and lets `TakeCancelled` through. An engine that can make
-several tasks in one call has a function `make_batch(takes: list[Take]) -> list[Made | Finish | Exception]` besides.
+An engine is a module with a function `render(job: Job) -> Output | Finish`. It announces its stages with `job.plan`, reports each step
+with `job.step`, writes its files into `job.out_dir` and returns them as an `Output`; or it returns a `Finish`, the rest of the work that
+needs no device. It knows neither the pipe nor the worker. To fail it raises a `movieq.errors.TaskFault`. To be cancellable it calls
+`job.step` or `job.check` often and does not catch `JobCancelled`. An engine that renders several jobs in one call has a function
+`render_batch(jobs: list[Job]) -> list[Output | Finish | Exception]` as well.
 """
 
 from __future__ import annotations
@@ -28,48 +29,46 @@ STEP_INTERVAL_S = 1 / 20
 PREVIEW_INTERVAL_S = 0.5
 
 
-class TakeCancelled(BaseException):
+class JobCancelled(BaseException):
     """The run was cancelled. Not an Exception, so that no engine's `except Exception` swallows it."""
 
 
 class Flag(threading.Event):
-    """Set, from another thread, when the run is to stop. While it is `deaf`, as while a model loads, nobody looks: the process ends.
+    """The cancel flag of a run, set by the thread that reads the pipe."""
 
-    `beside`: the flags of the other runs of its batch.
-    """
-
-    deaf = False
+    uninterruptible = False
+    """Whether the run cannot look at its flag, as while a model loads; a cancel then ends the process."""
     watched = False
-    """Whether somebody watches the run just now."""
-    beside: tuple[Flag, ...] = ()
+    """Whether someone is watching the run now."""
+    others: tuple[Flag, ...] = ()
+    """The flags of the other runs of its batch."""
 
 
-def broken(error: BaseException | None) -> bool:
-    """Whether this or what caused it is a fault of CUDA's other than memory: after one, every call of the process fails."""
+def device_is_broken(error: BaseException | None) -> bool:
+    """Whether the error or one of its causes is a CUDA error other than out of memory: every later CUDA call of the process fails too."""
     return any(type(cause).__name__ == "AcceleratorError" or "CUDA error" in str(cause) for cause in causes(error))
 
 
-class Made(msgspec.Struct, frozen=True):
-    """What an engine hands back: files in `Take.out_dir`, and the metadata of the result.
+class Output(msgspec.Struct, frozen=True):
+    """What an engine returns: files in `Job.out_dir`, and the metadata of the result.
 
-    There `digital_source_type` says what it is, by IPTC's name, and is signed where files are: without it, `trainedAlgorithmicMedia`.
+    `metadata["digital_source_type"]` is the IPTC name of the kind of media, and is signed where files are signed; without it,
+    `trainedAlgorithmicMedia` is signed.
     """
 
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
 
 
-Finish = Callable[[], Made]
-"""The rest of a run, for which its device is not needed: done in another thread, while the next run begins. It must not touch torch."""
+Finish = Callable[[], Output]
+"""The rest of a run that needs no device. It runs in another thread while the next run has the device, and must not use torch."""
 
 
-class Take:
-    """A run in hand. `params` are checked and typed; `warnings` collects what the result should say about what was not honoured.
-
-    `send` carries reports to the worker, `cancelled` is set from another thread when the run is to stop.
-    """
+class Job:
+    """One run of a task. `params` are validated and typed. `warnings` go into the result's metadata: what was ignored or changed."""
 
     def __init__(self, run: Run, send: Callable[[FromChild], None], cancelled: Flag, device: str = "cpu") -> None:
+        """`send` passes a message to the worker; `cancelled` is set by another thread."""
         self.run = run
         self.device = device
         self.params: Params = convert(REGISTRY.tasks[TaskType(run.task_type)].params, run.params)
@@ -82,13 +81,18 @@ class Take:
         self._preview_due_s = 0.0
 
     def plan(self, *stages: Stage) -> None:
-        """Announces the stages, once, before any step. Weights are relative shares of the time."""
+        """Announce the stages, once, before the first step. Their weights are relative shares of the time."""
         self._send(Plan(self.run.run, stages))
 
-    def step(self, stage: str, step: int, steps: int) -> None:
-        """Says that `step` of `steps` of `stage` are done; raises TakeCancelled where the run is to stop.
+    def begin(self, stage: str) -> None:
+        """Report that a stage has started, for stages whose first step takes long. Raises JobCancelled if the run was cancelled."""
+        self.check()
+        self._send(Step(self.run.run, stage, 0, 1))
 
-        At most 20 a second leave the child, and always the last of a stage.
+    def step(self, stage: str, step: int, steps: int) -> None:
+        """Report that `step` of the stage's `steps` are done. Raises JobCancelled if the run was cancelled.
+
+        At most 20 reports a second are sent, and always the last step of a stage.
         """
         self.check()
         now_s = time.monotonic()
@@ -97,118 +101,113 @@ class Take:
             self._send(Step(self.run.run, stage, step, steps))
 
     def warn(self, text: str) -> None:
-        """Goes into the result's warnings."""
+        """Add a warning to the result, without paths of this machine."""
         self.warnings.append(without_paths(text))
 
     def note(self, text: str) -> None:
-        """Goes into the log of the task, and into the result's warnings."""
+        """Add a warning to the result and an entry to the task's event log."""
         self.warn(text)
         self._send(Note(self.run.run, text))
 
-    def halved(self, rows: int) -> None:
-        """Says that the memory suffices for so many rows of this batch."""
+    def report_batch_limit(self, rows: int) -> None:
+        """Report that device memory has room for `rows` jobs of this batch at once, and not for more."""
         self._send(Rows(self.run.run, rows))
 
-    def begin(self, stage: str) -> None:
-        """Says that a stage begins, which may take its first step late."""
-        self.check()
-        self._send(Step(self.run.run, stage, 0, 1))
-
     @property
-    def rows(self) -> Sequence[Take]:
-        """Those whose pictures are made here, in their order."""
+    def jobs(self) -> Sequence[Job]:
+        """The jobs rendered in this call, in order."""
         return (self,)
 
     @property
     def preview_due(self) -> bool:
-        """Whether to show something: the task asked for previews, or is watched, and the last one is half a second old."""
+        """Whether to send a preview: the task asked for previews or is watched, and the last one is at least half a second old."""
         return (self.params.preview or self._cancelled.watched) and time.monotonic() >= self._preview_due_s
 
-    def preview(self, draw: Callable[[], bytes]) -> None:
-        """Sends what `draw` returns, a JPEG of at most 10 kB, where one is due; so it is called at most twice a second."""
+    def preview(self, encode: Callable[[], bytes]) -> None:
+        """Send the JPEG that `encode` returns, at most 10 kB, if a preview is due; `encode` is called only then."""
         if self.preview_due:
             self._preview_due_s = time.monotonic() + PREVIEW_INTERVAL_S
-            self._send(Preview(self.run.run, draw()))
+            self._send(Preview(self.run.run, encode()))
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """Within, nothing looks whether the run is to stop: if it is, the process ends. For what nobody can stop half way."""
-        self._cancelled.deaf = True
+    def uninterruptible(self) -> Iterator[None]:
+        """Mark a block that cannot be stopped half way, such as loading a model: a cancel within it ends the process."""
+        self._cancelled.uninterruptible = True
         try:
             self.check()
             yield
         finally:
-            self._cancelled.deaf = False
+            self._cancelled.uninterruptible = False
 
     def check(self) -> None:
-        """Raises TakeCancelled where the run is to stop."""
+        """Raise JobCancelled if the run was cancelled."""
         if self.cancelled:
-            raise TakeCancelled
+            raise JobCancelled
 
     @property
     def cancelled(self) -> bool:
-        """Whether the run is to stop."""
+        """Whether the run was cancelled."""
         return self._cancelled.is_set()
 
     def input(self, reference: str) -> Path:
-        """The local file of a reference. Raises InputUnavailable where it was not fetched."""
+        """Return the local file of a reference. Raises InputUnavailable if it was not fetched."""
         path = Path(self.run.inputs.get(reference, ""))
         if not path.is_file():
-            raise InputUnavailable(f"{shown(reference)} was not fetched")
+            raise InputUnavailable(f"{abbreviated(reference)} was not fetched")
         return path
 
 
-class Together(Take):
-    """The takes of a batch as one: what is said goes to each. It stops only when all of them are to stop; who stops before has left."""
+class BatchJob(Job):
+    """The jobs of a batch as one job: reports go to each job that is not cancelled, and it is cancelled when all of them are."""
 
-    def __init__(self, takes: Sequence[Take]) -> None:
-        first = takes[0]
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        first = jobs[0]
         super().__init__(first.run, first._send, first._cancelled, first.device)
-        self._rows = takes
+        self._jobs = jobs
 
     @property
-    def rows(self) -> Sequence[Take]:
-        """The takes of the batch."""
-        return self._rows
+    def jobs(self) -> Sequence[Job]:
+        """The jobs of the batch, in order."""
+        return self._jobs
 
     @property
     def cancelled(self) -> bool:
-        """Whether all of its runs are to stop."""
-        return all(take.cancelled for take in self.rows)
+        """Whether all jobs of the batch were cancelled."""
+        return all(job.cancelled for job in self.jobs)
 
     def plan(self, *stages: Stage) -> None:
-        for take in self.rows:
-            take.plan(*stages)
-
-    def step(self, stage: str, step: int, steps: int) -> None:
-        self.check()
-        for take in self.rows:
-            if not take.cancelled:
-                take.step(stage, step, steps)
-
-    def warn(self, text: str) -> None:
-        for take in self.rows:
-            take.warn(text)
-
-    def note(self, text: str) -> None:
-        for take in self.rows:
-            take.note(text)
+        for job in self.jobs:
+            job.plan(*stages)
 
     def begin(self, stage: str) -> None:
         self.check()
-        for take in self.rows:
-            if not take.cancelled:
-                take.begin(stage)
+        for job in self.jobs:
+            if not job.cancelled:
+                job.begin(stage)
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        self.check()
+        for job in self.jobs:
+            if not job.cancelled:
+                job.step(stage, step, steps)
+
+    def warn(self, text: str) -> None:
+        for job in self.jobs:
+            job.warn(text)
+
+    def note(self, text: str) -> None:
+        for job in self.jobs:
+            job.note(text)
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
+    def uninterruptible(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for take in self.rows:
-                if not take.cancelled:
-                    stack.enter_context(take.deaf())
+            for job in self.jobs:
+                if not job.cancelled:
+                    stack.enter_context(job.uninterruptible())
             yield
 
 
-def shown(reference: str) -> str:
-    """A reference as it stands in a message: whole, but for `data:` urls."""
+def abbreviated(reference: str) -> str:
+    """Return a reference for a message: whole, except that long ones, such as `data:` urls, are cut."""
     return reference if len(reference) <= 200 else f"{reference[:60]}... ({len(reference)} characters)"

@@ -1,4 +1,4 @@
-"""Ties this process to the one that started it: it dies with it, however that one dies."""
+"""Ends this process when the process that started it ends, however that happens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def hold() -> None:
-    """The kernel kills this process when its parent is gone; where the parent went before that was arranged, it ends here and now.
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies; end at once if the parent is already gone.
 
-    Only Linux can do this; elsewhere the end of file on the pipe has to do. The kernel watches the parent's *thread*: start such a
-    process from a thread that lives as long as the process.
+    Linux only; elsewhere the process relies on the end of its input. The kernel watches the parent's *thread*: start such a process from
+    a thread that lives as long as the parent process.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""A plug-in: the colours of a scene as a strip of fields, by an engine of its own."""
+"""A plug-in with an engine of its own: the colours of a scene as a strip of swatches."""
 
 import hashlib
 from typing import Annotated
@@ -9,8 +9,8 @@ from PIL import Image
 from movieq.plugins import Plugin
 from movieq.tasks.params import Params
 from movieq.tasks.registry import TaskSpec
-from workers.child.job import Made, Take
-from workers.child.media import metadata
+from workers.child.job import Job, Output
+from workers.child.media.metadata import result_metadata
 from workers.protocol import Produced, Stage
 
 
@@ -20,17 +20,17 @@ class PaletteParams(Params, frozen=True, kw_only=True):
     colours: Annotated[int, Meta(ge=1, le=16)] = 5
 
 
-def make(take: Take) -> Made:
-    """A png of as many fields as there are to be colours."""
-    assert isinstance(take.params, PaletteParams)
-    take.plan(Stage("mix", "mixing_colours", 1.0))
-    strip = Image.new("RGB", (64 * take.params.colours, 64))
-    for number in range(take.params.colours):
-        digest = hashlib.sha256(f"{take.params.description} {take.seed} {number}".encode()).digest()
+def render(job: Job) -> Output:
+    """Render a png with one swatch for each colour."""
+    assert isinstance(job.params, PaletteParams)
+    job.plan(Stage("mix", "mixing_colours", 1.0))
+    strip = Image.new("RGB", (64 * job.params.colours, 64))
+    for number in range(job.params.colours):
+        digest = hashlib.sha256(f"{job.params.description} {job.seed} {number}".encode()).digest()
         strip.paste((digest[0], digest[1], digest[2]), (64 * number, 0, 64 * number + 64, 64))
-        take.step("mix", number + 1, take.params.colours)
-    strip.save(path := take.out_dir / "output.png")
-    return Made((Produced(str(path), "output", "image/png", *strip.size),), metadata.metadata(take, "png", strip.size))
+        job.step("mix", number + 1, job.params.colours)
+    strip.save(path := job.out_dir / "output.png")
+    return Output((Produced(str(path), "output", "image/png", *strip.size),), result_metadata(job, "png", strip.size))
 
 
 plugin = Plugin(

@@ -1,1 +1,1 @@
-"""The engine without weights: boards become a timed clip with camera, captions and sound."""
+"""The engine without weights: boards become a timed clip with camera moves, captions and sound."""

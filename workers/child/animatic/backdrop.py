@@ -1,7 +1,7 @@
-"""A painted place for a card: sky, light, planes of distance, ground; ink wash on paper, in the palette of the card.
+"""A painted place for a card: sky, light, planes of distance and ground, as an ink wash on paper in the card's palette.
 
-The kind of place follows the words of the description; how it is composed follows a random generator, so the same words and seed paint
-the same picture.
+The kind of place follows the words of the description, its composition follows a random generator: the same words and seed paint the same
+picture.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from workers.child.animatic.palette import Colour, Palette, mix
 
 GROUND: Final = 0.93
+"""Where a figure stands, in picture heights from the top."""
 
 Rng = np.random.Generator
 Line = npt.NDArray[np.float64]
-"""Heights of an outline, one a pixel column, in picture heights from the top."""
+"""An outline: the height at each pixel column, in picture heights from the top."""
 
 _WORDS: Final = {
     "city": "city street alley rooftop rooftops skyscraper downtown town urban tower traffic bridge neon metropolis market station",
@@ -37,7 +38,7 @@ _PLACES: Final = {word: place for place, words in _WORDS.items() for word in wor
 
 
 class Backdrop(msgspec.Struct, frozen=True):
-    """The sky as RGB, and the planes of distance before it as RGBA, from far to near."""
+    """The sky as RGB, and the planes of distance in front of it as RGBA, from far to near."""
 
     sky: Image.Image
     planes: tuple[Image.Image, ...]
@@ -46,7 +47,7 @@ class Backdrop(msgspec.Struct, frozen=True):
 
 
 def place(description: str, rng: Rng) -> str:
-    """The kind of place that the description speaks of; hills or a city where it speaks of none."""
+    """Return the kind of place that the description names most often; a random one of four if it names none."""
     counts: dict[str, int] = {}
     for word in re.findall(r"\w+", description.lower()):
         if kind := _PLACES.get(word):
@@ -55,7 +56,7 @@ def place(description: str, rng: Rng) -> str:
 
 
 def paint(size: tuple[int, int], kind: str, palette: Palette, rng: Rng) -> Backdrop:
-    """The place in planes; `flatten` makes one picture of it."""
+    """Paint the place in planes; `flatten` joins them."""
     horizon = float(rng.uniform(0.50, 0.66))
     if kind == "room":
         return _room(size, palette, rng)
@@ -77,7 +78,7 @@ def paint(size: tuple[int, int], kind: str, palette: Palette, rng: Rng) -> Backd
 
 
 def flatten(backdrop: Backdrop, upto: int | None = None) -> Image.Image:
-    """The sky with its planes, or the first of them, as one RGB picture."""
+    """Return the sky with its planes, or the first `upto` of them, as one RGB picture."""
     picture = backdrop.sky.copy()
     for plane in backdrop.planes[:upto]:
         picture.paste(plane, mask=plane.getchannel("A"))
@@ -85,7 +86,7 @@ def flatten(backdrop: Backdrop, upto: int | None = None) -> Image.Image:
 
 
 def grain(picture: Image.Image, rng: Rng, strength: float = 4.5) -> Image.Image:
-    """The picture on paper: a tooth of that many steps of 255, the same in all colours."""
+    """Return the picture with paper grain, `strength` its standard deviation in steps of 255, equal in all channels."""
     width, height = picture.size
     fine = rng.normal(128, strength, (height, width))
     coarse = np.asarray(_cloud(picture.size, rng, 5), np.float64) - 128
@@ -94,6 +95,7 @@ def grain(picture: Image.Image, rng: Rng, strength: float = 4.5) -> Image.Image:
 
 
 def _sky(size: tuple[int, int], palette: Palette, light: tuple[float, float], rng: Rng) -> Image.Image:
+    """Paint a vertical gradient with drifting clouds and a glowing sun or moon at `light` (shares of width and height)."""
     width, height = size
     y = np.linspace(0, 1, height)[:, None]
     top, low = np.array(palette.at(0.52), float), np.array(mix(palette.at(0.95), palette.light, 0.35), float)
@@ -110,7 +112,7 @@ def _sky(size: tuple[int, int], palette: Palette, light: tuple[float, float], rn
 
 
 def _plane(size: tuple[int, int], line: Line, colour: Colour, palette: Palette, rng: Rng) -> Image.Image:
-    """What lies below the outline, in one wash: darkest at its upper edge, as wet ink gathers, and paler towards the ground."""
+    """Paint everything below the outline in one wash: darkest at its upper edge, as wet ink gathers, and paler towards the ground."""
     height = size[1]
     y = np.arange(height, dtype=np.float64)[:, None] / height
     below = np.clip((y - line[None, :]) * height + 0.5, 0, 1)
@@ -123,7 +125,7 @@ def _plane(size: tuple[int, int], line: Line, colour: Colour, palette: Palette, 
 
 
 def _noise(width: int, rng: Rng, knots: int) -> Line:
-    """A smooth line of about -1 to 1 with that many bends."""
+    """Return smooth noise of about -1 to 1 with `knots` bends."""
     values = rng.uniform(-1, 1, knots + 3)
     x = np.linspace(0.5, knots + 1.5, width)
     low = np.floor(x).astype(int)
@@ -133,6 +135,7 @@ def _noise(width: int, rng: Rng, knots: int) -> Line:
 
 
 def _ridge(width: int, rng: Rng, knots: int) -> Line:
+    """Return fractal noise: six octaves."""
     return sum((_noise(width, rng, knots * 2**octave) / 2**octave for octave in range(6)), start=np.zeros(width)) / 1.6
 
 
@@ -157,7 +160,7 @@ def _sea(width: int, horizon: float, depth: float, rng: Rng) -> Line:
 
 
 def _tower(land: Image.Image, colour: Colour, light: Colour) -> None:
-    """Draws a lighthouse on the headland, in its tone, with its lamp lit; at twice the size for clean edges."""
+    """Draw a lighthouse on the headland, with its lamp lit; at twice the size for clean edges."""
     width, height = land.size
     top_of = np.argmax(np.asarray(land.getchannel("A")) > 128, axis=0)
     x = round(width * (0.16 if top_of[: width // 4].mean() < top_of[-width // 4 :].mean() else 0.84))
@@ -230,7 +233,7 @@ _OUTLINES: Final[dict[str, Callable[[int, float, float, Rng], Line]]] = {
 
 
 def _room(size: tuple[int, int], palette: Palette, rng: Rng) -> Backdrop:
-    """A wall with a window whose light falls across the floor."""
+    """Paint a wall with a window whose light falls across the floor."""
     width, height = size
     floor = float(rng.uniform(0.70, 0.76))
     wall = Image.composite(
@@ -275,7 +278,7 @@ def _room(size: tuple[int, int], palette: Palette, rng: Rng) -> Backdrop:
 
 
 def _cloud(size: tuple[int, int], rng: Rng, octaves: int) -> Image.Image:
-    """Soft blotches about 128, as "L": coarse noise enlarged, several sizes of it."""
+    """Return soft noise around 128 as "L": coarse noise of several sizes, enlarged."""
     width, height = size
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):

@@ -1,8 +1,8 @@
-"""What the camera does in a shot: a table from the words of `camera_angle` to framings and moves.
+"""What the camera does in a shot: tables from the words of `camera_angle` to framings and moves.
 
-Distances are in widths (x) and heights (y) of the whole picture, from its middle, right and down positive; a zoom of 1 shows the whole
-picture; a roll is in degrees, clockwise. Moves run at constant speed: shots are joined by cuts and dissolves, where a camera is already
-moving. Zooms are exponential, so that they look even.
+Offsets are shares of the whole picture's width (x) and height (y) from its centre, right and down positive; a zoom of 1 shows the whole
+picture; a roll is in degrees, clockwise. Moves run at constant speed, without easing: shots are joined by cuts and dissolves, where a
+camera is already moving. Zooms are exponential, so that they look even.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 
 FULL_MOVE_S: Final = 1.5
-"""A shot of this length or more gets the whole move, a shorter one its share: no move is a jolt."""
+"""A shot of this length or more gets the whole move, a shorter one its share, so that no move is a jolt."""
 MOST_ROLL_ZOOM: Final = 1.7
+"""The largest zoom that a roll may need to hide the corners."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -30,7 +31,7 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Move(msgspec.Struct, frozen=True):
-    """From one view to another; `shake` is the width of a hand's tremble."""
+    """A move from one view to another; `shake` is the amplitude of hand-held camera shake."""
 
     start: View = View()
     end: View = View()
@@ -45,7 +46,7 @@ FRAMINGS: Final = {
     "low angle": Move(View(1.22, 0, 0.085), View(1.26, 0, 0.045)),
     "high angle": Move(View(1.22, 0, -0.085), View(1.18, 0, -0.05)),
 }
-"""Starting crops, each with a slow drift of its own, which a move takes the place of where one is named too."""
+"""Starting crops, each with a slow drift, which a named move replaces."""
 
 MOVES: Final = {
     "static": Move(),
@@ -70,7 +71,7 @@ NEUTRAL: Final = (
     Move(View(1.10), View(1.0)),
     Move(View(1.12, 0.03, 0.02), View(1.12, -0.03, -0.02)),
 )
-"""Where nothing is said: slow, one after another, so that neighbours differ."""
+"""Slow moves for shots without a word, used in turn, so that neighbours differ."""
 
 _ALIASES: Final = {
     "wide": ("wide", "establishing", "long shot", "full shot", "extreme long", "master shot"),
@@ -100,8 +101,8 @@ _PATTERNS: Final = sorted(
 )
 
 
-def words(angle: str) -> list[str]:
-    """The words of the tables that a `camera_angle` names, longest first: "slow push-in, low angle" is low angle and dolly in."""
+def named_words(angle: str) -> list[str]:
+    """Return the words of the tables that a `camera_angle` names, longest first: "slow push-in, low angle" is low angle and dolly in."""
     rest, found = angle.lower().replace("_", " "), []
     for pattern, word in _PATTERNS:
         if pattern.search(rest):
@@ -110,44 +111,44 @@ def words(angle: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def move(angle: str | None, shot: int) -> Move:
-    """The move of shot number `shot` for a `camera_angle`; what is not in the tables is neutral."""
-    named = words(angle or "")
+def move_for(angle: str | None, shot: int) -> Move:
+    """Return the move of shot number `shot` for a `camera_angle`; a neutral one if it names none."""
+    named = named_words(angle or "")
     framing = next((FRAMINGS[word] for word in named if word in FRAMINGS), None)
     moving = next((MOVES[word] for word in named if word in MOVES), None)
     if framing and moving:
         crop = framing.start
-        return Move(_within(crop, moving.start), _within(crop, moving.end), moving.shake / crop.zoom)
+        return Move(_inside_crop(crop, moving.start), _inside_crop(crop, moving.end), moving.shake / crop.zoom)
     return framing or moving or NEUTRAL[shot % len(NEUTRAL)]
 
 
-def _within(crop: View, view: View) -> View:
-    """The view inside a crop of the picture."""
+def _inside_crop(crop: View, view: View) -> View:
+    """Return the view within a crop of the picture."""
     return View(crop.zoom * view.zoom, crop.x + view.x / crop.zoom, crop.y + view.y / crop.zoom, view.roll)
 
 
 def path(move: Move, frames: int, seconds: float, aspect: float, rng: np.random.Generator) -> list[View]:
-    """The view at each of the shot's frames, all inside the picture. `aspect` is width over height; `rng` moves the hand."""
+    """Return the view at each frame of the shot, all inside the picture. `aspect` is width over height; `rng` drives the camera shake."""
     share = min(1.0, seconds / FULL_MOVE_S)
-    tremble = _tremble(frames, seconds, rng) * move.shake if move.shake else np.zeros((frames, 2))
+    shake = _shake_path(frames, seconds, rng) * move.shake if move.shake else np.zeros((frames, 2))
     views = []
     for frame in range(frames):
         t = share * (frame / max(1, frames - 1))
         zoom = move.start.zoom * (move.end.zoom / move.start.zoom) ** t
         roll = move.start.roll + (move.end.roll - move.start.roll) * t
-        x = move.start.x + (move.end.x - move.start.x) * t + tremble[frame, 0]
-        y = move.start.y + (move.end.y - move.start.y) * t + tremble[frame, 1]
-        views.append(_inside(View(zoom, x, y, roll), aspect))
+        x = move.start.x + (move.end.x - move.start.x) * t + shake[frame, 0]
+        y = move.start.y + (move.end.y - move.start.y) * t + shake[frame, 1]
+        views.append(_clamped(View(zoom, x, y, roll), aspect))
     return views
 
 
 def tightest(views: Iterable[View]) -> float:
-    """The largest zoom: how much finer than the frame the picture may usefully be."""
+    """Return the largest zoom: how much finer than the frame the picture may usefully be."""
     return max(view.zoom for view in views)
 
 
-def _tremble(frames: int, seconds: float, rng: np.random.Generator) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """(frames, 2), about -1 to 1: the sum of sines of 0.4 to 2.5 Hz, which is where a held camera sways (x in widths, y in heights)."""
+def _shake_path(frames: int, seconds: float, rng: np.random.Generator) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Return offsets (frames, 2) of about -1 to 1: a sum of sines of 0.4 to 2.5 Hz, the frequencies at which a hand-held camera sways."""
     t = np.linspace(0, seconds, frames)[:, None, None]
     hertz = np.array([0.43, 0.9, 1.6, 2.5])
     amplitude = np.array([0.5, 0.28, 0.15, 0.07])
@@ -155,10 +156,10 @@ def _tremble(frames: int, seconds: float, rng: np.random.Generator) -> np.ndarra
     return (amplitude * np.sin(2 * math.pi * hertz * t + phase)).sum(axis=2)  # type: ignore[no-any-return]
 
 
-def _inside(view: View, aspect: float) -> View:
-    """The view, its zoom raised until a rolled frame shows no corner of nothing, and its middle moved until it lies inside.
+def _clamped(view: View, aspect: float) -> View:
+    """Return the view with its zoom raised until a rolled frame shows no empty corner, and its centre moved until the frame is inside.
 
-    A frame so long that this would enlarge it beyond `MOST_ROLL_ZOOM` is rolled less.
+    A roll that would need a zoom beyond `MOST_ROLL_ZOOM`, as in a very long frame, is reduced.
     """
     long = max(aspect, 1 / aspect)
     most = math.degrees(math.asin(min(1.0, (MOST_ROLL_ZOOM - 1) / long)))

@@ -1,8 +1,8 @@
-"""A cut-out that moves over a ground that moves more slowly: how `render_animation` animates one drawing.
+"""A cutout that moves over a background that moves more slowly: how `render_animation` animates one drawing.
 
-The cut-out is the reference picture (by its transparency, by its plain background, or as a paper cut with a white edge) or the lay
-figure; it moves as a paper puppet does: it is shifted, rocked, turned over and squashed. A looped motion has whole cycles, so that the
-frame after the last is the first.
+The cutout is the reference picture (cut out by its transparency or its plain background, else whole with a white edge) or the mannequin. It
+moves like a paper puppet: shifted, rocked, turned over and squashed. A looped motion has whole cycles, so that the first frame follows the
+last.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from workers.child.media.encode import Planes, planes
+from workers.child.media.encode import Planes, to_planes
 
 PLAIN_SPREAD: Final = 14.0
-"""A border whose colours deviate by less than this (of 255) is a plain background, and is taken away."""
+"""A border whose colours deviate by less than this (of 255) is a plain background, and is removed."""
 
 
-class Placing(msgspec.Struct, frozen=True):
-    """Where the puppet is: shifts in frame widths and heights, scales of width and height, rocked by degrees about its foot."""
+class Placement(msgspec.Struct, frozen=True):
+    """Where the cutout is: offsets in frame widths and heights, factors of its width and height, rotation in degrees around its foot."""
 
     x: float = 0.0
     y: float = 0.0
@@ -35,24 +35,24 @@ def _bob(t: float) -> float:
     return abs(math.sin(math.pi * t))
 
 
-MOTIONS: Final[dict[str, Callable[[float, float], Placing]]] = {
-    "walk": lambda t, u: Placing(u, -0.016 * _bob(t * 2), rock=2.6 * math.sin(2 * math.pi * t)),
-    "run": lambda t, u: Placing(1.7 * u, -0.035 * _bob(t * 4), rock=5 + 4 * math.sin(4 * math.pi * t)),
-    "jump": lambda t, u: Placing(
+MOTIONS: Final[dict[str, Callable[[float, float], Placement]]] = {
+    "walk": lambda t, u: Placement(u, -0.016 * _bob(t * 2), rock=2.6 * math.sin(2 * math.pi * t)),
+    "run": lambda t, u: Placement(1.7 * u, -0.035 * _bob(t * 4), rock=5 + 4 * math.sin(4 * math.pi * t)),
+    "jump": lambda t, u: Placement(
         0.3 * u, -0.22 * math.sin(math.pi * (t % 1)) ** 2, 1 - 0.05 * math.sin(2 * math.pi * t), 1 + 0.05 * math.sin(2 * math.pi * t)
     ),
-    "float": lambda t, u: Placing(0.5 * u, -0.05 - 0.045 * math.sin(2 * math.pi * t), rock=3 * math.sin(2 * math.pi * t + 1)),
-    "turn": lambda t, u: Placing(0.2 * u, 0, math.cos(2 * math.pi * t)),
-    "wave": lambda t, u: Placing(0.15 * u, 0, rock=7 * math.sin(4 * math.pi * t)),
-    "shake": lambda t, u: Placing(0.012 * math.sin(16 * math.pi * t), 0, rock=1.2 * math.sin(22 * math.pi * t)),
-    "idle": lambda t, u: Placing(
+    "float": lambda t, u: Placement(0.5 * u, -0.05 - 0.045 * math.sin(2 * math.pi * t), rock=3 * math.sin(2 * math.pi * t + 1)),
+    "turn": lambda t, u: Placement(0.2 * u, 0, math.cos(2 * math.pi * t)),
+    "wave": lambda t, u: Placement(0.15 * u, 0, rock=7 * math.sin(4 * math.pi * t)),
+    "shake": lambda t, u: Placement(0.012 * math.sin(16 * math.pi * t), 0, rock=1.2 * math.sin(22 * math.pi * t)),
+    "idle": lambda t, u: Placement(
         0.25 * u, 0, 1 - 0.006 * math.sin(2 * math.pi * t), 1 + 0.014 * math.sin(2 * math.pi * t), 0.7 * math.sin(2 * math.pi * t)
     ),
 }
-"""Motion word -> placing at cycle t and at u, the way across the frame (-0.14 to 0.14)."""
+"""Motion -> placement at cycle t and at u, the way across the frame (-0.14 to 0.14 frame widths)."""
 
 CYCLE_S: Final = {"walk": 1.1, "run": 0.7, "jump": 1.2, "float": 3.0, "turn": 2.4, "wave": 1.4, "shake": 1.0, "idle": 2.6}
-"""How long one cycle lasts, about: a clip has a whole number of them."""
+"""Approximate length of a cycle: a clip has a whole number of them."""
 
 _ALIASES: Final = {
     "run": ("run", "sprint", "chase", "flee"),
@@ -66,44 +66,44 @@ _ALIASES: Final = {
 }
 
 
-def word(motion: str | None) -> str | None:
-    """The motion of the table that a text names, if any."""
+def motion_named(motion: str | None) -> str | None:
+    """Return the motion that a text names, or None."""
     lowered = (motion or "").lower()
     return next((name for name, aliases in _ALIASES.items() if any(alias in lowered for alias in aliases)), None)
 
 
-def placings(name: str, frames: int, seconds: float, *, loop: bool) -> list[tuple[float, Placing]]:
-    """For each frame the way across (-0.14 to 0.14), which the ground follows more slowly, and where the puppet is."""
+def placements(name: str, frames: int, seconds: float, *, loop: bool) -> list[tuple[float, Placement]]:
+    """Return for each frame the way across (-0.14 to 0.14), which the background follows more slowly, and the placement."""
     cycles = max(1, round(seconds / CYCLE_S[name]))
-    made = []
+    result = []
     for frame in range(frames):
         t = frame / frames if loop else frame / max(1, frames - 1)
         across = 0.14 * math.sin(2 * math.pi * t) if loop else 0.28 * (t - 0.5)
-        placing = MOTIONS[name](cycles * t, across)
-        if loop and name in ("walk", "run"):  # there and back: at the ends the paper turns over and walks the other way
+        placement = MOTIONS[name](cycles * t, across)
+        if loop and name in ("walk", "run"):  # there and back: at both ends the cutout turns over and walks the other way
             turned = min(max(6 * math.cos(2 * math.pi * t), -1), 1)
-            placing = msgspec.structs.replace(placing, wide=turned, rock=placing.rock * turned)
-        made.append((across, placing))
-    return made
+            placement = msgspec.structs.replace(placement, wide=turned, rock=placement.rock * turned)
+        result.append((across, placement))
+    return result
 
 
-class Puppet:
-    """A cut-out in the encoder's planes, laid on frames anywhere, at sub-pixel places."""
+class Cutout:
+    """A cutout in the encoder's planes, drawn onto frames at sub-pixel positions."""
 
-    def __init__(self, cut_out: Image.Image, foot: tuple[float, float]) -> None:
-        """`cut_out` is RGBA at the size it has on screen; `foot` the pixel of the frame where the middle of its lower edge stands."""
-        left, top, right, bottom = cut_out.getchannel("A").getbbox() or (0, 0, 1, 1)
-        seen = cut_out.crop((left, top, right, bottom))
-        padded = Image.new("RGBA", (-(-seen.width // 2) * 2 + 4, -(-seen.height // 2) * 2 + 4))
-        padded.paste(seen, (2, 2))
+    def __init__(self, image: Image.Image, foot: tuple[float, float]) -> None:
+        """`image` is RGBA at its size on screen; `foot` is the pixel of the frame where the middle of its lower edge stands."""
+        left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, 1, 1)
+        visible = image.crop((left, top, right, bottom))
+        padded = Image.new("RGBA", (-(-visible.width // 2) * 2 + 4, -(-visible.height // 2) * 2 + 4))
+        padded.paste(visible, (2, 2))
         self._foot = foot
-        self._own_foot = (2 + cut_out.width / 2 - left, 2 + cut_out.height - top)
-        self._picture = planes(_bled(padded))
+        self._own_foot = (2 + image.width / 2 - left, 2 + image.height - top)
+        self._picture = to_planes(_bleed(padded))
         self._mask = padded.getchannel("A")
         self._half_mask = self._mask.reduce(2)
 
-    def lay(self, frame: Planes, at: Placing) -> None:
-        """Puts the puppet on the frame, in place."""
+    def draw(self, frame: Planes, at: Placement) -> None:
+        """Draw the cutout onto the frame, in place."""
         width, height = frame.y.size
         foot = (self._foot[0] + at.x * width, self._foot[1] + at.y * height)
         forward = _forward(at, self._own_foot, foot)
@@ -122,16 +122,16 @@ class Puppet:
 Matrix = tuple[float, float, float, float, float, float]
 
 
-def _forward(at: Placing, own: tuple[float, float], foot: tuple[float, float]) -> Matrix:
-    """From the puppet's pixels to the frame's: scaled, then rocked about the foot."""
+def _forward(at: Placement, own: tuple[float, float], foot: tuple[float, float]) -> Matrix:
+    """Return the affine map from the cutout's pixels to the frame's: scale, then rotation around the foot."""
     cos, sin = math.cos(math.radians(at.rock)), math.sin(math.radians(at.rock))
-    wide = at.wide if abs(at.wide) > 0.02 else math.copysign(0.02, at.wide)  # edge on, it is a line and not nothing
+    wide = at.wide if abs(at.wide) > 0.02 else math.copysign(0.02, at.wide)  # seen edge on it is a line, never nothing
     a, b, d, e = cos * wide, -sin * at.high, sin * wide, cos * at.high
     return a, b, foot[0] - a * own[0] - b * own[1], d, e, foot[1] - d * own[0] - e * own[1]
 
 
 def _bounds(m: Matrix, size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part of the frame that the puppet may touch, on even pixels."""
+    """Return the part of the frame that the cutout may touch, on even pixels."""
     corners = [(m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]) for x in (0, size[0]) for y in (0, size[1])]
     xs, ys = zip(*corners, strict=True)
     return (
@@ -143,7 +143,7 @@ def _bounds(m: Matrix, size: tuple[int, int], frame: tuple[int, int]) -> tuple[i
 
 
 def _inverse(m: Matrix, left: int, top: int) -> Matrix:
-    """From the pixels of the frame's part to the puppet's, as Pillow wants it."""
+    """Return the affine map from the pixels of the frame's part to the cutout's, as Pillow expects it."""
     determinant = m[0] * m[4] - m[1] * m[3]
     a, b, d, e = m[4] / determinant, -m[1] / determinant, -m[3] / determinant, m[0] / determinant
     x, y = left - m[2], top - m[5]
@@ -159,20 +159,20 @@ def _paste(canvas: Image.Image, plane: Image.Image, mask: Image.Image, matrix: M
     canvas.paste(turned, at, shape)
 
 
-def cut_out(still: Image.Image, height: int) -> Image.Image:
-    """The subject of an RGB or RGBA still as RGBA, about that many pixels high, trimmed to what can be seen."""
+def extract(still: Image.Image, height: int) -> Image.Image:
+    """Return the subject of an RGB or RGBA still as RGBA, about `height` pixels high, trimmed to its visible part."""
     if still.mode == "RGBA" and still.getchannel("A").getextrema()[0] < 250:  # type: ignore[operator]  # one band: a pair of numbers
         cut = still
     else:
         rgb = still.convert("RGB")
-        cut = _off_plain_ground(rgb) or _paper_cut(rgb)
+        cut = _remove_plain_background(rgb) or _paper_cut(rgb)
     cut = cut.crop(cut.getchannel("A").point(lambda v: 255 * (v > 8)).getbbox())
     width = max(2, round(cut.width * height / cut.height))
     return cut.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def _off_plain_ground(still: Image.Image) -> Image.Image | None:
-    """The still without its background, where that is one plain colour all along the border; None elsewhere."""
+def _remove_plain_background(still: Image.Image) -> Image.Image | None:
+    """Return the still without its background if that is one plain colour along the whole border, else None."""
     small = still.copy()
     small.thumbnail((1024, 1024))
     pixels = np.asarray(small, np.int16)
@@ -182,7 +182,7 @@ def _off_plain_ground(still: Image.Image) -> Image.Image | None:
         return None
     far = np.abs(pixels - ground).max(axis=2)
     near = Image.fromarray(((far < 2.5 * PLAIN_SPREAD) * 255).astype(np.uint8))
-    framed = Image.new("L", (near.width + 2, near.height + 2), 255)  # a rim, so that the flood reaches every part of the border
+    framed = Image.new("L", (near.width + 2, near.height + 2), 255)  # a rim, so that the flood fill reaches every part of the border
     framed.paste(near, (1, 1))
     ImageDraw.floodfill(framed, (0, 0), 128)
     outside = framed.crop((1, 1, near.width + 1, near.height + 1)).point(lambda v: 255 * (v == 128))
@@ -195,7 +195,7 @@ def _off_plain_ground(still: Image.Image) -> Image.Image | None:
 
 
 def _paper_cut(still: Image.Image) -> Image.Image:
-    """The whole still with round corners and a white edge, as if cut from a print."""
+    """Return the whole still with round corners and a white edge, like a cut-out print."""
     edge = max(2, min(still.size) // 40)
     paper = Image.new("RGB", (still.width + 2 * edge, still.height + 2 * edge), (246, 243, 236))
     paper.paste(still, (edge, edge))
@@ -206,8 +206,8 @@ def _paper_cut(still: Image.Image) -> Image.Image:
     return cut
 
 
-def _bled(part: Image.Image) -> Image.Image:
-    """The colours carried out past the edge of the alpha: half-size chroma and resampling would mix in what lies there."""
+def _bleed(part: Image.Image) -> Image.Image:
+    """Return the colours extended past the edge of the alpha: half-size chroma and resampling mix in what lies there."""
     alpha = part.getchannel("A")
     own = Image.new("RGB", part.size)
     own.paste(part.convert("RGB"), mask=alpha)

@@ -1,8 +1,8 @@
-"""Dialogue by espeak-ng (the extra `speech`): real speech without weights, and plainly a machine's.
+"""Dialogue by espeak-ng (the extra `speech`): speech without weights, and recognizably synthetic.
 
-`speak` runs this module as a process for one text, because espeak-ng keeps state: the same text differs when spoken twice in one process,
-and a fresh one gives the same samples. That process writes blocks to its standard output: a big-endian header (characters of the text
-that were reached, bytes) and s16 mono samples. It can be killed at any moment. GPL-3 code stays inside it.
+`synthesize` runs this module as a process for one text, because espeak-ng keeps state: the same text differs when spoken twice in one
+process, and a fresh process gives the same samples each time. The process writes blocks to its standard output: a big-endian header
+(characters of the text reached so far, size in bytes) and s16 mono samples. It may be killed at any moment. GPL-3 code stays inside it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ from workers.child import pdeathsig
 LIMIT_S: Final = 120.0
 """5,000 characters take about 4 s; a text that takes longer than this hangs."""
 SAMPLE_RATE: Final = 22_050
-"""Of espeak-ng's own synthesiser."""
+"""The sample rate of espeak-ng."""
 
 _HEADER: Final = struct.Struct(">II")
 _POLL_S: Final = 0.05
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """How a line is spoken, in espeak-ng's units: words a minute; pitch and its range 0 to 100, 50 the voice's own."""
+    """How a line is spoken, in espeak-ng's units.
+
+    `rate` is in words a minute; `pitch` and its `range` are 0 to 100, where 50 is the voice's own.
+    """
 
     rate: int = 165
     pitch: int = 50
@@ -60,7 +63,7 @@ EMOTIONS: Final = {
     "sad": (0.86, 36, 24),
     "tired": (0.82, 40, 20),
 }
-"""Emotion -> share of the pace, pitch, range."""
+"""Emotion -> factor of the rate, pitch, range."""
 _EMOTION_WORDS: Final = {
     "excited": ("excit", "thrill", "ecstatic", "enthusias", "elated", "shout"),
     "happy": ("happy", "joy", "cheer", "glad", "amused", "warm"),
@@ -74,7 +77,7 @@ _EMOTION_WORDS: Final = {
 
 
 def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]]:
-    """How to speak, and a warning for each word that is not known and so changes nothing."""
+    """Return how to speak, and a warning for each word that is not known and changes nothing."""
     tempo, warnings = _named(pace, _PACE_WORDS), []
     feeling = _named(emotion, _EMOTION_WORDS)
     if pace and tempo is None:
@@ -86,12 +89,13 @@ def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]
 
 
 def _named(text: str | None, table: dict[str, tuple[str, ...]]) -> str | None:
+    """Return the entry of the table whose words the text contains, or None."""
     lowered = (text or "").lower()
     return next((name for name, words in table.items() if any(word in lowered for word in words)), None)
 
 
-def voice_of(language: str) -> str:
-    """espeak-ng's name of a BCP 47 language."""
+def espeak_voice(language: str) -> str:
+    """Return espeak-ng's name for a BCP 47 language tag."""
     tag = language.lower().replace("_", "-")
     primary, _, rest = tag.partition("-")
     renamed = {"zh": "cmn", "no": "nb", "in": "id", "iw": "he"}.get(primary, primary)
@@ -100,45 +104,46 @@ def voice_of(language: str) -> str:
     return f"{renamed}-{rest}" if rest else renamed
 
 
-def speak(text: str, language: str, how: Delivery, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
-    """The spoken text, mono at `SAMPLE_RATE`; calls `progress(characters spoken, characters)` twenty times a second or more.
+def synthesize(text: str, language: str, delivery: Delivery, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
+    """Return the spoken text, mono at `SAMPLE_RATE`; call `progress(characters spoken, characters)` at least twenty times a second.
 
-    What `progress` raises stops the speaker. Raises EngineUnavailable without the extra, InvalidInput where nothing of the text can be
-    spoken or the language is not espeak-ng's.
+    An exception from `progress` ends the process. Raises EngineUnavailable without the extra, InvalidInput if nothing of the text can be
+    spoken or espeak-ng does not have the language.
     """
     if importlib.util.find_spec("espeakng_loader") is None:
         raise EngineUnavailable("dialogue needs espeak-ng, which is not installed here: pip install 'movieq[speech]'")
-    command = [sys.executable, "-m", __name__, voice_of(language), str(how.rate), str(how.pitch), str(how.range)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
+    command = [sys.executable, "-m", __name__, espeak_voice(language), str(delivery.rate), str(delivery.pitch), str(delivery.range)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            spoken = _listen(speaker, text, progress)
+            samples = _read_speech(process, text, progress)
         finally:
-            speaker.kill()
-    if not len(spoken) or np.abs(spoken).max() < 1e-4:
+            process.kill()
+    if not len(samples) or np.abs(samples).max() < 1e-4:
         raise InvalidInput(f"text: nothing in {text[:80]!r} can be spoken in {language!r}")
-    return spoken
+    return samples
 
 
-def _listen(speaker: subprocess.Popen[bytes], text: str, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
-    assert speaker.stdin
-    assert speaker.stdout
-    assert speaker.stderr
-    threading.Thread(target=_hand_over, args=(speaker.stdin, text.encode()), daemon=True).start()
-    heard, samples, reached, end_s = bytearray(), bytearray(), 0, time.monotonic() + LIMIT_S
+def _read_speech(process: subprocess.Popen[bytes], text: str, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
+    """Write the text to the process, and return the samples that it answers, -1 to 1."""
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    threading.Thread(target=_write_text, args=(process.stdin, text.encode()), daemon=True).start()
+    buffer, samples, reached, end_s = bytearray(), bytearray(), 0, time.monotonic() + LIMIT_S
     with selectors.DefaultSelector() as waiting:
-        waiting.register(speaker.stdout, selectors.EVENT_READ)
+        waiting.register(process.stdout, selectors.EVENT_READ)
         while True:
             progress(min(reached, len(text)), len(text))
             if time.monotonic() > end_s:
                 raise InternalFault(f"espeak-ng did not finish within {LIMIT_S:.0f} s")
             if waiting.select(_POLL_S):
-                part = os.read(speaker.stdout.fileno(), 65536)
+                part = os.read(process.stdout.fileno(), 65536)
                 if not part:
                     break
-                heard += part
-                reached = max(reached, _unpack(heard, samples))
-    if code := speaker.wait():
-        words = speaker.stderr.read().decode(errors="replace").strip()
+                buffer += part
+                reached = max(reached, _unpack(buffer, samples))
+    if code := process.wait():
+        words = process.stderr.read().decode(errors="replace").strip()
         if code == _NO_VOICE:
             raise InvalidInput(f"language: {words}")
         print(words[-2000:], file=sys.stderr)  # noqa: T201  # for the worker's log
@@ -146,21 +151,21 @@ def _listen(speaker: subprocess.Popen[bytes], text: str, progress: Callable[[int
     return np.frombuffer(bytes(samples), "<i2").astype(np.float32) / np.float32(32768)
 
 
-def _hand_over(stdin: IO[bytes], text: bytes) -> None:
-    """In a thread of its own: a long text fills the pipe before the speaker reads."""
-    with contextlib.suppress(BrokenPipeError), stdin:  # a speaker that ended first says why itself
+def _write_text(stdin: IO[bytes], text: bytes) -> None:
+    """Write the text in a thread: a long one fills the pipe before the process reads."""
+    with contextlib.suppress(BrokenPipeError), stdin:  # a process that ended early reports the reason itself
         stdin.write(text)
 
 
-def _unpack(heard: bytearray, samples: bytearray) -> int:
-    """Moves the samples of whole blocks out of what was heard; returns how far in the text the last of them reached."""
+def _unpack(buffer: bytearray, samples: bytearray) -> int:
+    """Move the samples of complete blocks from `buffer` to `samples`; return the text position that the last of them reached."""
     reached = 0
-    while len(heard) >= _HEADER.size:
-        position, size = _HEADER.unpack_from(heard)
-        if len(heard) < _HEADER.size + size:
+    while len(buffer) >= _HEADER.size:
+        position, size = _HEADER.unpack_from(buffer)
+        if len(buffer) < _HEADER.size + size:
             break
-        samples += heard[_HEADER.size : _HEADER.size + size]
-        del heard[: _HEADER.size + size]
+        samples += buffer[_HEADER.size : _HEADER.size + size]
+        del buffer[: _HEADER.size + size]
         reached = position
     return reached
 
@@ -182,7 +187,7 @@ class _Voice(ctypes.Structure):
 
 
 class _Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h; a list of them ends with type 0."""
+    """espeak_EVENT of speak_lib.h; a list of events ends with type 0."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -203,26 +208,26 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 def main(arguments: list[str]) -> int:
-    """The speaker: voice, rate, pitch and range as arguments, the text on standard input, blocks of samples on standard output."""
+    """The process: voice, rate, pitch and range as arguments, the text on standard input, blocks of samples on standard output."""
     import espeakng_loader
 
-    pdeathsig.hold()
+    pdeathsig.die_with_parent()
     voice, rate, pitch, span = arguments
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # espeak-ng prints its complaints
+    os.dup2(2, 1)  # espeak-ng prints warnings to standard output
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     library.espeak_GetCurrentVoice.restype = ctypes.POINTER(_Voice)
     if library.espeak_Initialize(_SYNCHRONOUS, 200, espeakng_loader.get_data_path().encode(), 0) != SAMPLE_RATE:
         raise RuntimeError("espeak_Initialize failed")
     wanted = _Voice(languages=voice.encode())
-    if library.espeak_SetVoiceByProperties(ctypes.byref(wanted)) != 0 or not _is(library.espeak_GetCurrentVoice().contents, voice):
+    if library.espeak_SetVoiceByProperties(ctypes.byref(wanted)) != 0 or not _speaks(library.espeak_GetCurrentVoice().contents, voice):
         sys.stderr.write(f"{voice!r} is not a language of espeak-ng")
         return _NO_VOICE
     for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, span)):
         library.espeak_SetParameter(parameter, int(value), 0)
     position = 0
 
-    def hear(wave: ctypes._Pointer[ctypes.c_short], count: int, events: ctypes._Pointer[_Event]) -> int:
+    def write_block(wave: ctypes._Pointer[ctypes.c_short], count: int, events: ctypes._Pointer[_Event]) -> int:
         nonlocal position
         index = 0
         while events[index].type != 0:
@@ -233,7 +238,7 @@ def main(arguments: list[str]) -> int:
             out.flush()
         return 0
 
-    callback = _CALLBACK(hear)
+    callback = _CALLBACK(write_block)  # a variable, so that it is not freed while espeak-ng uses it
     library.espeak_SetSynthCallback(callback)
     text = sys.stdin.buffer.read() + b"\0"
     if library.espeak_Synth(text, len(text), 0, 0, 0, _UTF8, None, None) != 0:
@@ -241,8 +246,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _is(found: _Voice, voice: str) -> bool:
-    """Whether the voice that espeak-ng chose speaks the language: its list is (priority byte, name, NUL) again and again."""
+def _speaks(found: _Voice, voice: str) -> bool:
+    """Whether the voice that espeak-ng chose speaks the language: its list is (priority byte, name, NUL), repeated."""
     primary = voice.partition("-")[0]
     first: bytes = found.languages[1:]
     return first.decode().partition("-")[0] == primary

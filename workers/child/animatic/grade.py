@@ -1,4 +1,4 @@
-"""The grade: what the words of `lighting` do to a picture's colours. Baked into each still once, as a table, never frame by frame."""
+"""The grade: what the words of `lighting` do to a picture's colours. Baked into each still once by a 3D LUT, never frame by frame."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _TABLE_SIDE = 25  # points a side of the colour cube: its trilinear error stays 
 
 
 class Grade(msgspec.Struct, frozen=True, kw_only=True):
-    """A look, applied in this order. Values are of display-referred RGB, 0 to 1."""
+    """A look, applied in this order. Values are display-referred RGB, 0 to 1."""
 
     gain: float = 1.0
     gamma: float = 1.0
-    """Above 1 lifts the middle."""
+    """Above 1 lifts the midtones."""
     contrast: float = 1.0
     """Slope at the middle of an S-curve that keeps black and white."""
     saturation: float = 1.0
     shadows: Rgb = (0.0, 0.0, 0.0)
-    """Added in full at black, by nothing at white."""
+    """Added in full at black, not at all at white."""
     highlights: Rgb = (1.0, 1.0, 1.0)
-    """Multiplied in full at white, by nothing at black."""
+    """Multiplied in full at white, not at all at black."""
     vignette: float = 0.12
     """How much darker the corners are."""
     sky: Rgb
@@ -117,7 +117,7 @@ GRADES: Final = {
         sky=(0.90, 0.78, 0.56),
     ),
 }
-"""Lighting word -> look."""
+"""Look -> grade."""
 
 _ALIASES: Final = {
     "noir": ("noir", "black and white", "b&w", "monochrome", "chiaroscuro"),
@@ -134,26 +134,26 @@ _ALIASES: Final = {
     "neutral": ("neutral", "natural", "even"),
 }
 _PATTERNS: Final = sorted(
-    ((re.compile(rf"(?<!\w){re.escape(alias)}(?!\w)"), word) for word, aliases in _ALIASES.items() for alias in aliases),
+    ((re.compile(rf"(?<!\w){re.escape(alias)}(?!\w)"), look) for look, aliases in _ALIASES.items() for alias in aliases),
     key=lambda pair: -len(pair[0].pattern),
 )
 
 
-def word(lighting: str | None) -> str | None:
-    """The word of the table that a `lighting` text names; of several the most exact. None where there is none."""
+def look_named(lighting: str | None) -> str | None:
+    """Return the look that a `lighting` text names, by the longest alias; None if it names none."""
     text = (lighting or "").lower().replace("_", " ")
     return next((name for pattern, name in _PATTERNS if pattern.search(text)), None)
 
 
-def graded(picture: Image.Image, name: str) -> Image.Image:
-    """The RGB picture in the look of that name, its corners shaded."""
-    toned = picture.filter(_table(name)) if name != "neutral" else picture
+def apply(picture: Image.Image, name: str) -> Image.Image:
+    """Return the RGB picture in that look, with its vignette."""
+    toned = picture.filter(lut(name)) if name != "neutral" else picture
     strength = GRADES[name].vignette
     return ImageChops.multiply(toned, _vignette(picture.size, strength)) if strength else toned
 
 
 def tone(rgb: npt.NDArray[np.floating], grade: Grade) -> npt.NDArray[np.float32]:
-    """Colours (..., 3), 0 to 1, in this look; without the vignette, which is a matter of place."""
+    """Return colours (..., 3), 0 to 1, in this look, without the vignette, which depends on the position."""
     value = np.clip(rgb * grade.gain, 0, 1) ** (1 / grade.gamma)
     value = _s_curve(value, grade.contrast)
     luma = (value @ _LUMA)[..., None]
@@ -170,7 +170,8 @@ def _s_curve(value: npt.NDArray[np.floating], slope: float) -> npt.NDArray[np.fl
 
 
 @cache
-def _table(name: str) -> ImageFilter.Color3DLUT:
+def lut(name: str) -> ImageFilter.Color3DLUT:
+    """Return the look as a 3D lookup table."""
     axis = np.linspace(0, 1, _TABLE_SIDE, dtype=np.float32)
     blue, green, red = np.meshgrid(axis, axis, axis, indexing="ij")  # Pillow's order: red runs fastest
     cube = tone(np.stack([red, green, blue], axis=-1), GRADES[name])
@@ -178,7 +179,7 @@ def _table(name: str) -> ImageFilter.Color3DLUT:
 
 
 def _vignette(size: tuple[int, int], strength: float) -> Image.Image:
-    """White in the middle, darker by `strength` in the corners, as the fall of light in a lens (cos^4, about r^2 and r^4)."""
+    """Return a mask that is white in the middle and darker by `strength` in the corners, like a lens (cos^4, about r^2 and r^4)."""
     x = np.linspace(-1, 1, 160, dtype=np.float32)
     radius2 = (x[None, :] ** 2 + x[:, None] ** 2) / 2
     shade = 1 - strength * (0.55 * radius2 + 0.45 * radius2**2)

@@ -1,7 +1,7 @@
-"""A stand-in for a character: a lay figure in one tone, posed by the words of `pose` or `motion`.
+"""The mannequin: a stand-in for a character, drawn in one tone and posed by the words of `pose` or `motion`.
 
-A pose is a skeleton of angles in degrees, measured from straight down, towards the right of the picture positive; limbs are tapered
-strokes, as a storyboard artist blocks in a body before there is a costume.
+A pose is a skeleton of angles in degrees, measured from straight down, positive towards the right; limbs are tapered strokes, as a
+storyboard artist blocks in a body before there is a costume.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 class Pose(msgspec.Struct, frozen=True):
-    """Angles of the limbs. `torso` leans from upright; of arm and leg the upper and the lower part; near ones are drawn over far ones."""
+    """Angles of the limbs: `torso` from upright; of an arm or leg the upper and the lower part. Near limbs are drawn over far ones."""
 
     torso: float = 0.0
     head: float = 0.0
@@ -26,10 +26,10 @@ class Pose(msgspec.Struct, frozen=True):
     near_leg: tuple[float, float] = (-5.0, -3.0)
     far_leg: tuple[float, float] = (6.0, 4.0)
     lift: float = 0.0
-    """How far the lower foot is off the ground, in body heights."""
+    """Height of the lower foot above the ground, in body heights."""
     coat: bool = True
     seat: bool = False
-    """A block under the hips to sit on."""
+    """Whether there is a block under the hips to sit on."""
 
 
 POSES: Final = {
@@ -67,7 +67,7 @@ _ALIASES: Final = {
 
 
 def stride(t: float, *, running: bool) -> Pose:
-    """The pose at a place in the cycle of two steps, 0 to 1: arms and legs swing against each other, the free leg bends."""
+    """Return the pose at phase `t` (0 to 1) of a cycle of two steps: arms and legs swing in opposition, the free leg bends."""
     swing, bend = math.sin(2 * math.pi * t), math.cos(2 * math.pi * t)
     reach, fold, lean = (46.0, 70.0, 14.0) if running else (25.0, 30.0, 3.0)
     elbow = 70.0 if running else 12.0
@@ -83,14 +83,14 @@ def stride(t: float, *, running: bool) -> Pose:
     return Pose(lean, 2, arm(1), arm(-1), leg(1), leg(-1), 0.04 * abs(bend) if running else 0.0)
 
 
-def named(text: str) -> str | None:
-    """The pose that a text names, if any."""
+def pose_named(text: str) -> str | None:
+    """Return the pose that a text names, or None."""
     lowered = text.lower()
     return next((name for name, aliases in _ALIASES.items() if any(alias in lowered for alias in aliases)), None)
 
 
 def draw(canvas: ImageDraw.ImageDraw, foot: Point, height: float, pose: Pose, fill: tuple[int, ...], *, mirrored: bool = False) -> None:
-    """Draws the figure in one tone, its lower foot at `foot`, `height` pixels tall where it stands upright."""
+    """Draw the mannequin in one tone, its lower foot at `foot`, `height` pixels tall when upright."""
     side = -1 if mirrored else 1
 
     def go(start: Point, angle: float, length: float) -> Point:
@@ -137,7 +137,7 @@ def draw(canvas: ImageDraw.ImageDraw, foot: Point, height: float, pose: Pose, fi
 
 
 def _taper(canvas: ImageDraw.ImageDraw, a: Point, b: Point, wide: float, narrow: float, fill: tuple[int, ...]) -> None:
-    """A stroke with round ends, `wide` and `narrow` its half widths."""
+    """Draw a stroke with round ends; `wide` and `narrow` are its half widths."""
     for (x, y), radius in ((a, wide), (b, narrow)):
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     length = math.hypot(b[0] - a[0], b[1] - a[1])

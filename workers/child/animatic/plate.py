@@ -1,4 +1,4 @@
-"""A still made ready to be filmed, and the film camera's eye on it."""
+"""A plate: a still prepared for the camera, and the camera's view of it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from workers.child.animatic import grade
 from workers.child.animatic.camera import View, tightest
-from workers.child.animatic.grade import graded
-from workers.child.media.encode import Planes, planes
-from workers.child.media.images import fill
+from workers.child.media.encode import Planes, to_planes
+from workers.child.media.images import fill_frame
 
-FINEST = 1.5
-"""How many times finer than the frame a plate is at most; beyond, the eye cannot tell."""
+MAX_OVERSAMPLING = 1.5
+"""How many times finer than the frame a plate is at most; more cannot be seen."""
 
 
 class Plate:
-    """A graded picture in the encoder's planes, and the views of it, one for each frame of its shot."""
+    """A graded picture in the encoder's planes, and one view of it for each frame of its shot."""
 
     def __init__(self, still: Image.Image, size: tuple[int, int], look: str, views: Sequence[View]) -> None:
-        """`still` is RGB of any shape; `size` that of the frame; `look` a word of `grade.GRADES`."""
+        """`still` is RGB of any shape, `size` that of the frame, `look` a key of `grade.GRADES`."""
         detail = max(still.width / size[0], still.height / size[1])
-        scale = min(max(1.0, detail), tightest(views), FINEST)
+        scale = min(max(1.0, detail), tightest(views), MAX_OVERSAMPLING)
         self._rolls = any(view.roll for view in views)
         if self._rolls:
-            scale = FINEST  # sampled bilinearly, which is soft unless there is more than enough
+            scale = MAX_OVERSAMPLING  # sampled bilinearly, which is soft without oversampling
         width, height = (round(side * scale / 2) * 2 for side in size)
         self._size = size
         self._views = views
-        self._planes = planes(graded(fill(still, (width, height)), look))
+        self._planes = to_planes(grade.apply(fill_frame(still, (width, height)), look))
 
     def frame(self, number: int) -> Planes:
-        """What the camera sees in the shot's frame `number`; new images, to be drawn upon."""
+        """Return what the camera sees in the shot's frame `number`, as new images that may be drawn on."""
         view = self._views[number]
         width, height = self._size
         y, u, v = self._planes
         half = (width // 2, height // 2)
         if self._rolls:
-            return Planes(_rolled(y, view, self._size), _rolled(u, view, half), _rolled(v, view, half))
-        return Planes(_framed(y, view, self._size), _framed(u, view, half), _framed(v, view, half))
+            return Planes(_rotate(y, view, self._size), _rotate(u, view, half), _rotate(v, view, half))
+        return Planes(_crop(y, view, self._size), _crop(u, view, half), _crop(v, view, half))
 
 
-def _framed(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Image:
-    """The view by bicubic resampling of a box whose edges lie between pixels: even to 0.02 px, where a zoom filter jitters by a pixel."""
+def _crop(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Image:
+    """Return the view by bicubic resampling of a box with sub-pixel edges: even to 0.02 px, where a zoom filter jitters by a pixel."""
     width, height = plane.width / view.zoom, plane.height / view.zoom
     left = (0.5 + view.x) * plane.width - width / 2
     top = (0.5 + view.y) * plane.height - height / 2
@@ -52,7 +52,8 @@ def _framed(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Imag
     return plane.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
-def _rolled(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Image:
+def _rotate(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Image:
+    """Return the view of a rolled camera, by a bilinear affine transform."""
     scale_x, scale_y = plane.width / view.zoom / size[0], plane.height / view.zoom / size[1]
     cos, sin = math.cos(math.radians(view.roll)), math.sin(math.radians(view.roll))
     a, b, d, e = cos * scale_x, sin * scale_y, -sin * scale_x, cos * scale_y
@@ -61,6 +62,6 @@ def _rolled(plane: Image.Image, view: View, size: tuple[int, int]) -> Image.Imag
     return plane.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def dissolved(under: Planes, over: Planes, share: float) -> Planes:
-    """`share` of the one over the other."""
+def dissolve(under: Planes, over: Planes, share: float) -> Planes:
+    """Return `over` blended onto `under` with the opacity `share`."""
     return Planes(*(Image.blend(a, b, share) for a, b in zip(under, over, strict=True)))

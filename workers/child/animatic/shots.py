@@ -1,4 +1,4 @@
-"""The cutting: how stills are laid out in time."""
+"""How stills are laid out in time."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from typing import Final
 import msgspec
 
 DISSOLVE_S: Final = Fraction(1, 2)
+"""The longest dissolve."""
 DISSOLVE_SHARE: Final = Fraction(3, 10)
+"""The longest dissolve, as a share of the shortest shot."""
 SHORTEST_DISSOLVE_FRAMES: Final = 4
 
 
 class Shot(msgspec.Struct, frozen=True):
-    """A still on screen from frame `first` up to, not including, `end`, the frames of its dissolves among them."""
+    """A still on screen from frame `first` up to, not including, `end`, its dissolves included."""
 
     still: int
     first: int
     end: int
     fade_in: int
-    """Frames at its beginning that it shares with the shot before."""
+    """Frames at its start that it shares with the shot before."""
 
     @property
     def frames(self) -> int:
         return self.end - self.first
 
     def presence(self, frame: int) -> float:
-        """How much of this shot is in the picture over the shot before: 0 to 1, in even steps through the dissolve."""
+        """Return the opacity of this shot over the one before: 0 to 1, in even steps through the dissolve."""
         return 1.0 if frame >= self.first + self.fade_in else (frame - self.first + 1) / (self.fade_in + 1)
 
 
-def cut(stills: int, frames: int, rate: Fraction) -> list[Shot]:
-    """The shots of a clip of `frames`: equal in time, joined by dissolves of at most half a second and 30 % of a shot.
+def plan_shots(stills: int, frames: int, rate: Fraction) -> list[Shot]:
+    """Return the shots of a clip: of equal length, joined by dissolves of at most half a second and 30 % of a shot.
 
-    A dissolve lies with its middle on the boundary; one under four frames is a cut. A still that would have no frame is left out.
+    A dissolve is centred on the boundary; one shorter than four frames becomes a cut. A still that would get no frame is left out.
     """
     bounds = [round(Fraction(i * frames, stills)) for i in range(stills + 1)]
     spans = [(still, a, b) for still, (a, b) in enumerate(pairwise(bounds)) if b > a]

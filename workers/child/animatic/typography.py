@@ -1,4 +1,4 @@
-"""Type: faces, measuring, wrapping and drawing, in Roboto and, for letters that it lacks, in what fontconfig knows.
+"""Typography: choosing fonts, measuring, wrapping and drawing text, in Roboto and, for letters that it lacks, in what fontconfig finds.
 
 Sizes are pixels of the em square. Text is drawn from its baseline.
 """
@@ -23,7 +23,7 @@ from movieq.errors import EngineUnavailable
 
 
 class Weight(StrEnum):
-    """The cuts of Roboto that we set."""
+    """The weights of Roboto that are used."""
 
     LIGHT = "RobotoLight"
     REGULAR = "Roboto"
@@ -44,21 +44,22 @@ LINE_HEIGHT: Final = 1.28
 """Baseline to baseline, in ems."""
 
 CAP_HEIGHT: Final = 0.711
-"""Of Roboto, in ems (its OS/2 table)."""
+"""Of Roboto, in ems (from its OS/2 table)."""
 
 DESCENT: Final = 0.22
+"""Of Roboto, in ems."""
 
-EVEN_PIECES: Final = 120
-"""Of at most so many words lines are made even; beyond, it is running text."""
+MAX_BALANCED_PIECES: Final = 120
+"""Text of up to this many words gets lines of even length; longer text is running text."""
 
 
 def width(text: str, style: Style) -> float:
-    """Pixels from the first letter's origin to where the next would begin."""
+    """Return the pixels from the first letter's origin to where the next letter would start."""
     return sum(_advance(part, style, font) for font, part in _runs(text, style))
 
 
 def draw(canvas: ImageDraw.ImageDraw, x: float, baseline: float, text: str, style: Style, fill: tuple[int, ...]) -> float:
-    """Draws one line from its baseline at the left and returns where the next letter would begin."""
+    """Draw one line from its baseline and return where the next letter would start."""
     for font, part in _runs(text, style):
         if style.tracking:
             for letter in part:
@@ -70,17 +71,21 @@ def draw(canvas: ImageDraw.ImageDraw, x: float, baseline: float, text: str, styl
     return x
 
 
-def wrap(text: str, style: Style, most: float) -> list[str]:
-    """Lines at most `most` pixels wide. Line ends in the text are kept; a word that is wider is broken, Chinese and Japanese anywhere."""
+def wrap(text: str, style: Style, max_width: float) -> list[str]:
+    """Return lines at most `max_width` pixels wide.
+
+    Line breaks in the text are kept. A word wider than a line is broken; Chinese and Japanese may break anywhere.
+    """
     lines: list[str] = []
     for paragraph in text.split("\n"):
-        pieces = [part for piece in _pieces(paragraph) for part in _broken(piece, style, most)]
+        pieces = [part for piece in _pieces(paragraph) for part in _split_to_width(piece, style, max_width)]
         while pieces:
             count, wide = 0, 0.0
-            while count < len(pieces) and (count == 0 or wide + _estimate(pieces[count].rstrip(), style) <= most):
-                wide += _estimate(pieces[count], style)
+            while count < len(pieces) and (count == 0 or wide + _approximate_width(pieces[count].rstrip(), style) <= max_width):
+                wide += _approximate_width(pieces[count], style)
                 count += 1
-            while count > 1 and width("".join(pieces[:count]).strip(), style) > most:  # shaping can make a line wider than its letters
+            # shaping can make a line wider than the sum of its letters
+            while count > 1 and width("".join(pieces[:count]).strip(), style) > max_width:
                 count -= 1
             lines.append("".join(pieces[:count]).strip())
             del pieces[:count]
@@ -88,30 +93,30 @@ def wrap(text: str, style: Style, most: float) -> list[str]:
 
 
 def widest_word(text: str, style: Style) -> float:
-    """Pixels of the longest part of the text that a line cannot be broken in."""
-    return max((_estimate(piece.rstrip(), style) for line in text.split("\n") for piece in _pieces(line)), default=0.0)
+    """Return the width in pixels of the widest part of the text that contains no line break opportunity."""
+    return max((_approximate_width(piece.rstrip(), style) for line in text.split("\n") for piece in _pieces(line)), default=0.0)
 
 
-def balance(text: str, style: Style, most: float) -> list[str]:
-    """As few lines as `wrap` needs, their lengths as even as can be: no word hangs alone at the end. Long texts are wrapped only."""
+def balance(text: str, style: Style, max_width: float) -> list[str]:
+    """Return as few lines as `wrap`, as even in length as possible, so that no word hangs alone at the end. Long texts are only wrapped."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
-        pieces = [part for piece in _pieces(paragraph) for part in _broken(piece, style, most)]
-        wrapped = wrap(paragraph, style, most)
-        lines += _even(pieces, len(wrapped), style, most) or wrapped if len(pieces) <= EVEN_PIECES else wrapped
+        pieces = [part for piece in _pieces(paragraph) for part in _split_to_width(piece, style, max_width)]
+        wrapped = wrap(paragraph, style, max_width)
+        lines += _even(pieces, len(wrapped), style, max_width) or wrapped if len(pieces) <= MAX_BALANCED_PIECES else wrapped
     return lines
 
 
-def _even(pieces: list[str], count: int, style: Style, most: float) -> list[str]:
-    """The pieces in that many lines with the least sum of squared space at their ends; none where letter by letter they do not fit."""
-    widths = [_estimate(piece, style) for piece in pieces]
+def _even(pieces: list[str], count: int, style: Style, max_width: float) -> list[str]:
+    """Return the pieces in `count` lines with the least sum of squared space at their ends; empty if they do not fit."""
+    widths = [_approximate_width(piece, style) for piece in pieces]
     start = [0.0, *accumulate(widths)]
     best = {0: (0.0, [0])}  # pieces set so far -> cost, and where each line ended
     for _ in range(count):
         reached: dict[int, tuple[float, list[int]]] = {}
         for done, (cost, ends) in best.items():
             for end in range(done + 1, len(pieces) + 1):
-                space = most - (start[end] - start[done])
+                space = max_width - (start[end] - start[done])
                 if space < 0:
                     break
                 if (total := cost + space**2) < reached.get(end, (float("inf"), []))[0]:
@@ -121,24 +126,24 @@ def _even(pieces: list[str], count: int, style: Style, most: float) -> list[str]
     return ["".join(pieces[a:b]).strip() for a, b in pairwise(ends)]
 
 
-def shorten(text: str, style: Style, most: float) -> str:
-    """The text, cut with an ellipsis where it is wider than `most`."""
-    if width(text, style) <= most:
+def shorten(text: str, style: Style, max_width: float) -> str:
+    """Return the text, cut with an ellipsis if it is wider than `max_width`."""
+    if width(text, style) <= max_width:
         return text
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if width(text[:middle].rstrip() + "…", style) <= most else (low, middle - 1)
+        low, high = (middle, high) if width(text[:middle].rstrip() + "…", style) <= max_width else (low, middle - 1)
     return text[:low].rstrip() + "…" if low else ""
 
 
-def missing(text: str) -> str:
-    """The letters of the text that no font at hand can draw."""
-    return "".join(dict.fromkeys(c for c in text if not _ignorable(c) and _face_for(c, Weight.REGULAR) is None))
+def missing_glyphs(text: str) -> str:
+    """Return the letters of the text that no available font has."""
+    return "".join(dict.fromkeys(c for c in text if not _has_no_glyph(c) and _face_for(c, Weight.REGULAR) is None))
 
 
 def _pieces(paragraph: str) -> list[str]:
-    """What a line can be made of: words with the space behind them, and single signs of scripts that are written without spaces."""
+    """Split a paragraph where a line may break: after each space, and between characters of scripts written without spaces."""
     return _PIECE.findall(" ".join(paragraph.split()))
 
 
@@ -147,38 +152,38 @@ _PIECE: Final = re.compile(
 )
 
 
-def _broken(piece: str, style: Style, most: float) -> Iterator[str]:
-    """The piece, in parts where it alone is wider than a line."""
-    if _estimate(piece.rstrip(), style) <= most:
+def _split_to_width(piece: str, style: Style, max_width: float) -> Iterator[str]:
+    """Yield the piece, or parts of it if it is wider than a line."""
+    if _approximate_width(piece.rstrip(), style) <= max_width:
         yield piece
         return
     part, wide = "", 0.0
     for letter in piece:
-        advance = _letter_width(letter, style)
-        if part and wide + advance > most:
+        advance = _glyph_width(letter, style)
+        if part and wide + advance > max_width:
             yield part
             part, wide = "", 0.0
         part, wide = part + letter, wide + advance
     yield part
 
 
-def _estimate(text: str, style: Style) -> float:
-    """The width letter by letter, without kerning: what thousands of letters can be measured by."""
-    return sum(_letter_width(letter, style) for letter in text)
+def _approximate_width(text: str, style: Style) -> float:
+    """Return the width letter by letter, without kerning: fast enough for thousands of letters."""
+    return sum(_glyph_width(letter, style) for letter in text)
 
 
 @lru_cache(maxsize=50_000)
-def _letter_width(letter: str, style: Style) -> float:
+def _glyph_width(letter: str, style: Style) -> float:
     return width(letter, style)
 
 
 def _runs(text: str, style: Style) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
-    """The text in parts of one face. What has no shape of its own (spaces, joined accents) stays with the letters before it."""
+    """Yield the text in runs of one font. What has no glyph of its own (spaces, combining accents) stays with the letters before it."""
     text = "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cc")
     own = _path(style.weight)
     current, start = own, 0
     for index, letter in enumerate(text):
-        path = current if _ignorable(letter) or (current != own and not letter.isalnum() and _has(current, letter)) else None
+        path = current if _has_no_glyph(letter) or (current != own and not letter.isalnum() and _has_glyph(current, letter)) else None
         path = path or _face_for(letter, style.weight) or own
         if path != current:
             if index > start:
@@ -194,8 +199,8 @@ def _advance(part: str, style: Style, font: ImageFont.FreeTypeFont) -> float:
     return font.getlength(part)
 
 
-def _ignorable(letter: str) -> bool:
-    """Has no shape of its own: spaces, accents that join, controls and format marks."""
+def _has_no_glyph(letter: str) -> bool:
+    """Whether the character has no shape of its own: spaces, combining accents, control and format characters."""
     category = unicodedata.category(letter)
     return category[0] in "ZM" or category in ("Cc", "Cf")
 
@@ -215,17 +220,17 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _face_for(letter: str, weight: Weight) -> str | None:
-    """The file of a font that has the letter: Roboto, else the first of the system's; None where there is none."""
+    """Return the file of a font that has the letter: Roboto, else the first suitable system font; None if there is none."""
     own = _path(weight)
-    if _has(own, letter):
+    if _has_glyph(own, letter):
         return own
     fonts = _system_fonts(weight in (Weight.BOLD, Weight.BLACK))
-    return next((path for path, ranges in fonts if _covers(ranges, ord(letter)) and _has(path, letter)), None)
+    return next((path for path, ranges in fonts if _covers(ranges, ord(letter)) and _has_glyph(path, letter)), None)
 
 
 @cache
 def _system_fonts(bold: bool) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Files of fontconfig's fonts with the characters they have, those that look most like ours first; none without fontconfig."""
+    """Return the font files that fontconfig lists, with their character ranges, those most like Roboto first; empty without fontconfig."""
     lister = shutil.which("fc-list")
     if lister is None:
         return []
@@ -253,16 +258,16 @@ def _covers(ranges: list[tuple[int, int]], code: int) -> bool:
 
 
 @cache
-def _has(path: str, letter: str) -> bool:
-    """Whether the font has a glyph for the letter: it draws something else than for a character that no font has."""
+def _has_glyph(path: str, letter: str) -> bool:
+    """Whether the font has a glyph for the letter: it draws something other than for a character that no font has."""
     try:
         font = _font(path, 24)
     except OSError:
         return False
-    return _drawn(font, letter) != _drawn(font, "\U0010fffe")
+    return _rendered(font, letter) != _rendered(font, "\U0010fffe")
 
 
-def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+def _rendered(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     image = Image.new("L", (72, 72))
     ImageDraw.Draw(image).text((16, 48), letter, fill=255, font=font, anchor="ls")
     return image.size, image.tobytes()

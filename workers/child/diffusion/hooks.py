@@ -1,9 +1,9 @@
-"""One way to follow and to stop any pipeline: hooks on its parts, and its own progress bar. Nothing here knows a pipeline's class.
+"""Following and stopping any pipeline, without knowing its class: hooks on its networks, and its own progress bar.
 
-A part is known by the name under which the pipeline holds it, as diffusers names them. Before each forward of a part, and of each block in
-it, the hook says which stage this is and whether the run is cancelled; so a run stops within a block, also in the middle of a decode. When
-the watch ends, its hooks are gone, and so is what caches and offloading hooks of diffusers kept of the call, however it ended: else the
-next task would begin with what this one left.
+A network is known by its component name in the pipeline, as diffusers names them. Before each forward pass of a network, and of each block
+in it, the hook checks for a cancel and reports the stage; so a run stops within a block, also in the middle of a decode. On exit, however
+the call ended, the hooks are removed and so is everything that caching and offloading hooks of diffusers stored during the call; else the
+next task would start from what this one left.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workers.child.diffusion import previews
-from workers.child.diffusion.loaded import Loaded
-from workers.child.diffusion.prompt_cache import Embeddings
-from workers.child.job import Take
+from workers.child.diffusion.loaded import Loaded, networks
+from workers.child.diffusion.prompt_cache import PromptCache
+from workers.child.job import Job
 
 STAGES = ("", "encode", "denoise", "decode")
 _DENOISERS = ("transformer", "unet", "prior", "decoder_pipe")
@@ -30,115 +30,127 @@ _DECODERS = ("vae", "vqvae", "vocoder", "audio_vae")
 
 
 def stage_of(name: str) -> str:
-    """The stage in which a part of this name works: "denoise", "decode", or "encode" for whatever prepares."""
+    """Return the stage in which a component of this name works: "denoise", "decode", or "encode" for everything that prepares."""
     if name.startswith(_DENOISERS):
         return "denoise"
     return "decode" if name.startswith(_DECODERS) else "encode"
 
 
-class Watch:
-    """Follows the calls of a pipeline inside a block. `seconds` tells afterwards what each stage took."""
+class PipelineHooks:
+    """Report the progress of a pipeline's calls inside a `with` block, and stop it on a cancel.
+
+    `stage_seconds` holds afterwards how long each stage took.
+    """
 
     def __init__(
-        self, take: Take, pipe: Any, part: tuple[int, int] = (0, 1), loaded: Loaded | None = None, given: Mapping[str, Any] | None = None
+        self, job: Job, pipe: Any, part: tuple[int, int] = (0, 1), loaded: Loaded | None = None, arguments: Mapping[str, Any] | None = None
     ) -> None:
-        """`part`: which call this is, of how many: the stage "encode" is the first's alone, "decode" the last's.
+        """`part` is the number of this call and how many calls the run makes.
 
-        With the `loaded` model and what the pipeline is `given`, prompts that it knows are not encoded again, and there are previews.
+        Only the first call has the stage "encode", only the last "decode". With the `loaded` model and the call's `arguments`, cached
+        prompts are not encoded again, and previews are sent.
         """
-        self.seconds: dict[str, float] = {}
+        self.stage_seconds: dict[str, float] = {}
         self._loaded = loaded
-        given = given or {}
-        self._asked = previews.Call(given.get("width"), given.get("height"), given.get("num_frames"))
-        self._shots: list[tuple[Take, previews.Shot]] = []
-        self._knew = False
-        self._inside = ExitStack()
+        arguments = arguments or {}
+        self._size = previews.CallSize(arguments.get("width"), arguments.get("height"), arguments.get("num_frames"))
+        self._pending: list[tuple[Job, previews.PendingPreview]] = []
+        self._prompt_was_cached = False
+        self._patches = ExitStack()
         self._call, self._calls = part
-        self._take = take
+        self._job = job
         self._pipe = pipe
         self._stage = ""
-        self._since_s = 0.0
+        self._stage_began_s = 0.0
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for name, module in parts(self._pipe):
-            for role, each in _watched(name, module):
+        for name, module in networks(self._pipe):
+            for role, each in _hooked(name, module):
                 self._handles.append(each.register_forward_pre_hook(self._hook(role)))
-        self._pipe.progress_bar = lambda iterable=None, total=None: _Bar(self, iterable, total)
+        self._pipe.progress_bar = lambda iterable=None, total=None: _ProgressBar(self, iterable, total)
         if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
-            self._pipe.encode_prompt = self._encoding(self._pipe.encode_prompt, self._loaded.embeddings)
-            self._inside.callback(delattr, self._pipe, "encode_prompt")
+            self._pipe.encode_prompt = self._caching(self._pipe.encode_prompt, self._loaded.prompt_cache)
+            self._patches.callback(delattr, self._pipe, "encode_prompt")
         scheduler = getattr(self._pipe, "scheduler", None)
-        if self._loaded is not None and self._loaded.eye is not None and hasattr(scheduler, "step"):
-            self._inside.enter_context(previews.followed(scheduler, self._due, partial(self._see, self._loaded.eye)))
+        if self._loaded is not None and self._loaded.previewer is not None and hasattr(scheduler, "step"):
+            receive = partial(self._decode_previews, self._loaded.previewer)
+            self._patches.enter_context(previews.latent_estimates(scheduler, self._send_previews, receive))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._leave("")
-        if self._knew:
-            self.seconds.pop("encode", None)  # how long it takes where a prompt is new, the task before has told
+        self._end_stage("")
+        if self._prompt_was_cached:
+            self.stage_seconds.pop("encode", None)  # the time of a cache hit says nothing about a new prompt
         for handle in self._handles:
             handle.remove()
-        self._inside.close()
+        self._patches.close()
         del self._pipe.progress_bar
-        forget(self._pipe)
+        reset(self._pipe)
 
     def step(self, step: int, steps: int) -> None:
-        """A step of the denoising is done."""
-        self._enter("denoise")
-        self._take.step("denoise", self._call * steps + step, self._calls * steps)
+        """Report a finished denoising step."""
+        self._begin_stage("denoise")
+        self._job.step("denoise", self._call * steps + step, self._calls * steps)
 
-    def _encoding(self, encode: Callable[..., Any], known: Embeddings) -> Callable[..., Any]:
+    def _caching(self, encode: Callable[..., Any], cache: PromptCache) -> Callable[..., Any]:
+        """Wrap the pipeline's `encode_prompt` with the prompt cache."""
+
         @functools.wraps(encode)
-        def encoded(*args: Any, **given: Any) -> Any:
-            self._take.check()
-            self._enter("encode")
-            answer, self._knew = known.of(encode, args, given)
+        def cached_encode(*args: Any, **kwargs: Any) -> Any:
+            self._job.check()
+            self._begin_stage("encode")
+            answer, self._prompt_was_cached = cache.call(encode, args, kwargs)
             return answer
 
-        return encoded
+        return cached_encode
 
-    def _due(self) -> bool:
-        """Whether the next step is to be seen. What an earlier one showed has arrived since, and is sent: no GPU waits for a picture."""
-        shots, self._shots = self._shots, []
-        for take, shot in shots:
-            shot.arrived()
-            take.preview(partial(previews.drawn, shot.pictures))
-        return any(take.preview_due for take in self._take.rows)
+    def _send_previews(self) -> bool:
+        """Send the previews of earlier steps, and return whether the next step is to be previewed.
 
-    def _see(self, eye: previews.Eye, latents: Tensor) -> None:
-        for row, take in enumerate(self._take.rows):
-            if take.preview_due and (pictures := eye.look(latents, self._asked, row)) is not None:
-                self._shots.append((take, previews.Shot(pictures)))
-        if self._shots and not latents.is_cuda:
-            self._due()
+        They were copied to the host meanwhile, so the GPU never waits for a preview.
+        """
+        pending, self._pending = self._pending, []
+        for job, preview in pending:
+            preview.wait()
+            job.preview(partial(previews.encode_strip, preview.pictures))
+        return any(job.preview_due for job in self._job.jobs)
+
+    def _decode_previews(self, previewer: previews.Previewer, latents: Tensor) -> None:
+        """Decode the latents of each job whose preview is due; on a GPU they are sent at the next step, else at once."""
+        for row, job in enumerate(self._job.jobs):
+            if job.preview_due and (pictures := previewer.decode(latents, self._size, row)) is not None:
+                self._pending.append((job, previews.PendingPreview(pictures)))
+        if self._pending and not latents.is_cuda:
+            self._send_previews()
 
     def _hook(self, stage: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._take.check()
-            self._enter(stage)
+            self._job.check()
+            self._begin_stage(stage)
 
         return before
 
-    def _enter(self, stage: str) -> None:
+    def _begin_stage(self, stage: str) -> None:
+        """Report a stage, unless it has begun already or belongs to another call of the run."""
         first, last = self._call == 0, self._call + 1 == self._calls
         if STAGES.index(stage) <= STAGES.index(self._stage) or (stage == "encode" and not first) or (stage == "decode" and not last):
-            return  # a stage is only ever left for a later one
-        self._leave(stage)
-        self._take.begin(stage)
+            return  # stages only advance
+        self._end_stage(stage)
+        self._job.begin(stage)
 
-    def _leave(self, stage: str) -> None:
+    def _end_stage(self, stage: str) -> None:
         now_s = time.perf_counter()
         if self._stage:
-            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now_s - self._since_s
-        self._stage, self._since_s = stage, now_s
+            self.stage_seconds[self._stage] = self.stage_seconds.get(self._stage, 0.0) + now_s - self._stage_began_s
+        self._stage, self._stage_began_s = stage, now_s
 
 
-class _Bar:
-    """What a pipeline takes for its tqdm."""
+class _ProgressBar:
+    """Stands in for the pipeline's tqdm bar and reports each step."""
 
-    def __init__(self, watch: Watch, iterable: Iterable[Any] | None, total: int | None) -> None:
-        self._watch = watch
+    def __init__(self, hooks: PipelineHooks, iterable: Iterable[Any] | None, total: int | None) -> None:
+        self._hooks = hooks
         self._iterable = iterable
         self._total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else 1  # type: ignore[arg-type]
         self._done = 0
@@ -156,7 +168,7 @@ class _Bar:
 
     def update(self, steps: int = 1) -> None:
         self._done += steps
-        self._watch.step(min(self._done, self._total), self._total)
+        self._hooks.step(min(self._done, self._total), self._total)
 
     def set_postfix(self, *_: object, **__: object) -> None:
         pass
@@ -164,15 +176,8 @@ class _Bar:
     set_description = close = set_postfix
 
 
-def parts(pipe: Any) -> list[tuple[str, nn.Module]]:
-    """The networks of a pipeline by name; a bare model is its own denoiser."""
-    if isinstance(pipe, nn.Module):
-        return [("transformer", pipe)]
-    return [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-
-
-def _watched(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The part and each of its blocks, with their stage: a decoder encodes too, where a picture is given."""
+def _hooked(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the network and each of its blocks, with their stage. A decoder network also encodes, where an image is given."""
     stage = stage_of(name)
     if stage != "decode":
         yield stage, module
@@ -186,14 +191,14 @@ def _watched(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _block(path: str) -> bool:
-    """Whether a module is one of a list: a layer, a block."""
+    """Whether a module is an item of a list, as layers and blocks are."""
     return path.rpartition(".")[2].isdigit()
 
 
-def forget(pipe: Any) -> None:
-    """Nothing of the last call is left in a pipeline: neither what offloading hooks hold on the device, nor what a step cache kept."""
+def reset(pipe: Any) -> None:
+    """Remove what the last call left in a pipeline: networks that offloading hooks left on the device, and the state of a step cache."""
     if hasattr(pipe, "maybe_free_model_hooks"):
         pipe.maybe_free_model_hooks()
-    for _, part in parts(pipe):
-        if callable(reset := getattr(part, "_reset_stateful_cache", None)):
-            reset()
+    for _, network in networks(pipe):
+        if callable(reset_cache := getattr(network, "_reset_stateful_cache", None)):
+            reset_cache()

@@ -1,4 +1,4 @@
-"""A model in memory."""
+"""A model in memory: its pipelines, and what is remembered with them until it is unloaded."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import nn
 
 from movieq.models.table import Model
-from workers.child.diffusion import previews
-from workers.child.diffusion.prompt_cache import Embeddings
+from workers.child.diffusion.previews import Previewer
+from workers.child.diffusion.prompt_cache import PromptCache
 
 
 class Loaded:
-    """A model in memory: `pipe` for tasks without images, `image_pipe` for those with; either may be missing.
+    """A model in memory: `pipe` serves tasks without images, `image_pipe` tasks with images; either may be None.
 
-    `tokenizer` is that of a model that speaks; of one that takes a voice from a sample it is the processor, which hears too.
+    `tokenizer` is that of a speech model; for a model that clones voices it is the processor, which also encodes the voice sample.
     """
 
     def __init__(self, entry: Model, pipe: Any, image_pipe: Any, tokenizer: Any = None) -> None:
@@ -23,34 +24,41 @@ class Loaded:
         self.tokenizer = tokenizer
         self.pipe = pipe
         self.image_pipe = image_pipe
-        self.seconds: dict[str, float] = {}
-        """What each stage took the last time: the weights of the next plan."""
-        self.embeddings = Embeddings()
-        self.eye: previews.Eye | None = None
-        """What reads previews off its latents; None where nothing can."""
+        self.stage_seconds: dict[str, float] = {}
+        """How long each stage took in the last run: the weights of the next run's plan."""
+        self.prompt_cache = PromptCache()
+        self.previewer: Previewer | None = None
+        """Decodes previews from its latents; None if the model has no previews."""
 
     @property
-    def bytes(self) -> int:
-        """What its weights take."""
-        return sum(tensor.nbytes for part in self._networks() for tensor in (*part.parameters(), *part.buffers()))
+    def size_bytes(self) -> int:
+        """The size of its weights."""
+        return sum(tensor.nbytes for network in self._networks() for tensor in (*network.parameters(), *network.buffers()))
 
-    def move(self, place: str) -> None:
-        """Its weights lie on the device, or in the host's memory; the parts that the ladder sent there wait there anyway."""
+    def move(self, device: str) -> None:
+        """Move its weights to `device`, or with "cpu" to host memory, pinned where CUDA is available.
+
+        A pipeline with CPU offload hooks keeps its weights in host memory already and is left alone.
+        """
         if getattr(self.pipe or self.image_pipe, "_all_hooks", None):
             return
-        for part in self._networks():
-            part.to(place, non_blocking=place != "cpu")
-            if place == "cpu" and torch.cuda.is_available():
-                with contextlib.suppress(RuntimeError):  # the host gives no more of it: a copy takes longer
-                    for tensor in (*part.parameters(), *part.buffers()):
+        for network in self._networks():
+            network.to(device, non_blocking=device != "cpu")
+            if device == "cpu" and torch.cuda.is_available():
+                with contextlib.suppress(RuntimeError):  # no more memory can be pinned: the next copy is slower
+                    for tensor in (*network.parameters(), *network.buffers()):
                         tensor.data = tensor.data.pin_memory()
 
-    def _networks(self) -> list[torch.nn.Module]:
-        own = [part for pipe in (self.pipe, self.image_pipe) if pipe is not None for part in _networks(pipe)]
-        tiny = self.eye.tiny if self.eye is not None else None
-        return list({id(part): part for part in [*own, *([tiny] if tiny is not None else [])]}.values())
+    def _networks(self) -> list[nn.Module]:
+        """Its networks, each once: the two pipelines share theirs."""
+        found = [network for pipe in (self.pipe, self.image_pipe) if pipe is not None for _, network in networks(pipe)]
+        if self.previewer is not None and self.previewer.tiny_vae is not None:
+            found.append(self.previewer.tiny_vae)
+        return list({id(network): network for network in found}.values())
 
 
-def _networks(pipe: Any) -> list[torch.nn.Module]:
-    parts = [pipe] if isinstance(pipe, torch.nn.Module) else pipe.components.values()
-    return [part for part in parts if isinstance(part, torch.nn.Module)]
+def networks(pipe: Any) -> list[tuple[str, nn.Module]]:
+    """Return the networks of a pipeline with their component names; a bare model counts as a transformer."""
+    if isinstance(pipe, nn.Module):
+        return [("transformer", pipe)]
+    return [(name, component) for name, component in pipe.components.items() if isinstance(component, nn.Module)]

@@ -1,4 +1,4 @@
-"""Models in memory: loaded when first asked for, kept where there is room (`residency`), brought back when they are asked for again."""
+"""The models of this process: loaded from disk on first use, cached while there is room (`eviction`), restored when needed again."""
 
 from __future__ import annotations
 
@@ -15,100 +15,105 @@ from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.states import PROCESS_AUDIO
 from workers.child.diffusion import eviction, previews
 from workers.child.diffusion.loaded import Loaded
-from workers.child.job import Take
+from workers.child.job import Job
 from workers.faults import said
 
 T = TypeVar("T")
 
-
-_models = eviction.Residency()
-
-
-def ready(name: str) -> bool:
-    """Whether the model is on the device."""
-    return name in _models.resident
+_memory = eviction.ModelMemory()
 
 
-def names() -> tuple[str, ...]:
-    """The models on the device, the one used last at the end."""
-    return tuple(_models.resident)
+def get(job: Job, name: str, entry: Model, device: str) -> Loaded:
+    """Return the model, on the device and with room to run. It is not evicted while this run lasts.
 
-
-def parked() -> tuple[str, ...]:
-    """The models that wait in the host's memory."""
-    return tuple(_models.parked)
-
-
-def swaps() -> ModelSwaps:
-    """How often models came and went since this process began."""
-    return _models.swaps
-
-
-def seconds(name: str) -> dict[str, float]:
-    """What each stage of the model took the last time; nothing before the first."""
-    loaded = _models.find(name)
-    return dict(loaded.seconds) if loaded else {}
-
-
-def get(take: Take, name: str, entry: Model, device: str) -> Loaded:
-    """The model on the device, with the room that it needs to work. It stays there for as long as this run works.
-
-    A cancel while it loads ends the process: nobody can stop that half way. Raises ModelUnavailable saying what is missing or wrong, and
-    OutOfMemory where it does not fit though every other model has left.
+    A cancel while it loads ends the process: loading cannot be stopped half way. Raises ModelUnavailable if weights are missing or cannot
+    be loaded, and OutOfMemory if the model does not fit even after every other model was evicted.
     """
-    _models.use(take.run.run, name, device)
-    loaded = _models.find(name)
+    _memory.mark_used(job.run.run, name, device)
+    loaded = _memory.find(name)
     if loaded is not None and loaded.entry == entry:
-        if name in _models.parked:
-            _with_room(name, lambda: _models.bring_back(name))
+        if name in _memory.offloaded:
+            _retry_alone(name, lambda: _memory.restore(name))
         else:
-            _models.make_room(eviction.need(loaded), name)
-        take.check()
+            _memory.make_room(eviction.required_bytes(loaded), name)
+        job.check()
         return loaded
-    _models.forget(name)
+    _memory.remove(name)
     folders = {source: weights.find(source) for source in weights.sources(entry)}
-    _models.make_room(int(entry.gpu_memory_gb * 2**30), name)
-    with take.deaf():
+    _memory.make_room(int(entry.gpu_memory_gb * 2**30), name)
+    with job.uninterruptible():
         try:
-            loaded = _with_room(name, lambda: _load(entry, device, folders))
+            loaded = _retry_alone(name, lambda: _load(entry, device, folders))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             raise ModelUnavailable(f"{name} cannot be loaded: {said(error)}") from error
-    take.check()
-    _models.put(name, loaded)
+    job.check()
+    _memory.add(name, loaded)
     return loaded
 
 
-def _with_room(name: str, bring: Callable[[], T]) -> T:
-    """What this brings into memory; where that does not suffice, once more without the others. Raises OutOfMemory."""
-    try:
-        return bring()
-    except torch.OutOfMemoryError as error:
-        error.__traceback__ = None  # its frames hold tensors
-    evict(name)
-    try:
-        return bring()
-    except torch.OutOfMemoryError as error:
-        problem = str(error).partition("\n")[0][:200]
-    raise OutOfMemory(f"the memory of {_models.device} does not suffice to load {name}: {problem}")
+def find(name: str) -> Loaded | None:
+    """Return the model if it is in memory, on the device or offloaded."""
+    return _memory.find(name)
 
 
-def evict(keep: str) -> bool:
-    """Every other model has left the device; False where there was none."""
-    others = [name for name in _models.resident if name != keep]
-    for name in others:
-        _models.put_away(name)
-    eviction.sweep()
+def is_loaded(name: str) -> bool:
+    """Whether the model is on the device."""
+    return name in _memory.on_device
+
+
+def loaded_names() -> tuple[str, ...]:
+    """Return the names of the models on the device, the most recently used last."""
+    return tuple(_memory.on_device)
+
+
+def offloaded_names() -> tuple[str, ...]:
+    """Return the names of the models offloaded to host memory."""
+    return tuple(_memory.offloaded)
+
+
+def swaps() -> ModelSwaps:
+    """Return how often models were loaded and evicted since this process started."""
+    return _memory.swaps
+
+
+def stage_seconds(name: str) -> dict[str, float]:
+    """Return how long each stage of the model took in its last run; empty before the first."""
+    loaded = _memory.find(name)
+    return dict(loaded.stage_seconds) if loaded else {}
+
+
+def evict_others(name: str) -> bool:
+    """Evict every model but this one from the device. Return False if there was none."""
+    others = [each for each in _memory.on_device if each != name]
+    for each in others:
+        _memory.evict(each)
+    eviction.free_memory()
     return bool(others)
 
 
 def clear() -> None:
-    """Nothing is in memory, and nothing was counted."""
-    global _models
-    _models = eviction.Residency()
-    eviction.sweep()
+    """Remove every model from memory and reset the counts."""
+    global _memory
+    _memory = eviction.ModelMemory()
+    eviction.free_memory()
+
+
+def _retry_alone(name: str, load: Callable[[], T]) -> T:
+    """Return what `load` returns; if device memory runs out, evict all other models and try once more. Raises OutOfMemory."""
+    try:
+        return load()
+    except torch.OutOfMemoryError as error:
+        error.__traceback__ = None  # its frames hold tensors
+    evict_others(name)
+    try:
+        return load()
+    except torch.OutOfMemoryError as error:
+        problem = str(error).partition("\n")[0][:200]
+    raise OutOfMemory(f"the memory of {_memory.device} does not suffice to load {name}: {problem}")
 
 
 def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
+    """Load a model from the folders of its weights onto the device, as its table entry says."""
     dtype = torch.float32 if device == "cpu" else {
         Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16
     }[entry.dtype]  # fmt: skip
@@ -116,50 +121,50 @@ def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     name = entry.pipeline or entry.image_pipeline
     assert name is not None
-    cls = class_of(name)
+    cls = library_class(name)
     source = folders[entry.weights] / entry.weights.subfolder
     if entry.languages:
         model = cls.from_pretrained(source, **options).to(device).eval()
-        tokenizer = class_of("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
+        tokenizer = library_class("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
         return Loaded(entry, model, None, tokenizer)
     components = {part: _component(each, folders[each], options) for part, each in entry.components.items()}
-    tiny = components.pop(PREVIEW_VAE, None)
+    tiny_vae = components.pop(PREVIEW_VAE, None)
     variant = {"variant": entry.weights.variant} if entry.weights.variant else {}
     pipe = cls.from_pretrained(source, **options, **variant, **components)
     if entry.scheduler:
         changed = {key: value for key, value in entry.scheduler.items() if key != "cls"}
-        kind = class_of(entry.scheduler["cls"]) if "cls" in entry.scheduler else type(pipe.scheduler)
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changed)
+        scheduler_class = library_class(entry.scheduler["cls"]) if "cls" in entry.scheduler else type(pipe.scheduler)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **changed)
     pipe = pipe.to(device)
     if entry.first_block_cache is not None:
         for part in ("transformer", "transformer_2", "unet"):
             if (network := getattr(pipe, part, None)) is not None:
-                network.enable_cache(class_of("FirstBlockCacheConfig")(threshold=entry.first_block_cache))
+                network.enable_cache(library_class("FirstBlockCacheConfig")(threshold=entry.first_block_cache))
     if entry.image_pipeline is None:
         loaded = Loaded(entry, pipe, None)
     elif entry.image_pipeline == name:
         loaded = Loaded(entry, pipe if entry.pipeline else None, pipe)
     else:
-        loaded = Loaded(entry, pipe, class_of(entry.image_pipeline).from_pipe(pipe, dtype=dtype))
-    loaded.eye = _eye(entry, pipe, tiny.to(device) if tiny is not None else None)
+        loaded = Loaded(entry, pipe, library_class(entry.image_pipeline).from_pipe(pipe, dtype=dtype))
+    loaded.previewer = _previewer(entry, pipe, tiny_vae.to(device) if tiny_vae is not None else None)
     return loaded
 
 
-def _eye(entry: Model, pipe: Any, tiny: Any) -> previews.Eye | None:
-    """What reads previews off the latents of a model that makes pictures, where anything can."""
+def _previewer(entry: Model, pipe: Any, tiny_vae: Any) -> previews.Previewer | None:
+    """Return the previewer of a model that renders pictures; None for sound, and for a VAE that previews cannot read."""
     source = entry.components.get("vae", entry.weights)
     if set(entry.tasks) == {PROCESS_AUDIO} or source is None or getattr(pipe, "vae", None) is None:
         return None
-    learnt = previews.learnt(pipe.vae, weights.beside(source, "colours.json"))
-    return previews.Eye(learnt, tiny) if learnt is not None else None
+    colours = previews.colour_map(pipe.vae, weights.beside(source, "colours.json"))
+    return previews.Previewer(colours, tiny_vae) if colours is not None else None
 
 
 def _component(source: Weights, folder: Path, options: dict[str, Any]) -> Any:
-    return class_of(source.cls).from_pretrained(folder / source.subfolder, **options)
+    return library_class(source.cls).from_pretrained(folder / source.subfolder, **options)
 
 
-def class_of(name: str) -> Any:
-    """A class of diffusers or transformers. Raises ModelUnavailable where neither has it."""
+def library_class(name: str) -> Any:
+    """Return a class of diffusers or transformers by name. Raises ModelUnavailable if neither has it."""
     import diffusers
     import transformers
 

@@ -1,6 +1,6 @@
-"""What a model is told: the fields of a task as one text, each where a person would put it.
+"""The prompt of a model: the fields of a task as one text.
 
-The description comes first, since text encoders cut off at the end; then one short sentence a field, in an order that never changes.
+The description comes first, since text encoders cut off at the end; then one short sentence for each field, always in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Param
 
 
 def prompt(params: Params) -> str:
-    """The text for the model: "A lamp is lit. Camera: dolly in. Lighting: moonlight."; of a sound the description alone."""
+    """Return the prompt: "A lamp is lit. Camera: dolly in. Lighting: moonlight."; for sound, the description alone."""
     return " ".join(_sentence(text) for text in _parts(params) if text.strip())
 
 
@@ -37,7 +37,7 @@ def _named(name: str, text: str | None) -> str:
 
 
 def _position(position: str | dict[str, Any]) -> str:
-    """ "the keeper, left" of {"name": "the keeper", "position": "left"}: what is text or a number, in the order that it came."""
+    """Return "the keeper, left" for {"name": "the keeper", "position": "left"}: the texts and numbers, in their order."""
     if isinstance(position, str):
         return position
     return ", ".join(str(value) for value in position.values() if isinstance(value, str | int | float) and str(value).strip())

@@ -1,4 +1,4 @@
-"""Between what was asked for and what a model can make: sizes, frames, windows; and back again, to the pixel and the frame."""
+"""Choosing a size, frame count and windows that a model can render, and scaling the result back to exactly what was asked for."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ from movieq.models.table import Limits
 
 
 class Window(NamedTuple):
-    """A call of a model: `frames` pictures from the `first` of the clip on, which is the last of the window before, where there is one."""
+    """One call of a model: `frames` frames of the clip from `first`, which is also the last frame of the window before."""
 
     first: int
     frames: int
 
 
-def size(limits: Limits, wanted: tuple[int, int]) -> tuple[int, int]:
-    """The sides that the model makes: of this aspect, as many pixels as are wanted, within what comes out well.
+def model_size(limits: Limits, wanted: tuple[int, int]) -> tuple[int, int]:
+    """Return the width and height at which the model renders: near the wanted aspect and area, within the model's limits.
 
-    Of the sizes of about that area the one is taken whose aspect is the nearest.
+    Both sides are multiples of `limits.sides`. Of the sizes near the wanted area, the one with the nearest aspect is chosen.
     """
-    fewest, most = limits.pixels
-    area = min(max(wanted[0] * wanted[1], fewest), most)
+    min_pixels, max_pixels = limits.pixels
+    area = min(max(wanted[0] * wanted[1], min_pixels), max_pixels)
     aspect = wanted[0] / wanted[1]
     step = limits.sides
     ideal = math.sqrt(area * aspect) / step, math.sqrt(area / aspect) / step
-    found = []
-    for across in range(max(1, math.floor(ideal[0]) - 1), math.ceil(ideal[0]) + 2):
-        for down in range(max(1, math.floor(ideal[1]) - 1), math.ceil(ideal[1]) + 2):
-            pixels = across * down * step * step
-            if pixels <= most:
-                found.append((abs(math.log(across / down / aspect)) + abs(math.log(pixels / area)), across * step, down * step))
-    return min(found)[1:] if found else (step, step)
+    candidates = []
+    for columns in range(max(1, math.floor(ideal[0]) - 1), math.ceil(ideal[0]) + 2):
+        for rows in range(max(1, math.floor(ideal[1]) - 1), math.ceil(ideal[1]) + 2):
+            pixels = columns * rows * step * step
+            if pixels <= max_pixels:
+                candidates.append((abs(math.log(columns / rows / aspect)) + abs(math.log(pixels / area)), columns * step, rows * step))
+    return min(candidates)[1:] if candidates else (step, step)
 
 
 def windows(limits: Limits, seconds: float, cuts: Sequence[int] = ()) -> list[Window]:
-    """The calls that make a clip of this length at the model's own rate; one ends at each cut, where the next begins."""
+    """Return the windows that cover a clip of this length, in frames of the model's own rate.
+
+    At each frame of `cuts` one window ends and the next one starts.
+    """
     needed = max(1, math.ceil(Fraction(seconds).limit_denominator(100_000) * Fraction(limits.fps).limit_denominator(1001)))
     edges = [0, *(cut for cut in cuts if 0 < cut < needed - 1), needed - 1]
     found: list[Window] = []
     for first, end in itertools.pairwise(edges):
         while True:
-            frames = _allowed(limits, min(end - first + 1, limits.frames))
+            frames = _allowed_frames(limits, min(end - first + 1, limits.frames))
             found.append(Window(first, frames))
             if first + frames > end or frames < 2:
                 break
@@ -54,27 +57,27 @@ def windows(limits: Limits, seconds: float, cuts: Sequence[int] = ()) -> list[Wi
     return found
 
 
-def _allowed(limits: Limits, frames: int) -> int:
-    """The next count of the model from this one on, or the largest."""
+def _allowed_frames(limits: Limits, frames: int) -> int:
+    """Return the smallest frame count of the model that is at least `frames`, or its largest."""
     step, start = limits.frame_step, limits.frame_first
-    up = start + max(0, math.ceil((frames - start) / step)) * step
-    most = start + (limits.frames - start) // step * step
-    return max(1, min(up, most))
+    enough = start + max(0, math.ceil((frames - start) / step)) * step
+    largest = start + (limits.frames - start) // step * step
+    return max(1, min(enough, largest))
 
 
-def moments(count: int, frames: int, step: int) -> list[int]:
-    """At which picture of a clip each of its storyboard's images stands: at the begin of its share of the time, on the model's own grid."""
+def image_frames(count: int, frames: int, step: int) -> list[int]:
+    """Return the frame at which each of `count` images appears: the start of its equal share of the clip, on a multiple of `step`."""
     return [number * frames // count // step * step for number in range(count)]
 
 
-def picked(made: int, made_fps: float, wanted: int, wanted_rate: Fraction) -> list[int]:
-    """Which of the pictures that were made stands at each frame that was asked for: the one of that moment."""
-    per_frame = Fraction(made_fps).limit_denominator(1001) / wanted_rate
-    return [min(made - 1, math.floor(number * per_frame)) for number in range(wanted)]
+def source_frames(rendered: int, rendered_fps: float, wanted: int, wanted_rate: Fraction) -> list[int]:
+    """Return for each wanted frame the rendered frame of the same moment: nearest earlier, never past the last."""
+    per_frame = Fraction(rendered_fps).limit_denominator(1001) / wanted_rate
+    return [min(rendered - 1, math.floor(number * per_frame)) for number in range(wanted)]
 
 
-def scaled(picture: Image.Image, wanted: tuple[int, int]) -> Image.Image:
-    """The picture at exactly these sides, filled: what the aspect has too much is cut evenly off both ends."""
+def scale_and_crop(picture: Image.Image, wanted: tuple[int, int]) -> Image.Image:
+    """Scale the picture to fill exactly these sides; what does not fit the aspect is cropped evenly at both ends."""
     if picture.size == wanted:
         return picture
     scale = max(wanted[0] / picture.width, wanted[1] / picture.height)

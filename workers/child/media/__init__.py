@@ -1,1 +1,1 @@
-"""Pictures, sound and files, whatever engine makes them."""
+"""Pictures, sound and files, for every engine."""

@@ -1,7 +1,7 @@
-"""Ambience without recordings: rain, wind, a street, made from shaped noise and small events.
+"""Ambience without recordings: rain, wind, a street, synthesized from shaped noise and small events.
 
-Every sound is a loop: its noise is built in the frequency domain and is periodic, its swells have whole cycles, its events wrap round the
-end. The same generator gives the same samples. Samples are stereo float32.
+Every sound is a loop: its noise is built in the frequency domain and is periodic, its swells have whole cycles, its events wrap around the
+end. The same generator gives the same samples. Samples are stereo float32 (n, 2).
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ Rng = np.random.Generator
 Mono = npt.NDArray[np.float32]
 
 LOOP_S: Final = 8
-"""How long until an ambience repeats."""
+"""Length of a loop."""
 CROSSFADE_S: Final = 0.25
+"""Length of the crossfade between two scenes."""
 
 
-def cues(text: str) -> tuple[str, ...]:
-    """The sounds of the table that a text names, in the table's order; none where it names none."""
+def named_sounds(text: str) -> tuple[str, ...]:
+    """Return the sounds that a text names, in the order of `SOUNDS`; empty if it names none."""
     lowered = text.lower()
     return tuple(name for pattern, name in _PATTERNS if pattern.search(lowered))
 
 
 def loop(names: tuple[str, ...], rate: int, rng: Rng) -> Samples:
-    """`LOOP_S` seconds of the sounds at once, (n, 2), peak 1."""
-    made = sum((_level(SOUNDS[name](LOOP_S * rate, rate, rng)) for name in names), start=np.zeros((LOOP_S * rate, 2), np.float32))
-    return _level(made)
+    """Return `LOOP_S` seconds of the sounds mixed together, (n, 2), peak 1."""
+    sound = sum((_normalize_peak(SOUNDS[name](LOOP_S * rate, rate, rng)) for name in names), start=np.zeros((LOOP_S * rate, 2), np.float32))
+    return _normalize_peak(sound)
 
 
-def _level(made: Samples) -> Samples:
-    return np.asarray(made / max(float(np.abs(made).max()), 1e-9), np.float32)
+def _normalize_peak(sound: Samples) -> Samples:
+    return np.asarray(sound / max(float(np.abs(sound).max()), 1e-9), np.float32)
 
 
 def bed(scenes: Sequence[tuple[str, ...]], length: int, rate: int, rng: Rng, changes: Sequence[int] = ()) -> Samples:
-    """`length` samples of the sounds of one scene after another.
+    """Return `length` samples of ambience, the sounds of one scene after another.
 
-    They change at the samples `changes`, where there are as many as are needed, else evenly; with equal power over a quarter of a second.
+    Scenes change at the samples `changes` if there are enough of them, else evenly spaced, with an equal-power crossfade of a quarter
+    second.
     """
     loops = {scene: loop(scene, rate, rng) for scene in dict.fromkeys(scenes)}
-    starts = [0, *_spread(changes, len(scenes) - 1, length)]
+    starts = [0, *_change_points(changes, len(scenes) - 1, length)]
     out = np.zeros((length, 2), np.float32)
     fade = max(1, int(CROSSFADE_S * rate))
     for number, (scene, start) in enumerate(zip(scenes, starts, strict=True)):
@@ -63,15 +65,15 @@ def bed(scenes: Sequence[tuple[str, ...]], length: int, rate: int, rng: Rng, cha
     return out
 
 
-def _spread(changes: Sequence[int], count: int, length: int) -> list[int]:
-    """`count` moments in order: picture changes where there are enough of them, evenly chosen; else evenly in time."""
+def _change_points(changes: Sequence[int], count: int, length: int) -> list[int]:
+    """Return `count` sample positions in order: evenly chosen from the picture changes if there are enough, else evenly spaced."""
     if len(changes) < count:
         return [length * (i + 1) // (count + 1) for i in range(count)]
     return [changes[i * len(changes) // count] for i in range(count)]
 
 
 def _noise(n: int, rate: int, rng: Rng, shape: Callable[[npt.NDArray[np.floating]], npt.NDArray[np.floating]]) -> Mono:
-    """Periodic noise whose spectrum (amplitude over Hz) is `shape`, RMS 1."""
+    """Return periodic noise with RMS 1; `shape` gives its amplitude spectrum over Hz."""
     hertz = np.fft.rfftfreq(n, 1 / rate)
     hertz[0] = hertz[1]
     amplitude = shape(hertz)
@@ -84,20 +86,20 @@ def _noise(n: int, rate: int, rng: Rng, shape: Callable[[npt.NDArray[np.floating
 def _stereo(
     n: int, rate: int, rng: Rng, shape: Callable[[npt.NDArray[np.floating]], npt.NDArray[np.floating]], width: float = 0.7
 ) -> Samples:
-    """Two channels that share all but `width` of their noise."""
+    """Return noise in two channels that are independent by the share `width`."""
     middle, left, right = (_noise(n, rate, rng, shape) for _ in range(3))
     return np.stack([middle * (1 - width) + left * width, middle * (1 - width) + right * width], axis=1)
 
 
 def _swell(n: int, rng: Rng, cycles: range, depth: float) -> Mono:
-    """A slow rise and fall about 1 with whole cycles: waves of several speeds."""
+    """Return a slow modulation around 1, a sum of sines with whole cycles in the loop."""
     t = np.arange(n, dtype=np.float32) * np.float32(2 * np.pi / n)
     waves = sum((np.sin(t * c + np.float32(rng.uniform(0, 6.28))) / len(cycles) for c in cycles), start=np.zeros(n, np.float32))
     return np.asarray(1 + depth * waves, np.float32)
 
 
 def _band(low: float, high: float, slope: float = 0.0) -> Callable[[npt.NDArray[np.floating]], npt.NDArray[np.floating]]:
-    """A band with soft edges (12 dB an octave), tilted by `slope` powers of frequency."""
+    """Return a band-pass spectrum with soft edges (12 dB an octave), tilted by a power `slope` of frequency."""
 
     def shape(hertz: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         return np.asarray(hertz**slope / (1 + (low / hertz) ** 4) ** 0.5 / (1 + (hertz / high) ** 4) ** 0.5)
@@ -106,7 +108,7 @@ def _band(low: float, high: float, slope: float = 0.0) -> Callable[[npt.NDArray[
 
 
 def _scatter(n: int, rate: int, rng: Rng, times: npt.NDArray[np.float64], event: Callable[[], Mono], spread: float = 0.8) -> Samples:
-    """An event at each of the times (seconds), at random places between the speakers, wrapped round the end of the loop."""
+    """Return stereo sound with an event at each of `times` (s), panned at random, wrapped around the end of the loop."""
     out = np.zeros((n, 2), np.float32)
     for time in times:
         sound = event()
@@ -117,7 +119,7 @@ def _scatter(n: int, rate: int, rng: Rng, times: npt.NDArray[np.float64], event:
 
 
 def _burst(rate: int, rng: Rng, seconds: float, low: float, high: float, decay: float) -> Mono:
-    """Noise of a band that dies away."""
+    """Return band-limited noise with an exponential decay."""
     n = max(16, int(seconds * rate))
     t = np.arange(n, dtype=np.float32) / rate
     return _noise(n, rate, rng, _band(low, min(high, rate * 0.45))) * np.exp(-t * decay)
@@ -212,7 +214,7 @@ def _sea(n: int, rate: int, rng: Rng) -> Samples:
 
 
 def _crowd(n: int, rate: int, rng: Rng) -> Samples:
-    """Walla: many voices, none of which says anything; each a buzz through two moving formants, in syllables."""
+    """Walla: many unintelligible voices, each a buzz through two formants, in syllables."""
     out = _stereo(n, rate, rng, _band(200, 1200, -0.6)) * 0.10
     for _ in range(14):
         side = float(rng.uniform(0.15, 0.85))
@@ -310,7 +312,7 @@ SOUNDS: Final[dict[str, Callable[[int, int, Rng], Samples]]] = {
     "engine": _engine,
     "room": _room,
 }
-"""Cue -> (samples, rate, rng) -> a loop."""
+"""Name -> function of (samples, rate, rng) that returns a loop."""
 
 _ALIASES: Final = {
     "thunder": "thunder|storm|lightning",

@@ -1,10 +1,10 @@
-"""Pictures and samples become files: mp4, jpeg, png, webp, mp3, wav, flac.
+"""Encoding pictures and samples as files: mp4, jpeg, png, webp, mp3, wav, flac.
 
-A picture on its way to a clip is `Planes`: Y, U and V in BT.709 limited range, chroma at half size, as three "L" images of Pillow. That is
-what the encoder takes, and moving three small planes costs half of moving RGB. Samples are float32 (n, channels), -1 to 1.
+A picture for a clip is `Planes`: Y, U and V in BT.709 limited range, chroma at half size, as three "L" images of Pillow. That is what the
+encoder takes, and processing three small planes costs half as much as RGB. Samples are float32 (n, channels), -1 to 1.
 
 The same pictures, samples and tags give the same bytes: encoders run with a fixed number of threads, and no muxer writes times or versions.
-Library errors (av.FFmpegError) are not translated: what we hand to an encoder is our own.
+Errors of the library (av.FFmpegError) are not translated: they can only come from our own data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from PIL import Image, PngImagePlugin
 from movieq.credentials import SOURCES
 from movieq.errors import InvalidInput
 from movieq.tasks.params import AudioFormat, ImageFormat
-from workers.child.job import shown
+from workers.child.job import abbreviated
 from workers.faults import said
 
 Samples = npt.NDArray[np.float32]
@@ -52,8 +52,8 @@ class Planes(NamedTuple):
     v: Image.Image
 
 
-class Format(NamedTuple):
-    """The shape of a clip: its size in pixels, frames a second, and how many frames there are."""
+class ClipFormat(NamedTuple):
+    """The shape of a clip: its size in pixels, frame rate and number of frames."""
 
     size: tuple[int, int]
     rate: Fraction
@@ -69,7 +69,7 @@ class Format(NamedTuple):
 
 
 class Tags(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a file says about itself. `source`: IPTC's name for what it is; `revision`: of the weights."""
+    """What a file says about itself. `source` is the IPTC digital source type, `revision` that of the weights."""
 
     title: str
     engine: str
@@ -83,21 +83,21 @@ class Tags(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def comment(self) -> str:
-        """All of it as JSON, for programs."""
+        """The tags as JSON, for programs."""
         return msgspec.json.encode(self).decode()
 
 
-def planes(image: Image.Image) -> Planes:
-    """The RGB image for the encoder. Its sides are even."""
+def to_planes(image: Image.Image) -> Planes:
+    """Convert an RGB image with even sides to planes."""
     frame = av.VideoFrame.from_ndarray(np.asarray(image), "rgb24").reformat(
         format="yuv420p", dst_colorspace=Colorspace.ITU709, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG
     )
-    y, u, v = (Image.fromarray(np.ascontiguousarray(_pixels(plane))) for plane in frame.planes)
+    y, u, v = (Image.fromarray(np.ascontiguousarray(_plane_array(plane))) for plane in frame.planes)
     return Planes(y, u, v)
 
 
-def picture(planes: Planes) -> Image.Image:
-    """The RGB image of planes."""
+def to_image(planes: Planes) -> Image.Image:
+    """Convert planes to an RGB image."""
     frame = _frame(planes).reformat(
         format="rgb24", src_colorspace=Colorspace.ITU709, src_color_range=ColorRange.MPEG, dst_color_range=ColorRange.JPEG
     )
@@ -107,34 +107,34 @@ def picture(planes: Planes) -> Image.Image:
 def _frame(planes: Planes) -> av.VideoFrame:
     frame = av.VideoFrame(planes.y.width, planes.y.height, "yuv420p")
     for plane, image in zip(frame.planes, planes, strict=True):
-        _pixels(plane)[:] = np.asarray(image)
+        _plane_array(plane)[:] = np.asarray(image)
     return frame
 
 
-def _pixels(plane: VideoPlane) -> npt.NDArray[np.uint8]:
-    """The plane's own memory as (height, width), without the padding at the end of its rows."""
+def _plane_array(plane: VideoPlane) -> npt.NDArray[np.uint8]:
+    """Return the plane's own memory as (height, width), without the padding at the end of its rows."""
     rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)  # type: ignore[call-overload]  # its stub hides the buffer
     return rows[:, : plane.width]  # type: ignore[no-any-return]
 
 
-class Clip:
-    """An mp4 being written: H.264 High, yuv420p tagged BT.709, AAC where there is sound, moov first.
+class ClipWriter:
+    """Writes an mp4: H.264 High, yuv420p tagged BT.709, AAC if there is sound, moov first.
 
-    Pictures are encoded in a thread of this object's own, so that the next ones can be made meanwhile; at most `QUEUED_FRAMES` wait.
-    Leaving the block with an exception leaves no file.
+    Pictures are encoded in a thread of this object, so that the next ones can be drawn meanwhile; at most `QUEUED_FRAMES` wait. If the
+    block ends with an exception, the file is deleted.
     """
 
-    def __init__(self, path: Path, form: Format, tags: Tags, sound: Samples | None = None) -> None:
+    def __init__(self, path: Path, clip: ClipFormat, tags: Tags, sound: Samples | None = None) -> None:
         """`sound` is stereo at `CLIP_SAMPLE_RATE`, as long as the clip."""
         self._path = path
-        self._rate = form.rate
+        self._rate = clip.rate
         self._sound = sound
         self._waiting: queue.Queue[Planes | None] = queue.Queue(QUEUED_FRAMES)
         self._abandoned = False
         self._fault: BaseException | None = None
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"})
         self._container.metadata.update({"title": tags.title, "description": tags.prompt, "comment": tags.comment})
-        self._video = self._video_stream(form)
+        self._video = self._video_stream(clip)
         self._audio = self._audio_stream() if sound is not None else None
         self._thread = threading.Thread(target=self._encode, name="encode")
 
@@ -153,27 +153,27 @@ class Clip:
             raise self._fault
 
     def add(self, planes: Planes) -> None:
-        """Appends one picture; waits while enough are queued. Raises what the encoder raised."""
+        """Append one picture; wait while the queue is full. Raises what the encoder raised."""
         if self._fault:
             raise self._fault
         self._waiting.put(planes)
 
-    def _video_stream(self, form: Format) -> VideoStream:
+    def _video_stream(self, clip: ClipFormat) -> VideoStream:
         options = {
             "preset": "veryfast",
             "crf": "20",
             "profile": "high",
             "threads": str(X264_THREADS),
-            "thread_type": "slice",  # at 2160p as fast as by frames, and 240 MB less
+            "thread_type": "slice",  # at 2160p as fast as frame threads, with 240 MB less memory
             # mbtree's AVX code reads past its rows: the same pictures gave 30 different files in 40 runs (av 18.1); without it, one
             "x264-params": "mbtree=0",
         }
-        stream = self._container.add_stream("libx264", rate=form.rate, options=options)
-        stream.width, stream.height = form.size
+        stream = self._container.add_stream("libx264", rate=clip.rate, options=options)
+        stream.width, stream.height = clip.size
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
-        codec.time_base = 1 / form.rate
-        codec.gop_size = max(1, round(2 * form.rate))
+        codec.time_base = 1 / clip.rate
+        codec.gop_size = max(1, round(2 * clip.rate))
         codec.flags |= av.codec.context.Flags.bitexact
         codec.color_range = ColorRange.MPEG
         codec.colorspace = Colorspace.ITU709
@@ -200,22 +200,22 @@ class Clip:
                 self._container.mux(self._video.encode(None))
                 if self._audio:
                     self._container.mux(self._audio.encode(None))
-        except BaseException as fault:  # the thread's loop: handed to whoever adds or leaves
+        except BaseException as fault:  # raised again by `add` or at the end of the block
             self._fault = fault
             while self._waiting.get() is not None:
                 pass
 
     def _encode_sound_until(self, count: int) -> None:
-        """Sound goes in beside the pictures it belongs to, so that players need not seek."""
+        """Encode the sound of the first `count` pictures, interleaved with them, so that players need not seek."""
         if self._audio is None or self._sound is None:
             return
         first, last = (round(i * CLIP_SAMPLE_RATE / self._rate) for i in (count - 1, count))
-        for frame in _audio_frames(self._sound[first:last], CLIP_SAMPLE_RATE, first):
+        for frame in audio_frames(self._sound[first:last], CLIP_SAMPLE_RATE, first):
             self._container.mux(self._audio.encode(frame))
 
 
-def _audio_frames(samples: Samples, rate: int, first: int = 0) -> Iterator[av.AudioFrame]:
-    """Planar frames of at most a second."""
+def audio_frames(samples: Samples, rate: int, first: int = 0) -> Iterator[av.AudioFrame]:
+    """Yield the samples as planar frames of at most a second."""
     for start in range(0, len(samples), rate):
         part = samples[start : start + rate]
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part.T), "fltp", "stereo" if part.shape[1] == 2 else "mono")
@@ -223,34 +223,34 @@ def _audio_frames(samples: Samples, rate: int, first: int = 0) -> Iterator[av.Au
         yield frame
 
 
-def resampled(samples: Samples, rate: int, wanted: int) -> Samples:
-    """The samples at another rate."""
+def resample(samples: Samples, rate: int, wanted: int) -> Samples:
+    """Return the samples at another rate."""
     resampler = av.AudioResampler("fltp", "stereo" if samples.shape[1] == 2 else "mono", wanted)
-    frames = [out for frame in (*_audio_frames(samples, rate), None) for out in resampler.resample(frame)]
+    frames = [out for frame in (*audio_frames(samples, rate), None) for out in resampler.resample(frame)]
     return np.concatenate([frame.to_ndarray().T for frame in frames]).astype(np.float32)
 
 
 def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[Samples, bool]:
-    """The sound of a file as mono samples at `rate` Hz, at most so long, and whether it went on.
+    """Return the sound of a file as mono samples at `rate` Hz, cut after `seconds`, and whether it was longer.
 
-    Raises InvalidInput, naming the reference, where there is none.
+    Raises InvalidInput naming the reference if the file has no sound that can be decoded.
     """
     wanted, size = round(seconds * rate), 0
-    found: list[Samples] = []
+    parts: list[Samples] = []
     try:
         with av.open(str(path)) as container:
-            plain = av.AudioResampler("fltp", "mono", rate)
+            resampler = av.AudioResampler("fltp", "mono", rate)
             for frame in itertools.chain(container.decode(audio=0), (None,)):
-                for each in plain.resample(frame):
-                    found.append(each.to_ndarray()[0])
-                    size += len(found[-1])
+                for each in resampler.resample(frame):
+                    parts.append(each.to_ndarray()[0])
+                    size += len(parts[-1])
                 if size > wanted:
                     break
-    except (av.FFmpegError, IndexError) as error:  # damaged behind its header, or a film without sound
-        raise InvalidInput(f"{shown(reference)}: its sound cannot be read: {said(error)}") from error
+    except (av.FFmpegError, IndexError) as error:  # damaged after its header, or a video without sound
+        raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: {said(error)}") from error
     if not size:
-        raise InvalidInput(f"{shown(reference)}: there is no sound in it")
-    return np.concatenate(found)[:wanted].astype(np.float32), size > wanted
+        raise InvalidInput(f"{abbreviated(reference)}: there is no sound in it")
+    return np.concatenate(parts)[:wanted].astype(np.float32), size > wanted
 
 
 class _Sound(NamedTuple):
@@ -270,24 +270,24 @@ _MP3_BIT_RATES = {8000: 48_000, 16000: 96_000, 22050: 128_000, 24000: 128_000, 4
 
 
 def write_sound(path: Path, samples: Samples, rate: int, kind: AudioFormat, tags: Tags, done: Callable[[int, int], None]) -> str:
-    """Writes the samples (mono or stereo) at `rate` Hz and returns the content type; calls `done(second, seconds)` after each second."""
-    how = _SOUNDS[kind]
-    with av.open(str(path), "w", format=how.container, options={"fflags": "+bitexact"}) as container:
+    """Write mono or stereo samples at `rate` Hz and return the content type; call `done(second, seconds)` after each second."""
+    sound = _SOUNDS[kind]
+    with av.open(str(path), "w", format=sound.container, options={"fflags": "+bitexact"}) as container:
         container.metadata.update({"title": tags.title, "comment": tags.comment})
-        stream = cast(AudioStream, container.add_stream(how.codec, rate=rate, layout="stereo" if samples.shape[1] == 2 else "mono"))
+        stream = cast(AudioStream, container.add_stream(sound.codec, rate=rate, layout="stereo" if samples.shape[1] == 2 else "mono"))
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         if kind is AudioFormat.MP3:
             stream.codec_context.bit_rate = _MP3_BIT_RATES[rate]
         seconds = -(-len(samples) // rate)
-        for second, frame in enumerate(_audio_frames(samples, rate), 1):
+        for second, frame in enumerate(audio_frames(samples, rate), 1):
             container.mux(stream.encode(frame))
             done(second, seconds)
         container.mux(stream.encode(None))
-    return how.content_type
+    return sound.content_type
 
 
 def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -> str:
-    """Writes the RGB image with its tags, as XMP and in a PNG as text too, and returns the content type."""
+    """Write the RGB image with its tags as XMP, in a PNG also as text, and return the content type."""
     xmp = _xmp(tags)
     if kind is ImageFormat.JPEG:
         image.save(path, "JPEG", quality=90, subsampling=0, xmp=xmp)
@@ -296,16 +296,16 @@ def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -
     else:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        told = {"Title": tags.title, "Description": tags.prompt, "Software": f"movieq {tags.version}", "Comment": tags.comment}
-        for keyword, text in told.items():
+        texts = {"Title": tags.title, "Description": tags.prompt, "Software": f"movieq {tags.version}", "Comment": tags.comment}
+        for keyword, text in texts.items():
             if text:
                 info.add_itxt(keyword, text)
         image.save(path, "PNG", compress_level=3, pnginfo=info)
     return f"image/{kind}"
 
 
-def preview(image: Image.Image, side: int = 256) -> bytes:
-    """The image as a JPEG of so many pixels along its longer side, and at most 10 kB."""
+def preview_jpeg(image: Image.Image, side: int = 256) -> bytes:
+    """Return the image as a JPEG of `side` pixels along its longer side and at most 10 kB."""
     small = image.copy()
     small.thumbnail((side, side))
     for quality in (70, 50, 30, 10):
@@ -317,7 +317,7 @@ def preview(image: Image.Image, side: int = 256) -> bytes:
 
 
 def _xmp(tags: Tags) -> bytes:
-    """The tags as an XMP packet: what the photo tools of a film's art department read (XMP specification, part 1)."""
+    """Return the tags as an XMP packet, which photo tools read (XMP specification, part 1)."""
     fields: dict[str, Any] = msgspec.to_builtins(tags)
     own = "".join(f"<movieq:{name}>{_xml(str(value))}</movieq:{name}>" for name, value in fields.items())
     if tags.source:
@@ -335,5 +335,5 @@ def _xmp(tags: Tags) -> bytes:
 
 
 def _xml(text: str) -> str:
-    """Text that XML 1.0 can carry: control characters, which it forbids even escaped, are left out."""
+    """Escape text for XML 1.0; control characters, which XML forbids even escaped, are left out."""
     return escape("".join(c for c in text if c >= " " or c in "\t\n\r"))

@@ -1,4 +1,4 @@
-"""Stills of any kind become RGB pictures of the frame's shape: turned as the camera was held, never stretched, nothing left transparent."""
+"""Decoding stills of any kind to RGB: upright, in sRGB, without transparency; and filling a frame with a still without stretching it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageEnhance, ImageFilter, ImageOps
 
 from movieq.errors import InvalidInput
-from workers.child.job import shown
+from workers.child.job import abbreviated
 from workers.faults import without_paths
 
 MAX_PIXELS = 40_000_000
@@ -23,80 +23,80 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "TGA")
 """What is decoded. Not EPS or PDF, for which Pillow starts programs."""
 
-COVER_LOSS = 0.125
-"""A still that loses at most this share of itself by filling the frame is cropped (16:10 in 16:9); others stand on their own blur."""
+MAX_CROP_SHARE = 0.125
+"""A still that loses at most this share of its area by filling the frame is cropped (16:10 in 16:9); others get a background."""
 
-GROUND = (118, 116, 112)  # behind transparent parts: mid grey, so that black ink and white chalk both show
+TRANSPARENCY_COLOUR = (118, 116, 112)  # mid grey, so that both black ink and white chalk show on it
 
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, ArithmeticError)
-"""What Pillow's decoders raise on bytes that are not what they claim to be."""
+"""What Pillow's decoders raise on damaged files."""
 
 
 def check(reference: str, path: Path) -> None:
-    """Raises InvalidInput where the file does not even begin like a picture, or is too large: found out before any work is done."""
+    """Raise InvalidInput if the file's header is not that of an image, or the image is too large. Cheap: nothing is decoded."""
     with _decoding(reference, path), Image.open(path, formats=FORMATS):
         pass
 
 
-def load(reference: str, path: Path, most: tuple[int, int]) -> Image.Image:
-    """The still as RGB, upright, in sRGB, opaque, and at most about twice as large as `most` needs.
+def load(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image:
+    """Return the still as RGB, upright, in sRGB, without transparency, at most about twice as large as `frame_size` needs.
 
-    Raises InvalidInput naming the reference where it is no picture, is damaged, or has more than 40 megapixels.
+    Raises InvalidInput naming the reference if it is no image, is damaged, or has more than 40 megapixels.
     """
-    return opaque(load_cut_out(reference, path, most))
+    return flatten_alpha(load_with_alpha(reference, path, frame_size))
 
 
-def load_cut_out(reference: str, path: Path, most: tuple[int, int]) -> Image.Image:
-    """As `load`, but RGBA where the still has transparent parts."""
+def load_with_alpha(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image:
+    """Return the still like `load`, but as RGBA if it has transparent parts."""
     with _decoding(reference, path), Image.open(path, formats=FORMATS) as image:
-        image.draft(None, (most[0] * 2, most[1] * 2))  # JPEG alone: decoded at a half, a quarter or an eighth
+        image.draft(None, (frame_size[0] * 2, frame_size[1] * 2))  # JPEG only: decoded at a half, a quarter or an eighth
         image.load()
-        still = _srgb(ImageOps.exif_transpose(image))
-        factor = min(still.width // (2 * most[0]), still.height // (2 * most[1]))
+        still = _to_srgb(ImageOps.exif_transpose(image))
+        factor = min(still.width // (2 * frame_size[0]), still.height // (2 * frame_size[1]))
         return still.reduce(factor) if factor > 1 else still
 
 
-def opaque(still: Image.Image) -> Image.Image:
-    """RGB of RGB or RGBA: transparent parts show a mid grey ground."""
+def flatten_alpha(still: Image.Image) -> Image.Image:
+    """Return RGB of RGB or RGBA: transparent parts become mid grey."""
     if still.mode == "RGB":
         return still
-    ground = Image.new("RGB", still.size, GROUND)
+    ground = Image.new("RGB", still.size, TRANSPARENCY_COLOUR)
     ground.paste(still, mask=still.getchannel("A"))
     return ground
 
 
 @contextmanager
 def _decoding(reference: str, path: Path) -> Iterator[None]:
-    """Pillow's errors in our words."""
+    """Translate Pillow's errors to InvalidInput."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd but readable files (EXIF, TIFF tags)
+            warnings.simplefilter("ignore")  # about unusual but readable files (EXIF, TIFF tags)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InvalidInput(f"{shown(reference)} has more than {MAX_PIXELS // 1_000_000} megapixels") from error
+        raise InvalidInput(f"{abbreviated(reference)} has more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except _UNDECODABLE as error:
-        raise InvalidInput(f"{shown(reference)} is no picture that can be read ({without_paths(str(error), path)})") from error
+        raise InvalidInput(f"{abbreviated(reference)} is no picture that can be read ({without_paths(str(error), path)})") from error
 
 
-def fill(still: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The still in a frame of `size`: it fills it where that loses little, else it stands whole on its own blurred, darkened copy."""
+def fill_frame(still: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the still in a frame of `size`: cropped to fill it if that loses little, else whole on its own blurred, darkened copy."""
     width, height = size
     cover = _cover_box(still, size)
-    kept = (cover[2] - cover[0]) * (cover[3] - cover[1]) / (still.width * still.height)
-    if kept >= 1 - COVER_LOSS:
+    remaining = (cover[2] - cover[0]) * (cover[3] - cover[1]) / (still.width * still.height)
+    if remaining >= 1 - MAX_CROP_SHARE:
         return still.resize(size, Image.Resampling.LANCZOS, box=cover, reducing_gap=3.0)
     scale = min(width / still.width, height / still.height)
     inner = still.resize(
         (max(1, round(still.width * scale)), max(1, round(still.height * scale))), Image.Resampling.LANCZOS, reducing_gap=3.0
     )
-    frame = blurred(still, size)
+    frame = blurred_background(still, size)
     frame.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
     return frame
 
 
-def blurred(still: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The still over the whole frame, out of focus and darker. Blurred small and enlarged: sixty times cheaper, and as soft."""
+def blurred_background(still: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the still cropped to the frame, blurred and darkened. Blurred at an eighth of the size: as soft, and sixty times cheaper."""
     cover = _cover_box(still, size)
     small = (max(1, size[0] // 8), max(1, size[1] // 8))
     soft = still.resize(small, Image.Resampling.BICUBIC, box=cover, reducing_gap=2.0).filter(ImageFilter.GaussianBlur(max(small) / 30))
@@ -104,15 +104,15 @@ def blurred(still: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _cover_box(still: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The middle of the still that has the frame's shape."""
+    """Return the central part of the still that has the frame's aspect, as (left, top, right, bottom) in pixels."""
     scale = max(size[0] / still.width, size[1] / still.height)
     width, height = min(still.width, size[0] / scale), min(still.height, size[1] / scale)
     left, top = (still.width - width) / 2, (still.height - height) / 2
     return left, top, left + width, top + height
 
 
-def _srgb(image: Image.Image) -> Image.Image:
-    """RGB or RGBA of any mode: 16 bits and floats are scaled, CMYK and wide gamuts go through their profile where they carry one."""
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Return RGB or RGBA of any mode: 16-bit and float values are scaled, CMYK and wide gamuts converted by their ICC profile."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -124,7 +124,7 @@ def _srgb(image: Image.Image) -> Image.Image:
         try:
             converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: take the numbers as they are
+            pass  # a damaged profile: treat the values as sRGB
         else:
             assert converted is not None
             return converted

@@ -1,4 +1,4 @@
-"""A prompt that a model has read before is not read again, and nobody can tell by the result."""
+"""A prompt that a model has encoded before is not encoded again, and the result is the same."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tests.engines.conftest import ENTRIES, IMAGES, SPEAKERS, Studio
-from workers.child.diffusion import model_cache, prompt_cache
-from workers.child.diffusion.prompt_cache import Embeddings
+from workers.child.diffusion import model_cache
+from workers.child.diffusion.prompt_cache import PromptCache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-READERS = [name for name in ENTRIES if name not in SPEAKERS]
+ENCODING = [name for name in ENTRIES if name not in SPEAKERS]
 FIRST = "https://a.example/0.png"
 
 
 def asked(studio: Studio, name: str, prompt: str = "a lighthouse") -> dict[str, Any]:
-    """A small task with these words."""
+    """Return the parameters of a small task with this prompt."""
     if name == "stable_audio":
         return {"prompt": prompt, "duration": 1, "output_format": "wav"}
     task = {"prompt": prompt, "resolution": "64x64", "entry": studio.entry(name, limits={**ENTRIES[name]["limits"], "pixels": [1, 1024]})}
@@ -37,11 +37,11 @@ def asked(studio: Studio, name: str, prompt: str = "a lighthouse") -> dict[str, 
 
 
 @contextmanager
-def read(studio: Studio, name: str) -> Iterator[list[str]]:
-    """The text encoders of the model that work within the block."""
-    take = studio.take(name, print, **asked(studio, name))
-    assert take.run.entry
-    loaded = model_cache.get(take, name, take.run.entry, "cpu")
+def encoders_used(studio: Studio, name: str) -> Iterator[list[str]]:
+    """Record which text encoders of the model run within the block."""
+    job = studio.job(name, print, **asked(studio, name))
+    assert job.run.entry
+    loaded = model_cache.get(job, name, job.run.entry, "cpu")
     found: list[str] = []
     hooks = []
     for part, module in (loaded.pipe or loaded.image_pipe).components.items():
@@ -53,40 +53,40 @@ def read(studio: Studio, name: str) -> Iterator[list[str]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", ENCODING)
 def test_the_same_words_are_encoded_once_and_give_the_same_bytes(studio: Studio, stills: dict[str, Path], name: str) -> None:
     task = asked(studio, name)
-    with read(studio, name) as first:
-        fresh = studio.make(name, stills, **task)
+    with encoders_used(studio, name) as first:
+        fresh = studio.render(name, stills, **task)
     assert first
-    with read(studio, name) as again:
-        known = studio.make(name, stills, **task)
+    with encoders_used(studio, name) as again:
+        known = studio.render(name, stills, **task)
     assert again == []
     assert known.path.read_bytes() == fresh.path.read_bytes()
     assert known.stages == fresh.stages, "the stage is there, and over at once"
-    with read(studio, name) as other:
-        studio.make(name, stills, **asked(studio, name, "a storm"))
+    with encoders_used(studio, name) as other:
+        studio.render(name, stills, **asked(studio, name, "a storm"))
     assert other
 
 
-def test_how_long_reading_takes_is_learnt_of_what_is_new(studio: Studio) -> None:
-    studio.make("sd", **asked(studio, "sd"))
-    took = model_cache.seconds("sd")["encode"]
-    studio.make("sd", **asked(studio, "sd"))
-    assert model_cache.seconds("sd")["encode"] == took
+def test_a_cache_hit_does_not_change_the_measured_time_of_encoding(studio: Studio) -> None:
+    studio.render("sd", **asked(studio, "sd"))
+    took = model_cache.stage_seconds("sd")["encode"]
+    studio.render("sd", **asked(studio, "sd"))
+    assert model_cache.stage_seconds("sd")["encode"] == took
 
 
-def test_what_a_task_does_to_its_tensors_does_not_reach_the_next() -> None:
-    known = Embeddings()
+def test_changing_an_answers_tensors_does_not_change_later_answers() -> None:
+    cache = PromptCache()
     count = itertools.count()
 
     def encode(prompt: str) -> tuple[torch.Tensor, list[torch.Tensor], None]:
         next(count)
         return torch.ones(2, 3), [torch.zeros(2)], None
 
-    for harm in range(3):
-        (first, (second,), nothing), knew = known.of(encode, ("a lamp",), {})
-        assert (knew, nothing) == (harm > 0, None)
+    for number in range(3):
+        (first, (second,), nothing), knew = cache.call(encode, ("a lamp",), {})
+        assert (knew, nothing) == (number > 0, None)
         assert torch.equal(first, torch.ones(2, 3))
         assert torch.equal(second, torch.zeros(2))
         first.add_(5)
@@ -95,31 +95,30 @@ def test_what_a_task_does_to_its_tensors_does_not_reach_the_next() -> None:
 
 
 @pytest.mark.parametrize("given", [{"embeds": torch.zeros(1)}, {"prompt": object()}, {"prompt": ["a", {"b": print}]}])
-def test_what_is_not_plain_is_encoded_each_time(given: dict[str, Any]) -> None:
-    known = Embeddings()
-    assert [known.of(lambda **_: torch.ones(1), (), given)[1] for _ in range(2)] == [False, False]
-    assert known.bytes == 0
-    assert [known.of(lambda: print, (), {})[1] for _ in range(2)] == [False, False]
+def test_arguments_that_are_not_plain_are_never_cached(given: dict[str, Any]) -> None:
+    cache = PromptCache()
+    assert [cache.call(lambda **_: torch.ones(1), (), given)[1] for _ in range(2)] == [False, False]
+    assert cache.size_bytes == 0
+    assert [cache.call(lambda: print, (), {})[1] for _ in range(2)] == [False, False]
 
 
-def test_one_and_true_are_not_the_same() -> None:
-    known = Embeddings()
+def test_1_and_true_are_different_arguments() -> None:
+    cache = PromptCache()
 
     def encode(flag: object) -> torch.Tensor:
         return torch.ones(1)
 
-    assert [known.of(encode, (each,), {})[1] for each in (1, True, 1.0, [1], (1,), 1)] == [False] * 5 + [True]
+    assert [cache.call(encode, (each,), {})[1] for each in (1, True, 1.0, [1], (1,), 1)] == [False] * 5 + [True]
 
 
-def test_what_was_not_used_for_longest_goes_when_there_is_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_cache, "MOST_BYTES", 1000)
-    known = Embeddings()
+def test_the_least_recently_used_prompt_leaves_when_the_cache_is_full() -> None:
+    cache = PromptCache(max_bytes=1000)
 
     def encode(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
 
     def knew(size: int) -> bool:
-        return known.of(encode, (size,), {})[1]
+        return cache.call(encode, (size,), {})[1]
 
     assert [knew(each) for each in (400, 401, 400, 402, 400, 401, 1001, 1001)] == [False, False, True, False, True, False, False, False]
-    assert known.bytes <= 1000
+    assert cache.size_bytes <= 1000

@@ -1,4 +1,4 @@
-"""Between what is asked for and what a model can make: sizes, windows, moments, and the way back."""
+"""Sizes, windows and frames that a model can render, and scaling back to what was asked for."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LIMITS = st.builds(
 
 
 @given(LIMITS, SIDES, SIDES)
-def test_a_size_is_one_that_the_model_makes_and_near_the_aspect(limits: Limits, width: int, height: int) -> None:
-    across, down = sizing.size(limits, (width, height))
+def test_a_size_is_one_that_the_model_supports_and_near_the_aspect(limits: Limits, width: int, height: int) -> None:
+    across, down = sizing.model_size(limits, (width, height))
     assert across % limits.sides == down % limits.sides == 0
     assert across * down <= limits.pixels[1]
     # a step of either side is the coarsest that the aspect can be off, and twice that where sides are small
@@ -43,11 +43,11 @@ def test_a_size_is_one_that_the_model_makes_and_near_the_aspect(limits: Limits, 
     ],
 )
 def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: tuple[int, int], made: tuple[int, int]) -> None:
-    assert sizing.size(Limits(sides=sides, pixels=pixels), wanted) == made
+    assert sizing.model_size(Limits(sides=sides, pixels=pixels), wanted) == made
 
 
 @given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.sampled_from([8.0, 16.0, 24.0, 23.976]), st.floats(1, 30))
-def test_windows_cover_the_clip_and_share_a_picture(step: int, first: int, most: int, fps: float, seconds: float) -> None:
+def test_windows_cover_the_clip_and_share_a_frame(step: int, first: int, most: int, fps: float, seconds: float) -> None:
     limits = Limits(frame_step=step, frame_first=first, frames=most, fps=fps)
     windows = sizing.windows(limits, seconds)
     for window in windows:
@@ -74,24 +74,24 @@ def test_a_window_ends_at_each_cut_and_the_next_begins_there() -> None:
 
 @given(st.integers(1, 32), st.integers(1, 300), st.integers(1, 8))
 def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count: int, frames: int, step: int) -> None:
-    moments = sizing.moments(count, frames, step)
-    assert moments == sorted(moments)
-    assert moments[0] == 0
-    assert all(moment < frames and moment % step == 0 for moment in moments)
+    frames_of_images = sizing.image_frames(count, frames, step)
+    assert frames_of_images == sorted(frames_of_images)
+    assert frames_of_images[0] == 0
+    assert all(frame < frames and frame % step == 0 for frame in frames_of_images)
 
 
 @given(st.integers(1, 300), st.sampled_from([8.0, 16.0, 24.0]), st.integers(1, 300), st.sampled_from([Fraction(24), Fraction(24000, 1001)]))
 def test_each_frame_shows_the_picture_of_its_moment(made: int, fps: float, wanted: int, rate: Fraction) -> None:
-    picked = sizing.picked(made, fps, wanted, rate)
-    assert len(picked) == wanted
-    assert picked == sorted(picked)
-    for frame, picture in enumerate(picked):
+    sources = sizing.source_frames(made, fps, wanted, rate)
+    assert len(sources) == wanted
+    assert sources == sorted(sources)
+    for frame, picture in enumerate(sources):
         assert picture == made - 1 or picture <= float(frame / rate) * fps + 1e-6 < picture + 1
 
 
 def test_a_picture_is_cut_evenly_to_the_aspect_and_never_stretched() -> None:
     picture = Image.new("RGB", (80, 40), "red")
     picture.paste("blue", (30, 0, 50, 40))
-    scaled = sizing.scaled(picture, (40, 40))
-    assert scaled.size == (40, 40)
-    assert [scaled.getpixel((x, 20)) for x in (2, 20, 37)] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    cropped = sizing.scale_and_crop(picture, (40, 40))
+    assert cropped.size == (40, 40)
+    assert [cropped.getpixel((x, 20)) for x in (2, 20, 37)] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]

@@ -8,14 +8,14 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.child.animatic.shots import cut
+from workers.child.animatic.shots import plan_shots
 
 rates = st.sampled_from([Fraction(1), Fraction(12), Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(60)])
 
 
 @given(stills=st.integers(1, 32), frames=st.integers(1, 1800), rate=rates)
 def test_every_frame_has_its_shot_and_every_still_its_equal_share(stills: int, frames: int, rate: Fraction) -> None:
-    shots = cut(stills, frames, rate)
+    shots = plan_shots(stills, frames, rate)
 
     assert shots[0].first == 0
     assert shots[-1].end == frames
@@ -28,7 +28,7 @@ def test_every_frame_has_its_shot_and_every_still_its_equal_share(stills: int, f
 
 @given(stills=st.integers(2, 32), frames=st.integers(2, 1800), rate=rates)
 def test_dissolves_are_short_and_never_two_at_once(stills: int, frames: int, rate: Fraction) -> None:
-    shots = cut(stills, frames, rate)
+    shots = plan_shots(stills, frames, rate)
     shortest = min(b.first - a.first for a, b in pairwise([*shots, shots[-1]]) if b is not a) if len(shots) > 1 else frames
     for before, shot in pairwise(shots):
         overlap = before.end - shot.first
@@ -41,7 +41,7 @@ def test_dissolves_are_short_and_never_two_at_once(stills: int, frames: int, rat
 
 
 def test_a_dissolve_goes_in_even_steps() -> None:
-    _, second = cut(2, 48, Fraction(24))
+    _, second = plan_shots(2, 48, Fraction(24))
     shares = [second.presence(frame) for frame in range(second.first, second.first + second.fade_in + 1)]
     assert shares[-1] == 1.0
     assert len({round(b - a, 6) for a, b in pairwise([0.0, *shares])}) == 1

@@ -27,11 +27,11 @@ def pixels(image: Image.Image) -> npt.NDArray[np.int16]:
 
 
 @pytest.mark.parametrize("letters", [1, 120, 1200])
-@pytest.mark.parametrize("size", [(1024, 1024), (1920, 1080), (900, 1600)])
+@pytest.mark.parametrize("size", [(512, 512), (960, 540), (450, 800)])
 def test_type_stands_inside_its_margins(letters: int, size: tuple[int, int]) -> None:
     asked = brief((TEXT * 20)[:letters])
     image = pixels(card.card(size, asked))
-    picture, box = card._composition(size, asked)
+    picture, box = card.layout(size, asked)
     paper = image[box[1] - 3, box[0] - 3]
     ink = np.abs(image - paper).max(axis=2) > 40
     ink[picture[1] : picture[3], picture[0] : picture[2]] = False
@@ -47,7 +47,7 @@ def test_type_reaches_its_contrast_in_every_light(lighting: str) -> None:
     asked = brief("Light", lighting=lighting)
     size = (600, 600)
     image = pixels(card.card(size, asked))
-    picture, box = card._composition(size, asked)
+    picture, box = card.layout(size, asked)
     paper = tuple(int(v) for v in image[box[1] - 3, box[0] - 3])
     title = image[box[1] + 45 : box[3] - 70, box[0] : box[2]].reshape(-1, 3)
     furthest = tuple(int(v) for v in title[np.abs(title - paper).sum(axis=1).argmax()])
@@ -65,25 +65,25 @@ def test_readable_reaches_the_contrast_wherever_it_can_be_reached() -> None:
 @pytest.mark.parametrize("letters", [1, 20, 120])
 def test_no_word_of_a_title_is_broken(letters: int) -> None:
     text = ("смотрителя " * 12)[:letters].strip()
-    style, lines = card._fitted(text, 400, 900, 1000)
+    style, lines = card.fit_text(text, 400, 900, 1000)
     assert " ".join(lines) == text
     assert style.size >= 40
 
 
 def test_short_texts_are_set_larger() -> None:
-    sizes = [card._fitted((TEXT * 20)[:letters], 700, 500, 1000)[0].size for letters in (1, 120, 1200)]
+    sizes = [card.fit_text((TEXT * 20)[:letters], 700, 500, 1000)[0].size for letters in (1, 120, 1200)]
     assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
 
 
 @pytest.mark.parametrize("height", [90, 200, 700])
 @pytest.mark.parametrize("letters", [1, 12, 120, 1200])
 def test_a_text_ends_above_what_stands_below_it(letters: int, height: int) -> None:
-    style, lines = card._fitted((TEXT * 20)[:letters], 700, height, 1000)
+    style, lines = card.fit_text((TEXT * 20)[:letters], 700, height, 1000)
     assert style.size * (CAP_HEIGHT + DESCENT + LINE_HEIGHT * (len(lines) - 1)) <= height
 
 
 def test_a_text_that_cannot_fit_ends_in_an_ellipsis() -> None:
-    _, lines = card._fitted(TEXT * 60, 300, 200, 400)
+    _, lines = card.fit_text(TEXT * 60, 300, 200, 400)
     assert lines[-1].endswith("…")
 
 
@@ -93,7 +93,7 @@ def test_colours_come_from_the_reference() -> None:
     own = [(30, 40, 60), (190, 60, 40), (230, 200, 120), (90, 120, 90), (240, 240, 236)]
     for index, colour in enumerate(own[1:]):
         canvas.rectangle((index * 100, 60, index * 100 + 90, 280), fill=colour)
-    found = palette.of_picture(reference).colours
+    found = palette.from_image(reference).colours
     for colour in own:
         apart = min(delta_e(colour, other) for other in found)
         assert apart < 10, (colour, found)
@@ -132,7 +132,7 @@ def test_the_same_brief_draws_the_same_card() -> None:
 def test_the_figure_stands_whole_in_its_picture(pose: str) -> None:
     from workers.child.animatic import mannequin
 
-    image = card.stand_in(200, mannequin.POSES[pose], palette.of_light("neutral"))
+    image = card.mannequin_image(200, mannequin.POSES[pose], palette.from_lighting("neutral"))
     box = image.getchannel("A").getbbox()
     assert box is not None
     assert box[0] > 0

@@ -1,4 +1,4 @@
-"""What a model is told: the rules by which the fields of a task become one text."""
+"""Prompts: how the fields of a task become one text."""
 
 from __future__ import annotations
 

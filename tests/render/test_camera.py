@@ -1,4 +1,4 @@
-"""The camera's moves, measured in the pictures: shift, scale and turn between two frames, by phase correlation."""
+"""The camera's moves, measured in the pictures: shift, scale and rotation between two frames, by phase correlation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRAMES = 72
 
 
 class Motion(NamedTuple):
-    """What the picture did: moved right and down by pixels, grew by a factor, turned clockwise by degrees."""
+    """How the picture moved: pixels right and down, scale factor, degrees clockwise."""
 
     x: float
     y: float
@@ -30,7 +30,7 @@ class Motion(NamedTuple):
 
 
 def scene(size: tuple[int, int] = (1536, 864)) -> Image.Image:
-    """Detail of every size, so that a correlation has one peak."""
+    """Return a picture with detail of every size, so that a correlation has one peak."""
     rng = np.random.default_rng(5)
     total = np.zeros(size[::-1])
     for cells in (12, 30, 80, 200):
@@ -42,7 +42,7 @@ def scene(size: tuple[int, int] = (1536, 864)) -> Image.Image:
 
 def shot(angle: str | None, *, seconds: float = SECONDS, size: tuple[int, int] = SIZE) -> tuple[Plate, int]:
     frames = round(seconds * 24)
-    views = camera.path(camera.move(angle, 0), frames, seconds, size[0] / size[1], np.random.default_rng(3))
+    views = camera.path(camera.move_for(angle, 0), frames, seconds, size[0] / size[1], np.random.default_rng(3))
     return Plate(scene(), size, "neutral", views), frames
 
 
@@ -51,7 +51,7 @@ def grey(plate: Plate, frame: int) -> Floats:
 
 
 def motion(first: Floats, last: Floats) -> Motion:
-    """Scale, turn from the log-polar spectra (Reddy and Chatterji 1996) of what both frames show; then the shift of frames so aligned."""
+    """Return scale and rotation by log-polar spectra (Reddy and Chatterji 1996), and the shift of the frames aligned by them."""
     height, width = first.shape
     window = np.outer(np.hanning(height), np.hanning(width))
     scale, turn = _scale_and_turn(*_shared(first, last, *shift(first * window, last * window)))
@@ -63,7 +63,7 @@ def motion(first: Floats, last: Floats) -> Motion:
 
 
 def _shared(first: Floats, last: Floats, dx: float, dy: float) -> tuple[Floats, Floats]:
-    """The parts of two frames that show the same, where the second is moved by about that much."""
+    """Return the parts of two frames that show the same, given the approximate shift."""
     x, y = round(dx), round(dy)
     height, width = first.shape
     return (
@@ -100,8 +100,10 @@ def _sampled(image: Floats, x: Floats, y: Floats) -> Floats:
 
 
 def shift(first: Floats, second: Floats) -> tuple[float, float]:
-    """How far the second is moved right and down, to a few hundredths of a pixel: phase correlation, its peak refined by an upsampled
-    transform around it (Guizar-Sicairos 2008)."""
+    """Return the shift right and down in pixels, to a few hundredths.
+
+    By phase correlation, its peak refined by an upsampled transform around it (Guizar-Sicairos 2008).
+    """
     a, b = np.fft.fft2(first - first.mean()), np.fft.fft2(second - second.mean())
     cross = b * a.conj()
     cross /= np.abs(cross) + 1e-3 * np.abs(cross).max()
@@ -119,7 +121,7 @@ def shift(first: Floats, second: Floats) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Motion]:
-    """The motion from the first to the last frame of a shot of three seconds, of every word."""
+    """The motion from the first to the last frame of a three-second shot, for every word."""
     result = {}
     for word in [*camera.FRAMINGS, *camera.MOVES]:
         plate, frames = shot(word)
@@ -203,7 +205,7 @@ def test_a_pan_runs_evenly() -> None:
 
 
 def test_a_framing_and_a_move_work_together() -> None:
-    alone, together = camera.move("dolly in", 0), camera.move("Close-up, slow push-in", 0)
+    alone, together = camera.move_for("dolly in", 0), camera.move_for("Close-up, slow push-in", 0)
     assert together.start.zoom == camera.FRAMINGS["close-up"].start.zoom
     assert together.end.zoom / together.start.zoom == pytest.approx(alone.end.zoom / alone.start.zoom)
 
@@ -221,7 +223,7 @@ def test_a_framing_and_a_move_work_together() -> None:
     ],
 )
 def test_words_are_found_as_people_write_them(angle: str, words: list[str]) -> None:
-    assert sorted(camera.words(angle)) == sorted(words)
+    assert sorted(camera.named_words(angle)) == sorted(words)
 
 
 def test_short_shots_move_less() -> None:
@@ -233,7 +235,7 @@ def test_short_shots_move_less() -> None:
 @pytest.mark.parametrize("aspect", [1 / 60, 9 / 16, 1.0, 16 / 9, 60.0])
 @pytest.mark.parametrize("word", [*camera.FRAMINGS, *camera.MOVES])
 def test_the_camera_never_sees_past_the_edge(word: str, aspect: float) -> None:
-    for view in camera.path(camera.move(word, 0), 30, 4.0, aspect, np.random.default_rng(9)):
+    for view in camera.path(camera.move_for(word, 0), 30, 4.0, aspect, np.random.default_rng(9)):
         angle = np.radians(abs(view.roll))
         half_x = (np.cos(angle) + np.sin(angle) / aspect) / view.zoom / 2
         half_y = (np.cos(angle) + np.sin(angle) * aspect) / view.zoom / 2

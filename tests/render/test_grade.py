@@ -1,4 +1,4 @@
-"""The grade: looks that differ, and how they are baked into a still."""
+"""The grade: looks differ visibly, and are baked into a still."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from workers.child.animatic.palette import lab
 
 
 def ramp(word: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """A grey ramp in that look, as CIELAB, without the vignette's share: the middle row of a picture of ramps."""
+    """Return a grey ramp in that look, as CIELAB, without the vignette."""
     grey = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     picture = Image.merge("RGB", [Image.fromarray(grey)] * 3)
-    looked = picture.filter(grade._table(word)) if word != "neutral" else picture
+    looked = picture.filter(grade.lut(word)) if word != "neutral" else picture
     return lab(np.asarray(looked, np.float32)[128] / 255)
 
 
@@ -39,16 +39,16 @@ def test_brighter_stays_brighter(word: str) -> None:
 
 def test_neutral_leaves_colours_alone_in_the_middle() -> None:
     picture = Image.new("RGB", (64, 64), (200, 100, 50))
-    assert np.abs(np.asarray(grade.graded(picture, "neutral"), int)[32, 32] - (200, 100, 50)).max() <= 2
+    assert np.abs(np.asarray(grade.apply(picture, "neutral"), int)[32, 32] - (200, 100, 50)).max() <= 2
 
 
 def test_noir_is_grey() -> None:
-    picture = grade.graded(Image.new("RGB", (64, 64), (200, 100, 50)), "noir")
+    picture = grade.apply(Image.new("RGB", (64, 64), (200, 100, 50)), "noir")
     assert np.ptp(np.asarray(picture, int)[32, 32]) <= 1
 
 
 def test_a_vignette_darkens_the_corners() -> None:
-    picture = np.asarray(grade.graded(Image.new("RGB", (160, 90), (180, 180, 180)), "candlelight"), float)
+    picture = np.asarray(grade.apply(Image.new("RGB", (160, 90), (180, 180, 180)), "candlelight"), float)
     assert picture[0, 0].mean() < picture[45, 80].mean() * 0.6
 
 
@@ -67,4 +67,4 @@ def test_a_vignette_darkens_the_corners() -> None:
     ],
 )
 def test_words_are_found_as_people_write_them(text: str | None, word: str | None) -> None:
-    assert grade.word(text) == word
+    assert grade.look_named(text) == word
