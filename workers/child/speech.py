@@ -108,7 +108,7 @@ def speak(text: str, language: str, how: Delivery, progress: Callable[[int, int]
     """
     if importlib.util.find_spec("espeakng_loader") is None:
         raise EngineUnavailable("dialogue needs espeak-ng, which is not installed here: pip install 'movieq[speech]'")
-    command = [sys.executable, "-m", __name__, voice_of(language), str(how.rate), str(how.pitch), str(how.range)]
+    command = [sys.executable, "-P", "-m", __name__, voice_of(language), str(how.rate), str(how.pitch), str(how.range)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
         try:
             spoken = _listen(speaker, text, progress)
