@@ -90,7 +90,18 @@ def test_the_wheel_makes_the_demo_in_an_environment_of_its_own(packages: tuple[P
     elsewhere.mkdir()
     venv.create(place, symlinks=True)
     python = place / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--quiet", "--constraint", ROOT / "constraints.txt"]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--quiet",
+        "--constraint",
+        ROOT / "constraints.txt",
+    ]
     assert run(*pip, f"{packages[1]}[speech]", cwd=elsewhere) == ""
     where = run(python, "-c", "import movieq, workers; print(movieq.__file__, workers.__file__)", cwd=elsewhere)
     assert where.count(str(place)) == 2
