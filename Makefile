@@ -1,51 +1,66 @@
 .DEFAULT_GOAL := help
+.SILENT:
 SHELL := /bin/bash
 PYTHON ?= python3
-PYTEST ?= --numprocesses 2 --dist loadfile
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# an environment beside the usual one for `make ... PYTHON=python3.12`
+VENV := .venv$(if $(filter command,$(firstword $(origin PYTHON))),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+# pip says what went wrong, and nothing else
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
+# no torch, no Node, at most 45 seconds on two cores
+QUICK := tests/unit $(patsubst %,tests/contract/test_%.py,deliveries health_workers openapi queues status_cancel_retry submit uploads) \
+  $(patsubst %,tests/integration/test_%.py,lanes order)
+PACKAGE_JSONS := tests/browser/node/package.json tests/payload/package.json \
+  deploy/payload/package.json deploy/payload/plugin/package.json deploy/payload/example/package.json
 
-.PHONY: help setup setup-test setup-system up demo check fmt test chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
+.PHONY: help setup setup-quick setup-test setup-system up demo check fmt quick unit test coverage chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
 
-help:           ## Say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-12s %s\n", $$1, $$2}'
+help:           ## List the targets
+	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: .venv/.setup  ## The light environment in .venv: no torch, with speech
+setup: $(VENV)/.setup  ## Install what `make up` and `make demo` need in .venv: no torch
 
-setup-test: .venv/.setup-test  ## The whole environment: torch, linters and every test server
+setup-quick: $(VENV)/.setup-quick
 
-.venv/.pip:
+setup-test: $(VENV)/.setup-test  ## Install what all tests need: torch, linters and the test servers
+
+$(VENV)/.pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "movieq needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1,<27'
-	@touch $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 'pip>=25.1,<27'
+	touch $@
 
-.venv/.setup: pyproject.toml constraints.txt | .venv/.pip
+$(VENV)/.setup: pyproject.toml constraints.txt | $(VENV)/.pip
+	echo "Installing movieq in $(VENV) ..."
 	$(PIP) --editable '.[speech]'
-	@touch $@
+	touch $@
+
+$(VENV)/.setup-quick: pyproject.toml constraints.txt | $(VENV)/.pip
+	echo "Installing movieq and the quick tests in $(VENV) ..."
+	$(PIP) --group quick --editable '.[speech,c2pa]'
+	touch $@ $(VENV)/.setup
 
 # torch by its exact version and first: a bare `torch` of a dependency would bring gigabytes of CUDA
-.venv/.setup-test: pyproject.toml constraints.txt | .venv/.pip
+$(VENV)/.setup-test: pyproject.toml constraints.txt | $(VENV)/.pip
+	echo "Installing movieq, torch and the tests in $(VENV), which takes minutes ..."
 	$(PIP) torch==2.13.0
 	$(PIP) --group test --editable '.[speech,gpu,c2pa]'
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
-	@touch $@ .venv/.setup
+	$(BIN)/python -m pip download --quiet --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
+	touch $@ $(VENV)/.setup $(VENV)/.setup-quick
 
-.venv/.setup-browser: tests/browser/node/package.json | .venv/.pip
-	npm install --prefix tests/browser/node --no-package-lock --no-audit --no-fund --silent
-	@touch $@
+$(VENV)/.setup-npm: $(PACKAGE_JSONS) | $(VENV)/.pip
+	if node -e 'process.exit(Number(parseInt(process.versions.node) < 20))' 2>/dev/null && command -v npm >/dev/null; then \
+	  echo "Installing npm packages ..." && \
+	  for folder in tests/browser/node tests/payload deploy/payload; do \
+	    npm install --prefix $$folder --ignore-scripts --no-package-lock --no-audit --no-fund --silent || exit; \
+	  done && touch $@; \
+	else \
+	  echo "Tests that need Node are skipped; to run them, install Node 20 or newer with npm" >&2; \
+	fi
 
-.venv/.setup-payload: deploy/payload/package.json deploy/payload/plugin/package.json deploy/payload/example/package.json | .venv/.pip
-	npm install --prefix deploy/payload --no-package-lock --ignore-scripts --no-audit --no-fund --silent
-	@touch $@
-
-.venv/.setup-cms: tests/payload/package.json | .venv/.pip
-	npm install --prefix tests/payload --no-package-lock --no-audit --no-fund --silent --ignore-scripts
-	@touch $@
-
-setup-system:   ## Install the programs that tests of browsers and proxies run (Debian, as root)
-	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium curl nginx-light
+setup-system:   ## Install the programs that some tests run (chromium, curl, nginx), where apt may
+	tests/install-programs.sh
 
 up: setup       ## Run the queue, the API and one worker on this machine
 	$(BIN)/movieq up
@@ -53,7 +68,7 @@ up: setup       ## Run the queue, the API and one worker on this machine
 demo: setup     ## Turn a storyboard into a clip, with everything that this takes
 	$(BIN)/movieq demo
 
-fmt: setup-test  ## Format
+fmt: setup-quick  ## Format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -62,8 +77,22 @@ check: setup-test  ## Lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup-test .venv/.setup-browser .venv/.setup-payload .venv/.setup-cms  ## Run the tests; PYTEST='-m slow' for the long ones
-	$(BIN)/python -m pytest $(PYTEST)
+quick: setup-quick  ## Lint, and run the tests of the inner loop: seconds, without torch and Node
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
+
+unit: setup-quick  ## Run the unit tests
+	$(BIN)/python $(PYTEST) tests/unit $(ARGS)
+
+test: setup-test setup-system $(VENV)/.setup-npm  ## Run the tests; ARGS='-m slow' for the long ones, ARGS='-k lanes' for some
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+coverage: setup-test setup-system $(VENV)/.setup-npm  ## Run the tests, and fail where they cover too little of movieq and workers
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(PYTEST) $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 chaos: setup-test  ## Kill everything while N tasks run, and count what is lost
 	$(BIN)/python -m tests.chaos.run $(or $(N),300) --per-second $(or $(RATE),5)
@@ -106,7 +135,7 @@ constraints: setup-test  ## Write constraints.txt anew from what is installed
 	  $(BIN)/python -m pip freeze | grep -v '^movieq\|^-e\|^#' | sed 's/+cpu//') > constraints.new && mv constraints.new constraints.txt
 
 clean:          ## Remove what was built and made here
-	rm -rf .venv .movieq demo-out gallery build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* .movieq demo-out gallery build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-ci: check test  ## What CI runs
+ci: check coverage  ## What CI runs

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from typing import Any, Final, TextIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 import structlog
 
 from movieq.settings import LogFormat, LogLevel
+
+WORKER_READY: Final = "movieq worker ready"
+"""The line that a worker prints, as the API prints its ready line, when the first of its engines serves."""
 
 
 def get() -> structlog.typing.FilteringBoundLogger:
@@ -77,7 +81,7 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     if log_format is LogFormat.CONSOLE or (log_format is LogFormat.AUTO and sys.stderr.isatty()):
         last: list[structlog.typing.Processor] = [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
+                colors=sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR")),  # `movieq up` passes it on to a terminal
                 pad_event_to=22,
                 exception_formatter=structlog.dev.plain_traceback,  # the default shows local variables, and so keys and signatures
             )

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from tests.programs import program
+
 SITE: Final = Path(__file__).parents[1] / "deploy" / "nginx.conf"
-
-
-def program(name: str, package: str) -> str:
-    """The path of a program of the machine."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
-    assert found, f"this test needs {name}: apt install {package}, or deselect it"
-    return found
 
 
 class Nginx:

@@ -118,7 +118,8 @@ def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator
         "MOVIEQ_LOG_FORMAT": "json",
         **settings,
     }
-    command = [sys.executable, "-m", "movieq.cli", "up", "--port", "0", "--data", str(data or folder / "data")]
+    # -P: as the command `movieq` does, it imports nothing from the folder that it runs in
+    command = [sys.executable, "-P", "-m", "movieq.cli", "up", "--port", "0", "--data", str(data or folder / "data")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
     try:

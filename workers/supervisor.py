@@ -393,6 +393,7 @@ class Child:
         self._killed, self._blamed = False, None
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # the folder that this runs in may hold a `workers` of its own
             "-m",
             "workers.child",
             "--device",

@@ -110,6 +110,8 @@ class Worker(ArqWorker):
         self._readings: dict[str, gpus.Reading] = {}
         self._nonce: str | None = None
         self._wake = asyncio.Event()
+        self._ready = False
+        """Whether one of its engines has served."""
         self._full = False
         self._doubt = asyncio.Event()
         """Set where Redis was away, or this process stood still: leases are renewed at once, and before anything is claimed."""
@@ -135,7 +137,7 @@ class Worker(ArqWorker):
                 group.create_task(_unending("read_gpus", self._read_gpus)),
                 group.create_task(_unending("sweep_kept", self._sweep_kept)),
                 *([group.create_task(_unending("retention", self._retention.run))] if self._retention else []),
-                *(group.create_task(_unending(child.name, partial(child.keep, self._wake.set, self._on_unfit))) for child in self.children),
+                *(group.create_task(_unending(child.name, partial(child.keep, self._on_room, self._on_unfit))) for child in self.children),
             ]
             if self._machine is not None:
                 serving.append(group.create_task(_unending("machine", partial(self._machine.keep, self._wake.set))))
@@ -149,6 +151,14 @@ class Worker(ArqWorker):
                 await self._drain(working)
             await _let_go(serving)
         log.info("worker_ended", worker=self.worker_id)
+
+    def _on_room(self) -> None:
+        """Claim at once. The first time that an engine serves, say that the worker is ready."""
+        if not self._ready and any(child.served for child in self.children):
+            self._ready = True
+            with suppress(OSError):  # nobody has to read it
+                print(logs.WORKER_READY, flush=True)  # noqa: T201
+        self._wake.set()
 
     def _on_unfit(self) -> None:
         """Raise ChildUnfit where every child of this worker says that it cannot work, and none ever has."""

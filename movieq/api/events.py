@@ -37,7 +37,7 @@ from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
 HAND_OVER: Final = "movieq.hand_over"
-"""The extension of the ASGI scope with which the server gives a connection away; see `movieq.serving`."""
+"""The extension of the ASGI scope with which the server gives a connection away; see `movieq.api.server`."""
 
 OLD_VERSIONS: Final = ("0.9", "1.0")
 """Versions of HTTP that have neither chunks nor `100 Continue`."""

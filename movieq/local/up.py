@@ -1,4 +1,8 @@
-"""`movieq up`: an embedded Valkey, the API and one worker. What dies is started again, what was started is stopped."""
+"""`movieq up`: an embedded Valkey, the API and one worker. What dies is started again, what was started is stopped.
+
+A process that has been ready and dies is started again, however often, each time after a longer wait. One that dies before it is ready,
+five times in a row, will not do better the sixth time: `up` stops everything and says why.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,19 @@ from typing import Final
 
 from movieq import checks, credentials, logs
 from movieq.api import server
-from movieq.errors import SettingsError
+from movieq.errors import MovieqError, SettingsError
 from movieq.local.embedded import Valkey, leashed
-from movieq.settings import Settings, variable
+from movieq.settings import LogFormat, Settings, variable
 from movieq.tasks.states import Kind
 
 RESTART_S: Final = 0.2, 10.0
 """Shortest and longest wait before what died is started again."""
 STEADY_S: Final = 10.0
 """Who lived so long begins with the shortest wait again."""
+STARTS: Final = 5
+"""How many starts in a row may fail: after the last one `up` gives up."""
+REST_S: Final = 1.0
+"""How long after the end of a process its output is still read: something that it started may hold it open."""
 API_STOP_S: Final = 10.0
 """How long the API may take to end."""
 WORKER_STOP_S: Final = 12.0
@@ -35,7 +43,10 @@ log = logs.get()
 
 
 async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: bool) -> None:
-    """Runs until SIGINT or SIGTERM; then nothing that it started is left. Raises SettingsError before anything is started."""
+    """Run until SIGINT or SIGTERM; then nothing that it started is left.
+
+    Raises SettingsError before anything is started, and MovieqError where the API or the worker does not start.
+    """
     await checks.start(settings, "up", works=worker)
     if worker:
         credentials.load(settings)  # its worker would end for want of a certificate, again and again
@@ -61,55 +72,112 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
         if settings.storage == Settings().storage:
             environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
         environment[variable("public_url")] = settings.public_url.rstrip("/") or server.address(sock)
+        if settings.log_format is LogFormat.AUTO and sys.stderr.isatty():  # what they log goes through this process, to a terminal
+            environment[variable("log_format")] = LogFormat.CONSOLE
+            environment.setdefault("FORCE_COLOR", "1")
+        api = _Process("api", ["--fd", str(sock.fileno())], environment, API_STOP_S, server.READY, sock)
+        processes = [api, *([_Process("worker", [], environment, settings.drain_s + WORKER_STOP_S, logs.WORKER_READY)] if worker else [])]
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_keep("api", ["api", "--fd", str(sock.fileno())], environment, API_STOP_S, sock))]
-            if worker:
-                tasks.append(group.create_task(_keep("worker", ["worker"], environment, settings.drain_s + WORKER_STOP_S)))
-            if valkey is not None:
-                tasks.append(group.create_task(_keep_valkey(valkey)))
-            await stop.wait()
+            tasks = [group.create_task(process.keep()) for process in processes]
+            valkey_task = group.create_task(_keep_valkey(valkey)) if valkey is not None else None
+            stopping = group.create_task(stop.wait())
+            ended, _ = await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping")
-            for task in reversed(tasks[:2]):  # the worker first: it hands back what it runs while everything is still there
+            for task in reversed(tasks):  # the worker first: it hands back what it runs while everything is still there
                 task.cancel()
                 await asyncio.wait({task})
-            for task in tasks[2:]:
-                task.cancel()
+            stopping.cancel()
+            if valkey_task is not None:
+                valkey_task.cancel()
+    for task in tasks:
+        if task in ended:
+            raise MovieqError(task.result())
 
 
-async def _keep(name: str, command: list[str], environment: dict[str, str], stop_s: float, sock: socket.socket | None = None) -> None:
-    """A process of ours runs, again whenever it ended; when cancelled it is asked to end, and killed where it does not."""
-    wait_s = RESTART_S[0]
-    told = False
-    while True:
-        begun = time.monotonic()
+class _Process:
+    """The API or the worker: a process of ours that `keep` keeps running."""
+
+    def __init__(
+        self, name: str, options: list[str], environment: dict[str, str], stop_s: float, ready: str, sock: socket.socket | None = None
+    ) -> None:
+        self.name = name
+        self._command = [sys.executable, "-P", "-m", "movieq.cli", name, *options]  # -P: the folder that this runs in may hold a `movieq`
+        self._environment = environment
+        self._stop_s = stop_s
+        self._ready_line = ready
+        """How the line begins with which it says that it is ready."""
+        self._sockets = [sock.fileno()] if sock else []
+        self._ready = False
+        """Whether the process that runs now, or ran last, has been ready."""
+        self._announced = False
+        self._last_words = b""
+
+    async def keep(self) -> str:
+        """Run the process, again whenever it has ended, until this is cancelled. Return why it does not start, where it does not."""
+        wait_s, failures = RESTART_S[0], 0
+        while True:
+            begun = time.monotonic()
+            exit_code = await self._run()
+            failures = 0 if self._ready else failures + 1
+            if failures == STARTS:
+                reason = self._last_words.decode(errors="replace").strip() or "it said nothing"
+                return f"the {self.name} does not start: it ended {STARTS} times with exit code {exit_code}: {reason}"
+            if time.monotonic() - begun > STEADY_S:
+                wait_s = RESTART_S[0]
+            log.error("process_died", process=self.name, exit_code=exit_code, again_in_s=wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, RESTART_S[1])
+
+    async def _run(self) -> int:
+        """Run the process once, and return its exit code; when cancelled, ask it to end, and kill it where it does not."""
+        self._ready, self._last_words = False, b""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "movieq.cli",
-            *command,
-            env=environment,
-            pass_fds=[sock.fileno()] if sock else [],
+            *self._command,
+            env=self._environment,
+            pass_fds=self._sockets,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for `up`, which stops them in order
             preexec_fn=leashed,
         )
         assert process.stdout is not None
-        try:
-            while line := (await process.stdout.readline()).decode():
-                if line.startswith(server.READY) and told:
-                    continue  # one ready line, however often the API was started again
-                told = told or line.startswith(server.READY)
-                print(line, end="", flush=True)  # noqa: T201  # what the process says to people
-            exit_code = await process.wait()
-        except asyncio.CancelledError:
-            await _end(process, stop_s)
-            raise
-        if time.monotonic() - begun > STEADY_S:
-            wait_s = RESTART_S[0]
-        log.error("process_died", process=name, exit_code=exit_code, again_in_s=wait_s)
-        await asyncio.sleep(wait_s)
-        wait_s = min(wait_s * 2, RESTART_S[1])
+        assert process.stderr is not None
+        async with asyncio.TaskGroup() as group:
+            passing_on = [group.create_task(self._pass_on(process.stdout)), group.create_task(self._pass_on_errors(process.stderr))]
+            try:
+                return await process.wait()
+            except asyncio.CancelledError:
+                await _end(process, self._stop_s)
+                raise
+            finally:
+                await asyncio.wait(passing_on, timeout=REST_S)
+                for task in passing_on:
+                    task.cancel()
+
+    async def _pass_on(self, output: asyncio.StreamReader) -> None:
+        """Print what the process says to people. Of the ready lines only the first of the API: `up` as a whole is ready once."""
+        while line := (await output.readline()).decode(errors="replace"):
+            if line.startswith(self._ready_line):
+                self._ready = True
+                if self.name != "api" or self._announced:
+                    continue
+                self._announced = True
+            print(line, end="", flush=True)  # noqa: T201  # what the process says to people
+
+    async def _pass_on_errors(self, output: asyncio.StreamReader) -> None:
+        """Write what the process logs to the standard error of this one, in whole lines, and remember the last."""
+        rest = b""
+        while part := await output.read(65536):
+            lines, newline, rest = (rest + part).rpartition(b"\n")
+            self._log(lines + newline)
+        self._log(rest)
+
+    def _log(self, lines: bytes) -> None:
+        self._last_words = lines.rstrip().rpartition(b"\n")[2] or self._last_words
+        with contextlib.suppress(OSError):  # a full disk, or nobody who reads: no reason to stop
+            sys.stderr.buffer.write(lines)
+            sys.stderr.buffer.flush()
 
 
 async def _end(process: asyncio.subprocess.Process, stop_s: float) -> None:

@@ -13,7 +13,7 @@ from playwright.async_api import Page, async_playwright
 
 from movieq.queue import store
 from tests.fleet import Fleet, eventually, fleet
-from tests.nginx import program
+from tests.programs import program
 from tests.service import serving
 
 ROOT: Final = Path(__file__).parents[2]
@@ -51,8 +51,9 @@ async def page() -> AsyncIterator[Page]:
         return web.Response(text="<!doctype html><title>a page</title>", content_type="text/html")
 
     thrown: list[str] = []
+    chromium = program("chromium", "chromium")
     async with serving({"/": empty}) as origin, async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=CHROMIUM_OPTIONS)
+        browser = await playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
         page = await browser.new_page()
         page.on("pageerror", lambda error: thrown.append(str(error)))
         await page.goto(origin)

@@ -17,7 +17,7 @@ from movieq.tasks.states import EventType, RunToken, TaskId
 from tests.arrange import result, running
 from tests.browser.conftest import NODE
 from tests.fleet import Fleet, eventually, free_port
-from tests.nginx import program
+from tests.programs import node, program
 
 LOGGED: Final = [each for each in EventType if each not in (EventType.SNAPSHOT, EventType.GAP, EventType.PREVIEW, EventType.GOODBYE)]
 """Events that have an id; in these runs every progress is one."""
@@ -59,9 +59,7 @@ async def with_httpx_sse(url: str, heard: Heard) -> None:
 
 
 async def with_npm_eventsource(url: str, heard: Heard) -> None:
-    process = await asyncio.create_subprocess_exec(
-        program("node", "nodejs"), NODE / "follow.js", url, *LOGGED, stdout=asyncio.subprocess.PIPE
-    )
+    process = await asyncio.create_subprocess_exec(node(NODE), NODE / "follow.js", url, *LOGGED, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
         async for line in process.stdout:
@@ -76,6 +74,11 @@ async def with_npm_eventsource(url: str, heard: Heard) -> None:
 @pytest.fixture(params=["curl", "httpx-sse", "eventsource"])
 def follow(request: pytest.FixtureRequest) -> Follow:
     """One of the clients."""
+    match request.param:
+        case "curl":
+            program("curl", "curl")
+        case "eventsource":
+            node(NODE)
     return {"curl": with_curl, "httpx-sse": with_httpx_sse, "eventsource": with_npm_eventsource}[request.param]
 
 

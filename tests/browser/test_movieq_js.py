@@ -21,7 +21,8 @@ from tests.arrange import claim, new_task, result, running
 from tests.browser.conftest import NODE, ROOT, listens
 from tests.browser.test_clients import work
 from tests.fleet import Fleet, eventually, free_port
-from tests.nginx import Nginx, nginx, program
+from tests.nginx import Nginx, nginx
+from tests.programs import node
 from tests.service import Service
 
 FOLLOW = """async ([script, method, url, options, handlers]) => {
@@ -316,5 +317,5 @@ async def test_nginx_writes_no_signature_into_its_log(made: Fleet, proxied: tupl
 def test_a_page_in_typescript_passes_the_compiler() -> None:
     options = ["--noEmit", "--strict", "--target", "es2022", "--module", "nodenext", "--lib", "es2022,dom"]
     compiler = NODE / "node_modules" / "typescript" / "bin" / "tsc"
-    done = subprocess.run([program("node", "nodejs"), compiler, *options, NODE / "page.ts"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([node(NODE), compiler, *options, NODE / "page.ts"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout

@@ -14,7 +14,7 @@ from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
 from tests.arrange import running
 from tests.browser.conftest import NODE
-from tests.nginx import program
+from tests.programs import node
 from tests.service import receiver
 from workers.delivery import Outbox, deliver
 
@@ -32,6 +32,6 @@ async def test_the_official_npm_package_accepts_a_webhook_under_both_secrets_of_
     given = [{"secret": secret, "headers": sent, "body": body} for secret in (OLD, NEW, OTHER)]
     given.append({"secret": NEW, "headers": sent, "body": body.replace("broke", "works")})
     given.append({"secret": NEW, "headers": {**sent, "webhook-timestamp": "1"}, "body": body})
-    command = [program("node", "nodejs"), str(NODE / "verify.js")]
+    command = [node(NODE), str(NODE / "verify.js")]
     answered = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True)
     assert json.loads(answered.stdout) == [True, True, False, False, False]

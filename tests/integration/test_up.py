@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,11 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
 from movieq.errors import SettingsError
+from movieq.local import up as local
 from movieq.local.embedded import Valkey
+from movieq.settings import Settings
+from tests.fleet import free_port, python_path
 from tests.service import service
 
 
@@ -122,3 +127,59 @@ def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(
     server.start()
     server.stop()
     assert not place.exists()
+
+
+async def test_it_works_in_a_folder_that_holds_packages_of_the_same_names(tmp_path: Path) -> None:
+    for name in ("movieq", "workers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not the package that was meant')\n")
+    with service(tmp_path) as running:
+        ended = await running.ended(await running.submit("process_audio", {"text": "The lamp."}))
+        made = await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64"}))
+    assert made["status"] == "completed", made
+    assert ended["status"] == "completed" or ended["error_code"] == "engine_unavailable", ended  # without the extra `speech`
+    log = (tmp_path / "log").read_text()
+    assert "process_died" not in log
+    assert "child_failed" not in log
+
+
+@pytest.mark.parametrize("name", ["api", "worker"])
+def test_it_gives_up_where_a_process_does_not_start_and_says_why(tmp_path: Path, name: str) -> None:
+    broken = f"import os, sys\nif {name!r} in sys.orig_argv:\n    os.write(2, b'a library is missing here\\n')\n    os._exit(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(broken)  # of every Python process that is started, before anything else
+    ended = up(tmp_path, "--port", "0", PYTHONPATH=python_path(tmp_path))
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last == f"Error: the {name} does not start: it ended 5 times with exit code 3: a library is missing here"
+    assert ended.stderr.count("process_died") == 4
+    with service(tmp_path, data=tmp_path / ".movieq"):
+        pass  # it has stopped all that it started
+
+
+async def test_what_has_been_ready_is_started_again_however_often_it_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "RESTART_S", (0.01, 0.01))
+    port = free_port()
+    running = asyncio.create_task(local.up(Settings(), host="127.0.0.1", port=port, folder=tmp_path / "data", worker=False))
+    async with asyncio.timeout(100):
+        for _ in range(local.STARTS + 1):
+            await alive(port, running)
+            (api,) = [each for each in psutil.Process().children() if "api" in each.cmdline()]
+            api.kill()
+            await asyncio.to_thread(api.wait)
+        await alive(port, running)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+async def alive(port: int, running: asyncio.Task[None]) -> None:
+    """Wait until the API at this port answers."""
+    async with aiohttp.ClientSession() as session:
+        while True:
+            assert not running.done(), running
+            try:
+                async with session.get(f"http://127.0.0.1:{port}/health/live") as answer:
+                    assert answer.status == 200
+                    return
+            except aiohttp.ClientError:  # it was killed with the connection in hand, or does not listen yet
+                await asyncio.sleep(0.01)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from urllib.request import Request, urlopen
 
 from movieq.local.embedded import leashed
+from tests.programs import node
 
 HERE: Final = Path(__file__).parent
 
@@ -24,7 +25,7 @@ class PayloadServer:
     """The CMS: `url` is what MOVIEQ_PAYLOAD_URL is set to, `key` an API key, `project` the id of a project of it."""
 
     def __init__(self, folder: Path, own_limits: bool = False) -> None:
-        assert (HERE / "node_modules").exists(), "these tests need Payload: make test, or npm install --prefix tests/payload"
+        node(HERE)
         self.key = str(uuid.uuid4())  # whoever makes a user chooses its key
         self._environment = {"NODE_ENV": "test", "PAYLOAD_FOLDER": str(folder), "PORT": "0", "PATH": os.environ["PATH"]}
         if own_limits:

@@ -22,7 +22,7 @@ from movieq.local.embedded import Valkey
 from movieq.settings import Settings
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, fleet, free_port
-from tests.nginx import program
+from tests.programs import node
 
 HERE: Final = Path(__file__).parent
 PLUGIN: Final = HERE.parents[1] / "deploy" / "payload"
@@ -33,7 +33,7 @@ SCENE: Final = {"title": "The lamp", "description": "The keeper lights the lamp"
 
 def built() -> None:
     """The plugin is compiled, which is its type check too."""
-    assert (PLUGIN / "node_modules").exists(), "these tests need npm: run `make .venv/.setup-payload` first"
+    node(PLUGIN)
     done = subprocess.run(["npm", "run", "build", "-w", "plugin"], cwd=PLUGIN, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout
 
@@ -132,7 +132,7 @@ def started(app: Path, data: Path, port: int, movieq_port: int) -> subprocess.Po
     """A Payload that listens."""
     with (data / "log").open("w") as log:
         process = subprocess.Popen(
-            [program("node", "nodejs"), "server.mjs"],
+            [node(PLUGIN), "server.mjs"],
             cwd=app,
             env=environment(data, port, movieq_port),
             stdout=subprocess.PIPE,

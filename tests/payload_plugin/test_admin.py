@@ -17,8 +17,8 @@ from movieq.queue.store import Store
 from tests.arrange import claim, result
 from tests.browser.conftest import CHROMIUM_OPTIONS, listens
 from tests.fleet import KEY, Fleet, free_port
-from tests.nginx import program
 from tests.payload_plugin.conftest import PLUGIN, SECRET, Cms, Movieq, built, environment
+from tests.programs import node, program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXAMPLE = PLUGIN / "example"
@@ -42,7 +42,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cms]:
     next_ = PLUGIN / "node_modules" / "next" / "dist" / "bin" / "next"
     with (data / "log").open("w") as log:
         process = subprocess.Popen(
-            [program("node", "nodejs"), next_, "start", "-H", "127.0.0.1", "-p", str(port)],
+            [node(PLUGIN), next_, "start", "-H", "127.0.0.1", "-p", str(port)],
             cwd=EXAMPLE,
             env=settings,
             stdout=log,

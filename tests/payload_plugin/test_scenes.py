@@ -15,8 +15,8 @@ from movieq.settings import Settings
 from tests.arrange import claim
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, eventually
-from tests.nginx import program
-from tests.payload_plugin.conftest import SCENE, SECRET, Cms, Movieq
+from tests.payload_plugin.conftest import PLUGIN, SCENE, SECRET, Cms, Movieq
+from tests.programs import node
 from tests.service import serving
 
 
@@ -183,10 +183,10 @@ async def test_the_client_retries_what_has_failed_and_says_what_is_refused(app: 
         console.log((await movieq.retry('{scene["taskId"]}')).status)
         await movieq.retry('{scene["taskId"]}').catch((error) => console.log(error.name, error.status, error.code, error.message))
     """
-    node = await asyncio.create_subprocess_exec(
-        program("node", "nodejs"), "--input-type=module", "--eval", script, cwd=app, stdout=asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        node(PLUGIN), "--input-type=module", "--eval", script, cwd=app, stdout=asyncio.subprocess.PIPE
     )
-    said, _ = await asyncio.wait_for(node.communicate(), 20)
+    said, _ = await asyncio.wait_for(process.communicate(), 20)
     failed, queued, refused = said.decode().splitlines()
     assert (failed, queued) == ("out of luck", "queued")
     assert refused.startswith("MovieqError 400 invalid_state movieq refused: the task is queued")

@@ -7,7 +7,6 @@ import itertools
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,16 +212,6 @@ def test_the_settings_page_lists_every_setting_with_its_default_and_sentence() -
 
 def test_the_changelog_speaks_of_this_version() -> None:
     assert f"## {movieq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_every_package_ships() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {
-        str(path.parent.relative_to(ROOT)).replace("/", ".")
-        for folder in ("movieq", "workers")
-        for path in (ROOT / folder).rglob("__init__.py")
-    }
-    assert set(project["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_the_words_page_lists_every_word_that_the_animatic_knows() -> None:

@@ -199,7 +199,7 @@ async def _up(folder: Path, log: Path) -> AsyncIterator[tuple[str, asyncio.subpr
     environment[variable("cpu_slots")] = str(min(2, os.cpu_count() or 1))
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "movieq.cli", "up", "--port", "0", "--data", str(folder),
+            sys.executable, "-P", "-m", "movieq.cli", "up", "--port", "0", "--data", str(folder),
             cwd=folder,  # so that it reads no .env
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,

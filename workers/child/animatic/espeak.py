@@ -112,7 +112,7 @@ def synthesize(text: str, language: str, delivery: Delivery, progress: Callable[
     """
     if importlib.util.find_spec("espeakng_loader") is None:
         raise EngineUnavailable("dialogue needs espeak-ng, which is not installed here: pip install 'movieq[speech]'")
-    command = [sys.executable, "-m", __name__, espeak_voice(language), str(delivery.rate), str(delivery.pitch), str(delivery.range)]
+    command = [sys.executable, "-P", "-m", __name__, espeak_voice(language), str(delivery.rate), str(delivery.pitch), str(delivery.range)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             samples = _read_speech(process, text, progress)

@@ -1,0 +1,31 @@
+"""Programs and npm packages that only some machines have. A test that needs one is skipped where it is missing, and fails in CI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program of this machine."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
+    return found or missing(f"{name} (apt-get install {package})")
+
+
+def node(folder: Path) -> str:
+    """Return the path of Node, for a test that uses the npm packages of this folder."""
+    found = program("node", "nodejs npm")
+    if not (folder / "node_modules").exists():
+        missing("npm packages (install Node 20 or newer with npm, then run make test)")
+    return found
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test for want of something that this machine could have."""
+    if os.environ.get("CI"):
+        pytest.fail(f"needs {what}")
+    pytest.skip(f"needs {what}")
