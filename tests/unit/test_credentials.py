@@ -171,9 +171,9 @@ def wrong(folder: Path, what: str) -> tuple[dict[str, str], str]:
         case "no certificate":
             return good | {"MOVIEQ_C2PA_CERTIFICATE": ""}, "MOVIEQ_C2PA_CERTIFICATE is not set"
         case "no file":
-            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is no chain"
+            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is not a readable PEM certificate chain"
         case "no PEM":
-            return good | {"MOVIEQ_C2PA_KEY": str(folder / "text")}, "MOVIEQ_C2PA_KEY: .*text is no private key"
+            return good | {"MOVIEQ_C2PA_KEY": str(folder / "text")}, "MOVIEQ_C2PA_KEY: .*text is not a readable PEM private key"
         case "another's key":
             return good | {"MOVIEQ_C2PA_KEY": str(chain(folder / "other").key)}, "is not the key of the first certificate"
         case "expired":
