@@ -171,7 +171,7 @@ def wrong(folder: Path, what: str) -> tuple[dict[str, str], str]:
         case "no certificate":
             return good | {"MOVIEQ_C2PA_CERTIFICATE": ""}, "MOVIEQ_C2PA_CERTIFICATE is not set"
         case "no file":
-            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is not a readable PEM certificate chain"
+            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is not a readable PEM"
         case "no PEM":
             return good | {"MOVIEQ_C2PA_KEY": str(folder / "text")}, "MOVIEQ_C2PA_KEY: .*text is not a readable PEM private key"
         case "another's key":
