@@ -91,7 +91,7 @@ def load(settings: Settings) -> Credentials | None:
     if not certificate and not key:
         if settings.c2pa_required:
             raise SettingsError(
-                f"{variable('c2pa_required')} is set: name a certificate and its key: {variable('c2pa_certificate')}, {variable('c2pa_key')}"
+                f"{variable('c2pa_required')} is set: name a certificate and key: {variable('c2pa_certificate')}, {variable('c2pa_key')}"
             )
         return None
     if not certificate or not key:

@@ -115,7 +115,7 @@ def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(
     others: list[Callable[[], object]] = [lambda: place.mkdir(mode=0o755), place.touch]
     for arrange in others:
         arrange()
-        with pytest.raises(SettingsError, match="not a folder of this user's alone"):
+        with pytest.raises(SettingsError, match="not a folder that only this user can access"):
             server.start()
         server.stop()
     place.unlink()

@@ -195,9 +195,7 @@ def test_without_a_certificate_nothing_is_signed() -> None:
     assert credentials.load(settings.Settings()) is None
 
 
-@pytest.mark.parametrize(
-    ("days", "mark", "said"), [(90, Mark.GOOD, HOLDER), (20, Mark.NOTE, "renew its certificate"), (0.5, Mark.BROKEN, "expired")]
-)
+@pytest.mark.parametrize(("days", "mark", "said"), [(90, Mark.GOOD, HOLDER), (20, Mark.NOTE, "renew it"), (0.5, Mark.BROKEN, "expired")])
 def test_doctor_tries_the_certificate_and_says_how_long_it_holds(tmp_path: Path, days: float, mark: Mark, said: str) -> None:
     finding = doctor._signatures(settings.load(chain(tmp_path, days=days).settings, tmp_path / "none"))
     assert (finding.mark, said in finding.text) == (mark, True), finding
