@@ -1,13 +1,13 @@
-"""The Python client: the operations of the API, a task's events over any number of broken connections, and its files.
+"""The Python client of the API: its operations, a task's events across broken connections, uploads and downloads.
 
     async with Client("http://127.0.0.1:8001", key) as movieq:
         receipt = await movieq.submit("film", "generate_image", {"prompt": "a lighthouse"})
         async for event in movieq.events(receipt.task_id):
             print(event.type, event.data)
 
-Faults of the connection and answers that may pass (409 in flight, 429, 502, 503, 504) are tried again, with backoff, until `patience_s` is
-over; a task is never made twice by that. What the server refuses is raised as its own class of `movieq.errors`, what cannot be reached as
-`Unavailable` that names the address. Every wait has a limit. Leaves out: proxies, redirects, several servers.
+Connection errors and temporary answers (409 in progress, 429, 502, 503, 504) are retried with backoff for up to `patience_s`; a retried
+submit never creates a second task. An error answer is raised as its class in `movieq.errors`; an unreachable server raises `Unavailable`
+with its address. Every wait has a limit. Not supported: proxies, redirects, several servers.
 """
 
 from __future__ import annotations
@@ -57,32 +57,32 @@ from movieq.tasks.wire import (
 __all__ = ["Client", "ClientEvent", "Gap", "Preview", "Unreachable", "ended"]
 
 PATIENCE_S: Final = 15.0
-"""How long a fault may last before it is raised."""
+"""How long a fault is retried before it is raised."""
 STREAM_PATIENCE_S: Final = 300.0
-"""The same for a stream that has worked before: it outlives a restart, a deployment, a failover."""
+"""The same for a stream that has worked before: long enough for a restart, a deployment or a failover."""
 SILENCE_S: Final = 45.0
-"""A stream that says nothing for so long is dead: the server comments every 15 s."""
+"""Longest silence of a stream before it counts as dead: the server sends a comment every 15 s."""
 CONNECT_S: Final = 10.0
 REQUEST_S: Final = 30.0
 UPLOAD_S: Final = 300.0
 STALL_S: Final = 60.0
-"""A download that brings nothing for so long is begun again."""
+"""Longest wait for the next bytes of a download before it is started again."""
 BACKOFF_S: Final = 0.25, 8.0
 RECONNECT_S: Final = 2.0, 30.0
-"""Shortest and longest wait before a stream is opened again; the server's `retry:` takes the place of the first."""
+"""Shortest and longest wait before a stream is reopened; the server's `retry:` replaces the shortest."""
 CHUNK_BYTES: Final = 1024 * 1024
 FRAME_BYTES: Final = 4 * 1024 * 1024
-"""More than any event has: what goes on for longer is no stream of ours."""
+"""Largest accepted event; movieq's own are far smaller."""
 
 T = TypeVar("T")
 
 
 class Unreachable(Unavailable):
-    """Nobody listens at the address: the request did not arrive."""
+    """No server listens at the address: the request did not arrive."""
 
 
 class Gap(msgspec.Struct, frozen=True):
-    """A part of the log is gone: nothing between `after` and `first` can be had. The snapshot that follows says how things are."""
+    """The log was trimmed: the events between `after` and `first` are lost. A snapshot of the current state follows."""
 
     after: str | None = None
     first: str | None = None
@@ -90,13 +90,13 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """What is being made, as a data url of a small picture."""
+    """A small picture of the run in progress, as a data URL."""
 
     image: str
 
 
 class ClientEvent(msgspec.Struct, frozen=True):
-    """An event of a stream. `id` is None where it is not in the log; with an id a later stream can go on after it.
+    """An event of a stream. `id` is its position in the log, from which a later stream can continue; None for an event that is not logged.
 
     `data` is a Snapshot, Gap or Preview for the type of that name, else a ProcessingProgress.
     """
@@ -107,27 +107,27 @@ class ClientEvent(msgspec.Struct, frozen=True):
 
 
 def ended(event: ClientEvent) -> bool:
-    """Whether nothing more happened to the task up to this event: it is its end, or news of its result."""
+    """Whether the task has ended with this event, or its result was updated after it had ended."""
     return event.type in TERMINAL_EVENTS or event.type is EventType.UPDATED
 
 
 class Client:
-    """The API at `url` (without /api/v1), with an API key. An async context manager over one session of connections.
+    """A client of the API at `url` (without /api/v1) with an API key. An async context manager that owns one HTTP session.
 
-    Raises SettingsError for what is no http address, or no key that a header can carry.
+    Raises SettingsError for an invalid URL, or a key that a header cannot contain.
     """
 
     def __init__(self, url: str, key: str, *, patience_s: float = PATIENCE_S, silence_s: float = SILENCE_S) -> None:
         self.url = _address(url)
         if not key or not key.isascii() or not key.isprintable():
-            raise SettingsError("an API key is one or more visible ASCII characters")
+            raise SettingsError("the API key must be one or more visible ASCII characters")
         self._key = {"X-API-Key": key}
         self._patience_s = patience_s
         self._silence_s = silence_s
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # a stream holds its connection: a limit would be a deadlock
+            connector=aiohttp.TCPConnector(limit=0),  # each stream holds a connection: with a limit, requests could wait forever
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"movieq/{__version__}"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
@@ -151,7 +151,7 @@ class Client:
         deadline: Deadline | None = None,
         idempotency_key: str | None = None,
     ) -> Receipt:
-        """The task is accepted, once: every try carries the same idempotency key, made here unless one is given."""
+        """Submit a task; return its receipt. All tries send the same idempotency key (a random one by default), so one task is created."""
         number = list(Priority).index(priority) + 1 if isinstance(priority, Priority) else priority
         request = SubmitRequest(
             project_id, task_type, dict(task_data), number, callback_url, None if metadata is None else dict(metadata), deadline
@@ -160,70 +160,74 @@ class Client:
         return await self._ask(_Call("POST", "/tasks/submit", _json(request), headers), Receipt)
 
     async def status(self, task_id: str, wait_s: int = 0) -> TaskState:
-        """How the task is; with `wait_s`, at most 60, as soon as it has ended or the time is over."""
+        """Return the status of a task. `wait_s`, up to 60, waits until the task has ended or the time is over."""
         query = {"wait": str(wait_s)} if wait_s else {}
         return await self._ask(_Call("GET", f"/tasks/{_part(task_id)}/status", query=query, timeout_s=wait_s + REQUEST_S), TaskState)
 
     async def cancel(self, task_id: str) -> CancelAnswer:
-        """The task is cancelled. Raises InvalidState where it has completed or failed."""
+        """Cancel a task. Raises InvalidState if it has completed or failed."""
         return await self._ask(_Call("DELETE", f"/tasks/{_part(task_id)}/cancel"), CancelAnswer)
 
     async def retry(self, task_id: str) -> Receipt:
-        """The failed task waits again. Raises InvalidState where it has not failed; Unavailable also where the answer was lost."""
-        # not sent again once it may have arrived: the second would be refused, since the task has not failed any more
+        """Queue a failed task again. Raises InvalidState if it has not failed, Unavailable also if the answer was lost."""
+        # not sent again if it may have arrived: the second request would be refused, since the task is queued by then
         return await self._ask(_Call("POST", f"/tasks/{_part(task_id)}/retry", repeatable=False), Receipt)
 
     async def tasks(
         self, project_id: str, *, status: TaskStatus | None = None, task_type: str | None = None, page: int = 1, limit: int = 20
     ) -> TaskPage:
-        """A page of the project's tasks, newest first."""
+        """Return a page of the project's tasks, newest first."""
         query = {"page": str(page), "limit": str(limit)}
         query |= {name: value for name, value in (("status", status), ("task_type", task_type)) if value is not None}
         return await self._ask(_Call("GET", f"/projects/{_part(project_id)}/tasks", query=query), TaskPage)
 
     async def dead_letters(self, limit: int = 100) -> DeadLettersAnswer:
-        """The latest tasks that were given up, at most 1000 of them, and how many there are. For admin keys."""
+        """Return the newest dead letters, at most 1000, and their total number. For admin keys."""
         return await self._ask(_Call("GET", "/dead-letters", query={"limit": str(limit)}), DeadLettersAnswer)
 
     async def drop_dead_letter(self, task_id: str) -> None:
-        """The task is listed no more, and stays failed. Raises NotFound where it is none; Unavailable also where the answer was lost."""
-        # not sent again once it may have arrived: the second would not find it
+        """Remove a task from the dead letters; it stays failed.
+
+        Raises NotFound if it is not a dead letter, Unavailable also if the answer was lost.
+        """
+        # not sent again if it may have arrived: the second request would not find it
         await self._body(_Call("DELETE", f"/dead-letters/{_part(task_id)}", repeatable=False))
 
     async def deliveries(self, task_id: str) -> DeliveriesAnswer:
-        """The webhooks of the task and its way into the CMS, the oldest first, and how far each is."""
+        """Return the task's webhook and CMS deliveries with their states, oldest first."""
         return await self._ask(_Call("GET", f"/tasks/{_part(task_id)}/deliveries"), DeliveriesAnswer)
 
     async def resend(self, task_id: str, delivery_id: str) -> DeliveryAnswer:
-        """The delivery is tried again, now. Raises NotFound where the task has none of this id. For admin keys."""
+        """Try a delivery again now. Raises NotFound if the task has no delivery of this id. For admin keys."""
         path = f"/tasks/{_part(task_id)}/deliveries/{_part(delivery_id)}/resend"
-        # not sent again once it may have arrived: a receiver that was reached meanwhile would be told twice
+        # not sent again if it may have arrived: the receiver could get the delivery twice
         return await self._ask(_Call("POST", path, repeatable=False), DeliveryAnswer)
 
     async def workers(self) -> WorkersAnswer:
-        """Every child of every worker heard of in the last five minutes."""
+        """Return the engine processes of all workers seen in the last five minutes."""
         return await self._ask(_Call("GET", "/workers/status"), WorkersAnswer)
 
     async def health(self) -> HealthAnswer:
-        """How the installation is, also where it is unhealthy. Asked once: raises Unavailable where nobody answers."""
+        """Return the health report, including for an unhealthy installation. Not retried: raises Unavailable without an answer."""
         return await self._ask(_Call("GET", "/health", accepted=(503,), patient=False), HealthAnswer)
 
     async def upload(self, project_id: str, source: Path | bytes) -> UploadAnswer:
-        """The bytes, or those of the file, are kept for seven days; the `url` of the answer stands for them in task_data.
+        """Upload a picture or sound, from bytes or a file, for use in tasks; it is stored for seven days.
 
-        Raises ValidationFailed for a file that cannot be read, or that is neither a picture nor a sound.
+        Use the answer's `url` in task_data. Raises ValidationFailed for an unreadable file or another kind of file, PayloadTooLarge for one
+        that is too large.
         """
         body = source if isinstance(source, bytes) else await asyncio.to_thread(_contents, source)
         if len(body) > UPLOAD_BYTES:
             name = "the upload" if isinstance(source, bytes) else source
-            raise PayloadTooLarge(f"{name} is over {UPLOAD_BYTES} bytes")
+            raise PayloadTooLarge(f"{name} is too large: an upload may have at most {UPLOAD_BYTES} bytes")
         headers = {"Content-Type": "application/octet-stream"}
         return await self._ask(_Call("POST", f"/projects/{_part(project_id)}/uploads", body, headers, timeout_s=UPLOAD_S), UploadAnswer)
 
     async def download(self, url: str, dest: Path) -> int:
-        """What the address holds lies at `dest`, whole or not at all; returns how many bytes that is.
+        """Download a URL to `dest`, completely or not at all; return the size in bytes.
 
-        The key is not sent: addresses of results are signed. Raises OSError where `dest` cannot be written.
+        The API key is not sent: result URLs are signed. Raises OSError if `dest` cannot be written.
         """
         waits = _Waits(self._patience_s, *BACKOFF_S)
         part = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.part")
@@ -243,14 +247,15 @@ class Client:
     async def events(
         self, task: str, after: str | None = None, *, on_fault: Callable[[RequestError], None] | None = None
     ) -> AsyncGenerator[ClientEvent]:
-        """The events of a task (its id, or an `events_url`) after an id of its log, each once and in order, to its end.
+        """Yield the events of a task, each once and in order, until the task ends.
 
-        Broken connections, 5xx and restarts of the server are bridged. Raises RequestError where the server refuses, Unavailable where it
-        stays away: for the client's patience at first, for five minutes once the stream has worked. `on_fault` is told what went wrong,
-        before each wait for another try. Close it (`aclosing`) where it is left early.
+        `task` is a task id or an `events_url`; `after` is the id of the last event already seen. The stream is reopened after broken
+        connections, 5xx answers and restarts of the server. Raises RequestError if the server refuses the request, and Unavailable if it
+        stays away for longer than `patience_s`, or than five minutes once the stream has worked. `on_fault` is called with the error before
+        each wait for another try. If you leave the iteration early, close it (`aclosing`).
         """
         stream = _Stream(URL(task, encoded=True) if "://" in task else self._at(f"/tasks/{_part(task)}/events"), after)
-        headers = {} if "://" in task else self._key  # a key is for its own server only
+        headers = {} if "://" in task else self._key  # a URL may name another server, which must not get the key
         waits = _Waits(self._patience_s, *RECONNECT_S)
         over = False
         while True:
@@ -271,12 +276,12 @@ class Client:
             try:
                 await waits.next(problem)
             except RequestError:
-                if over:  # the end is known; only whether more would follow is not
+                if over:  # the task's end has arrived; only later updates may be missing
                     return
                 raise
 
     async def _frames(self, stream: _Stream, headers: dict[str, str]) -> AsyncGenerator[_Frame]:
-        """What one connection of the stream brings. Raises RequestError where it is refused, breaks or falls silent."""
+        """Yield the frames of one connection. Raises RequestError if it is refused, breaks or falls silent."""
         sent = {**headers, "Accept": "text/event-stream", "Accept-Encoding": "identity", "Cache-Control": "no-store"}
         if stream.last_id is not None:
             sent["Last-Event-ID"] = stream.last_id
@@ -287,12 +292,12 @@ class Client:
                     stream.exhausted = True
                     return
                 if answer.content_type != "text/event-stream":
-                    raise _Unreadable(f"{stream.name} answers {answer.content_type}, not an event stream: is it movieq?")
+                    raise _Unreadable(f"{stream.name} answers {answer.content_type}, not an event stream: check that it is movieq")
                 while chunk := await self._heard(answer, stream.name):
                     for frame in parser.feed(chunk):
                         yield frame
                     if parser.pending > FRAME_BYTES:
-                        raise _Unreadable(f"{stream.name} sent an event of more than {FRAME_BYTES} bytes")
+                        raise _Unreadable(f"{stream.name} sent an event of more than {FRAME_BYTES} bytes: check that it is movieq")
 
     async def _heard(self, answer: aiohttp.ClientResponse, name: str) -> bytes:
         try:
@@ -313,7 +318,7 @@ class Client:
                 return await self._answered(call)
             except RequestError as error:
                 lost = isinstance(error, _AnswerLost) and not call.repeatable
-                if lost or isinstance(error, Internal) or not call.patient:  # a stream is opened again after a 500, a request is not
+                if lost or isinstance(error, Internal) or not call.patient:  # a 500 reopens a stream, but retries no request
                     raise
                 await waits.next(error)
 
@@ -344,7 +349,7 @@ class Client:
     async def _opened(
         self, method: str, url: URL, headers: dict[str, str], head_s: float, body: bytes | None = None, accepted: tuple[int, ...] = ()
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer that is no error, its head read within `head_s`. Raises the RequestError that the server sent."""
+        """Send a request; yield its answer once the headers have arrived, within `head_s`. Raises an error answer as its RequestError."""
         async with asyncio.timeout(head_s) as limit:
             async with self._session.request(method, url, headers=headers, data=body, allow_redirects=False) as answer:
                 if answer.status >= 300 and answer.status not in accepted:
@@ -360,7 +365,7 @@ class Client:
 
 
 class _Call(msgspec.Struct, frozen=True):
-    """A request. `repeatable`: said twice it does the same; `patient`: worth a second try."""
+    """A request. `repeatable`: sending it twice has the same effect as once; `patient`: retry it after temporary errors."""
 
     method: str
     path: str
@@ -374,17 +379,17 @@ class _Call(msgspec.Struct, frozen=True):
 
 
 class _AnswerLost(Unavailable):
-    """The connection broke, or a proxy answered in movieq's stead: the request may have arrived."""
+    """The connection broke, or a proxy answered instead of movieq: the request may have arrived."""
 
 
 class _Unreadable(Internal):
-    """What answers is not movieq, or not one that this client understands."""
+    """The answer cannot be read: the server is not movieq, or a version that this client does not understand."""
 
     retryable = False
 
 
 class _Waits:
-    """The waits between tries: each twice the last, never less than the server asks for, together no longer than `patience_s`."""
+    """The waits between tries: each doubles the last and is at least `Retry-After`; together they last at most `patience_s`."""
 
     def __init__(self, patience_s: float, shortest_s: float, longest_s: float) -> None:
         self._end = 0.0
@@ -393,7 +398,7 @@ class _Waits:
         self._longest_s = longest_s
 
     async def next(self, problem: RequestError) -> None:
-        """Returns when it is time for another try. Raises the problem where another cannot help, or would come too late."""
+        """Sleep until the next try. Raises the problem if another try cannot help or would come too late."""
         now = time.monotonic()
         self._end = self._end or now + self._patience_s
         wait_s = max(self._next_s * random.uniform(1, 1.25), problem.retry_after_s or 0)  # noqa: S311  # spreads load, hides nothing
@@ -404,16 +409,16 @@ class _Waits:
 
 
 _BY_CODE: Final = {cls.code: cls for cls in RequestError.__subclasses__()}
-"""The classes of errors.py: those of this module are one level further down."""
+"""The error classes of errors.py by code; this module's own subclasses are not among them."""
 _BY_STATUS: Final[dict[int, type[RequestError]]] = {
-    **{cls.status: cls for cls in reversed(RequestError.__subclasses__())},  # of two classes of one status the first
+    **{cls.status: cls for cls in reversed(RequestError.__subclasses__())},  # the first of two classes with the same status wins
     **dict.fromkeys((502, 503, 504), _AnswerLost),
 }
 _error_answers = msgspec.json.Decoder(ErrorAnswer)
 
 
 def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestError:
-    """The server's error as its class; where the answer is not movieq's own (a proxy's page, say), the class of its status."""
+    """Return the error that the server sent; for an answer that is not movieq's, such as a proxy's page, an error chosen by its status."""
     header = answer.headers.get("Retry-After")
     wait_s = None if header is None else webhooks.retry_after_s(header, time.time())
     retry_after_s = None if wait_s is None else math.ceil(wait_s)
@@ -422,7 +427,7 @@ def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestError:
     except msgspec.DecodeError:
         name = without_query(str(answer.url))
         if 300 <= answer.status < 400:
-            return ValidationFailed(f"{name} answers {answer.status} and sends elsewhere: name the final address")
+            return ValidationFailed(f"{name} redirects ({answer.status}), and redirects are not followed: use the final URL")
         cls = _BY_STATUS.get(answer.status, Internal if answer.status >= 500 else ValidationFailed)
         return cls(f"{name} answers {answer.status}", retry_after_s=retry_after_s)
     errors = tuple((error.path, error.message) for error in sent.errors)
@@ -432,13 +437,13 @@ def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestError:
 
 @contextlib.contextmanager
 def _translated(method: str, name: str) -> Iterator[None]:
-    """Faults of the connection leave as Unavailable that names the address; `_AnswerLost` where the request may have arrived."""
+    """Raise connection errors as Unavailable with the address: Unreachable if the request did not arrive, `_AnswerLost` if it may have."""
     try:
         yield
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-        raise ValidationFailed(f"{name[:200]!r} is no http or https address") from None
+        raise ValidationFailed(f"{name[:200]!r} is not a valid http or https URL") from None
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise Unreachable(f"nobody answers at {name}: {_reason(error)}") from None
+        raise Unreachable(f"cannot connect to {name}: {_reason(error)}") from None
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
         raise _AnswerLost(f"the connection for {method} {name} failed: {_reason(error)}") from None
 
@@ -446,13 +451,13 @@ def _translated(method: str, name: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
-            return "there is no host of this name"
+            return "unknown host name"
         case aiohttp.ClientSSLError():
             return "the certificate or the TLS handshake was not accepted"
         case aiohttp.ClientConnectorError():
-            return error.os_error.strerror or "it cannot be reached"
+            return error.os_error.strerror or "the connection failed"
         case TimeoutError():
-            return "it took too long"
+            return "no answer in time"
     return str(error) or type(error).__name__
 
 
@@ -460,7 +465,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _Frame(msgspec.Struct, frozen=True):
-    """What an event stream dispatches, or its `retry:` alone."""
+    """An event of the wire format, or a lone `retry:` field."""
 
     type: str = ""
     data: str = ""
@@ -469,7 +474,7 @@ class _Frame(msgspec.Struct, frozen=True):
 
 
 class _Stream:
-    """Where in a task's log a reader is, over all its connections."""
+    """A reader's position in a task's log, kept across connections."""
 
     def __init__(self, url: URL, after: str | None) -> None:
         self.url = url
@@ -481,7 +486,7 @@ class _Stream:
         self._seen = set() if after is None else {after}
 
     def event(self, frame: _Frame) -> ClientEvent | None:
-        """The event of a frame; None for one that was there before, that is not for readers, or whose kind is not known here."""
+        """Return the event of a frame; None for a repeated event, a goodbye, or a type that this client does not know."""
         if frame.retry_ms is not None:
             self.retry_s = min(max(frame.retry_ms / 1000, BACKOFF_S[0]), RECONNECT_S[1])
         if frame.id is not None:
@@ -489,13 +494,13 @@ class _Stream:
             if frame.id in self._seen:
                 return None
             self._seen.add(frame.id)
-        if frame.type not in _DATA or frame.type == EventType.GOODBYE:  # which only says that the stream is to be opened again
+        if frame.type not in _DATA or frame.type == EventType.GOODBYE:  # a goodbye only asks to reopen the stream
             return None
         event_type = EventType(frame.type)
         try:
             return ClientEvent(frame.id, event_type, msgspec.json.decode(frame.data, type=_DATA[event_type]))
         except msgspec.DecodeError:
-            raise _Unreadable(f"{self.name} sent a {event_type} that cannot be read") from None
+            raise _Unreadable(f"{self.name} sent an unreadable {event_type} event: use a client of the server's version") from None
 
 
 _DATA: Final[dict[str, type[ProcessingProgress | Snapshot | Gap | Preview]]] = {
@@ -504,11 +509,11 @@ _DATA: Final[dict[str, type[ProcessingProgress | Snapshot | Gap | Preview]]] = {
     EventType.GAP: Gap,
     EventType.PREVIEW: Preview,
 }
-"""What the data of an event is."""
+"""The type of an event's data."""
 
 
 class _Parser:
-    """Bytes of an event stream to frames (WHATWG HTML, 9.2.6), in chunks of any length."""
+    """A parser of event streams (WHATWG HTML, 9.2.6) that takes chunks of any length."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -517,7 +522,7 @@ class _Parser:
         self.pending = 0
 
     def feed(self, chunk: bytes) -> Iterator[_Frame]:
-        """The frames that are complete with this chunk."""
+        """Yield the frames that this chunk completes."""
         if not self._begun:
             self._rest += chunk
             if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
@@ -567,17 +572,17 @@ def _address(url: str) -> str:
     except ValueError:
         parsed, port = URL(), None
     if parsed.scheme not in ("http", "https") or not parsed.host or not port:
-        raise SettingsError(f"{url!r} is no address of an API: it takes one such as http://127.0.0.1:8001")
+        raise SettingsError(f"{url!r} is not an API URL: use one such as http://127.0.0.1:8001")
     return url.rstrip("/").removesuffix("/api/v1")
 
 
 def _part(text: str) -> str:
-    """The text as one part of a path."""
+    """Return the text quoted as one path segment."""
     return quote(text, safe="")
 
 
 def _json(request: SubmitRequest) -> bytes:
-    # msgspec would send NaN and infinite numbers, which JSON does not have, as null
+    # msgspec would write NaN and infinity, which JSON does not have, as null
     if found := values.faults({"task_data": request.task_data, "metadata": request.metadata}):
         raise refused(found)
     try:
@@ -590,11 +595,11 @@ def _decoded(body: bytes, answer: type[T], name: str) -> T:
     try:
         return msgspec.json.decode(body, type=answer)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _Unreadable(f"what {name} answers cannot be read as a {answer.__name__}: {error}") from None
+        raise _Unreadable(f"{name} sent an unreadable answer: {error}; check that it is movieq, and its version") from None
 
 
 def _contents(path: Path) -> bytes:
-    """The file, or so much of it that it is seen to be too long."""
+    """Return the file's bytes, cut off one byte past the upload limit."""
     try:
         with path.open("rb") as file:
             return file.read(UPLOAD_BYTES + 1)

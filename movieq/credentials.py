@@ -1,7 +1,7 @@
-"""Content Credentials (C2PA): signed into a file stands what it is; a reader sees who says so, and whether the file has changed since.
+"""Content Credentials (C2PA): a signed statement inside a file; it says how the file was made and who signed it, and reveals changes.
 
-The work is `c2pa-python`'s, of the extra `c2pa`. Nothing is asked of the network: left out are the time stamps of an authority, so that a
-signature holds for as long as its certificate, and lists of revoked certificates.
+`c2pa-python`, from the extra `c2pa`, does the work. Signing uses no network: there are no time stamps of an authority, so a signature is
+valid only as long as its certificate, and no revocation checks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from movieq.errors import SettingsError, Unsigned
 from movieq.settings import Settings, variable
 
 SOURCES: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-"""Of IPTC: what is before the name of a digital source type."""
+"""URL prefix of IPTC's digital source types."""
 
 _CURVES: Final = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 _OPTIONS: Final = {
-    # the signer's own reader looks at what was signed; whom it trusts is for those who get the file
+    # the signer checks its own signature; whether to trust the certificate is for the receivers of the file to decide
     "verify": {"verify_after_sign": True, "verify_trust": False, "remote_manifest_fetch": False, "ocsp_fetch": False},
     "builder": {"thumbnail": {"enabled": False}},
 }
 _PIXEL: Final = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
-"""A PNG, for a trial."""
+"""A PNG of one pixel, signed on trial."""
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """What is said of a file: its title, its digital source type by IPTC's name, what made it, and `details` in words of our own."""
+    """The statement to sign about a file.
+
+    `source` is the name of its IPTC digital source type, `agent` the program that rendered it, `details` the data of movieq's assertion.
+    """
 
     title: str
     source: str
@@ -43,10 +46,10 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """A certificate with its key, tried out. Its text never shows the key."""
+    """A certificate and its private key. Its text never shows the key."""
 
     name: str
-    """Of the certificate's holder."""
+    """Name of the certificate's holder."""
     expires: datetime
     _algorithm: str
     _chain: bytes
@@ -56,7 +59,10 @@ class Credentials(msgspec.Struct, frozen=True):
         return f"Credentials({self.name!r})"
 
     def sign(self, path: Path, content_type: str, claim: Claim) -> None:
-        """The file carries the claim and its signature; as it was where this raises Unsigned. Blocking; takes twice its size in memory."""
+        """Write the signed claim into the file. Blocking; uses memory of twice the file's size.
+
+        Raises Unsigned, and leaves the file unchanged, if signing fails.
+        """
         signed = path.with_name(f"{path.name}.signed")
         try:
             with path.open("rb") as source, signed.open("w+b") as dest:
@@ -77,17 +83,22 @@ class Credentials(msgspec.Struct, frozen=True):
 
 
 def load(settings: Settings) -> Credentials | None:
-    """Those of the settings, with which a trial was signed; None where there are none. Raises SettingsError that says what is wrong."""
+    """Return the credentials of the settings, or None where none are set.
+
+    Raises SettingsError if they are incomplete, expired, or fail to sign a small picture.
+    """
     certificate, key = settings.c2pa_certificate, settings.c2pa_key
     if not certificate and not key:
         if settings.c2pa_required:
-            raise SettingsError(f"{variable('c2pa_required')} is set: name a certificate with {variable('c2pa_certificate')}, and its key")
+            raise SettingsError(
+                f"{variable('c2pa_required')} is set: name a certificate and key: {variable('c2pa_certificate')}, {variable('c2pa_key')}"
+            )
         return None
     if not certificate or not key:
         missing = variable("c2pa_key" if certificate else "c2pa_certificate")
-        raise SettingsError(f"{missing} is not set: a certificate and its key are needed, or neither")
+        raise SettingsError(f"{missing} is not set: set both the certificate and its key, or neither")
     if importlib.util.find_spec("c2pa") is None:
-        raise SettingsError(f"{variable('c2pa_certificate')} is set, and c2pa-python is not installed: pip install 'movieq[c2pa]'")
+        raise SettingsError(f"{variable('c2pa_certificate')} is set, but c2pa-python is not installed: pip install 'movieq[c2pa]'")
     read = _read(Path(certificate), Path(key))
     if read.expires <= datetime.now(UTC):
         raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} expired on {read.expires:%Y-%m-%d}: renew it")
@@ -106,11 +117,11 @@ def _read(certificate: Path, key: Path) -> Credentials:
     try:
         chain = x509.load_pem_x509_certificates(certificate.read_bytes())
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} is no chain of certificates in PEM: {error}") from None
+        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} is not a readable PEM certificate chain: {error}") from None
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:  # the last: it has a password
-        raise SettingsError(f"{variable('c2pa_key')}: {key} is no private key in PEM without a password: {type(error).__name__}") from None
+    except (OSError, ValueError, TypeError) as error:  # TypeError: it has a password
+        raise SettingsError(f"{variable('c2pa_key')}: {key} is not a readable PEM private key without a password: {error}") from None
     leaf = chain[0]
     if leaf.public_key() != private.public_key():
         raise SettingsError(f"{variable('c2pa_key')}: {key} is not the key of the first certificate in {certificate}")
@@ -134,17 +145,17 @@ def _algorithm(key: Any) -> str:
             return "ps256"
         case ed25519.Ed25519PrivateKey():
             return "ed25519"
-    raise SettingsError(f"{variable('c2pa_key')}: a key of {', '.join(_CURVES)}, RSA or Ed25519 is needed")
+    raise SettingsError(f"{variable('c2pa_key')}: unsupported key type; use {', '.join(_CURVES)}, RSA or Ed25519")
 
 
 def _try(credentials: Credentials) -> None:
-    """What is wrong with a certificate is found now, and not after hours of rendering."""
+    """Sign a small picture, so that a bad certificate is found at start and not after hours of rendering."""
     claim = Claim("a trial", "algorithmicMedia", "movieq", None, {})
     credentials._sign("image/png", claim, io.BytesIO(_PIXEL), io.BytesIO())
 
 
 def _manifest(claim: Claim) -> dict[str, Any]:
-    """The claim in the words of C2PA: one action, by which the file came to be, and an assertion of our own."""
+    """Return the claim as a C2PA manifest: one `c2pa.created` action and movieq's own assertion."""
     agent = {"name": claim.agent} | ({"version": claim.agent_version} if claim.agent_version else {})
     created = {"action": "c2pa.created", "digitalSourceType": f"{SOURCES}{claim.source}", "softwareAgent": agent}
     return {

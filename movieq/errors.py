@@ -1,22 +1,22 @@
-"""The error tree: every way in which movieq says no.
+"""The error tree: every error that movieq raises on purpose.
 
     MovieqError
     ├── SettingsError            a setting is missing or wrong: the process does not start
-    ├── RunLost                  a run writes after its task was cancelled, ended or given to another run
-    ├── CmsFault                 the CMS does not take a result: now, or (`final`) ever
-    ├── RequestError             the answer to a request: `code`, `status`, `retryable`
+    ├── RunLost                  fencing refused a write: the task was cancelled, has ended or belongs to another run
+    ├── CmsFault                 the CMS did not store a result; with `final`, another try cannot help
+    ├── RequestError             the error answer to a request: `code`, `status`, `retryable`
     │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
     │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
     │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
     │   ├── RangeRefused         416  ├── QueueFull         429  ├── RateLimited       429
     │   └── Internal             500  └── Unavailable       503
-    └── TaskFault                the end of a run: `code` becomes the task's `error_code`
-        ├── InputUnavailable  InvalidInput  UnsupportedParameter        the task's own fault: fails at once
-        ├── EngineUnavailable  ModelUnavailable  Unsigned               this installation cannot do it: fails at once
-        ├── OutOfMemory  StorageFault  NetworkFault  InternalFault      may pass: tried again
-        └── WorkerLost  DeadlineExceeded                                given by the queue itself
+    └── TaskFault                a run failed: `code` becomes the task's `error_code`
+        ├── InputUnavailable  InvalidInput  UnsupportedParameter        caused by the request: the task fails at once
+        ├── EngineUnavailable  ModelUnavailable  Unsigned               caused by the installation: the task fails at once
+        ├── OutOfMemory  StorageFault  NetworkFault  InternalFault      recoverable: the task is tried again
+        └── WorkerLost  DeadlineExceeded                                raised by the queue
 
-The message of an error is text for the person who gets it: it names the field or thing, what was given and what to do.
+An error's message is written for the person who reads it: it names the field, the value and what to do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import ClassVar
 
 
 class MovieqError(Exception):
-    """Anything that movieq raises on purpose."""
+    """An error that movieq raises on purpose."""
 
     code: ClassVar[str] = "internal"
 
@@ -36,17 +36,17 @@ class MovieqError(Exception):
 
 
 class SettingsError(MovieqError):
-    """A setting is missing or wrong; names the setting and what it takes."""
+    """A setting is missing or wrong; the message names the setting and what is allowed."""
 
 
 class RunLost(MovieqError):
-    """The fence refused a write: the run is no longer the present one of its task."""
+    """Fencing refused a write: the task no longer belongs to this run."""
 
 
 class CmsFault(MovieqError):
-    """The CMS did not do what it was asked; says what to change.
+    """A request to the CMS failed; the message says what to change.
 
-    `final`: another try cannot help. `status` is that of its answer, None where none came; `retry_after` its header of that name.
+    `final`: another try cannot help. `status` is the HTTP status, None without an answer; `retry_after` is the Retry-After header.
     """
 
     def __init__(self, message: str, *, final: bool = False, status: int | None = None, retry_after: str = "") -> None:
@@ -57,9 +57,9 @@ class CmsFault(MovieqError):
 
 
 class RequestError(MovieqError):
-    """The answer to a request is an error.
+    """An error answer to a request.
 
-    `errors` lists (path, message) where several things are wrong; `retry_after_s` becomes `Retry-After`; `headers` go out as they are.
+    `errors` lists (path, message) for each fault; `retry_after_s` is sent as `Retry-After`; `headers` are sent unchanged.
     """
 
     status: ClassVar[int] = 500
@@ -80,115 +80,115 @@ class RequestError(MovieqError):
 
 
 class ValidationFailed(RequestError):
-    """The request does not say what the contract asks for."""
+    """The request does not match the API contract."""
 
     code, status = "validation_failed", 400
 
 
 class InvalidState(RequestError):
-    """The task's state does not allow the verb."""
+    """The operation is not allowed in the task's state."""
 
     code, status = "invalid_state", 400
 
 
 class Unauthorized(RequestError):
-    """No key, or a wrong one."""
+    """The API key is missing or invalid."""
 
     code, status = "unauthorized", 401
 
 
 class Forbidden(RequestError):
-    """The key, or the signed url, does not allow this."""
+    """The API key or the signed URL does not allow the request."""
 
     code, status = "forbidden", 403
 
 
 class NotFound(RequestError):
-    """There is no such thing, or the key may not know of it."""
+    """The resource does not exist, or the API key may not see it."""
 
     code, status = "not_found", 404
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method does not."""
+    """The path does not support the method."""
 
     code, status = "method_not_allowed", 405
 
 
 class Conflict(RequestError):
-    """The first request with this idempotency key is still in flight."""
+    """The first request with this idempotency key is still in progress."""
 
     code, status, retryable = "conflict", 409, True
 
 
 class PayloadTooLarge(RequestError):
-    """The body is over its limit."""
+    """The request body is over the size limit."""
 
     code, status = "payload_too_large", 413
 
 
 class IdempotencyMismatch(RequestError):
-    """The idempotency key was used with another body."""
+    """The idempotency key was already used with another body."""
 
     code, status = "idempotency_mismatch", 422
 
 
 class RangeRefused(RequestError):
-    """The file ends before the range that was asked for."""
+    """The requested range starts beyond the end of the file."""
 
     code, status = "range_not_satisfiable", 416
 
 
 class QueueFull(RequestError):
-    """The project, or the installation, has as many waiting tasks as it may."""
+    """The project or the installation has reached its limit of waiting tasks."""
 
     code, status, retryable = "queue_full", 429, True
 
 
 class RateLimited(RequestError):
-    """Too many requests."""
+    """The client has sent too many requests."""
 
     code, status, retryable = "rate_limited", 429, True
 
 
 class Internal(RequestError):
-    """A fault of movieq's own."""
+    """An internal error of movieq."""
 
     code, status, retryable = "internal", 500, True
 
 
 class Unavailable(RequestError):
-    """Redis is away."""
+    """Redis is unavailable."""
 
     code, status, retryable = "unavailable", 503, True
 
 
 class TaskFault(MovieqError):
-    """A run ends without a result. `retryable`: whether another try can mend it."""
+    """A run failed. `retryable`: another try may succeed."""
 
     retryable: ClassVar[bool] = False
 
 
 class InputUnavailable(TaskFault):
-    """A reference cannot be had; names it."""
+    """A reference cannot be fetched; the message names it."""
 
     code = "input_unavailable"
 
 
 class InvalidInput(TaskFault):
-    """A reference was had, but is not what it should be; names it."""
+    """A reference was fetched, but its content is not usable; the message names it."""
 
     code = "invalid_input"
 
 
 class UnsupportedParameter(TaskFault):
-    """The engine cannot honour a parameter; names one that can."""
+    """The engine does not support a parameter; the message names one that does."""
 
     code = "unsupported_parameter"
 
 
 class EngineUnavailable(TaskFault):
-    """The engine, or a part of it, is not installed where the task ran."""
+    """The engine, or a part of it, is not installed on the worker."""
 
     code = "engine_unavailable"
 
@@ -200,31 +200,31 @@ class ModelUnavailable(TaskFault):
 
 
 class Unsigned(TaskFault):
-    """The result could not be signed, and nothing unsigned may be published."""
+    """The result could not be signed, and unsigned results are not allowed."""
 
     code = "unsigned"
 
 
 class OutOfMemory(TaskFault):
-    """Memory ran out, on the device or in the host."""
+    """Device or host memory ran out."""
 
     code, retryable = "out_of_memory", True
 
 
 class WorkerLost(TaskFault):
-    """The engine's process, or the worker, died with the task."""
+    """The engine process or the worker died during the run."""
 
     code, retryable = "worker_lost", True
 
 
 class DeadlineExceeded(TaskFault):
-    """The task's deadline, or the longest time of its type, is over."""
+    """The task's deadline or its type's time limit has passed."""
 
     code = "deadline_exceeded"
 
 
 class StorageFault(TaskFault):
-    """The result could not be stored. `passes`: it may be mended by itself; else the message says what the operator has to do."""
+    """The result could not be stored. `passes`: the fault may be temporary; else the message says what the operator has to do."""
 
     code, retryable = "storage", True
 
@@ -234,17 +234,17 @@ class StorageFault(TaskFault):
 
 
 class KeyTaken(StorageFault):
-    """Other bytes are under this key already, and stay there."""
+    """The storage key already holds other content, which is left unchanged."""
 
 
 class NetworkFault(TaskFault):
-    """A connection failed in a way that may pass."""
+    """A connection failed; the fault may be temporary."""
 
     code, retryable = "network", True
 
 
 class InternalFault(TaskFault):
-    """A fault of movieq's own, or of an engine."""
+    """An internal error of movieq or of an engine."""
 
     code, retryable = "internal", True
 
@@ -253,7 +253,7 @@ TASK_FAULTS: dict[str, type[TaskFault]] = {fault.code: fault for fault in TaskFa
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and then what caused it, each once."""
+    """Yield the error and the chain of its causes, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -262,7 +262,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_of(error: BaseException) -> BaseException:
-    """Return the first error of a group, however deep it lies; an error that is no group is returned as it is."""
+    """Return the first error of a possibly nested group; return any other error unchanged."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

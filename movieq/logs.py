@@ -1,10 +1,10 @@
-"""Structured logging: one line an event, ids bound once, the same format for movieq, uvicorn and arq.
+"""Structured logging: one line per event, ids bound once, one format for movieq, uvicorn and arq.
 
     log = logs.get()
     with logs.bound(task_id=..., project_id=...):
         log.info("completed", seconds=4.2)
 
-Secrets are never passed to a logger; urls go through `without_query`.
+Never pass a secret to a logger; pass URLs through `without_query`.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ WORKER_READY: Final = "movieq worker ready"
 
 
 def get() -> structlog.typing.FilteringBoundLogger:
-    """A logger; its events are fixed names, everything else goes into fields."""
+    """Return a logger. Log fixed event names; put everything else into fields."""
     made: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return made
 
 
 @contextmanager
 def bound(**fields: str) -> Iterator[None]:
-    """Within the block, and the tasks begun in it, every line has these fields."""
+    """Add these fields to every log line of the block and of asyncio tasks started in it."""
     with structlog.contextvars.bound_contextvars(**fields):
         yield
 
 
 def without_query(url: str) -> str:
-    """The url without what may be secret in it: user, password, query and fragment."""
+    """Return the URL without the parts that may be secret: user, password, query and fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 class _Unfailing:
-    """A stream that drops what it cannot write, on a full disk, say: a log line must not end the work that it reports."""
+    """A stream that drops text it cannot write, for example on a full disk: a failed log line must not stop the work that it reports."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Write the text where that is possible."""
+        """Write the text, ignoring errors."""
         with suppress(OSError, ValueError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Flush where that is possible."""
+        """Flush, ignoring errors."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -66,12 +66,12 @@ class _Unfailing:
 def _json(line: Any) -> str:
     try:
         return msgspec.json.encode(line, enc_hook=repr).decode()
-    except (ValueError, OverflowError, RecursionError):  # a lone surrogate, from a file name, say
+    except (ValueError, OverflowError, RecursionError):  # for example a lone surrogate from a file name
         return json.dumps(line, default=repr)
 
 
 def configure(level: LogLevel, log_format: LogFormat) -> None:
-    """Everything that this process logs goes to stderr in one format. Called once, by a command."""
+    """Send all logging of this process to stderr in one format. Each command calls this once, at its start."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -83,7 +83,7 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR")),  # `movieq up` passes it on to a terminal
                 pad_event_to=22,
-                exception_formatter=structlog.dev.plain_traceback,  # the default shows local variables, and so keys and signatures
+                exception_formatter=structlog.dev.plain_traceback,  # the default shows local variables, which include keys and signatures
             )
         ]
     else:
@@ -111,8 +111,8 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
         logger: Any = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in ("aiobotocore", "botocore"):  # at debug they write down the signatures of requests
+    for name in ("aiobotocore", "botocore"):  # at debug level they log the signatures of requests
         logging.getLogger(name).setLevel(logging.WARNING)
-    if level is not LogLevel.DEBUG:  # what they say of every start and every job, we say in our own words
+    if level is not LogLevel.DEBUG:  # movieq logs each start and job itself
         for name in ("arq", "uvicorn"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,11 +1,11 @@
-"""What other packages add: task types, engines, entries of the model table.
+"""Plug-ins: task types, engines and model table entries that other packages add.
 
-A plug-in is an installed package with an entry point of the group `movieq.plugins`, which names a `Plugin`:
+A plug-in is an installed package with an entry point in the group `movieq.plugins` that refers to a `Plugin`:
 
     [project.entry-points."movieq.plugins"]
     palettes = "movieq_palettes:plugin"
 
-Each process of movieq loads them when it starts: the package must be installed where the API runs and where the workers do.
+Each movieq process loads the plug-ins when it starts, so install the package on the API's machine and on every worker.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NAME: Final = re.compile("[a-z][a-z0-9_]{0,63}")
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """What a package adds.
+    """The additions of a package.
 
-    `engines`: name -> a module with `render(job: Job) -> Output` (`workers.child.job`). `models`: entries as in `models.toml`, which
-    say by which engine a type is rendered, in which queue it waits and how long it takes.
+    `engines`: name -> module that defines `render(job: Job) -> Output` (see `workers.child.job`). `models`: entries as in `models.toml`;
+    each names the engine, the queue and the expected seconds for a task type.
     """
 
     task_types: dict[str, TaskSpec] = {}
@@ -38,15 +38,15 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load() -> list[str]:
-    """Every plug-in that is installed here is in force: their names. Raises SettingsError naming the one that cannot be used."""
+    """Register all installed plug-ins; return their names. Raises SettingsError naming a plug-in that cannot be used."""
     names = []
     for point in entry_points(group=GROUP):
         try:
             plugin = point.load()
-        except Exception as error:  # whatever a package of somebody else does when it is imported
+        except Exception as error:  # importing someone else's package may raise anything
             raise SettingsError(f"the plug-in {point.name} ({point.value}) cannot be loaded: {type(error).__name__}: {error}") from error
         if not isinstance(plugin, Plugin):
-            raise SettingsError(f"the plug-in {point.name} ({point.value}) is no movieq.plugins.Plugin")
+            raise SettingsError(f"the plug-in {point.name} ({point.value}) is not a movieq.plugins.Plugin")
         _add(point.name, plugin)
         names.append(point.name)
     return names
@@ -56,11 +56,11 @@ def _add(name: str, plugin: Plugin) -> None:
     places = [part for new in plugin.task_types.values() for part in (new.folder, new.media_type)]
     for each in (*plugin.task_types, *plugin.engines, *places):
         if not _NAME.fullmatch(each):
-            raise SettingsError(f"the plug-in {name}: {each!r} is no name: {_NAME.pattern} is expected")
+            raise SettingsError(f"the plug-in {name}: {each!r} is not a valid name: use up to 64 of a-z, 0-9 and _, a letter first")
     for each, spec in plugin.task_types.items():
         known = REGISTRY.tasks.get(TaskType(each))
         if known is not None and known.params is not spec.params:
-            raise SettingsError(f"the plug-in {name}: there is a task type {each} already")
+            raise SettingsError(f"the plug-in {name}: the task type {each} already exists")
         REGISTRY.tasks[TaskType(each)] = msgspec.structs.replace(spec, max_duration_s=min(spec.max_duration_s, LONGEST_S))
     REGISTRY.engines.update(plugin.engines)
     REGISTRY.models[name] = plugin.models

@@ -1,8 +1,8 @@
-"""Signed, expiring addresses: who holds one may read one thing until a given second.
+"""Signed URLs: each grants read access to one resource until a given second.
 
-A signature binds a purpose ("media", "events"), a subject (a key, a task id) and an expiry, so that none of the three can be exchanged. It
-says nothing about who asks, and cannot be taken back before it expires; a new secret ends all of them at once, unless the old one still
-stands behind it.
+A signature covers a purpose ("media", "events"), a subject (a storage key, a task id) and an expiry; changing any of them invalidates it.
+It does not identify the client and cannot be revoked before it expires. A new secret invalidates all signatures at once, unless the old
+secret stays listed after it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ _SECOND = re.compile(r"0|[1-9][0-9]{0,11}")
 
 
 def sign(secret: bytes, purpose: str, subject: str, expires: int) -> str:
-    """43 characters of url-safe base64: HMAC-SHA256 over purpose, expiry (a Unix time in seconds) and subject.
+    """Return the HMAC-SHA256 of purpose, expiry (Unix time in seconds) and subject, as 43 characters of URL-safe base64.
 
-    `purpose` is a word of the program's own, without line breaks; the subject comes last, so it may hold anything.
+    `purpose` is a fixed word of the program, without line breaks; the subject comes last, so it may contain any character.
     """
     message = f"{purpose}\n{expires}\n{subject}".encode("utf-8", "backslashreplace")
     return base64.urlsafe_b64encode(hmac.digest(secret, message, hashlib.sha256)).rstrip(b"=").decode()
 
 
 def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, signature: str, now_s: float) -> None:
-    """Return if `signature` is that of `sign` by any of the secrets, and its last second has not passed.
+    """Return if `signature` was made by `sign` with one of the secrets and has not expired.
 
-    `expires` and `signature` are what stands in the url.
+    `expires` and `signature` are the raw values from the URL.
 
-    Raises Forbidden, saying whether the address is wrong or was right once and has expired.
+    Raises Forbidden for an invalid signature, and with another message for one that has expired.
     """
-    # Texts are compared, not what they decode to: "0123" and "123", or two spellings of the last base64 character, mean the same
-    # and yet an address that was changed by one character must not pass.
+    # Compare the texts, not the decoded values: "0123" and "123", or two spellings of the last base64 character, decode to the same
+    # value, but a URL with any changed character must be refused.
     given = signature.encode("utf-8", "backslashreplace")
     good = _SECOND.fullmatch(expires) is not None and any(
         hmac.compare_digest(sign(secret, purpose, subject, int(expires)).encode(), given) for secret in secrets
     )
     if not good:
-        raise Forbidden("the signature does not fit this address: take the address as it was given, unchanged")
+        raise Forbidden("Invalid signature: use the URL exactly as issued")
     if now_s > int(expires):
-        raise Forbidden("this address has expired: ask for the task or the project again to get a fresh one")
+        raise Forbidden("This URL has expired: request the task or project again for a fresh one")

@@ -1,4 +1,4 @@
-"""`movieq doctor`: the settings against the real servers. A line for each check: what is so, and what to do where it is not good."""
+"""`movieq doctor`: check the settings and the real servers. Each check gives one line: what was found, and what to do about a problem."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from movieq.storage.open import opened
 
 EXPIRES_SOON: Final = timedelta(days=30)
 LARGE_BYTES: Final = 20 * 1024**2 + 1
-"""Just more than Payload takes of a file unless it is told otherwise."""
+"""A file size just over Payload's default limit."""
 NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
-NO_GPU: Final = "none on this machine: animatics need none; a model that is asked for by name runs on the CPU, slowly"
+NO_GPU: Final = "none on this machine; animatics need none, and a model that a task names runs on the CPU, slowly"
 
 
 async def examine(
     given: Callable[[], Settings], data: Path, local_url: str, found: Callable[[Finding], None], callback: str | None = None
 ) -> bool:
-    """Every check has been made and its findings passed on, in order; returns whether nothing is broken.
+    """Run every check and pass its findings to `found`, in order; return whether nothing is broken.
 
-    `given` reads the settings; `data` is the folder of `movieq up`, `local_url` where it listens; `callback` is a callback_url to try.
+    `given` reads the settings; `data` is the data folder of `movieq up`, `local_url` its address; `callback` is a callback_url to try.
     """
     whole = True
 
@@ -93,7 +93,7 @@ async def _guarded(subject: str, check: Callable[[], Awaitable[Finding]]) -> Fin
 
 
 def _packages() -> list[Finding]:
-    """The libraries with machine code in them: whether they load here, not only whether they are installed."""
+    """Check that the libraries with native code load on this machine."""
     found = []
     for package, module, purpose in (("av", "av", "video and sound"), ("pillow", "PIL.Image", "pictures"), ("numpy", "numpy", "frames")):
         name = {"av": "PyAV", "pillow": "Pillow"}.get(package, package)
@@ -106,7 +106,7 @@ def _packages() -> list[Finding]:
 
 
 def _speech() -> Finding:
-    missing = "dialogue fails with engine_unavailable until it is there: pip install 'movieq[speech]' (GPL-3)"
+    missing = "without it, dialogue fails with engine_unavailable: pip install 'movieq[speech]' (GPL-3)"
     if importlib.util.find_spec("espeakng_loader") is None:
         return Finding(Mark.NOTE, "speech", f"espeak-ng is not installed; {missing}")
     loader = importlib.import_module("espeakng_loader")
@@ -114,15 +114,15 @@ def _speech() -> Finding:
         return Finding(
             Mark.BROKEN, "speech", "espeakng-loader has no library for this machine; pip install --force-reinstall espeakng-loader"
         )
-    return Finding(Mark.GOOD, "speech", f"espeak-ng by espeakng-loader {importlib.metadata.version('espeakng-loader')}")
+    return Finding(Mark.GOOD, "speech", f"espeak-ng, from espeakng-loader {importlib.metadata.version('espeakng-loader')}")
 
 
 def _gpu() -> Finding:
-    """What the driver knows of GPUs, and whether models can use them. It starts no CUDA."""
+    """Check the driver and its GPUs, and whether models can use them, without starting CUDA."""
     driver = NVIDIA_DRIVER.exists()
     if importlib.util.find_spec("pynvml") is None:
         if driver:
-            return Finding(Mark.BROKEN, "GPU", "a driver is here, and nothing that can use it: pip install 'movieq[gpu]'")
+            return Finding(Mark.BROKEN, "GPU", "a driver is installed, but nothing to use it with: pip install 'movieq[gpu]'")
         return Finding(Mark.GOOD, "GPU", NO_GPU)
     library = importlib.import_module("pynvml")
     try:
@@ -131,16 +131,16 @@ def _gpu() -> Finding:
     except library.NVMLError as error:
         if driver:
             return Finding(
-                Mark.BROKEN, "GPU", f"the driver is here and does not answer ({error}): start the machine again, or its driver anew"
+                Mark.BROKEN, "GPU", f"the driver is installed but does not answer ({error}): restart the machine or reload the driver"
             )
         return Finding(Mark.GOOD, "GPU", NO_GPU)
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return Finding(Mark.BROKEN, "GPU", f"{', '.join(cards)}, and no torch: pip install 'movieq[gpu]'")
+        return Finding(Mark.BROKEN, "GPU", f"{', '.join(cards)}, but no torch: pip install 'movieq[gpu]'")
     if torch.endswith("+cpu"):
         return Finding(
-            Mark.BROKEN, "GPU", f"{', '.join(cards)}, and torch {torch}, which knows no GPU: pip install torch by its CUDA index"
+            Mark.BROKEN, "GPU", f"{', '.join(cards)}, but torch {torch}, which cannot use a GPU: pip install torch from its CUDA index"
         )
     return Finding(Mark.GOOD, "GPU", f"{', '.join(cards)}; torch {torch}")
 
@@ -154,9 +154,9 @@ def _api_keys(read: Settings, data: Path) -> Finding:
         return Finding(Mark.GOOD, "API keys", f"{count} in {variable('api_keys')}")
     own = data / "api-key"
     if own.exists():
-        return Finding(Mark.GOOD, "API keys", f"that of `movieq up`, in {own}; for `movieq api` set {variable('api_keys')}")
+        return Finding(Mark.GOOD, "API keys", f"`movieq up` uses the key in {own}; for `movieq api` set {variable('api_keys')}")
     return Finding(
-        Mark.NOTE, "API keys", f"{variable('api_keys')} is not set: `movieq up` makes one in {data}, `movieq api` lets nobody in"
+        Mark.NOTE, "API keys", f"{variable('api_keys')} is not set: `movieq up` generates a key in {data}, `movieq api` refuses all clients"
     )
 
 
@@ -166,8 +166,8 @@ def _webhook_secret(read: Settings) -> Finding:
     except SettingsError as error:
         return Finding(Mark.BROKEN, "webhooks", error.message)
     if not count:
-        return Finding(Mark.NOTE, "webhooks", f"unsigned: receivers cannot know who sent them until {variable('webhook_secret')} is set")
-    return Finding(Mark.GOOD, "webhooks", "signed" if count == 1 else f"signed by {count} secrets, while rotating")
+        return Finding(Mark.NOTE, "webhooks", f"unsigned: set {variable('webhook_secret')}, so that receivers can verify them")
+    return Finding(Mark.GOOD, "webhooks", "signed" if count == 1 else f"signed with {count} secrets, as during a rotation")
 
 
 def _models(read: Settings) -> Finding:
@@ -179,7 +179,7 @@ def _models(read: Settings) -> Finding:
         importlib.import_module("huggingface_hub")
     except ImportError:
         here = [name for name, model in table.items() if not weights.sources(model)]
-        return Finding(Mark.GOOD, "models", f"{len(table)}; here: {', '.join(here)}; the others need pip install 'movieq[gpu]'")
+        return Finding(Mark.GOOD, "models", f"{len(table)}; here: {', '.join(here)}; for the others: pip install 'movieq[gpu]'")
     here = []
     wrong: list[str] = []
     for name, model in table.items():
@@ -194,7 +194,7 @@ def _models(read: Settings) -> Finding:
         return Finding(Mark.BROKEN, "models", "; ".join(wrong))
     lacking = [name for name in table if name not in here]
     text = f"{len(table)}; here: {', '.join(here)}"
-    return Finding(Mark.GOOD, "models", f"{text}; `movieq models pull NAME` brings {', '.join(lacking)}" if lacking else text)
+    return Finding(Mark.GOOD, "models", f"{text}; `movieq models pull NAME` downloads {', '.join(lacking)}" if lacking else text)
 
 
 def _signatures(read: Settings) -> Finding:
@@ -203,10 +203,10 @@ def _signatures(read: Settings) -> Finding:
     except SettingsError as error:
         return Finding(Mark.BROKEN, "signatures", error.message)
     if signer is None:
-        return Finding(Mark.GOOD, "signatures", f"results are not signed (C2PA); {variable('c2pa_certificate')} names a certificate")
-    text = f"results are signed (C2PA) by {signer.name}, until {signer.expires:%Y-%m-%d}"
+        return Finding(Mark.GOOD, "signatures", f"results are not signed (C2PA); to sign them, set {variable('c2pa_certificate')}")
+    text = f"results are signed (C2PA) by {signer.name}; the certificate expires on {signer.expires:%Y-%m-%d}"
     if signer.expires - datetime.now(UTC) < EXPIRES_SOON:
-        return Finding(Mark.NOTE, "signatures", f"{text}: renew its certificate, and start the workers again")
+        return Finding(Mark.NOTE, "signatures", f"{text}: renew it and restart the workers")
     return Finding(Mark.GOOD, "signatures", text)
 
 
@@ -217,7 +217,7 @@ async def _storage(read: Settings) -> Finding:
 
 
 async def _bucket(read: Settings, bucket: Bucket) -> Finding:
-    """A small file can be stored, read, opened by its address, and deleted."""
+    """Check that a small file can be stored, read, opened by its URL and deleted."""
     key = f"doctor/{secrets.token_hex(8)}.txt"
     with tempfile.TemporaryDirectory(prefix="movieq-doctor-") as folder:
         sent, received = Path(folder) / "sent", Path(folder) / "received"
@@ -231,22 +231,22 @@ async def _bucket(read: Settings, bucket: Bucket) -> Finding:
         except StorageFault as fault:
             return Finding(Mark.BROKEN, "storage", fault.message)
     if not whole:
-        return Finding(Mark.BROKEN, "storage", f"bucket {bucket.name} of {bucket.endpoint} gave back other bytes than it was given")
+        return Finding(Mark.BROKEN, "storage", f"bucket {bucket.name} of {bucket.endpoint} returned other bytes than were stored")
     if problem:
         return Finding(Mark.BROKEN, "storage", problem)
     return Finding(
-        Mark.GOOD, "storage", f"bucket {bucket.name} of {bucket.endpoint}: a file was stored, read, opened by its url and deleted"
+        Mark.GOOD, "storage", f"bucket {bucket.name} of {bucket.endpoint}: a file was stored, read, opened by its URL and deleted"
     )
 
 
 async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
-    """Why the address does not open what was stored; None where it does."""
-    cure = f"correct {variable('r2_public_url')}, or leave it unset for signed urls" if public else "signed urls do not work there"
+    """Return why the URL does not serve the stored file; None if it does."""
+    cure = f"correct {variable('r2_public_url')}, or leave it unset to use signed URLs" if public else "signed URLs do not work there"
     try:
         async with aiohttp.ClientSession() as session, session.get(url) as answer:
             if answer.status == 200 and await answer.text() == body:
                 return None
-            return f"{logs.without_query(url)} answers {answer.status} and not with the file; {cure}"
+            return f"{logs.without_query(url)} answers {answer.status} instead of the file; {cure}"
     except (aiohttp.ClientError, OSError) as error:
         return f"{logs.without_query(url)} cannot be opened: {error}; {cure}"
 
@@ -260,7 +260,7 @@ async def _redis(read: Settings) -> list[Finding]:
             Finding(
                 Mark.GOOD,
                 "Redis",
-                f"{variable('redis_url')} is not set: `movieq up` brings its own Valkey; `movieq api` and `worker` need one",
+                f"{variable('redis_url')} is not set: `movieq up` starts its own Valkey; `movieq api` and `movieq worker` need the setting",
             )
         ]
     return await checks.server(read, "doctor")
@@ -272,7 +272,7 @@ async def _cms(read: Settings) -> list[Finding]:
     except SettingsError as error:
         return [Finding(Mark.BROKEN, "CMS", error.message)]
     if cms is None:
-        return [Finding(Mark.GOOD, "CMS", f"{variable('payload_url')} is not set: results are told by webhooks alone")]
+        return [Finding(Mark.GOOD, "CMS", f"{variable('payload_url')} is not set: results are reported by webhooks only")]
     found: list[Finding] = []
     async with Guard(origins=read.own_origins()).session() as session:
         asked = Payload(cms, session, answer_s=CHECK_S)
@@ -283,15 +283,15 @@ async def _cms(read: Settings) -> list[Finding]:
             except CmsFault as fault:
                 found.append(Finding(Mark.BROKEN, "CMS", f"{cms.url}: {fault.message}"))
             if found[-1].mark is Mark.BROKEN:
-                break  # what follows would say the same again
+                break  # the next checks would fail for the same reason
     return found
 
 
 async def _cms_key(asked: Payload) -> Finding:
     if await asked.known():
-        return Finding(Mark.GOOD, "CMS", f"{asked.cms.url} knows the key")
-    advice = f"choose Enable API Key on the page of one, and set {variable('payload_api_key')}, or {variable('payload_users')}"
-    return Finding(Mark.BROKEN, "CMS", f"{asked.cms.url} knows no user in {asked.cms.users!r} with this key: {advice}")
+        return Finding(Mark.GOOD, "CMS", f"{asked.cms.url} accepts the key")
+    advice = f"choose Enable API Key on a user's page and set {variable('payload_api_key')}, or correct {variable('payload_users')}"
+    return Finding(Mark.BROKEN, "CMS", f"{asked.cms.url} has no user with this key in {asked.cms.users!r}: {advice}")
 
 
 async def _cms_collection(asked: Payload) -> Finding:
@@ -301,26 +301,26 @@ async def _cms_collection(asked: Payload) -> Finding:
             Mark.BROKEN, "CMS media", f"the key's user may not create and read {name!r}: widen its `access` in the Payload config"
         )
     if "delete" not in may:
-        return Finding(Mark.NOTE, "CMS media", f"the key's user may not delete in {name!r}: what a fault left double stays double")
+        return Finding(Mark.NOTE, "CMS media", f"the key's user may not delete in {name!r}: duplicates left by a fault stay")
     return Finding(Mark.GOOD, "CMS media", f"the key's user may create, read and delete in {name!r}")
 
 
 async def _cms_fields(asked: Payload) -> Finding:
     missing, cms = await asked.missing(), asked.cms
     if not missing:
-        return Finding(Mark.GOOD, "CMS fields", f"{cms.media!r} has all of {', '.join(cms.paths())}")
+        return Finding(Mark.GOOD, "CMS fields", f"{cms.media!r} has all needed fields: {', '.join(cms.paths())}")
     needed = {cms.path(payload.TASK_ID), cms.path("url")} if cms.mode is PayloadMode.REFERENCE else set()
-    advice = f"add them to the collection, or map or leave them out by {variable('payload_fields')}"
+    advice = f"add them to the collection, or map or omit them with {variable('payload_fields')}"
     mark = Mark.BROKEN if needed & set(missing) else Mark.NOTE
-    return Finding(mark, "CMS fields", f"{cms.media!r} has no {', '.join(missing)}, which get lost: {advice}")
+    return Finding(mark, "CMS fields", f"{cms.media!r} has no {', '.join(missing)}; their values are lost: {advice}")
 
 
 async def _cms_limits(asked: Payload) -> Finding:
     limit = await asked.limit_bytes(LARGE_BYTES)
     if limit is None:
-        return Finding(Mark.GOOD, "CMS limits", f"files of more than {LARGE_BYTES // 1024**2} MiB are taken")
+        return Finding(Mark.GOOD, "CMS limits", f"files over {LARGE_BYTES // 1024**2} MiB are accepted")
     return Finding(
-        Mark.NOTE, "CMS limits", f"no file over {limit / 1024**2:.0f} MiB is taken, and clips can have more: raise {payload.LIMITS}"
+        Mark.NOTE, "CMS limits", f"files over {limit / 1024**2:.0f} MiB are refused, and clips can be larger: raise {payload.LIMITS}"
     )
 
 
@@ -336,16 +336,14 @@ async def _callback(read: Settings, url: str | None) -> Finding:
         async with guard.session() as session, session.head(guard.check_url(url), allow_redirects=False) as answer:
             status = answer.status
     except UrlRefused as error:
-        return Finding(Mark.BROKEN, "callbacks", f"{name} is refused: {error.description}; allowed are {allowed}")
+        return Finding(Mark.BROKEN, "callbacks", f"{name} is not allowed: {error.description}; allowed are {allowed}")
     except (aiohttp.ClientError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
-        return Finding(Mark.BROKEN, "callbacks", f"{name} cannot be reached from here: {reason}; start its server, or open the way to it")
+        return Finding(Mark.BROKEN, "callbacks", f"{name} cannot be reached from here: {reason}; start its server, or allow the connection")
     if 300 <= status < 400:
-        return Finding(
-            Mark.BROKEN, "callbacks", f"{name} sends elsewhere ({status}), and redirects are not followed: give the final address"
-        )
+        return Finding(Mark.BROKEN, "callbacks", f"{name} redirects ({status}), and redirects are not followed: use the final URL")
     if status >= 500:
-        return Finding(Mark.NOTE, "callbacks", f"{name} answers {status}: see the log of its server")
+        return Finding(Mark.NOTE, "callbacks", f"{name} answers {status}: read its server's log")
     return Finding(Mark.GOOD, "callbacks", f"{name} can be reached (it answers {status} to a HEAD)")
 
 
@@ -358,12 +356,12 @@ async def _api(read: Settings, local_url: str) -> Finding:
     except SettingsError as error:
         return Finding(Mark.BROKEN, "API", f"{variable('public_url')}: {error.message}")
     except Unreachable:
-        return Finding(Mark.NOTE, "API", f"none runs at {name}; start one with `movieq up`, or `movieq api`")
+        return Finding(Mark.NOTE, "API", f"no API runs at {name}; start one with `movieq up` or `movieq api`")
     except MovieqError as error:
         return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
     told = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
     if health.status == "healthy":
         return Finding(Mark.GOOD, "API", told)
     waiting = sum(health.queue_sizes.values())
-    advice = f"{waiting} tasks wait for a worker that is not there; start one with `movieq worker`" if waiting else "see its log"
+    advice = f"{waiting} tasks wait for a worker; start one with `movieq worker`" if waiting else "read its log"
     return Finding(Mark.BROKEN if health.status == "unhealthy" else Mark.NOTE, "API", f"{told}; {advice}")

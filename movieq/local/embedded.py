@@ -1,6 +1,6 @@
-"""The Valkey of `movieq up`: started in a folder, on a unix socket, durable; stopped with its owner.
+"""The Valkey server of `movieq up`: durable, with its data in a folder, on a Unix socket; it ends with the process that started it.
 
-Leaves out: replication, passwords, ports. A server of your own needs `MOVIEQ_REDIS_URL` only.
+Not supported: replication, passwords, ports. To use your own server, set `MOVIEQ_REDIS_URL`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from movieq.errors import SettingsError
 START_S: Final = 10.0
 STOP_S: Final = 10.0
 SOCKET_PATH_BYTES: Final = 100
-"""The path of a unix socket has room for about 107 bytes."""
+"""Longest socket path; the system's limit is about 107 bytes."""
 
 
 class Valkey:
-    """A Valkey server over the data in `folder`. Append-only file with fsync before each answer: what was answered is on disk.
+    """A Valkey server with its data in `folder`. By default it syncs its append-only file before each answer, so no answered write is lost.
 
-    Raises SettingsError where the folder cannot be used, or another server holds it.
+    Raises SettingsError if the folder cannot be used, or another server uses it.
     """
 
     def __init__(self, folder: Path, *, appendfsync: str = "always") -> None:
@@ -43,25 +43,25 @@ class Valkey:
         self.appendfsync = appendfsync
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        # not in the folder: its path may be too long for a socket, or its file system have none. One place for each folder: what a server
-        # that was killed leaves there, the next one takes away
+        # the socket is not in the data folder, whose path may be too long and whose file system may not support sockets. Its path depends
+        # on the folder only, so the next server removes what a killed one left
         name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         self.socket = Path(tempfile.gettempdir()) / f"movieq-{os.getuid()}-{name}" / "valkey.sock"
         if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES:
-            raise SettingsError(f"TMPDIR is too long for a unix socket: {self.socket}")
+            raise SettingsError(f"TMPDIR is too long for a Unix socket ({self.socket}): set TMPDIR to a shorter path")
 
     @property
     def url(self) -> str:
-        """What `MOVIEQ_REDIS_URL` would be."""
+        """The server's URL, as for `MOVIEQ_REDIS_URL`."""
         return f"unix://{self.socket}"
 
     @property
     def pid(self) -> int | None:
-        """Of the server; None where it does not run."""
+        """The server's process id; None while it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def start(self) -> None:
-        """The server takes commands."""
+        """Start the server and wait until it accepts connections."""
         self._lock = self._lock or self._held()
         try:
             self.socket.parent.mkdir(mode=0o700, exist_ok=True)
@@ -71,7 +71,9 @@ class Valkey:
         except OSError:
             own = False
         if not own:
-            raise SettingsError(f"{self.socket.parent} is not a folder of this user's alone: name another place in TMPDIR, or remove it")
+            raise SettingsError(
+                f"{self.socket.parent} is not a folder that only this user can access: remove it, or set TMPDIR to another folder"
+            )
         log = (self.folder / "valkey.log").open("ab")
         options = {
             "port": "0", "unixsocket": str(self.socket), "unixsocketperm": "700", "dir": str(self.folder.resolve()),
@@ -83,27 +85,27 @@ class Valkey:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the owner, which stops the server last
+            start_new_session=True,  # Ctrl-C in the terminal must reach only the owner, which stops the server last
             preexec_fn=leashed,
-            pass_fds=[self._lock.fileno()],  # while the server lives the folder is held, whatever became of its owner
+            pass_fds=[self._lock.fileno()],  # the server keeps the folder locked even if its owner dies
         )
         log.close()
         end = time.monotonic() + START_S
         while not self._takes_connections():
             if self._process.poll() is not None or time.monotonic() > end:
-                raise SettingsError(f"the embedded Valkey does not start; see {self.folder / 'valkey.log'}")
+                raise SettingsError(f"the embedded Valkey server did not start; see {self.folder / 'valkey.log'}")
             time.sleep(0.005)
 
     def _takes_connections(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:
-            return sock.connect_ex(str(self.socket)) == 0  # the file alone is there before anybody listens
+            return sock.connect_ex(str(self.socket)) == 0  # the socket file exists before the server listens
 
     def alive(self) -> bool:
         """Whether the server's process runs."""
         return self.pid is not None
 
     def stop(self) -> None:
-        """The server has ended; its data is on disk."""
+        """Stop the server; its data is on disk afterwards."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -111,13 +113,13 @@ class Valkey:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if self._lock is not None:  # else the socket is that of the server which holds the folder
+        if self._lock is not None:  # else another server holds the folder, and the socket is its
             shutil.rmtree(self.socket.parent, ignore_errors=True)
             self._lock.close()
             self._lock = None
 
     def kill(self) -> None:
-        """The server is gone as by a crash; `start` brings it back."""
+        """Kill the server, as in a crash; `start` starts it again."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -129,22 +131,22 @@ class Valkey:
         except OSError as error:
             raise SettingsError(f"the data folder {self.folder} cannot be used: {error.strerror}; name another with --data") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its holders, however they end
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the processes that hold it end, in whatever way
         except OSError:
             lock.close()
-            raise SettingsError(f"another movieq holds {self.folder}: stop it, or name another folder with --data") from None
+            raise SettingsError(f"another movieq uses {self.folder}: stop it, or name another folder with --data") from None
         return lock
 
 
 def leashed() -> None:
-    """Between fork and exec: the kernel asks the process to end when the one that started it is gone. Only Linux can do this."""
+    """Set the parent-death signal, between fork and exec: the kernel ends the process when its parent dies. Only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
 def valkey(folder: Path, *, appendfsync: str = "always") -> Iterator[Valkey]:
-    """A server for the length of a block."""
+    """Run a server for the duration of a block."""
     server = Valkey(folder, appendfsync=appendfsync)
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""Tasks that are followed in a terminal: a live bar each; where the output is no terminal, a line for each thing that changed."""
+"""Progress of tasks in a terminal: one live bar per task; without a terminal, one line per change."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from movieq.tasks.states import TaskStatus
 from movieq.tasks.wire import Snapshot
 
 LINE_SHARE: Final = 0.25
-"""Without a terminal a task has a line for each step, and for each quarter of the whole."""
+"""Share of progress after which a task gets a new line when the output is not a terminal."""
 BAR_CELLS: Final = 30
-AWAY: Final = "the server is away, waiting for it"
+AWAY: Final = "the server is unavailable, trying again"
 
 _MARKS: Final = {TaskStatus.COMPLETED: "[green]✓[/]", TaskStatus.FAILED: "[red]✗[/]", TaskStatus.CANCELLED: "[yellow]■[/]"}
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a task ended."""
+    """The end of a task."""
 
     status: TaskStatus
     result: Result | None
@@ -39,7 +39,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 async def follow(client: Client, tasks: Mapping[str, str], console: Console) -> dict[str, End]:
-    """Shows the tasks, ids with their names, until all have ended; returns how. Raises what following one of them raises."""
+    """Show the tasks, given as id -> name, until all have ended; return their ends. Raises the first MovieqError of following one."""
     board = _Bars(tasks, console) if console.is_terminal else _Lines(tasks, console)
     try:
         with board:
@@ -64,14 +64,14 @@ async def _follow(client: Client, task_id: str, board: _Bars | _Lines) -> End:
                 continue
             if isinstance(event.data, Snapshot) and event.data.last_event_id is not None:
                 told_up_to = pair(event.data.last_event_id)
-            if event.id is None or pair(event.id) > told_up_to:  # the snapshot has told more than the history that follows it
+            if event.id is None or pair(event.id) > told_up_to:  # older events follow the snapshot, which has shown more
                 board.show(task_id, event.data)
             ended = event.data.status.ended
             end = End(event.data.status, event.data.result, event.data.error, event.data.error_code) if ended else None
-    if end is None:  # the stream had nothing left to tell
+    if end is None:  # the stream was exhausted
         state = await client.status(task_id)
         if not state.status.ended:
-            raise Unavailable(f"the stream of task {task_id} ended, and the task has not")
+            raise Unavailable(f"the stream of task {task_id} ended, but the task has not: try again")
         end = End(state.status, state.result, state.error, state.error_code)
     return end
 
@@ -102,7 +102,7 @@ class _Bars:
         self._progress.stop()
 
     def show(self, task_id: str, state: ProcessingProgress | Snapshot) -> None:
-        """The bar stands where the task stands."""
+        """Set the bar to the task's state."""
         self._progress.update(
             self._rows[task_id],
             completed=state.progress,
@@ -113,12 +113,12 @@ class _Bars:
         )
 
     def wait(self, task_id: str) -> None:
-        """The bar says that nothing is known of the task for now."""
+        """Show on the bar that the server is unavailable."""
         self._progress.update(self._rows[task_id], step=f"[yellow]{AWAY}", left="")
 
 
 class _Lines:
-    """A line when a task enters another step, has another quarter done, or ends."""
+    """A line when a task enters another step, passes another quarter of its progress, or ends."""
 
     def __init__(self, tasks: Mapping[str, str], console: Console) -> None:
         self._console = console
@@ -133,7 +133,7 @@ class _Lines:
         pass
 
     def show(self, task_id: str, state: ProcessingProgress | Snapshot) -> None:
-        """A line, unless it would tell nothing new."""
+        """Print a line if something has changed."""
         told = (state.status, state.attempt, state.current_step, int(state.progress / LINE_SHARE))
         if self._shown.get(task_id) == told:
             return
@@ -143,7 +143,7 @@ class _Lines:
         self._console.print(f"{line}, {left}" if left else line, markup=False, highlight=False, soft_wrap=True)
 
     def wait(self, task_id: str) -> None:
-        """A line, once, that nothing is known of the task for now."""
+        """Print, once, that the server is unavailable."""
         if self._shown.get(task_id) != (AWAY,):
             self._shown[task_id] = (AWAY,)
             self._console.print(f"{self._names[task_id]:{self._width}}        {AWAY}", markup=False, highlight=False, soft_wrap=True)
@@ -156,10 +156,10 @@ def _step(state: ProcessingProgress | Snapshot) -> str:
         case TaskStatus.FAILED:
             return f"failed: {state.error_code}"
         case TaskStatus.QUEUED if isinstance(state, ProcessingProgress) and state.error:
-            return f"waits to be tried again: {state.error}"
+            return f"waiting for another try: {state.error}"
         case TaskStatus.QUEUED:
             place = state.queue_position if isinstance(state, Snapshot) else None
-            return "waiting in queue" + (f", place {place}" if place else "")
+            return "waiting in queue" + (f", position {place}" if place else "")
     words = state.current_step.replace("_", " ")
     if isinstance(state, ProcessingProgress) and state.stage and state.step is not None and state.steps and state.steps > 1:
         words += f" · {state.stage.replace('_', ' ')} {state.step}/{state.steps}"
@@ -167,14 +167,14 @@ def _step(state: ProcessingProgress | Snapshot) -> str:
 
 
 def _left(state: ProcessingProgress | Snapshot) -> str:
-    """How long it took, or is thought to take still."""
+    """Return the estimated remaining time of a running task; empty otherwise."""
     if state.status is not TaskStatus.PROCESSING or state.estimated_remaining is None:
         return ""
     return f"{clock(state.estimated_remaining)} left"
 
 
 def clock(seconds: float) -> str:
-    """Seconds for people: 8 s, 1:20, 2:05:00."""
+    """Return seconds in a readable form: 8 s, 1:20, 2:05:00."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,7 +1,8 @@
-"""One connection to Redis for the commands of many callers: written at once, answered in order.
+"""One Redis connection, pipelined, for the commands of many callers.
 
-A pool lends a connection for one command at a time, and most of what that costs is the lending. Here a command is written when it comes,
-and one reader hands out the answers. Left out: transactions, pub/sub and blocking commands, which need a connection of their own.
+A connection pool lends a connection for one command at a time, and most of the cost is the lending. Here each command is written at once,
+and one reader passes the answers to the callers in order. Not supported: transactions, pub/sub and blocking commands, which need a
+connection of their own.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from movieq.queue.keys import keys
 
 
 class SharedConnection:
-    """Opened by the first command, and again by the next after it broke. `retry` says how often a command is sent again over a new one.
+    """A connection for many callers. The first command opens it, and so does the next command after it broke.
 
-    A command whose answer was lost may have been done: send only what can be said twice. A try may take `timeout_s`, all tries of a command
-    together no more than `patience_s` (and the pause before the last).
+    `retry` sets how often a command is sent again. A command whose answer was lost may have run, so send only commands that may run twice.
+    One try takes at most `timeout_s`, all tries of a command at most `patience_s`, plus the pause before the last.
     """
 
     def __init__(self, pool: ConnectionPool, retry: Retry, timeout_s: float, patience_s: float) -> None:
-        # time limits are ours: the connection's own would take a task for each write
+        # time limits are set here: the connection's own limit would start an asyncio task for each write
         self._make = lambda: pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
         self._retry = retry
         self._timeout_s = timeout_s
@@ -45,7 +46,7 @@ class SharedConnection:
         self._waiting: deque[asyncio.Future[Any]] = deque()
 
     async def call(self, *command: EncodableT) -> Any:
-        """The answer. Raises redis's ResponseError for a refusal of the server, ConnectionError and TimeoutError where none comes."""
+        """Send a command; return its answer. Raises redis-py's ResponseError, or ConnectionError or TimeoutError if no answer comes."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._patience_s
 
@@ -56,7 +57,7 @@ class SharedConnection:
         return await self._retry.call_with_retry(lambda: self._call(command, min(loop.time() + self._timeout_s, end_s)), failed)
 
     async def aclose(self) -> None:
-        """The connection is closed; commands that still wait fail."""
+        """Close the connection; commands without an answer fail."""
         reader = self._reader
         await self._drop(self._connection, ConnectionError("the connection was closed"))
         if reader is not None:
@@ -69,18 +70,18 @@ class SharedConnection:
                 connection = self._connection or await self._open()
                 return await self._say(connection, command)
         except builtins.TimeoutError as error:
-            await self._drop(connection, ConnectionError("the connection was given up: Redis did not answer"))
+            await self._drop(connection, ConnectionError("the connection was closed: Redis did not answer in time"))
             raise TimeoutError("Redis did not answer in time") from error
 
     async def _say(self, connection: AbstractConnection, command: tuple[EncodableT, ...]) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(_seen)
-        self._waiting.append(answer)  # nothing is awaited between this and the write: the order is the same
+        self._waiting.append(answer)  # no await between this and the write, so that answers and commands have the same order
         try:
             packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # typed as a tuple of one
             await connection.send_packed_command(packed, check_health=False)
-        except BaseException:  # also a cancel half way through: what was written may be no whole command, and redis-py has hung up
-            await self._drop(connection, ConnectionError("the connection broke while it was written to"))
+        except BaseException:  # also a cancel during the write: half a command may be written, and redis-py has disconnected
+            await self._drop(connection, ConnectionError("the connection broke during a write"))
             raise
         return await answer
 
@@ -90,7 +91,7 @@ class SharedConnection:
                 connection = self._make()  # type: ignore[no-untyped-call]  # redis-py leaves its constructors untyped
                 try:
                     await connection.connect()  # type: ignore[no-untyped-call]  # as above
-                except BaseException:  # a server that hangs takes the connection and answers nothing: the time runs out in here
+                except BaseException:  # a hung server accepts the connection but does not answer: the timeout comes here
                     await connection.disconnect(nowait=True)
                     raise
                 self._connection = connection
@@ -106,20 +107,20 @@ class SharedConnection:
                 except ResponseError as refusal:
                     answer = refusal
                 if not self._waiting:
-                    raise ConnectionError(f"Redis said {str(answer)[:80]!r} without being asked")
+                    raise ConnectionError(f"Redis sent an answer without a command: {str(answer)[:80]!r}")
                 waiting = self._waiting.popleft()
                 if not waiting.done():  # else its caller was cancelled
                     if isinstance(answer, ResponseError):
                         waiting.set_exception(answer)
                     else:
                         waiting.set_result(answer)
-                if isinstance(answer, ReadOnlyError):  # no longer the primary: a new connection may lead to the one that is
+                if isinstance(answer, ReadOnlyError):  # it is no longer the primary: a new connection may reach the new one
                     raise ConnectionError(str(answer))
         except (RedisError, OSError) as error:
             await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
 
     async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:
-        """The connection, where it is still the one in use, is closed, and whoever waits for an answer over it is told."""
+        """Close the connection if it is still the current one, and fail the commands that wait for an answer on it."""
         if connection is None or connection is not self._connection:
             return
         self._connection = None
@@ -133,25 +134,25 @@ class SharedConnection:
 
 
 def _seen(answer: asyncio.Future[Any]) -> None:
-    """So that nobody warns of an answer whose caller failed at the write."""
+    """Mark the error of an answer as seen: if its caller failed at the write, asyncio would warn of it."""
     if not answer.cancelled():
         answer.exception()
 
 
 def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
-    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its keys.
+    """Return a client of the Redis at `url`, with arq's methods; it connects at the first command. `prefix` is the prefix of its keys.
 
-    `patient` is for workers: it tries again for five seconds, and a full memory does not refuse its writes, which end tasks and make room.
-    The API fails fast, so that a client hears 503 within a second.
+    `patient` is for workers: commands are retried for five seconds, and a Redis with full memory still accepts their writes, which end
+    tasks and so free memory. The API is not patient, so that its clients get a 503 within a second.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
-        timeout=5 if patient else 0.9,  # the patience of the store's line too
+        timeout=5 if patient else 0.9,  # also the patience of the store's shared connection
         socket_connect_timeout=2 if patient else 0.5,
         socket_timeout=5 if patient else 0.9,
         health_check_interval=0,
-        # once more where a connection was broken; a Redis that hangs is not given a second 0.9 s
+        # one more try after a broken connection, but none after a timeout: a hung Redis gets 0.9 s once
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),
         retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
@@ -165,12 +166,12 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
 
 
 _GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
-"""The commands used here and by arq that a full memory refuses."""
+"""The commands, used by movieq or arq, that a Redis with full memory refuses."""
 _ALLOWED: Final = "#!lua flags=allow-oom\nreturn redis.call(unpack(ARGV))"
 
 
 def _allowed(command: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the command, in a script that a full memory does not refuse where it would refuse the command itself."""
+    """Return the command, wrapped in a script that Redis accepts with full memory if it would refuse the command."""
     return ("EVAL", _ALLOWED, 0, *command) if command[0] in _GROW else command
 
 
@@ -180,31 +181,31 @@ class _UnrefusedPipeline(Pipeline):
 
 
 class _Unrefused(ArqRedis):
-    """A client of arq whose writes a full memory does not refuse: deliveries are arq jobs, which begin and end with plain writes."""
+    """An arq client whose writes succeed when Redis's memory is full: deliveries are arq jobs, which start and end with plain writes."""
 
     async def execute_command(self, *command: Any, **options: Any) -> Any:
-        return await super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # as redis-py has it
+        return await super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return _UnrefusedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 
 def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The connections of this class, without their loss of cancels.
+    """Return a subclass of this connection class that does not lose cancels.
 
-    redis-py writes under `asyncio.wait_for`, which before Python 3.12 drops a cancel that comes while the write ends: a stream whose client
-    has left would be kept for ever.
+    redis-py writes under `asyncio.wait_for`, which before Python 3.12 drops a cancel that arrives as the write ends: a stream whose client
+    has left would stay open for ever.
     """
 
-    class Cancellable(cls):  # type: ignore[misc, valid-type]  # a base that is a value
+    class Cancellable(cls):  # type: ignore[misc, valid-type]  # the base class is a variable
         async def send_packed_command(self, *command: Any, **options: Any) -> None:
             task = asyncio.current_task()
             before = task.cancelling() if task else 0
             try:
                 await super().send_packed_command(*command, **options)
-            finally:  # also where the connection broke at that moment: whoever tries again would never hear of the cancel
+            finally:  # also if the connection broke at that moment: a retry would lose the cancel
                 if task and task.cancelling() > before:
-                    await self.disconnect(nowait=True)  # nobody waits for its answer
+                    await self.disconnect(nowait=True)  # no caller waits for the answer
                     raise asyncio.CancelledError
 
     return Cancellable

@@ -1,7 +1,7 @@
-"""Channels of Redis's pub/sub over one connection for a process.
+"""Redis pub/sub over one connection per process.
 
-The connection is in doubt whenever Redis does not answer a PING, or anything goes wrong: then it is made anew, every channel is subscribed
-to again, and whoever listens is told that messages may be missing. Left out: patterns, and two listeners of one channel.
+When Redis does not answer a PING, or any error occurs, the connection is reopened, all channels are subscribed again, and each listener is
+told that messages may be missing (`on_doubt`). Not supported: patterns, and two listeners on one channel.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CONFIRM_S: Final = 5.0
 RECONNECT_S: Final = 0.05, 1.0
 """Shortest and longest wait between two tries to connect."""
 BATCH: Final = 500
-"""How many channels one command names."""
+"""Most channels in one command."""
 
 log = logs.get()
 
 
 class Channel:
-    """A channel that is listened to. `confirmed` is set once nothing that is published is missed."""
+    """A subscribed channel. `confirmed` is set once Redis has confirmed the subscription: from then on no message is missed."""
 
     __slots__ = ("confirmed", "on_doubt", "on_message")
 
@@ -41,16 +41,16 @@ class Channel:
         self.confirmed = asyncio.Event()
 
     async def wait(self) -> None:
-        """It is confirmed. Raises TimeoutError where Redis is away; it will be as soon as Redis is back, and there is doubt then."""
+        """Wait for the confirmation. Raises TimeoutError if Redis is unavailable; once it is back, it confirms and `on_doubt` is called."""
         async with asyncio.timeout(CONFIRM_S):
             await self.confirmed.wait()
 
 
 class Subscriber:
-    """The channels of a process. `run` must be running for anything to arrive."""
+    """The pub/sub channels of a process. Messages arrive only while `run` is running."""
 
     def __init__(self, url: str, events: str = KEYS["events"]) -> None:
-        """`events` is a channel that is always subscribed to, which keeps an otherwise unused connection in pub/sub mode."""
+        """`events` is a channel that is always subscribed, to keep an otherwise unused connection in pub/sub mode."""
         self._events = events
         pool: Any = ConnectionPool.from_url(
             url, socket_connect_timeout=CONFIRM_S, socket_timeout=None, retry=Retry(NoBackoff(), 0), health_check_interval=0
@@ -58,21 +58,21 @@ class Subscriber:
         self._make: Callable[[], Any] = pool.make_connection
         self._channels: dict[bytes, Channel] = {}
         self._untold: dict[bytes, None] = {}
-        """Channels that were taken up or left since Redis was last told, in their order."""
+        """Channels that were subscribed or left since the last command to Redis, in order."""
         self._news = asyncio.Event()
         self._heard = False
 
     def listen(self, name: str, on_message: Callable[[bytes], None], on_doubt: Callable[[], None]) -> Channel:
-        """Each message of the channel is passed on, once it is confirmed.
+        """Subscribe to a channel and pass its messages on.
 
-        `on_doubt` is called where some may have been missed, and at every confirmation.
+        `on_doubt` is called when messages may have been missed, and at every confirmation.
         """
         channel = self._channels[name.encode()] = Channel(on_message, on_doubt)
         self._tell(name)
         return channel
 
     def leave(self, name: str) -> None:
-        """Nothing of the channel is passed on any more."""
+        """Unsubscribe from a channel; no more of its messages are passed on."""
         self._channels.pop(name.encode(), None)
         self._tell(name)
 
@@ -81,7 +81,7 @@ class Subscriber:
         self._news.set()
 
     async def run(self) -> None:
-        """Reads for ever; whatever happens to the connection, it is made anew."""
+        """Read messages for ever, reconnecting after every error."""
         wait_s = RECONNECT_S[0]
         while True:
             connection = self._make()
@@ -101,7 +101,7 @@ class Subscriber:
                 TimeoutError,
                 TypeError,
                 ValueError,
-            ) as errors:  # the last two: what it read is no pub/sub message
+            ) as errors:  # the last two: the answer is not a pub/sub message
                 first = first_of(errors)
                 log.warning("subscription_lost", problem=str(first) or type(first).__name__)
             finally:
@@ -115,18 +115,18 @@ class Subscriber:
             self._heard = True
             channel = self._channels.get(name)
             if channel is None:
-                continue  # left, and Redis does not know yet; or a PONG
+                continue  # a channel that was just left, or a PONG
             try:
                 if kind == b"message":
                     channel.on_message(rest[0])
                 elif kind == b"subscribe":
                     channel.confirmed.set()
                     channel.on_doubt()
-            except Exception:  # of one listener: the others go on
+            except Exception:  # one listener's error must not stop the others
                 log.exception("listener_broke", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:
-        """Redis is told of each channel that was taken up or left."""
+        """Send SUBSCRIBE and UNSUBSCRIBE for each channel that was added or left."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -141,7 +141,7 @@ class Subscriber:
                     await connection.send_command("SUBSCRIBE", *taken)
 
     async def _doubt(self, connection: Any) -> None:
-        """Raises TimeoutError where Redis has fallen silent."""
+        """Raise TimeoutError when Redis has stopped answering."""
         while True:
             self._heard = False
             await asyncio.sleep(PING_S)

@@ -1,4 +1,4 @@
-"""What Redis refuses for now and why, told apart from faults of ours and from a Redis that is away."""
+"""Temporary refusals of Redis and their reasons, told apart from faults of movieq and from an unavailable Redis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logs.get()
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why Redis refuses a command for now, as a clause whose subject is Redis, and what its operator can do."""
+    """A temporary refusal: `reason` is a clause about Redis ("its memory is full"), `cure` what the operator can do."""
 
     code: str
     reason: str
@@ -25,30 +25,30 @@ _REFUSALS: Final = {
     refusal.code: refusal
     for refusal in (
         Refusal("OOM", "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"),
-        Refusal("READONLY", "it is a read-only replica", "name its primary in MOVIEQ_REDIS_URL, or promote it (REPLICAOF NO ONE)"),
-        Refusal("MISCONF", "it cannot save its data to disk", "make room on its disk, and see its log"),
-        Refusal("NOREPLICAS", "too few of its replicas are connected", "bring them back, or lower its `min-replicas-to-write`"),
+        Refusal("READONLY", "it is a read-only replica", "set MOVIEQ_REDIS_URL to its primary, or promote it (REPLICAOF NO ONE)"),
+        Refusal("MISCONF", "it cannot save its data to disk", "free space on its disk, and read its log"),
+        Refusal("NOREPLICAS", "too few of its replicas are connected", "start them again, or lower its `min-replicas-to-write`"),
         Refusal("LOADING", "it is still loading its data from disk", "wait until it has finished"),
-        Refusal("MASTERDOWN", "it is a replica that has lost its primary", "name the primary in MOVIEQ_REDIS_URL"),
-        Refusal("BUSY", "a script has kept it busy for too long", "stop the script with SCRIPT KILL, or wait"),
-        Refusal("CLUSTERDOWN", "it is a cluster that is down", "name a single server in MOVIEQ_REDIS_URL: movieq cannot use a cluster"),
-        Refusal("TRYAGAIN", "it is a cluster that is moving keys", "name a single server in MOVIEQ_REDIS_URL: movieq cannot use a cluster"),
+        Refusal("MASTERDOWN", "it is a replica that has lost its primary", "set MOVIEQ_REDIS_URL to the primary"),
+        Refusal("BUSY", "a script has run for too long", "stop the script with SCRIPT KILL, or wait"),
+        Refusal("CLUSTERDOWN", "it is a cluster that is down", "set MOVIEQ_REDIS_URL to a single server: movieq cannot use a cluster"),
+        Refusal("TRYAGAIN", "it is a cluster that is moving keys", "set MOVIEQ_REDIS_URL to a single server: movieq cannot use a cluster"),
     )
 }
 
 
 _REFUSED: Final = re.compile(rf"(?:^|caused error: \W*)({'|'.join(_REFUSALS)}) ")
-"""How a server begins a refusal that says how it is, not what was wrong; redis-py puts the command of a pipeline before it."""
+"""Matches an error about the server's state, not about the command; in a pipeline, redis-py puts the command before it."""
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether Redis could not do what it was asked, because of a fault in our scripts, say; else it is away, or refuses for now."""
+    """Whether the error is a fault, for example in a script, and not a temporary refusal or an unavailable Redis."""
     return isinstance(error, ResponseError) and refusal(error) is None
 
 
 def refusal(error: BaseException) -> Refusal | None:
-    """Return why Redis refuses what it was asked for now; None for any other error."""
-    match error:  # redis-py takes the code away from these
+    """Return the temporary refusal that an error stands for; None for any other error."""
+    match error:  # redis-py removes the code from the texts of these
         case OutOfMemoryError():
             return _REFUSALS["OOM"]
         case ReadOnlyError():
@@ -60,9 +60,9 @@ def refusal(error: BaseException) -> Refusal | None:
 
 
 def log_failure(event: str, error: Exception, *, away: str = "", **fields: Any) -> bool:
-    """Log an error as what it is; return whether it is a fault rather than a Redis that is away or refuses for now.
+    """Log an error; return whether it is a fault, and not a temporary refusal or an unavailable Redis.
 
-    A script that failed is `script_failed`; a Redis that is away is logged as `away`, where that is given; the rest is logged as `event`.
+    A failed script is logged as `script_failed`, a refusal or an unavailable Redis as `away` (default: `event`), other errors as `event`.
     """
     if isinstance(error, ResponseError) and is_fault(error):
         log.error("script_failed", during=event, exc_info=error, **fields)

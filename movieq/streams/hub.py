@@ -1,11 +1,11 @@
-"""Events on their way out: each is encoded once, and the same bytes are written to the sockets of all who watch.
+"""The SSE hub: each event is encoded once, and the same bytes are written to the sockets of all watchers.
 
-A `Hub` follows logs. It keeps no task and no queue for a watcher that is up to date: when a message comes over pub/sub, it writes to every
-socket that takes it. A watcher that is not up to date (it has just come, or its socket is full) has a task, which reads the log from where
-the watcher is until nothing is left and nothing was announced meanwhile; then it is live again. So it misses nothing of the log and sees
-nothing twice. What is not in the log (progress between its entries, previews) goes to those alone who are live.
+A live watcher, one that is up to date, needs no asyncio task and no queue: when a message arrives over pub/sub, the hub writes it to the
+watcher's socket. A watcher that is not live (it is new, or its socket is full) has an asyncio task, which reads the event log from the
+watcher's position until nothing is left and nothing was announced meanwhile; then the watcher is live again. So it misses no entry of the
+log and gets none twice. Events that are not in the log (progress between entries, previews) go to live watchers only.
 
-After any doubt of the connection to Redis one reading of the log serves all who were live. A client that takes nothing for 30 s is dropped.
+When messages may have been missed, one read of the log serves all live watchers. A client that reads nothing for 30 s is dropped.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from movieq.tasks.states import EventType
 
 COMMENT_S: Final = 15.0
 TICKS: Final = 60
-"""In how many parts the watchers get their comments, one part after the other: fifteen thousand at once would hold up an event."""
+"""Number of groups in which watchers get their comments, one after the other: comments to all fifteen thousand would delay events."""
 LINGER_S: Final = 2.0
-"""How long the end of the process waits for clients to take their goodbye."""
+"""Longest wait at the end of the process for clients to read their goodbye."""
 AWAY_S: Final = 1.0
-"""How soon a log is asked for again while Redis is away."""
+"""Wait between two tries to read a log while Redis is unavailable."""
 ENTRIES: Final = 100
-"""How much of a log is read at once."""
+"""Most entries of a log in one read."""
 
 log = logs.get()
 
 
 class Hub:
-    """The logs that are followed in this process. `run` must be running."""
+    """The event logs that this process follows, and their watchers. `run` must be running."""
 
     def __init__(self, store: Store, subscriber: Subscriber, render: Render) -> None:
         self._store = store
@@ -54,7 +54,7 @@ class Hub:
         self.closing = False
 
     async def run(self) -> None:
-        """Owns the tasks of watchers that are not live, and sends the comments."""
+        """Send the comments, and own the asyncio tasks of watchers that are not live."""
         async with asyncio.TaskGroup() as self._group:
             tick = 0
             while True:
@@ -68,10 +68,10 @@ class Hub:
                         watcher.tell(comment)
 
     def follow(self, source: Source, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> None:
-        """The watcher gets the opening and what comes after it, each entry once, in order, to the end of the log or the hub, or to `part`.
+        """Send the watcher the opening and all later events, in order, until the log ends, the hub closes or `part` is called.
 
-        The opening is made anew, a second later, where Redis is away: a browser that was sent away would meet a 503, and after that it does
-        not come back.
+        While Redis is unavailable, `opening` is called again every second: if the stream ended instead, the browser would reconnect, get a
+        503 and never try again.
         """
         if self.closing:
             self._bid_goodbye(source, watcher)
@@ -90,7 +90,7 @@ class Hub:
         self._lead(watcher, lambda: self._open(topic, watcher, opening))
 
     def part(self, watcher: Watcher) -> None:
-        """The watcher follows nothing any more."""
+        """Stop sending to the watcher."""
         topic, watcher.topic = watcher.topic, None
         reading, watcher.reading = watcher.reading, None
         if reading is not None and reading is not asyncio.current_task():
@@ -108,7 +108,7 @@ class Hub:
                 topic.recovering.cancel()
 
     def close(self) -> None:
-        """Every stream says goodbye and ends."""
+        """Send a goodbye to every stream and end it."""
         self.closing = True
         for topic in list(self._topics.values()):
             for watcher in list(topic.watchers):
@@ -116,7 +116,7 @@ class Hub:
                 self._bid_goodbye(topic.source, watcher)
 
     def watchers(self) -> int:
-        """How many streams are open."""
+        """Return the number of open streams."""
         return sum(len(topic.watchers) for topic in self._topics.values())
 
     # ── Live ──
@@ -126,7 +126,7 @@ class Hub:
         logged = not head.startswith(b">")
         topic.heard += logged
         if topic.recovering is not None:
-            return  # the log will tell
+            return  # the recovery reads it from the log
         id, at = head.decode(), pair(head.decode().removeprefix(">"))
         if at <= topic.since:
             return
@@ -138,7 +138,7 @@ class Hub:
             topic.newest = at
 
     def _tell(self, topic: Topic, event: Event) -> None:
-        """Every live watcher that has not had it from the log gets the event, or, where it is blocked, goes back to the log."""
+        """Send the event to each live watcher that has not got it from the log; a blocked watcher goes back to reading the log."""
         at, data, facts = event.at, event.chunk, None
         behind = []
         for watcher in topic.live:
@@ -173,7 +173,7 @@ class Hub:
             topic.recovering = self._group.create_task(self._recover(topic))
 
     async def _recover(self, topic: Topic) -> None:
-        """Whoever was live has what was missed."""
+        """Send the live watchers the entries that were missed."""
         try:
             while True:
                 heard = topic.heard
@@ -202,7 +202,7 @@ class Hub:
             self._lead(watcher, lambda: self._catch_up(topic, watcher, position))
 
     def _lead(self, watcher: Watcher, way: Callable[[], Awaitable[bool]]) -> None:
-        """A task leads the watcher until it is live, has ended or is gone."""
+        """Start the asyncio task that serves the watcher until it is live, has ended or is gone."""
 
         async def led() -> None:
             try:
@@ -235,7 +235,7 @@ class Hub:
         return await self._catch_up(topic, watcher, opened.position)
 
     async def _catch_up(self, topic: Topic, watcher: Watcher, position: Id) -> bool:
-        """The watcher has had what the log holds, and is live or has ended; False where it takes nothing."""
+        """Send the log from `position`, then make the watcher live or end it. Return False if the client reads nothing."""
         last: EventType | None = None
         while await watcher.drained():
             heard = topic.heard
@@ -261,7 +261,7 @@ class Hub:
         return False
 
     async def _log_after(self, topic: Topic, position: Id) -> list[Logged] | None:
-        """The next entries; None where Redis is away."""
+        """Return the next entries; None while Redis is unavailable."""
         try:
             return await self._store.log_after(topic.source.log, f"{position[0]}-{position[1]}", ENTRIES)
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):

@@ -1,4 +1,4 @@
-"""The clients of a stream: each gets the events of one topic, once and in order."""
+"""The watchers of a log: each gets the events of one topic, once and in order."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from movieq.tasks.states import TERMINAL_EVENTS, EventType, ProjectId, TaskId
 COMMENT: Final = b": still here\n\n"
 STUCK_S: Final = 30.0
 BUFFER_BYTES: Final = 16 * 1024
-"""What may wait in the process for a client that does not take it; the kernel has its own buffers."""
+"""Most bytes that wait in the process for a slow client; the kernel has its own buffers."""
 
 LAST_EVENTS: Final = TERMINAL_EVENTS | {EventType.UPDATED}
-"""Events after which the stream of a task ends, unless its log goes on."""
+"""Events after which a task's stream ends, unless its log has later entries."""
 
 
 Render = Callable[[EventType, bytes], bytes]
-"""From the type and the stored JSON of an event to the JSON that clients get."""
+"""A function from an event's type and stored JSON to the JSON that clients get."""
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A log that can be followed. `ends`: a terminal event is its last, unless more follow; `name` is what `goodbye` says of it."""
+    """A log that can be followed. `ends`: the stream ends after the last terminal event; `name` is the data of the `goodbye` event."""
 
     log: str
     ends: bool
@@ -37,17 +37,17 @@ class Source(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_task(cls, task_id: TaskId) -> Source:
-        """The log of a task."""
+        """Return the log of a task."""
         return cls(task_id, True, {"task_id": task_id})
 
     @classmethod
     def of_project(cls, project_id: ProjectId) -> Source:
-        """The log of a project: the last thousand changes of state of its tasks, for a day after the last. Their progress comes live."""
+        """Return the log of a project: the last thousand state changes of its tasks, for a day after the newest. Progress is only live."""
         return cls(f"project:{project_id}", False, {"project_id": project_id})
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a watcher can choose by."""
+    """The fields of an event that a watcher can filter by."""
 
     task_type: str
     status: str
@@ -57,7 +57,7 @@ _facts = msgspec.json.Decoder(Facts)
 
 
 def facts_of(data: bytes) -> Facts:
-    """Return the facts in an event's JSON; empty ones where it cannot be read."""
+    """Return the facts of an event's JSON; empty ones if it cannot be read."""
     try:
         return _facts.decode(data)
     except msgspec.MsgspecError:
@@ -65,7 +65,7 @@ def facts_of(data: bytes) -> Facts:
 
 
 class Event(msgspec.Struct, frozen=True):
-    """An event on its way out. `at` is its id; for one that is not in the log (`logged` False) the time it was made."""
+    """An event to send. `at` is its id in the log; for an event that is not in the log (`logged` is False), the time it was created."""
 
     at: Id
     logged: bool
@@ -75,45 +75,45 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Opening(msgspec.Struct, frozen=True):
-    """How a stream begins: with these frames, and then with what comes after `position`; None where nothing does."""
+    """The start of a stream: these frames, then the entries after `position`. None: nothing follows, and the stream ends."""
 
     frames: bytes
     position: Id | None
 
 
 class Watcher:
-    """Somebody who follows a log. What it is told it has taken, unless it is `blocked`."""
+    """A receiver of a log's events. While `blocked` is set, it has not taken all that was sent."""
 
     __slots__ = ("blocked", "comments", "reading", "since", "topic", "wants")
 
     def __init__(self, wants: Callable[[Facts], bool] | None = None) -> None:
         self.wants = wants
-        """Which events of the log and its channel it gets; None for all."""
+        """Which events the watcher gets; None for all."""
         self.blocked = False
         self.since: Id = START
-        """Up to where it was told from the log: messages of what was before come late."""
+        """The position up to which it was served from the log: messages of earlier events arrive late and are skipped."""
         self.reading: asyncio.Task[None] | None = None
         self.topic: Topic | None = None
         self.comments: set[Watcher] | None = None
 
     def tell(self, chunk: bytes) -> None:
-        """It gets a chunk."""
+        """Send a chunk."""
 
     def end(self, data: bytes, linger_s: float) -> None:
-        """It gets the data, and nothing after it."""
+        """Send the data, then end the stream; drop it after `linger_s`."""
 
     def drop(self) -> None:
-        """It gets nothing any more, also of what it has not taken yet."""
+        """End the stream at once and discard what was not taken yet."""
 
     async def drained(self) -> bool:
-        """True once it is not blocked any more; False where it takes nothing."""
+        """Wait until the watcher is no longer blocked. Return False if it takes nothing for `STUCK_S`."""
         return True
 
 
 class SocketWatcher(Watcher, asyncio.Protocol):
-    """A client at the other end of a socket whose HTTP answer has begun, `chunked` or not. It is the socket's protocol from here on.
+    """A client on a socket whose HTTP answer has begun, `chunked` or not. This object becomes the socket's protocol.
 
-    What the client still sends is not read for anything: an event stream has the connection to itself, and closes it at its end.
+    Further input from the client is ignored: an event stream uses the connection alone and closes it at its end.
     """
 
     __slots__ = ("_chunked", "_connections", "_gone", "_lingering", "_taken", "_transport")
@@ -127,14 +127,14 @@ class SocketWatcher(Watcher, asyncio.Protocol):
         self._taken: asyncio.Event | None = None
 
     def adopt(self, transport: asyncio.Transport, connections: set[Any]) -> None:
-        """The socket is this watcher's; `connections` are those for which the server waits at its end."""
+        """Take over the socket; `connections` is the set that the server waits for when it stops."""
         self._transport = transport
         self._connections = connections
         connections.add(self)
         transport.set_write_buffer_limits(high=BUFFER_BYTES)
         transport.set_protocol(self)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # a client that has lost its network says nothing: the kernel notices that comments are not acknowledged
+            # a client that has lost its network does not close the connection: the kernel notices that comments are not acknowledged
             self._option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_S * 1000))
 
     def tell(self, chunk: bytes) -> None:
@@ -146,12 +146,12 @@ class SocketWatcher(Watcher, asyncio.Protocol):
         self._lingering = asyncio.get_running_loop().call_later(linger_s, self.drop)
 
     def drop(self) -> None:
-        # a reset: else the kernel would go on offering what the client does not take
+        # a reset: else the kernel would keep trying to send the buffered data
         self._option(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     def _option(self, level: int, name: int, value: int | bytes) -> None:
-        with contextlib.suppress(OSError):  # it may be closed already
+        with contextlib.suppress(OSError):  # the socket may be closed already
             self._transport.get_extra_info("socket").setsockopt(level, name, value)
 
     async def drained(self) -> bool:
@@ -182,11 +182,11 @@ class SocketWatcher(Watcher, asyncio.Protocol):
         self._gone(self)
 
     def shutdown(self) -> None:
-        """uvicorn says that the process ends; the hub has ended the stream already."""
+        """Do nothing: uvicorn calls this when the process ends, and the hub has ended the stream already."""
 
 
 class EndWatcher(Watcher):
-    """Waits for the end of a task, and for nothing else."""
+    """A watcher that only waits for the end of a task."""
 
     __slots__ = ("ended",)
 
@@ -202,7 +202,7 @@ class EndWatcher(Watcher):
 
 
 class Topic:
-    """A log that is followed, and by whom."""
+    """A followed log and its watchers."""
 
     __slots__ = ("channel", "heard", "live", "newest", "recovering", "since", "source", "watchers")
 
@@ -212,10 +212,10 @@ class Topic:
         self.source = source
         self.watchers: set[Watcher] = set()
         self.live: set[Watcher] = set()
-        """Those who have been told everything up to `newest`."""
+        """The watchers that have got every event up to `newest`."""
         self.newest: Id = START
         self.since: Id = START
-        """Up to where they were told from the log after a doubt."""
+        """The position up to which the last recovery served the live watchers from the log."""
         self.heard = 0
-        """How many entries, and doubts, were announced: a log that was read while it did not change is read to its end."""
+        """Count of announced entries and doubts: if it is the same before and after a read, the log was read to its end."""
         self.recovering: asyncio.Task[None] | None = None

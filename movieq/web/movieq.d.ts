@@ -1,4 +1,4 @@
-// Types of movieq.js. What an event holds is said in the API's OpenAPI document; here are the fields that a page usually reads.
+// Types of movieq.js, with the fields that a page usually needs. The API's OpenAPI document describes all fields of an event.
 
 export interface TaskEvent {
   task_id: string;
@@ -8,9 +8,9 @@ export interface TaskEvent {
   /** From 0 to 1. */
   progress: number;
   current_step: string;
-  /** Seconds; null where it is not known. */
+  /** Seconds; null if unknown. */
   estimated_remaining: number | null;
-  /** How long its runs had a GPU, in seconds: in the state at first. */
+  /** Seconds of GPU time of all its runs; only in the snapshot. */
   gpu_seconds?: number;
   [field: string]: unknown;
 }
@@ -27,7 +27,7 @@ export interface Preview {
   [field: string]: unknown;
 }
 
-/** Part of the history is not in the log any more: a snapshot follows. */
+/** The log was trimmed and some events are lost; a snapshot follows. */
 export interface Gap {
   after: string;
   first: string | null;
@@ -35,7 +35,7 @@ export interface Gap {
   [field: string]: unknown;
 }
 
-/** The address is refused for good: it has expired, say. Fetch a fresh `events_url` and watch again with `after: lastEventId`. */
+/** The URL is refused for good, for example because it has expired. Fetch a fresh `events_url` and watch again with `after: lastEventId`. */
 export interface Refused {
   status: number;
   error: string;
@@ -43,39 +43,39 @@ export interface Refused {
 }
 
 export interface Watching {
-  /** The id after which another watch would continue. */
+  /** The id of the last event; pass it as `after` to continue in another watch. */
   readonly lastEventId: string | null;
   readonly closed: boolean;
   close(): void;
 }
 
 interface Common {
-  /** An id to continue after. */
+  /** The id of the last event already seen. */
   after?: string | null;
   onGap?(gap: Gap): void;
   onError?(refused: Refused): void;
 }
 
 export interface TaskHandlers extends Common {
-  /** The state at first (not where the watch continues after an id), and each change until the end. */
+  /** Called with the snapshot (unless the watch continues after an id) and with each change until the end. */
   onProgress?(event: TaskEvent): void;
   onPreview?(preview: Preview): void;
-  /** Once: the task is completed, failed or cancelled. */
+  /** Called once: the task is completed, failed or cancelled. */
   onDone?(event: Ended): void;
-  /** The task had ended, and its result has become more: the id of its document in the CMS, say. */
+  /** The result of an ended task was updated, for example with the id of its document in the CMS. */
   onUpdate?(event: Ended): void;
 }
 
 export interface ProjectHandlers extends Common {
-  /** The project's tasks that run and wait, at first and after a gap. */
+  /** The project's running and queued tasks, at the start and after a gap. */
   onSnapshot?(snapshot: Record<string, unknown>): void;
   /** A task's state has changed. */
   onChange?(event: TaskEvent): void;
   onProgress?(event: TaskEvent): void;
 }
 
-/** Follows a task by its `events_url` to its end. */
+/** Follow a task by its `events_url` until it ends. */
 export function watchTask(url: string | URL, handlers?: TaskHandlers): Watching;
 
-/** Follows all tasks of a project by its `events_url`, until it is closed. */
+/** Follow all tasks of a project by its `events_url` until the watch is closed. */
 export function watchProject(url: string | URL, handlers?: ProjectHandlers): Watching;

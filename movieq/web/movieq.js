@@ -1,8 +1,8 @@
-// Follows tasks and projects of movieq in a browser. An ES module without dependencies; the types are in movieq.d.ts.
+// Follow movieq tasks and projects in a browser. An ES module without dependencies; its types are in movieq.d.ts.
 //
-// An EventSource reconnects by itself after a broken connection, and continues at the last id that it saw. It gives up for good at any answer
-// but 200, also at the 502 of a proxy whose API restarts. Then a new one is made here, after a while, with that id as `?after=`: so nothing of
-// the log is missed, and nothing is told twice. What has no id (previews, a project's progress) is told to whoever is there.
+// An EventSource reconnects by itself after a broken connection and continues after the last id it got. But it gives up for good at any answer
+// other than 200, such as a proxy's 502 while the API restarts. This module then opens a new one after a wait, with that id as `?after=`, so no
+// event of the log is missed or reported twice. Events without an id (previews, a project's progress) are live only: they can be missed.
 
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 30_000;
@@ -11,9 +11,9 @@ const FINAL = new Set([400, 401, 403, 404]);
 const ENDS = ["completed", "failed", "cancelled"];
 const CHANGES = ["queued", "started", "retrying", ...ENDS, "updated"];
 
-/** Follows a task by its `events_url` to its end. */
+/** Follow a task by its `events_url` until it ends. */
 export function watchTask(url, { after = null, onProgress, onPreview, onDone, onUpdate, onGap, onError } = {}) {
-  let snapshot = null; // what is told up to its last_event_id was before it
+  let snapshot = null; // events up to its last_event_id are older than the snapshot
   const isHistory = (id) => snapshot?.last_event_id && id !== null && !isAfter(id, snapshot.last_event_id);
   const stream = new Stream(url, after, onError);
   stream.on("snapshot", (event) => {
@@ -30,7 +30,7 @@ export function watchTask(url, { after = null, onProgress, onPreview, onDone, on
   stream.on("gap", (event) => onGap?.(event));
   for (const type of ENDS) {
     stream.on(type, (event, id) => {
-      // a failure from before a retry is no end
+      // a failure before a retry is not the end
       if (isHistory(id) && (event.status !== snapshot.status || event.attempt !== snapshot.attempt)) return;
       stream.close();
       onDone?.(event);
@@ -40,11 +40,11 @@ export function watchTask(url, { after = null, onProgress, onPreview, onDone, on
   return stream;
 }
 
-/** Follows all tasks of a project by its `events_url`, until it is closed. */
+/** Follow all tasks of a project by its `events_url` until the stream is closed. */
 export function watchProject(url, { after = null, onSnapshot, onChange, onProgress, onGap, onError } = {}) {
   const stream = new Stream(url, after, onError);
   stream.on("snapshot", (event) => {
-    stream.continueAfter(event.last_event_id); // what was before it is not told
+    stream.continueAfter(event.last_event_id); // skips the events before the snapshot
     onSnapshot?.(event);
   });
   for (const type of CHANGES) stream.on(type, (event) => onChange?.(event));
@@ -54,7 +54,7 @@ export function watchProject(url, { after = null, onSnapshot, onChange, onProgre
   return stream;
 }
 
-/** What is followed. `lastEventId` is where another page would continue, as its `after`. */
+/** A followed stream. Another page can continue it with `lastEventId` as its `after`. */
 class Stream {
   #url;
   #onError;
@@ -63,7 +63,7 @@ class Stream {
   #timer = null;
   #asking = null;
   #waitMs = FIRST_WAIT_MS;
-  #placed = true; // whether the EventSource would continue at lastEventId
+  #placed = true; // whether the EventSource itself would continue after lastEventId
 
   constructor(url, after, onError) {
     this.#url = new URL(url, globalThis.location?.href);
@@ -77,7 +77,7 @@ class Stream {
     this.#listeners.set(type, told);
   }
 
-  /** Where to continue, though no event had this id. */
+  /** Set the id to continue after, though no event of this stream had it. */
   continueAfter(id) {
     this.lastEventId = id;
     this.#placed = false;
@@ -94,7 +94,7 @@ class Stream {
     for (const [type, told] of this.#listeners) {
       this.#source.addEventListener(type, (message) => {
         if (this.closed) return;
-        // an event without an id comes with that of the last which had one
+        // the browser gives an event without an id the id of the last event that had one
         const id = message.lastEventId !== seen ? message.lastEventId : null;
         seen = message.lastEventId;
         if (id !== null) {
@@ -106,7 +106,7 @@ class Stream {
     }
   }
 
-  /** Nothing is told any more. */
+  /** Stop: no handler is called any more. */
   close() {
     this.closed = true;
     this.#source?.close();
@@ -123,12 +123,12 @@ class Stream {
   #failed() {
     if (this.closed || (this.#placed && this.#source.readyState !== EventSource.CLOSED)) return; // it reconnects by itself
     this.#source.close();
-    const waitMs = this.#waitMs * (0.5 + Math.random()); // so that not all of them come at once
+    const waitMs = this.#waitMs * (0.5 + Math.random()); // random, so that clients do not all reconnect at once
     this.#waitMs = Math.min(this.#waitMs * 2, LONGEST_WAIT_MS);
     this.#timer = setTimeout(() => this.#again(), waitMs);
   }
 
-  // An EventSource does not say what the answer was: an address that has expired is refused for ever, a proxy's 502 passes.
+  // An EventSource does not report the answer's status, so ask: an expired URL is refused for ever, a proxy's 502 is temporary.
   async #again() {
     const asking = (this.#asking = new AbortController());
     const limit = setTimeout(() => asking.abort(), ASKING_MS);
@@ -136,20 +136,20 @@ class Stream {
     try {
       const answer = await fetch(this.#continued(), { signal: asking.signal, cache: "no-store" });
       status = answer.status;
-      // only movieq's own word is final: a proxy that has no backend may say 404 too
+      // only an error of movieq's own is final: a proxy without a backend may answer 404 too
       const refusal = FINAL.has(status) ? await answer.json().catch(() => null) : null;
       if (!this.closed && typeof refusal?.error === "string") {
         this.close();
         this.#onError?.({ status, error: refusal.error, message: refusal.message });
       }
     } catch {
-      // away, or closed meanwhile
+      // the server is unavailable, or the stream was closed
     } finally {
       clearTimeout(limit);
       asking.abort();
     }
     if (this.closed) return;
-    if (status === 204) this.lastEventId = null; // the end was told to somebody else: from the beginning, for its sake
+    if (status === 204) this.lastEventId = null; // this id is past the end of the log: start over, to get the end
     if (status === 200 || status === 204) this.open();
     else this.#failed();
   }

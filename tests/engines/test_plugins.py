@@ -79,10 +79,10 @@ async def test_its_parameters_are_checked_as_those_of_any_type(running: Service)
     ("module", "said"),
     [
         ("raise RuntimeError('out of paint')", "cannot be loaded: RuntimeError: out of paint"),
-        ("plugin = 3", "is no movieq.plugins.Plugin"),
-        ("from movieq.plugins import Plugin\nplugin = Plugin(engines={'Not A Name': 'x'})", "'Not A Name' is no name"),
+        ("plugin = 3", "is not a movieq.plugins.Plugin"),
+        ("from movieq.plugins import Plugin\nplugin = Plugin(engines={'Not A Name': 'x'})", "'Not A Name' is not a valid name"),
         ("from movieq.plugins import *\nfrom movieq.tasks.params import *\n"
-         "plugin = Plugin(task_types={'generate_image': TaskSpec(params=VideoParams)})", "there is a task type generate_image already"),
+         "plugin = Plugin(task_types={'generate_image': TaskSpec(params=VideoParams)})", "the task type generate_image already exists"),
         ("from movieq.plugins import Plugin\nplugin = Plugin(models={'x': {'engine': 'candle', 'kind': 'gpu_heavy', 'tasks': {}}})",
          "x: unknown engine 'candle'"),
     ],

@@ -152,7 +152,7 @@ async def test_a_wrong_secret_holds_the_file_until_it_is_mended(made: Fleet, far
 @pytest.mark.parametrize(
     ("changed", "mark", "said"),
     [
-        ({}, "✓", "stored, read, opened by its url and deleted"),
+        ({}, "✓", "stored, read, opened by its URL and deleted"),
         ({"MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}, "✗", "check MOVIEQ_R2_ACCESS_KEY_ID"),
         ({"MOVIEQ_STORAGE": "s3://nowhere"}, "✗", "create it, or correct MOVIEQ_STORAGE"),
         ({"MOVIEQ_R2_PUBLIC_URL": "http://127.0.0.1:1"}, "✗", "correct MOVIEQ_R2_PUBLIC_URL"),

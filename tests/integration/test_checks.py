@@ -568,4 +568,4 @@ def test_doctor_runs_where_no_models_can(tmp_path: Path) -> None:
     without = "import sys; sys.modules['huggingface_hub'] = None; sys.argv = ['movieq', 'doctor']; from movieq.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", without], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert "Traceback" not in done.stderr
-    assert "here: animatic; the others need pip install 'movieq[gpu]'" in done.stdout
+    assert "here: animatic; for the others: pip install 'movieq[gpu]'" in done.stdout

@@ -106,7 +106,7 @@ async def test_watch_outlives_the_api_and_ctrl_c_leaves_the_task_running(up: Ser
         while b"rendering video" not in await process.stderr.readline():
             pass
         up.find("api")[0].kill()
-        assert b"the server is away" in await process.stderr.readline()
+        assert b"the server is unavailable" in await process.stderr.readline()
         assert b"rendering video" in await process.stderr.readline()
         process.send_signal(signal.SIGINT)
         said = (await process.communicate())[1].decode()
@@ -280,7 +280,7 @@ async def test_doctor_says_which_models_are_here_and_what_is_wrong_with_them(fol
     )
     (folder / "models.toml").write_text(table)
     _, out, _ = await movieq("doctor", folder=folder, MOVIEQ_MODELS="models.toml", HF_HOME=str(folder / "hub"))
-    assert "here: animatic, lamp; `movieq models pull NAME` brings z-image-turbo" in " ".join(out.split())
+    assert "here: animatic, lamp; `movieq models pull NAME` downloads z-image-turbo" in " ".join(out.split())
     (folder / "weights").rmdir()
     code, out, _ = await movieq("doctor", folder=folder, MOVIEQ_MODELS="models.toml", HF_HOME=str(folder / "hub"))
     assert (code, marked(out)["models"]) == (1, "✗")
@@ -291,7 +291,7 @@ async def test_doctor_says_which_models_are_here_and_what_is_wrong_with_them(fol
     ("torch", "mark", "said"),
     [
         ("2.13.0+cu130", "✓", "NVIDIA H100 80GB HBM3; torch 2.13.0+cu130"),
-        ("2.13.0+cpu", "✗", "torch 2.13.0+cpu, which knows no GPU"),
+        ("2.13.0+cpu", "✗", "torch 2.13.0+cpu, which cannot use a GPU"),
     ],
 )
 async def test_doctor_says_whether_the_gpu_of_this_machine_can_be_used(folder: Path, torch: str, mark: str, said: str) -> None:

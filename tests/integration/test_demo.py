@@ -104,8 +104,8 @@ async def test_a_demo_that_is_stopped_stops_what_it_started(temporary: Path, fol
 async def test_a_demo_that_fails_says_why_and_stops_what_it_started(temporary: Path, folder: Path) -> None:
     with valkey(folder / "data", appendfsync="no"):
         code, _, err = await said(await started(temporary, folder, "--data", "data"))
-    assert (code, "another movieq holds" in err, "movieq-up.log" in err) == (1, True, True), err
-    assert "another movieq holds" in (folder / "demo-out/movieq-up.log").read_text()
+    assert (code, "another movieq uses" in err, "movieq-up.log" in err) == (1, True, True), err
+    assert "another movieq uses" in (folder / "demo-out/movieq-up.log").read_text()
     assert left(temporary) == []
 
 

@@ -46,7 +46,7 @@ def test_a_second_up_in_one_folder_is_refused_and_the_first_goes_on(tmp_path: Pa
     with service(tmp_path) as first:
         ended = up(tmp_path, "--port", "0", "--data", str(tmp_path / "data"))
         assert ended.returncode == 1
-        assert "another movieq holds" in ended.stderr
+        assert "another movieq uses" in ended.stderr
         assert first.process.poll() is None
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(Valkey(tmp_path / "data").socket))  # its Valkey still takes connections
@@ -120,7 +120,7 @@ def test_the_socket_of_a_data_folder_has_one_place_which_must_be_this_users_own(
     others: list[Callable[[], object]] = [lambda: place.mkdir(mode=0o755), place.touch]
     for arrange in others:
         arrange()
-        with pytest.raises(SettingsError, match="not a folder of this user's alone"):
+        with pytest.raises(SettingsError, match="not a folder that only this user can access"):
             server.start()
         server.stop()
     place.unlink()

@@ -131,7 +131,7 @@ async def test_a_failure_is_told_on_the_page_and_tried_again_from_there(
 ) -> None:
     scene = await cms.made("scenes", title="The storm", description="A storm", status="queued")
     await opened(page, cms, scene["id"])
-    await expect(page.locator(".movieq-panel__words")).to_contain_text("Waiting, place 1")
+    await expect(page.locator(".movieq-panel__words")).to_contain_text("Waiting, position 1")
     await page.screenshot(path=folder / "waiting.png")
     (claimed,) = await claim(store)
     await store.report(claimed.task.task_id, claimed.run, 0.4, "generating_video", remaining_ms=21_000)
@@ -180,7 +180,7 @@ async def test_a_clip_that_the_cms_cannot_fetch_is_said_and_not_asked_for_withou
     await opened(page, cms, scene["id"])
     (claimed,) = await claim(store)
     await store.complete(claimed.task.task_id, claimed.run, result())  # of a file that is not there
-    await expect(page.locator(".movieq-panel__problem")).to_have_text("movieq's file cannot be fetched: it answered 404.")
+    await expect(page.locator(".movieq-panel__problem")).to_have_text("movieq's file cannot be downloaded: its server answered 404.")
     await page.wait_for_timeout(3000)
     assert len(asked) <= 5, asked
 

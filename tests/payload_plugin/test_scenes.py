@@ -93,7 +93,7 @@ async def test_where_movieq_is_away_the_scene_is_kept_and_says_so_and_can_be_que
     scene = await cms.made("scenes", **SCENE)
     saved = await cms.changed(scene["id"], status="queued", title="Kept")
     assert (saved["status"], saved["title"], saved["taskId"]) == ("failed", "Kept", None)
-    assert saved["error"] == f"Not started: movieq at http://127.0.0.1:{cms.movieq_port} cannot be reached: nobody listens there."
+    assert saved["error"] == f"Not started: movieq at http://127.0.0.1:{cms.movieq_port} cannot be reached: no server listens there."
     await made.api(port=cms.movieq_port)
     saved = await cms.changed(scene["id"], status="queued")
     assert (saved["status"], saved["error"]) == ("queued", None)
@@ -189,4 +189,4 @@ async def test_the_client_retries_what_has_failed_and_says_what_is_refused(app: 
     said, _ = await asyncio.wait_for(process.communicate(), 20)
     failed, queued, refused = said.decode().splitlines()
     assert (failed, queued) == ("out of luck", "queued")
-    assert refused.startswith("MovieqError 400 invalid_state movieq refused: the task is queued")
+    assert refused.startswith("MovieqError 400 invalid_state movieq refused the request: the task is queued")

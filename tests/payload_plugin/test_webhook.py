@@ -100,7 +100,7 @@ async def test_what_is_not_signed_by_movieq_just_now_writes_nothing(cms: Cms, sc
         signed(body + " "),
     ):
         status, answer = await cms.call("POST", "/movieq/webhook", headers, data=body)
-        assert (status, answer["message"].startswith("the webhook is not movieq's")) == (401, True), headers
+        assert (status, answer["message"].startswith("Invalid webhook")) == (401, True), headers
     assert (await cms.scene(scene["id"]))["status"] == "queued"
     status, _ = await cms.call("POST", "/movieq/webhook", signed(body), data=body)
     assert (status, (await cms.scene(scene["id"]))["error"]) == (200, "forged")
@@ -109,8 +109,8 @@ async def test_what_is_not_signed_by_movieq_just_now_writes_nothing(cms: Cms, sc
 async def test_a_result_is_imported_once_however_often_its_webhook_comes(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
     said = event(scene, result=result(file_url))
     answers = await asyncio.gather(*(tell(cms, said) for _ in range(4)))
-    assert sorted(answers) == [(200, "nothing new")] * 3 + [(200, "written")]
-    assert await tell(cms, said) == (200, "nothing new")
+    assert sorted(answers) == [(200, "no change")] * 3 + [(200, "scene updated")]
+    assert await tell(cms, said) == (200, "no change")
     now = await cms.scene(scene["id"])
     assert (now["status"], now["progress"], await documents(cms, scene)) == ("completed", 1, 1)
     _, clip = await cms.call("GET", f"/media/{now['result']}")
@@ -119,7 +119,7 @@ async def test_a_result_is_imported_once_however_often_its_webhook_comes(cms: Cm
 
 async def test_the_document_that_movieq_made_is_taken_as_it_is(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
     clip = await cms.picture(None)
-    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "written")
+    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "scene updated")
     assert ((await cms.scene(scene["id"]))["result"], await documents(cms, scene)) == (clip, 0)
 
 
@@ -127,9 +127,9 @@ async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms:
     clip = await cms.picture(None)
     completed: dict[str, Any] = {"kind": "completed", "at_s": 0, "error": None}
     updated: dict[str, Any] = {"kind": "updated", "at_s": 30, "result": result(file_url, clip)}
-    for first, second, answer in ((completed, updated, "written"), (updated, completed, "nothing new")):
+    for first, second, answer in ((completed, updated, "scene updated"), (updated, completed, "no change")):
         scene = await cms.made("scenes", **SCENE, status="queued")
-        assert await tell(cms, event(scene, **first)) == (200, "written")
+        assert await tell(cms, event(scene, **first)) == (200, "scene updated")
         assert await tell(cms, event(scene, **second)) == (200, answer)
         now = await cms.scene(scene["id"])
         assert (now["status"], now["result"]) == ("completed", clip)
@@ -137,9 +137,9 @@ async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms:
 
 async def test_the_document_counts_where_a_page_had_asked_before_it_was_known(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
     clip = await cms.picture(None)
-    assert await tell(cms, event(scene)) == (200, "written")
-    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "written")
-    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "nothing new")
+    assert await tell(cms, event(scene)) == (200, "scene updated")
+    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "scene updated")
+    assert await tell(cms, event(scene, result=result(file_url, clip))) == (200, "no change")
     assert (await cms.scene(scene["id"]))["result"] == clip
 
 
@@ -147,8 +147,8 @@ async def test_a_failure_is_told_and_an_older_one_takes_no_success_back(cms: Cms
     assert (await tell(cms, event(scene, "failed", error="the storyboard is empty")))[0] == 200
     now = await cms.scene(scene["id"])
     assert (now["status"], now["error"]) == ("failed", "the storyboard is empty")
-    assert await tell(cms, event(scene, at_s=60, result=result(file_url))) == (200, "written")  # it was retried
-    assert await tell(cms, event(scene, "failed", at_s=1, error="late")) == (200, "nothing new")
+    assert await tell(cms, event(scene, at_s=60, result=result(file_url))) == (200, "scene updated")  # it was retried
+    assert await tell(cms, event(scene, "failed", at_s=1, error="late")) == (200, "no change")
     now = await cms.scene(scene["id"])
     assert (now["status"], now["error"]) == ("completed", None)
 
@@ -156,7 +156,7 @@ async def test_a_failure_is_told_and_an_older_one_takes_no_success_back(cms: Cms
 async def test_the_end_of_a_task_that_the_scene_has_no_more_is_passed_over(cms: Cms, scene: dict[str, Any]) -> None:
     await cms.changed(scene["id"], status="cancelled")
     await cms.changed(scene["id"], status="queued")
-    assert await tell(cms, event(scene, "failed", error="of before")) == (200, "nothing new")
+    assert await tell(cms, event(scene, "failed", error="of before")) == (200, "no change")
     assert (await cms.scene(scene["id"]))["status"] == "queued"
 
 
@@ -173,16 +173,16 @@ async def test_a_scene_that_is_gone_wants_no_more_webhooks(cms: Cms, scene: dict
 
 
 async def test_a_webhook_about_something_else_is_taken_and_left(cms: Cms, scene: dict[str, Any]) -> None:
-    assert await tell(cms, event(scene, metadata={})) == (200, "not about a scene")
+    assert await tell(cms, event(scene, metadata={})) == (200, "ignored: not for a scene")
     assert (await cms.scene(scene["id"]))["status"] == "queued"
 
 
 async def test_a_result_that_cannot_be_fetched_is_asked_for_again(cms: Cms, scene: dict[str, Any], file_url: str) -> None:
     said = event(scene, result=result(file_url.replace("output", "missing")))
     status, message = await tell(cms, said)
-    assert (status, message) == (503, "movieq's file cannot be fetched: it answered 404.")
+    assert (status, message) == (503, "movieq's file cannot be downloaded: its server answered 404.")
     assert (await cms.scene(scene["id"]))["status"] == "queued"
-    assert await tell(cms, {**said, "result": result(file_url)}) == (200, "written")
+    assert await tell(cms, {**said, "result": result(file_url)}) == (200, "scene updated")
 
 
 async def test_the_body_of_a_webhook_is_read_to_a_limit(cms: Cms) -> None:

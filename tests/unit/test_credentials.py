@@ -171,9 +171,9 @@ def wrong(folder: Path, what: str) -> tuple[dict[str, str], str]:
         case "no certificate":
             return good | {"MOVIEQ_C2PA_CERTIFICATE": ""}, "MOVIEQ_C2PA_CERTIFICATE is not set"
         case "no file":
-            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is no chain"
+            return good | {"MOVIEQ_C2PA_CERTIFICATE": "/nonexistent"}, "MOVIEQ_C2PA_CERTIFICATE: /nonexistent is not a readable PEM"
         case "no PEM":
-            return good | {"MOVIEQ_C2PA_KEY": str(folder / "text")}, "MOVIEQ_C2PA_KEY: .*text is no private key"
+            return good | {"MOVIEQ_C2PA_KEY": str(folder / "text")}, "MOVIEQ_C2PA_KEY: .*text is not a readable PEM private key"
         case "another's key":
             return good | {"MOVIEQ_C2PA_KEY": str(chain(folder / "other").key)}, "is not the key of the first certificate"
         case "expired":
@@ -195,9 +195,7 @@ def test_without_a_certificate_nothing_is_signed() -> None:
     assert credentials.load(settings.Settings()) is None
 
 
-@pytest.mark.parametrize(
-    ("days", "mark", "said"), [(90, Mark.GOOD, HOLDER), (20, Mark.NOTE, "renew its certificate"), (0.5, Mark.BROKEN, "expired")]
-)
+@pytest.mark.parametrize(("days", "mark", "said"), [(90, Mark.GOOD, HOLDER), (20, Mark.NOTE, "renew it"), (0.5, Mark.BROKEN, "expired")])
 def test_doctor_tries_the_certificate_and_says_how_long_it_holds(tmp_path: Path, days: float, mark: Mark, said: str) -> None:
     finding = doctor._signatures(settings.load(chain(tmp_path, days=days).settings, tmp_path / "none"))
     assert (finding.mark, said in finding.text) == (mark, True), finding

@@ -23,7 +23,7 @@ def test_a_signature_holds_until_its_last_second() -> None:
 
 
 def test_a_wrong_signature_is_wrong_also_when_it_would_have_expired() -> None:
-    with pytest.raises(Forbidden, match="does not fit"):
+    with pytest.raises(Forbidden, match="Invalid signature"):
         verify((SECRET,), "media", "a", str(EXPIRES), "x" * 43, EXPIRES + 1)
 
 
@@ -45,7 +45,7 @@ def test_a_signature_changed_by_any_single_character_is_refused() -> None:
     [f"0{EXPIRES}", f"+{EXPIRES}", f" {EXPIRES}", f"{EXPIRES}\n", f"{EXPIRES}.0", "1_800_000_000", "-1", "", "9" * 5000, "١٨٠٠٠٠٠٠٠٠", "x"],
 )
 def test_an_expiry_that_is_spelled_otherwise_is_refused(expires: str) -> None:
-    with pytest.raises(Forbidden, match="does not fit"):
+    with pytest.raises(Forbidden, match="Invalid signature"):
         verify((SECRET,), "media", "a", expires, sign(SECRET, "media", "a", EXPIRES), 0)
 
 

@@ -1,7 +1,7 @@
-// movieq's API for servers: submit, status, cancel, retry, uploads, and the proof that a webhook is movieq's.
+// A server-side client of movieq's API: submit, status, cancel, retry, uploads, and verification of webhooks.
 //
-// Each call has a time limit and ends in an answer or in a MovieqError whose message is for people. The API key is in a header of these calls
-// and nowhere else: a browser gets the signed `events_url` instead. Left out: trying again (submit with an idempotency key can be said twice).
+// Each call has a time limit and returns an answer or throws a MovieqError with a readable message. The API key is sent only in a header of
+// these calls; a browser gets the signed `events_url` instead. Calls are not retried: to retry a submit, give it an idempotency key.
 import { Webhook, WebhookVerificationError } from 'standardwebhooks'
 
 const CALL_MS = 10_000
@@ -34,13 +34,13 @@ export interface Receipt {
 
 export interface Result {
   media_url: string
-  /** The document that movieq has made in the CMS; null where none is configured, or not yet. */
+  /** The document that movieq has created in the CMS; null if no CMS is configured or the document does not exist yet. */
   payload_media_id: string | number | null
   media: { url: string; media_type: string; content_type: string; file_size: number; poster_url?: string | null }[]
   metadata: Record<string, unknown>
 }
 
-/** How a task is, as its status and the webhook of its end both say it. */
+/** The state of a task, as in its status and in its webhooks. */
 export interface TaskState {
   task_id: string
   project_id: string
@@ -67,18 +67,18 @@ export interface Status extends TaskState {
 
 export interface WebhookEvent extends TaskState {
   type: 'task.completed' | 'task.failed' | 'task.cancelled' | 'task.updated'
-  /** When it happened, not when it was sent: of two events the later counts, in whatever order they arrive. */
+  /** When the event happened, not when it was sent: the later of two events counts, in whatever order they arrive. */
   timestamp: string
   metadata: Record<string, unknown>
 }
 
-/** What went wrong, in words for people. `status` is that of the HTTP answer; 503 where none came. */
+/** An error with a readable message. `status` is the HTTP status; 503 without an answer. */
 export class MovieqError extends Error {
   override name = 'MovieqError'
   constructor(
     message: string,
     readonly status: number,
-    /** movieq's code, or `unreachable`, `not_configured`, `bad_signature`. */
+    /** movieq's error code, or `unreachable`, `not_configured`, `bad_signature`. */
     readonly code: string,
     readonly retryable: boolean,
   ) {
@@ -87,10 +87,10 @@ export class MovieqError extends Error {
 }
 
 export interface ClientOptions {
-  /** Where the API is, without /api/v1. */
+  /** The API's URL, without /api/v1. */
   url: string | undefined
   apiKey: string | undefined
-  /** `whsec_...`; two, comma-separated, while it is changed. */
+  /** `whsec_...`; two, separated by a comma, during a rotation. */
   webhookSecret?: string | undefined
 }
 
@@ -101,12 +101,12 @@ export class Movieq {
     this.#options = options
   }
 
-  /** Whether webhooks can be told from forgeries. */
+  /** Whether webhooks can be verified. */
   get verifies(): boolean {
     return Boolean(this.#options.webhookSecret?.trim())
   }
 
-  /** The task is accepted. Said again with the same key and body, it is the same task. */
+  /** Submit a task. A repeated submit with the same idempotency key and body returns the first receipt. */
   submit(task: Submit, idempotencyKey?: string): Promise<Receipt> {
     const headers = idempotencyKey ? { 'Idempotency-Key': idempotencyKey } : undefined
     return this.#call('POST', '/tasks/submit', { body: JSON.stringify(task), type: 'application/json', headers })
@@ -116,28 +116,28 @@ export class Movieq {
     return this.#call('GET', `/tasks/${encodeURIComponent(taskId)}/status`)
   }
 
-  /** The task is cancelled; said again, the same. */
+  /** Cancel a task; cancelling it again has no effect. */
   async cancel(taskId: string): Promise<void> {
     await this.#call('DELETE', `/tasks/${encodeURIComponent(taskId)}/cancel`)
   }
 
-  /** The failed task waits again, with the parameters that it had. */
+  /** Queue a failed task again with the same parameters. */
   retry(taskId: string): Promise<Receipt> {
     return this.#call('POST', `/tasks/${encodeURIComponent(taskId)}/retry`)
   }
 
-  /** The bytes of an image or a sound are kept for a week; the answer stands for them in `task_data` of the same project. */
+  /** Upload an image or sound, stored for a week; return the URL to use in `task_data` of the same project. */
   async upload(projectId: string, bytes: Uint8Array<ArrayBuffer>, type: string): Promise<string> {
     const path = `/projects/${encodeURIComponent(projectId)}/uploads`
     const content = ALLOWED_TYPES.test(type) ? type : 'application/octet-stream'
     return (await this.#call<{ url: string }>('POST', path, { body: bytes, type: content, timeoutMs: UPLOAD_MS })).url
   }
 
-  /** What a webhook says, once its signature and its time are proven (Standard Webhooks). Throws MovieqError with status 401 or 503. */
+  /** Verify a webhook's signature and time (Standard Webhooks); return its event. Throws MovieqError with status 401 or 503. */
   verify(body: string, headers: Headers): WebhookEvent {
     const secrets = (this.#options.webhookSecret ?? '').split(',').map((each) => each.trim()).filter(Boolean)
     if (secrets.length === 0) {
-      throw new MovieqError('no webhook is taken here: webhookSecret is not set', 503, 'not_configured', false)
+      throw new MovieqError('webhooks are not accepted: set webhookSecret in the options of movieqPlugin', 503, 'not_configured', false)
     }
     const signed = Object.fromEntries(['webhook-id', 'webhook-timestamp', 'webhook-signature'].map((name) => [name, headers.get(name) ?? '']))
     let problem = ''
@@ -149,13 +149,13 @@ export class Movieq {
         problem = error.message
       }
     }
-    throw new MovieqError(`the webhook is not movieq's: ${problem}`, 401, 'bad_signature', false)
+    throw new MovieqError(`Invalid webhook: ${problem}`, 401, 'bad_signature', false)
   }
 
   async #call<T>(method: string, path: string, sent: Sent = {}): Promise<T> {
     const { url, apiKey } = this.#options
     if (!url || !apiKey) {
-      throw new MovieqError('movieq is not set up here: its address or its API key is missing', 503, 'not_configured', false)
+      throw new MovieqError('movieq is not configured: set url and apiKey in the options of movieqPlugin', 503, 'not_configured', false)
     }
     const address = new URL(`/api/v1${path}`, url)
     let answer: Response
@@ -164,7 +164,7 @@ export class Movieq {
       answer = await fetch(address, {
         method,
         headers: { 'X-API-Key': apiKey, ...(sent.type ? { 'Content-Type': sent.type } : {}), ...sent.headers },
-        redirect: 'error', // the key goes to this address alone
+        redirect: 'error', // the key must not be sent to another address
         signal: AbortSignal.timeout(sent.timeoutMs ?? CALL_MS),
         ...(sent.body === undefined ? {} : { body: sent.body }),
       })
@@ -173,8 +173,8 @@ export class Movieq {
       throw new MovieqError(`movieq at ${address.origin} cannot be reached: ${reason(error)}`, 503, 'unreachable', true)
     }
     if (answer.ok) return body as T
-    const { error = 'internal', message = `it answered ${answer.status}`, retryable = false } = (body ?? {}) as Partial<Refusal>
-    throw new MovieqError(`movieq refused: ${message}`, answer.status, error, retryable)
+    const { error = 'internal', message = `HTTP status ${answer.status}`, retryable = false } = (body ?? {}) as Partial<Refusal>
+    throw new MovieqError(`movieq refused the request: ${message}`, answer.status, error, retryable)
   }
 }
 
@@ -194,8 +194,8 @@ interface Refusal {
 function reason(error: unknown): string {
   if (!(error instanceof Error)) return String(error)
   if (error.name === 'TimeoutError') return 'it did not answer in time'
-  if (error instanceof SyntaxError) return 'what answered there is not movieq'
+  if (error instanceof SyntaxError) return 'the server there is not movieq'
   const code = (error.cause as { code?: string } | undefined)?.code
-  const known: Record<string, string> = { ECONNREFUSED: 'nobody listens there', ENOTFOUND: 'its name is not known', ECONNRESET: 'it hung up' }
+  const known: Record<string, string> = { ECONNREFUSED: 'no server listens there', ENOTFOUND: 'unknown host name', ECONNRESET: 'it closed the connection' }
   return (code && (known[code] ?? code)) || error.message
 }

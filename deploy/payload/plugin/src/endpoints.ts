@@ -1,7 +1,7 @@
-// The two addresses under /api/movieq: the webhook by which movieq tells how a task ended, and how a scene is just now, for its page.
+// The two endpoints under /api/movieq: the webhook that reports the end of a task, and the current state of a scene, for its page.
 //
-// Both write the same way, and both may be late, early or twice: what is older than what the scene has, or of a task that it has not any
-// more, changes nothing.
+// Both update the scene in the same way, and both may come late, early or twice. A state that is older than the scene's, or of a task that the
+// scene no longer has, changes nothing.
 import type { Endpoint, PayloadRequest } from 'payload'
 import { MovieqError, type Movieq, type Status, type TaskState } from './client.js'
 import { idOf, type MovieqOptions, type Scene } from './options.js'
@@ -13,7 +13,7 @@ const IMPORT_BYTES = 512 * 1024 * 1024
 const EXTENSIONS: Record<string, string> = { 'video/mp4': 'mp4', 'image/jpeg': 'jpg', 'audio/mpeg': 'mp3', 'audio/x-wav': 'wav' }
 const MEDIA_TYPES: Record<string, string> = { dialogue_audio: 'audio_clip' }
 
-/** What the page of a scene shows. */
+/** The state that a scene's page shows. */
 export interface SceneState {
   taskId: string | null
   status: string
@@ -26,7 +26,7 @@ export interface SceneState {
   queuePosition: number | null
   remaining: number | null
   media: { url: string; type: string; poster: string | null } | null
-  /** Why the rest may be out of date. */
+  /** Why the other fields may be out of date. */
   problem: string | null
 }
 
@@ -48,31 +48,31 @@ async function webhook(movieq: Movieq, options: MovieqOptions, scenes: Scenes, r
   }
   const about = event.metadata?.payload as { collection?: unknown; id?: unknown } | undefined
   const id = idOf(about?.id)
-  if (about?.collection !== (options.collection ?? 'scenes') || id === null) return answer(200, 'not about a scene')
+  if (about?.collection !== (options.collection ?? 'scenes') || id === null) return answer(200, 'ignored: not for a scene')
   try {
     switch (await scenes.apply(req, id, event, event.timestamp, event.metadata.after)) {
       case 'applied':
-        return answer(200, 'written')
+        return answer(200, 'scene updated')
       case 'known':
-        return answer(200, 'nothing new')
+        return answer(200, 'no change')
       case 'early':
-        return answer(409, 'the scene is just being saved: come again')
+        return answer(409, 'the scene is being saved: send the webhook again')
       case 'gone':
-        return answer(410, 'the scene is gone')
+        return answer(410, 'the scene no longer exists')
     }
   } catch (error) {
-    req.payload.logger.error({ err: error, msg: 'a webhook of movieq was not written', scene: id, task: event.task_id })
-    return answer(503, said(error)) // it comes again
+    req.payload.logger.error({ err: error, msg: 'a webhook of movieq could not be applied', scene: id, task: event.task_id })
+    return answer(503, said(error)) // movieq sends it again
   }
 }
 
-/** How a scene is, asked of movieq where its task runs: so its page is right even where no webhook arrives. */
+/** Return a scene's state. While its task runs, ask movieq, so that the page is right even if no webhook arrives. */
 async function sceneState(movieq: Movieq, options: MovieqOptions, scenes: Scenes, req: PayloadRequest): Promise<Response> {
-  if (!req.user) return answer(401, 'log in first')
+  if (!req.user) return answer(401, 'you are not logged in: log in first')
   const id = String(req.routeParams?.id)
   const collection = options.collection ?? 'scenes'
   const scene = (await req.payload.findByID({ collection, id, depth: 0, req, overrideAccess: false, disableErrors: true })) as Scene | null
-  if (!scene) return answer(404, 'there is no such scene')
+  if (!scene) return answer(404, 'the scene does not exist, or you may not read it')
   let now = scene
   let task: Status | null = null
   let problem: string | null = null
@@ -80,8 +80,8 @@ async function sceneState(movieq: Movieq, options: MovieqOptions, scenes: Scenes
     if (scene.taskId && (isRunning(scene.status) || scene.status === 'completed')) task = await movieq.status(String(scene.taskId))
     if (task && isRunning(scene.status)) now = await follow(scenes, req, scene, task)
   } catch (error) {
-    req.payload.logger.warn({ msg: 'the task of a scene is not known', scene: id, problem: String(error) })
-    // a clip that is here needs no task: movieq forgets them after a while
+    req.payload.logger.warn({ msg: 'the task of a scene could not be read', scene: id, problem: String(error) })
+    // an ended scene does not need its task, which movieq deletes after a while
     if (isRunning(scene.status)) problem = said(error)
   }
   return Response.json({ ...(await shown(options, req, now, task)), problem }, { headers: { 'Cache-Control': 'no-store' } })
@@ -124,7 +124,7 @@ async function shown(options: MovieqOptions, req: PayloadRequest, scene: Scene, 
 
 type Applied = 'applied' | 'known' | 'early' | 'gone'
 
-/** Writes how tasks ended into scenes, for each scene one after the other. */
+/** Writes the states of tasks into scenes; the writes of one scene run one after the other. */
 class Scenes {
   readonly #turns = new Map<string, Promise<unknown>>()
 
@@ -135,15 +135,15 @@ class Scenes {
     return (await req.payload.findByID({ collection, id, depth: 0, req, overrideAccess: true, disableErrors: true })) as Scene | null
   }
 
-  /** `after` is the task that the scene had when this one was submitted. */
+  /** Write the end of a task. `after` is the task that the scene had when this one was submitted. */
   apply(req: PayloadRequest, id: string | number, state: TaskState, at: string, after?: unknown): Promise<Applied> {
     return this.#inTurn(id, () => this.#apply(req, id, state, at, after))
   }
 
-  /** The scene waits or runs, as its task does. */
+  /** Set a running scene to its task's status. */
   move(req: PayloadRequest, id: string | number, task: Status): Promise<void> {
     return this.#inTurn(id, async () => {
-      const scene = await this.read(req, id) // it may have ended meanwhile
+      const scene = await this.read(req, id) // the task may have ended meanwhile
       if (scene?.taskId !== task.task_id || !isRunning(scene.status)) return
       await write(req, this.options, id, { status: task.status, eventsUrl: task.events_url })
     })
@@ -164,7 +164,7 @@ class Scenes {
     const scene = await this.read(req, id)
     if (!scene) return 'gone'
     if (scene.taskId !== state.task_id) {
-      // a task can end before the save that began it is through
+      // a task can end before the save that submitted it is committed
       return after !== undefined && (scene.taskId ?? null) === after ? 'early' : 'known'
     }
     if (!isRunning(scene.status) && !isNews(scene, state, at)) return 'known'
@@ -179,7 +179,7 @@ class Scenes {
     return 'applied'
   }
 
-  /** The document of the result: the one that movieq has made, or, where that is asked for, one made here from its file. */
+  /** Return the document of the result: the one that movieq created, or, with `importMedia`, one created here from the file. */
   async #media(req: PayloadRequest, scene: Scene, state: TaskState): Promise<string | number | null> {
     if (state.result?.payload_media_id != null) return state.result.payload_media_id
     const made = state.result?.media[0]
@@ -188,7 +188,7 @@ class Scenes {
     const name = `${state.task_id}.${EXTENSIONS[made.content_type] ?? made.content_type.split('/')[1]}`
     const where = { filename: { equals: name } }
     const { docs } = await req.payload.find({ collection, where, limit: 1, depth: 0, req, overrideAccess: true })
-    if (docs[0]) return docs[0].id // it came twice, or the write after it failed
+    if (docs[0]) return docs[0].id // the webhook came twice, or the write after the import failed
     const data = await downloaded(made.url)
     const doc = await req.payload.create({
       collection,
@@ -202,7 +202,7 @@ class Scenes {
   }
 }
 
-/** Whether it is later than what the scene has, or has of the same moment the document that was not there yet. */
+/** Whether the state is newer than the scene's, or of the same time but with a new document. */
 function isNews(scene: Scene, state: TaskState, at: string): boolean {
   if (!scene.taskEventAt || scene.status === 'draft') return false
   const later = Date.parse(at) - Date.parse(String(scene.taskEventAt))
@@ -210,13 +210,13 @@ function isNews(scene: Scene, state: TaskState, at: string): boolean {
   return later > 0 || (later === 0 && id !== null && String(id) !== String(idOf(scene.result)))
 }
 
-/** The fields that movieq gives a document when it makes it itself. */
+/** Return the fields that movieq itself gives to a document it creates. */
 export function mediaData(state: TaskState, scene: Scene): Record<string, unknown> {
   const { metadata = {}, media = [] } = state.result ?? {}
   const words = [scene.description, scene.prompt, scene.title].find((each) => typeof each === 'string' && each.trim() !== '')
   const kind = media[0]?.media_type ?? 'video_segment'
   return {
-    alt: String(words ?? 'made by movieq').slice(0, 120),
+    alt: String(words ?? 'Rendered by movieq').slice(0, 120),
     project: idOf(scene.project),
     mediaType: MEDIA_TYPES[kind] ?? kind,
     agentGenerated: true,
@@ -236,15 +236,15 @@ async function downloaded(url: string): Promise<Buffer> {
   let size = 0
   try {
     const answer = await fetch(url, { signal: AbortSignal.timeout(IMPORT_MS) })
-    if (!answer.ok || !answer.body) throw new MovieqError(`movieq's file cannot be fetched: it answered ${answer.status}`, 503, 'storage', true)
+    if (!answer.ok || !answer.body) throw new MovieqError(`movieq's file cannot be downloaded: its server answered ${answer.status}`, 503, 'storage', true)
     for await (const chunk of answer.body) {
       size += chunk.length
-      if (size > IMPORT_BYTES) throw new MovieqError(`movieq's file is over ${IMPORT_BYTES} bytes`, 503, 'storage', false)
+      if (size > IMPORT_BYTES) throw new MovieqError(`movieq's file is too large to import: over ${IMPORT_BYTES} bytes`, 503, 'storage', false)
       chunks.push(chunk)
     }
   } catch (error) {
     if (error instanceof MovieqError) throw error
-    throw new MovieqError(`movieq's file cannot be fetched: ${(error as Error).message}`, 503, 'storage', true)
+    throw new MovieqError(`movieq's file cannot be downloaded: ${(error as Error).message}`, 503, 'storage', true)
   }
   return Buffer.concat(chunks)
 }

@@ -1,4 +1,4 @@
-// movieq in a Payload app: `plugins: [movieqPlugin({ url, apiKey, webhookSecret })]`.
+// The Payload plugin: add `plugins: [movieqPlugin({ url, apiKey, webhookSecret })]` to your Payload config.
 import type { BasePayload, CollectionConfig, Config, Field, Plugin } from 'payload'
 import { Movieq } from './client.js'
 import { endpoints } from './endpoints.js'
@@ -10,7 +10,7 @@ export type * from './client.js'
 export { mediaData } from './endpoints.js'
 export { sceneTask, type MovieqOptions, type Reference, type Scene, type Task } from './options.js'
 
-/** Gives a collection the fields, the hook and the addresses that make its documents into clips. */
+/** Add to a collection the fields, hooks and endpoints that render its documents as clips. */
 export function movieqPlugin(options: MovieqOptions): Plugin {
   return (config: Config): Config => {
     const slug = options.collection ?? 'scenes'
@@ -21,17 +21,17 @@ export function movieqPlugin(options: MovieqOptions): Plugin {
       found = true
       return withMovieq(each, client, options)
     })
-    if (!found) throw new Error(`movieqPlugin: there is no collection ${slug}; name yours with { collection: ... }`)
+    if (!found) throw new Error(`movieqPlugin: the collection ${slug} does not exist; name yours with { collection: ... }`)
     return {
       ...config,
       collections,
       endpoints: [...(config.endpoints ?? []), ...endpoints(client, options)],
-      custom: { ...config.custom, movieq: client }, // Payload sends `custom` to no browser
+      custom: { ...config.custom, movieq: client }, // Payload does not send `custom` to browsers
     }
   }
 }
 
-/** The client of an app that has the plugin. */
+/** Return the movieq client of an app that uses the plugin. */
 export function movieqOf(payload: BasePayload): Movieq {
   return payload.config.custom.movieq as Movieq
 }
@@ -57,5 +57,5 @@ function withMovieq(collection: CollectionConfig, client: Movieq, options: Movie
 function checkStatus(slug: string, field: Field): void {
   const values = field.type === 'select' ? field.options.map((each) => (typeof each === 'string' ? each : each.value)) : []
   const missing = STATUSES.filter((each) => !values.includes(each))
-  if (missing.length > 0) throw new Error(`movieqPlugin: the field status of ${slug} must be a select that has ${missing.join(', ')} too`)
+  if (missing.length > 0) throw new Error(`movieqPlugin: the field status of ${slug} must be a select; add the options ${missing.join(', ')}`)
 }

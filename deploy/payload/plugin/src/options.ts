@@ -1,10 +1,10 @@
 import type { PayloadRequest, TypeWithID } from 'payload'
 import type { ClientOptions, TaskState } from './client.js'
 
-/** A document of the collection that has the fields of movieq. */
+/** A document of the collection to which the plugin adds its fields. */
 export type Scene = TypeWithID & Record<string, unknown>
 
-/** Stands for a picture or a sound of the CMS in `task_data`: by its document or its id. */
+/** Returns the URL to use in `task_data` for a picture or sound of the CMS, given its document or id. */
 export type Reference = (media: unknown) => Promise<string>
 
 export interface Task {
@@ -15,28 +15,28 @@ export interface Task {
 
 export interface MovieqOptions extends ClientOptions {
   /**
-   * Where movieq finds `/api/movieq/webhook`; by default under Payload's `serverURL`. Without either, or without a secret, movieq is not asked
-   * to call: a scene is up to date as soon as somebody looks at its page.
+   * The URL of `/api/movieq/webhook` as movieq reaches it; by default under Payload's `serverURL`. Without either, or without `webhookSecret`,
+   * movieq sends no webhooks, and a scene is updated only when its page is opened.
    */
   callbackUrl?: string
-  /** What is made into clips: `scenes`. */
+  /** The collection to render as clips; by default `scenes`. */
   collection?: string
-  /** The upload collection of results and storyboards: `media`. */
+  /** The upload collection of results and storyboards; by default `media`. */
   media?: string
   /**
-   * Whether results are fetched from movieq and stored here. Leave it out where movieq writes them itself (MOVIEQ_PAYLOAD_URL): there would
-   * be two of each.
+   * Whether to download results from movieq and store them here. Leave it out if movieq writes to the CMS itself (MOVIEQ_PAYLOAD_URL);
+   * otherwise each result would be stored twice.
    */
   importMedia?: boolean
   /** The movieq project of a scene: 1 to 100 letters, digits, `-` and `_`. By default the id of its `project`. */
   project?: (scene: Scene) => string
-  /** What to make of a scene; by default `sceneTask`. */
+  /** Returns the task to submit for a scene; by default `sceneTask`. */
   task?: (scene: Scene, reference: Reference, req: PayloadRequest) => Task | Promise<Task>
-  /** The fields of an imported document beside its file; by default those that movieq writes. */
+  /** Returns the fields of an imported document; by default those that movieq writes itself. */
   mediaData?: (state: TaskState, scene: Scene) => Record<string, unknown>
 }
 
-/** The id behind a relation, whether it was read with its document or not. */
+/** Return the id of a relation, whether it holds the document or only the id. */
 export function idOf(relation: unknown): string | number | null {
   const id = typeof relation === 'object' && relation !== null ? (relation as { id?: unknown }).id : relation
   return typeof id === 'string' || typeof id === 'number' ? id : null
@@ -46,7 +46,7 @@ export function projectOf(options: MovieqOptions, scene: Scene): string {
   return options.project?.(scene) ?? String(idOf(scene.project) ?? 'payload')
 }
 
-/** A clip from the fields of these names that the scene has: its words, and the pictures of its storyboard in their order. */
+/** Return a `generate_video` task from the scene's text fields and, in order, the pictures of its storyboard. */
 export async function sceneTask(scene: Scene, reference: Reference): Promise<Task> {
   const text = (...names: string[]) => names.map((name) => scene[name]).find((value) => typeof value === 'string' && value.trim() !== '')
   const list = (value: unknown): unknown[] => (Array.isArray(value) ? value : value === null || value === undefined ? [] : [value])

@@ -1,8 +1,8 @@
 'use client'
 
-// The clip of a scene on its page: a bar that moves while it is made, small pictures of what is coming, and then the clip, or what went wrong.
+// The clip panel of a scene's page: a progress bar and previews while the clip is rendered, then the clip or the error.
 //
-// The CMS is asked at first and at the end (it asks movieq); what lies between comes from movieq itself, by the scene's signed address.
+// The panel asks the CMS, which asks movieq, for the state at the start and the end. Progress comes from movieq itself, by the signed events URL.
 import { Button, useConfig, useDocumentInfo, useForm, useFormFields } from '@payloadcms/ui'
 import { useEffect, useRef, useState, type ReactNode } from 'react'
 import type { SceneState } from './endpoints.js'
@@ -14,9 +14,9 @@ const ASKING_MS = 20_000
 const WRITTEN = ['status', 'taskId', 'progress', 'error', 'result'] as const
 const STEPS: Record<string, string> = { waiting_in_queue: 'Waiting', upload_complete: 'Done' }
 const LABELS: Record<string, string> = {
-  draft: 'Not made yet',
+  draft: 'Not rendered',
   queued: 'Waiting',
-  processing: 'Being made',
+  processing: 'Rendering',
   completed: 'Ready',
   failed: 'Failed',
   cancelled: 'Stopped',
@@ -48,13 +48,13 @@ export function Panel(): ReactNode {
             </Button>
           ) : (
             <Button buttonStyle="secondary" size="small" margin={false} onClick={() => save('queued')}>
-              {status === 'failed' ? 'Try again' : status === 'completed' ? 'Make it anew' : 'Make the clip'}
+              {status === 'failed' ? 'Try again' : status === 'completed' ? 'Render again' : 'Render'}
             </Button>
           )}
         </span>
       </header>
       {running && <Bar state={state} live={live} />}
-      {running && preview && <img className="movieq-panel__picture" src={preview} alt="What is being made" />}
+      {running && preview && <img className="movieq-panel__picture" src={preview} alt="Preview" />}
       {!running && state?.media && <Media media={state.media} />}
       {state?.error && (
         <p className="movieq-panel__error" role="alert">
@@ -62,7 +62,7 @@ export function Panel(): ReactNode {
         </p>
       )}
       {problem && <p className="movieq-panel__problem">{problem}</p>}
-      {id === undefined && <p className="movieq-panel__hint">The scene is saved first, and then made into a clip.</p>}
+      {id === undefined && <p className="movieq-panel__hint">The scene is saved first, then rendered.</p>}
     </section>
   )
 }
@@ -72,7 +72,7 @@ function Bar({ state, live }: { state: SceneState | null; live: TaskEvent | null
   const waiting = (live?.status ?? state?.status) === 'queued'
   const step = live?.current_step ?? state?.currentStep ?? 'waiting_in_queue'
   const left = live ? live.estimated_remaining : state?.remaining
-  const place = waiting && state?.queuePosition ? `place ${state.queuePosition}` : null
+  const place = waiting && state?.queuePosition ? `position ${state.queuePosition}` : null
   const said = [STEPS[step] ?? sentence(step), place ?? (left == null ? null : `about ${duration(left)} left`)]
   return (
     <div className="movieq-panel__run">
@@ -99,7 +99,7 @@ function Media({ media }: { media: NonNullable<SceneState['media']> }): ReactNod
     return <video key={media.url} className="movieq-panel__picture" src={media.url} poster={media.poster ?? undefined} controls preload="metadata" />
   }
   if (media.type.startsWith('audio/')) return <audio key={media.url} src={media.url} controls preload="metadata" />
-  return <img className="movieq-panel__picture" src={media.url} alt="The result" />
+  return <img className="movieq-panel__picture" src={media.url} alt="Result" />
 }
 
 interface Shown {
@@ -111,7 +111,7 @@ interface Shown {
 
 const NOTHING: Shown = { state: null, live: null, preview: null, problem: null }
 
-/** How the scene is, as it changes. The form gets what movieq has written, so that the next save does not take it back. */
+/** Return the scene's state, updated as it changes. The form gets the values that movieq wrote, so that the next save does not undo them. */
 function useScene(): Shown {
   const { id, data, setData } = useDocumentInfo()
   const { getFields, dispatchFields } = useForm()
@@ -129,7 +129,7 @@ function useScene(): Shown {
     let timer: ReturnType<typeof setTimeout> | undefined
     const closing = new AbortController()
 
-    /** How it is, as the CMS says; the CMS writes down what it hears by that. Null where it does not know. */
+    /** Ask the CMS for the state, which it also updates from movieq's answer. Returns null if the CMS does not know it. */
     const look = async (): Promise<SceneState | null> => {
       const found = await ask(address, closing.signal)
       if (closing.signal.aborted) return null
@@ -152,7 +152,7 @@ function useScene(): Shown {
     const ended = async (): Promise<void> => {
       const found = await look()
       if (closing.signal.aborted || (found !== null && !isRunning(found.status))) return
-      again(null, ENDED_AGAIN_MS) // the CMS has not written it: it may not get the file, say
+      again(null, ENDED_AGAIN_MS) // the CMS has not stored the end yet, perhaps because it cannot download the file
     }
     const watch = (url: string, status: string, after: string | null): void => {
       watching = watchTask(url, {
@@ -161,11 +161,11 @@ function useScene(): Shown {
           setShown((before) => ({ ...before, live, problem: null }))
           if (live.status === status) return
           status = live.status
-          void look() // from waiting to running, or back
+          void look() // it started, or was queued again
         },
         onPreview: ({ image }) => setShown((before) => ({ ...before, preview: image })),
         onDone: () => void ended(),
-        onError: () => again(watching?.lastEventId ?? null), // the address has expired: the CMS has a fresh one
+        onError: () => again(watching?.lastEventId ?? null), // the URL has expired: get a fresh one from the CMS
       })
     }
 
@@ -175,31 +175,31 @@ function useScene(): Shown {
       watching?.close()
       clearTimeout(timer)
     }
-    // the rest is of the page and stays
+    // the other values are constant for the page
   }, [address, task]) // eslint-disable-line react-hooks/exhaustive-deps
 
   useEffect(() => {
     const found = shown.state
     const before = saved.current ?? {}
-    if (found === null || String(found.updatedAt) < String(before.updatedAt)) return // a save has overtaken it
+    if (found === null || String(found.updatedAt) < String(before.updatedAt)) return // a later save is newer
     const fields = getFields()
     for (const path of WRITTEN) {
       const field = fields[path]
-      const chosen = path === 'status' && field?.value !== field?.initialValue // by the editor, and not saved yet
+      const chosen = path === 'status' && field?.value !== field?.initialValue // changed by the editor, not saved yet
       if (field && !chosen && (field.value ?? null) !== found[path]) {
         dispatchFields({ type: 'UPDATE', path, value: found[path], initialValue: found[path] })
       }
     }
     if (found.updatedAt !== before.updatedAt) {
       const { status, taskId, progress, error, result, updatedAt } = found
-      setData({ ...before, status, taskId, progress, error, result, updatedAt }) // else Payload takes it for another editor's work
+      setData({ ...before, status, taskId, progress, error, result, updatedAt }) // else Payload reports a change by another editor
     }
-    // the answer to a save may bring the form what was true before: so again whenever its status changes
+    // the answer to a save may put older values into the form: so run again whenever its status changes
   }, [shown.state, formStatus]) // eslint-disable-line react-hooks/exhaustive-deps
   return shown
 }
 
-/** The state, or what hinders it. */
+/** Return the scene's state, or an error message. */
 async function ask(address: string, closing: AbortSignal): Promise<SceneState | string> {
   try {
     const signal = AbortSignal.any([closing, AbortSignal.timeout(ASKING_MS)])

@@ -1,7 +1,7 @@
-// What a scene has of movieq: its fields, and the hook that starts and stops its task.
+// The fields that movieq adds to a scene, and the hooks that submit and cancel its task.
 //
-// An editor sets the status to queued (start, or start anew), to draft, or, while a task runs, to cancelled; the rest movieq writes. What
-// an outdated page sends along is dropped, so that it can neither stop nor double what runs.
+// An editor may set the status to queued (render, or render again), to draft, or, while a task runs, to cancelled; movieq writes everything
+// else. Other values from an outdated page are dropped, so they can neither cancel a running task nor submit a second one.
 import { createHash } from 'node:crypto'
 import fs from 'node:fs/promises'
 import path from 'node:path'
@@ -10,7 +10,7 @@ import { MovieqError, type Movieq } from './client.js'
 import { idOf, projectOf, type MovieqOptions, type Reference, type Scene, sceneTask } from './options.js'
 
 export const STATUSES = ['draft', 'queued', 'processing', 'completed', 'failed', 'cancelled'] as const
-const UPLOAD_KEPT_MS = 6 * 24 * 3600 * 1000 // movieq keeps one for seven days
+const UPLOAD_KEPT_MS = 6 * 24 * 3600 * 1000 // movieq stores an upload for seven days
 const UPLOADS_KNOWN = 1000
 
 export const isRunning = (status: unknown) => status === 'queued' || status === 'processing'
@@ -21,10 +21,10 @@ const mayChange: FieldAccess = ({ data, doc }) => {
   return to === from || (isRunning(from) ? to === 'cancelled' : to === 'queued' || to === 'draft')
 }
 const byMovieq = { create: () => false, update: () => false }
-// the key that movieq has here writes the result; a page never does
+// movieq writes the result with its API key of this CMS; a page never does
 const byWriteBack: FieldAccess = ({ req }) => (req.user as { _strategy?: string } | null)?._strategy === 'api-key'
 
-/** The fields of movieq, less those whose names the collection has already. */
+/** Return the fields of movieq, without those whose names the collection already uses. */
 export function sceneFields(options: MovieqOptions, taken: Set<string>): Field[] {
   const sidebar = { position: 'sidebar', readOnly: true } as const
   const fields: (Field & { name: string })[] = [
@@ -37,7 +37,7 @@ export function sceneFields(options: MovieqOptions, taken: Set<string>): Field[]
       options: STATUSES.map((value) => ({ value, label: value.charAt(0).toUpperCase() + value.slice(1) })),
       access: { create: mayChange, update: mayChange },
       hooks: { beforeDuplicate: [() => 'draft'] },
-      admin: { position: 'sidebar', isClearable: false, description: 'Saved as Queued, the scene is made into a clip; saved as Cancelled, that ends.' },
+      admin: { position: 'sidebar', isClearable: false, description: 'Save as Queued to render the scene, or as Cancelled to stop rendering.' },
     },
     { name: 'taskId', type: 'text', index: true, label: 'Task', access: byMovieq, admin: { ...sidebar, condition: has('taskId') } },
     { name: 'progress', type: 'number', min: 0, max: 1, access: byMovieq, admin: { ...sidebar, hidden: true } },
@@ -49,7 +49,7 @@ export function sceneFields(options: MovieqOptions, taken: Set<string>): Field[]
       access: { create: byWriteBack, update: byWriteBack },
       admin: { ...sidebar, condition: has('result') },
     },
-    // whoever has it can follow the task for a day
+    // hidden from the public: anyone with this URL can follow the task for a day
     {
       name: 'eventsUrl',
       type: 'text',
@@ -65,20 +65,20 @@ function has(name: string) {
   return (data: Record<string, unknown>) => Boolean(data[name])
 }
 
-/** Writes to a scene what only movieq may. Its hooks run again, and see no change that asks for anything. */
+/** Write fields of a scene that only movieq may write. The scene's hooks run again but have nothing to do. */
 export async function write(req: PayloadRequest, options: MovieqOptions, id: string | number, data: Record<string, unknown>): Promise<Scene> {
   const collection = options.collection ?? 'scenes'
   const context = req.context
   try {
     return (await req.payload.update({ collection, id, data, req, depth: 0, overrideAccess: true, context: { movieq: true } })) as Scene
   } finally {
-    req.context = context // Payload has put ours into it, and the request may go on with other scenes
+    req.context = context // Payload has put our context into the request, which may save other scenes too
   }
 }
 
 /**
- * A scene saved as queued has a task, or is failed and says why; one saved as cancelled has none that runs. The save itself stands in any
- * case: nothing that an editor wrote is lost because movieq is away.
+ * Submit a task for a scene saved as queued, or set the scene to failed with the reason; cancel the task of one saved as cancelled. The save
+ * itself always succeeds: an editor's work is not lost when movieq is unavailable.
  */
 export function startAndStop(movieq: Movieq, options: MovieqOptions): CollectionAfterChangeHook {
   const references = new References(movieq, options)
@@ -94,12 +94,12 @@ export function startAndStop(movieq: Movieq, options: MovieqOptions): Collection
   }
 }
 
-/** The task of a scene that was deleted does not run on. */
+/** Cancel the task of a deleted scene. */
 export function stopDeleted(movieq: Movieq): CollectionAfterDeleteHook {
   return async ({ doc, req }) => {
     if (!isRunning(doc.status) || !doc.taskId) return
     await movieq.cancel(doc.taskId).catch((error: unknown) => {
-      req.payload.logger.warn({ msg: 'the task of a deleted scene goes on', scene: doc.id, problem: String(error) })
+      req.payload.logger.warn({ msg: 'the task of a deleted scene could not be cancelled', scene: doc.id, problem: String(error) })
     })
   }
 }
@@ -120,12 +120,12 @@ async function started(movieq: Movieq, options: MovieqOptions, references: Refer
         after: scene.taskId ?? null,
       },
     }
-    // the same scene saved twice at once is one task; saved again after its task has ended, another
+    // the idempotency key: two saves at once give one task, a save after the task has ended gives a new one
     const key = `payload-${createHash('sha256').update(JSON.stringify(body)).digest('hex')}`
     const receipt = await movieq.submit(body, key)
     return { ...empty, taskId: receipt.task_id, eventsUrl: receipt.events_url, result: null }
   } catch (error) {
-    req.payload.logger.error({ err: error, msg: 'a scene was not submitted to movieq', scene: scene.id })
+    req.payload.logger.error({ err: error, msg: 'a scene could not be submitted to movieq', scene: scene.id })
     return { ...empty, status: 'failed', error: `Not started: ${said(error)}` }
   }
 }
@@ -136,23 +136,23 @@ async function stopped(movieq: Movieq, scene: Scene, before: unknown, req: Paylo
     await movieq.cancel(String(scene.taskId))
     return { error: null }
   } catch (error) {
-    req.payload.logger.error({ err: error, msg: 'a task was not cancelled', scene: scene.id })
-    return { status: before, error: `Not cancelled: ${said(error)}` } // it runs on, and how it ends will be heard
+    req.payload.logger.error({ err: error, msg: 'a task could not be cancelled', scene: scene.id })
+    return { status: before, error: `Not cancelled: ${said(error)}` } // the task goes on, and its end will arrive
   }
 }
 
-/** For the editor: what is known to go wrong in its own words, what is not without its details. */
+/** Return an error message for the editor: movieq's message, or a general one that reveals no details. */
 export function said(error: unknown): string {
-  return error instanceof MovieqError ? `${error.message}.` : 'something went wrong in the CMS; its log says what.'
+  return error instanceof MovieqError ? `${error.message}.` : 'an error occurred in the CMS; see its log.'
 }
 
 function callback(movieq: Movieq, options: MovieqOptions, req: PayloadRequest): { callback_url?: string } {
   const { serverURL, routes } = req.payload.config
-  const url = options.callbackUrl ?? (serverURL && `${serverURL}${routes.api}/movieq/webhook`) // the host of a request is anybody's word
+  const url = options.callbackUrl ?? (serverURL && `${serverURL}${routes.api}/movieq/webhook`) // not the request's host, which anyone can set
   return url && movieq.verifies ? { callback_url: url } : {}
 }
 
-/** Pictures of the CMS as movieq can have them: public ones by their address, those that lie on this machine by an upload. */
+/** URLs by which movieq gets pictures of the CMS: a public picture's own URL, or an upload of a file on this machine. */
 class References {
   readonly #uploads = new Map<string, { url: Promise<string>; until: number }>()
 
@@ -164,23 +164,23 @@ class References {
   async of(media: unknown, project: string, req: PayloadRequest): Promise<string> {
     const collection = this.options.media ?? 'media'
     const id = idOf(media)
-    if (id === null) throw new MovieqError('a picture of the storyboard is gone', 400, 'input_unavailable', false)
+    if (id === null) throw new MovieqError('a picture of the storyboard no longer exists', 400, 'input_unavailable', false)
     const doc = await req.payload.findByID({ collection, id, depth: 0, req, overrideAccess: !req.user, disableErrors: true })
-    if (!doc?.filename) throw new MovieqError(`picture ${id} of the storyboard is gone`, 400, 'input_unavailable', false)
+    if (!doc?.filename) throw new MovieqError(`picture ${id} of the storyboard no longer exists`, 400, 'input_unavailable', false)
     const upload = req.payload.collections[collection]?.config.upload
     if (!upload?.staticDir || upload.disableLocalStorage) {
       if (typeof doc.url === 'string' && /^https?:/.test(doc.url)) return doc.url
-      throw new MovieqError(`${doc.filename} has no public address: give the plugin a task of your own`, 400, 'input_unavailable', false)
+      throw new MovieqError(`${doc.filename} has no public URL: give it one, or set the plugin's task option`, 400, 'input_unavailable', false)
     }
     const file = path.join(upload.staticDir, path.basename(String(doc.filename)))
     return this.#uploaded(`${project} ${collection} ${id} ${doc.updatedAt}`, async () => {
       const bytes = await fs.readFile(file).catch(() => null)
-      if (!bytes) throw new MovieqError(`the file of ${doc.filename} is gone`, 400, 'input_unavailable', false)
+      if (!bytes) throw new MovieqError(`the file ${doc.filename} is missing on the CMS's disk`, 400, 'input_unavailable', false)
       return this.movieq.upload(project, new Uint8Array(bytes), String(doc.mimeType))
     })
   }
 
-  /** Each picture once, so that the same scene saved twice says the same. */
+  /** Upload each picture once, so that two saves of a scene submit the same task. */
   #uploaded(key: string, upload: () => Promise<string>): Promise<string> {
     const known = this.#uploads.get(key)
     if (known && known.until > Date.now()) return known.url
