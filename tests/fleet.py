@@ -12,9 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import psutil
 
 from movieq.local.embedded import Valkey
@@ -39,7 +37,7 @@ class Fleet:
 
     async def api(self, redis_url: str = "", port: int = 0, **settings: str) -> Service:
         """An API process that takes requests, as a client sees it."""
-        process = self._start("api", redis_url, ["--port", str(port)], settings)
+        process = self.start("api", redis_url, ["--port", str(port)], settings)
         assert process.popen.stdout is not None
         line = await asyncio.to_thread(process.popen.stdout.readline)
         assert line.startswith("movieq ready at "), process.log.read_text()
@@ -47,12 +45,13 @@ class Fleet:
 
     async def worker(self, redis_url: str = "", **settings: str) -> Process:
         """A worker whose child serves."""
-        process = self._start("worker", redis_url, [], settings)
+        process = self.start("worker", redis_url, [], settings)
         await eventually(lambda: '"child_ready"' in process.log.read_text() or process.popen.poll() is not None)
         assert process.popen.poll() is None, process.log.read_text()
         return process
 
-    def _start(self, name: str, redis_url: str, options: list[str], settings: dict[str, str]) -> Process:
+    def start(self, name: str, redis_url: str, options: list[str], settings: dict[str, str]) -> Process:
+        """Start a process, without waiting until it serves."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
             "MOVIEQ_REDIS_URL": redis_url or self.valkey.url,
@@ -152,19 +151,3 @@ async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float
             return
         assert time.monotonic() < end, f"not within {within_s:g} s"
         await asyncio.sleep(0.01)
-
-
-async def probe(api: Service, path: str = "/health") -> tuple[int, float]:
-    """Status of an answer, and after how many seconds it came."""
-    begun = time.monotonic()
-    async with (
-        aiohttp.ClientSession(headers={"X-API-Key": api.key}) as session,
-        session.get(f"{api.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=10)) as answer,
-    ):
-        return answer.status, time.monotonic() - begun
-
-
-async def keys(store: Store) -> set[str]:
-    """Every key that there is."""
-    redis: Any = store.redis
-    return {key.decode() for key in await redis.keys("*")}

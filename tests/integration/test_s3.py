@@ -187,16 +187,16 @@ async def test_a_server_without_conditions_is_looked_at_before_it_is_written_to(
 
 
 async def test_an_answer_that_was_lost_is_no_other_file(remote: S3Storage, far: R2, clip: Path) -> None:
-    passed_on = far._passed_on
+    passed_on = far.passed_on
 
     async def lose(request: Any) -> Any:
         answer = await passed_on(request)
         if request.method == "PUT":
-            far._passed_on = passed_on  # type: ignore[method-assign]  # once
+            far.passed_on = passed_on  # type: ignore[method-assign]  # once
             request.transport.abort()
         return answer
 
-    far._passed_on = lose  # type: ignore[method-assign]  # the server has done it, the client hears nothing
+    far.passed_on = lose  # type: ignore[method-assign]  # the server has done it, the client hears nothing
     assert await remote.put(KEY, clip, "video/mp4") == 300_000
 
 
