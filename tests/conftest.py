@@ -23,6 +23,23 @@ from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
 
 _SHARED: Final = pytest.StashKey[dict[pytest.FixtureDef[Any], pytest.FixtureRequest]]()
 _FAILED: Final = pytest.StashKey[bool]()
+LONG: Final = {
+    "test_chaos.py",
+    "test_torture.py",
+    "test_s3.py",
+    "test_worker_end.py",
+    "test_service.py",
+    "test_zombies.py",
+    "test_redis_faults.py",
+    "test_deploys.py",
+    "test_animatic.py",
+}
+"""Files that take long for the number of their tests. They run first: at the end, one of them would leave the other cores idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; `--no-loadscope-reorder` has xdist keep that order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(wrapper=True)
