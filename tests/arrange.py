@@ -24,6 +24,19 @@ def raw(store: Store) -> Any:
     return store.redis
 
 
+async def now_ms(store: Store) -> int:
+    """Return the time of Redis."""
+    seconds, micros = await raw(store).time()
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def later(store: Store, ms: int = 1) -> None:
+    """Return when Redis's clock has moved on by more than so many milliseconds."""
+    before = await now_ms(store)
+    while await now_ms(store) - before <= ms:
+        pass
+
+
 async def contents(store: Store) -> dict[str, Any]:
     """What every key holds. (`DUMP` compresses the same value to other bytes now and then.)"""
     redis, found = raw(store), {}

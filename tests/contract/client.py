@@ -32,7 +32,7 @@ BODY: Final[dict[str, Any]] = {"project_id": "film", "task_type": "generate_imag
 TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 TIMES: Final = {"timestamp", "time", "created_at", "started_at", "completed_at", "cancelled_at", "last_heartbeat"}
 STATUS_OF: Final = {error.code: error.status for error in RequestError.__subclasses__()}
-DEADLINE_S: Final = 10.0
+DEADLINE_S: Final = 60.0
 """How long a test waits for what must come."""
 
 
@@ -70,7 +70,6 @@ class Stream:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
-        self.comments = 0
         self.retries: list[int] = []
 
     async def next(self, seconds: float = DEADLINE_S) -> Event | None:
@@ -83,9 +82,7 @@ class Stream:
                     return Event(fields.get("id"), fields["event"], json.loads(fields["data"]))
                 if name == "retry":
                     self.retries.append(int(value))
-                elif line.startswith(":"):
-                    self.comments += 1
-                elif line != "\n":
+                elif line != "\n" and not line.startswith(":"):
                     fields[name] = value
         return None
 

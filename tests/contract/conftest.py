@@ -156,7 +156,7 @@ async def refuse_writes(server: Valkey, direct: Any, state: str) -> None:
             (server.folder / "dump.rdb" / "in the way").mkdir(parents=True)
             await direct.config_set("save", "3600 1")
             await direct.bgsave()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while (await direct.info("persistence"))["rdb_last_bgsave_status"] == "ok":
                     await asyncio.sleep(0.01)
 

@@ -190,9 +190,7 @@ async def test_a_comment_is_sent_while_nothing_happens(api: Client, tasks: Tasks
     task_id = await tasks.queued()
     async with api.events(task_id) as stream:
         await stream.next()
-        with pytest.raises(TimeoutError):
-            await stream.next(0.5)
-        assert stream.comments >= 3
+        await quiet(stream)
 
 
 # ── Resumed ──
@@ -427,14 +425,15 @@ async def test_a_stream_with_a_key_is_not_open_to_other_origins(api: Client, end
 async def test_nothing_is_missed_or_doubled_by_clients_that_connect_while_events_pour(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
 
-    async def watch(delay_s: float, after: str | None) -> list[Event]:
-        await asyncio.sleep(delay_s)
+    async def watch(after: str | None) -> list[Event]:
         async with api.events(task_id, f"?after={after}" if after else "") as stream:
             return await stream.rest()
 
     (first,) = await log_of(store, task_id)
-    watching = [asyncio.create_task(watch(number * 0.004, first if number % 2 else None)) for number in range(40)]
+    watching = []
     for step in range(1, 400):
+        if step % 10 == 0:
+            watching.append(asyncio.create_task(watch(first if len(watching) % 2 else None)))
         await store.report(task_id, run, step / 400, "generating_image")
     await soon(lambda: api.state.hub.watchers() == len(watching))
     await store.complete(task_id, run, result())
@@ -480,19 +479,27 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
             assert event.data["progress"] == step / 100
 
 
+async def quiet(*streams: Stream) -> None:
+    """Return when each stream has had many comments and nothing else."""
+    async with asyncio.timeout(DEADLINE_S):
+        for stream in streams:
+            for _ in range(20):
+                assert (await stream.response.content.readline()).startswith((b":", b"\n"))
+
+
 @pytest.mark.usefixtures("quiet_loop")
-async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store) -> None:
-    assert pubsub.PING_S == 15
+async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pubsub, "PING_S", 3600)
+    monkeypatch.setattr(hub_module, "COMMENT_S", 0.05)
     # else the secret that is kept in Redis is asked for each second, streams or not
     async with served(msgspec.structs.replace(settings, signing_secret="a-secret-of-this-test")) as api:
         task_id = await Tasks(api, store).queued()
         async with api.events(task_id) as one, api.events(task_id) as other:
             await one.next()
             await other.next()
-            await soon(lambda: api.state.hub.watchers() == 2)
-            await asyncio.sleep(0.2)
+            await quiet(one, other)
             await raw(store).config_resetstat()
-            await asyncio.sleep(2)
+            await quiet(one, other)
             spent = {name: said["calls"] for name, said in (await raw(store).info("commandstats")).items()}
     assert {name: calls for name, calls in spent.items() if name not in ("cmdstat_config|resetstat", "cmdstat_info")} == {}
 
@@ -632,7 +639,7 @@ async def test_through_a_restart_of_redis_nothing_is_missed_or_doubled(
             streams += [one, other]
             told = [await stream.until("progress") for stream in streams]
             await asyncio.to_thread(own.kill)
-            await asyncio.sleep(away_s)
+            await asyncio.sleep(away_s)  # it is away for several tries to connect
             await asyncio.to_thread(own.start)
             await work(own_store, task_id, run, 20)
             await own_store.complete(task_id, run, result())
@@ -641,7 +648,7 @@ async def test_through_a_restart_of_redis_nothing_is_missed_or_doubled(
 
 
 async def test_a_redis_that_hangs_is_noticed_by_its_silence(
-    own: Valkey, own_store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    own: Valkey, own_store: Store, settings: Settings, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pubsub, "PING_S", 0.2)
     monkeypatch.setattr(pubsub, "PONG_S", 0.2)
@@ -650,7 +657,7 @@ async def test_a_redis_that_hangs_is_noticed_by_its_silence(
         async with api.events(task_id) as stream:
             told = await stream.until("started")
             with stopped(own):
-                await asyncio.sleep(1)
+                await soon(lambda: "subscription_lost" in logged.text)
             await work(own_store, task_id, run, 5)
             await own_store.complete(task_id, run, result())
             assert ids(told + await stream.rest()) == await log_of(own_store, task_id)
@@ -662,7 +669,7 @@ async def test_a_stream_opened_while_redis_comes_back_waits_for_its_subscription
         async with api.events(task_id) as first:
             await first.next()
             await asyncio.to_thread(own.kill)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3)  # it is away for several tries to connect
             await asyncio.to_thread(own.start)
             answer: Answer | None = None
             while answer is None or answer.status != 200:

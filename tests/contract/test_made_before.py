@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from movieq.tasks import params
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import GENERATE_IMAGE, GENERATE_VIDEO, Kind, TaskId, TaskStatus, TaskType
-from tests.arrange import new_task, raw
+from tests.arrange import later, new_task, raw
 from tests.contract.client import FILM, Client
 from tests.contract.conftest import Tasks, served
 
@@ -220,7 +219,7 @@ async def test_the_file_outlives_the_task_that_made_it(api: Client, tasks: Tasks
 async def test_when_the_last_is_swept_nothing_remembers_it(api: Client, tasks: Tasks, folder: Path) -> None:
     await make(api, tasks, folder)
     await ask(api)
-    await asyncio.sleep(0.01)
+    await later(tasks.store)
     await tasks.store.sweep(0)
     assert not await raw(tasks.store).keys(KEYS["made"] + "*")
 

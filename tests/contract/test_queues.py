@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from movieq.queue.keys import KEYS
 from movieq.queue.store import Counts, Store
 from movieq.tasks.states import STATES, TaskId, TaskStatus
-from tests.arrange import claim, new_task, raw, result, running
+from tests.arrange import claim, later, new_task, raw, result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, Client
 from tests.contract.conftest import Tasks
 
@@ -61,7 +59,7 @@ async def buried(store: Store, project: str = "film") -> TaskId:
 
 async def test_a_dead_letter_is_listed_with_what_is_known_of_its_death_until_it_is_retried_or_dropped(api: Client, store: Store) -> None:
     first = await buried(store)
-    await asyncio.sleep(0.002)  # later by Redis's clock
+    await later(store)
     second = await buried(store)
     letters = (await api.get("/api/v1/dead-letters")).json
     assert letters["total"] == 2
@@ -77,7 +75,7 @@ async def test_a_dead_letter_is_listed_with_what_is_known_of_its_death_until_it_
 
 async def test_an_admin_of_one_project_sees_and_drops_its_dead_letters_only(api: Client, store: Store) -> None:
     ours = await buried(store)
-    await asyncio.sleep(0.002)  # later by Redis's clock
+    await later(store)
     foreign = await buried(store, "other")
     letters = (await api.get("/api/v1/dead-letters?limit=1", key=ADMIN)).json
     assert [letter["task_id"] for letter in letters["dead_letters"]] == [ours]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ async def test_a_storage_that_hangs_is_asked_by_one_thread_and_holds_up_nobody(
         try:
             for _ in range(30):  # more than there are threads
                 assert "does not answer" in failed(await api.get(READY, key=None))["storage"]
-            assert await asyncio.wait_for(asyncio.to_thread(lambda: True), 30)
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: True), 60)
         finally:
             pipe = os.open(folder / "hangs", os.O_WRONLY)
             (folder / "hangs").unlink()
@@ -135,19 +134,17 @@ async def ready(api: Client) -> bool:
     return (await api.get(READY, key=None)).status == 200
 
 
-async def test_however_often_it_is_asked_it_writes_once_a_second_at_most(
+async def test_however_often_it_is_asked_while_its_checks_are_fresh_it_writes_once(
     quiet_loop: None, redis: ArqRedis, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readiness, "FRESH_S", 1.0)
+    monkeypatch.setattr(readiness, "FRESH_S", 3600.0)
     async with served(settings) as api:
         await beat(store)
         await raw(store).config_resetstat()
-        begun = time.monotonic()
         for _ in range(10):
             await asyncio.gather(*(api.get(path, key=None) for path in (READY, HEALTH, LIVE) for _ in range(10)))
-        passed_s = time.monotonic() - begun
         stats = await raw(store).info("commandstats")
-    assert 1 <= stats["cmdstat_set"]["calls"] <= passed_s + 1
+    assert stats["cmdstat_set"]["calls"] == 1
 
 
 async def test_a_redis_that_evicts_is_a_problem_while_it_does(own: Valkey, away: Client, direct: Any, settings: Settings) -> None:

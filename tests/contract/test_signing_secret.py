@@ -78,4 +78,4 @@ async def test_a_worker_signs_with_the_secret_of_the_redis_that_was_emptied(fold
             seen += 1
             return (await fetched(await media_url(seen)))[0] == 200
 
-        await eventually(opens, 60)
+        await eventually(opens)

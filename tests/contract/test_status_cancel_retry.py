@@ -15,6 +15,7 @@ from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.contract.client import UNKNOWN, Client
 from tests.contract.conftest import Tasks
+from tests.fleet import eventually
 
 STATUS = {
     *(
@@ -161,36 +162,30 @@ async def test_every_status_has_a_fresh_events_url(api: Client, tasks: Tasks) ->
 async def test_wait_answers_when_the_task_ends(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
     waiting = asyncio.create_task(api.get(f"/api/v1/tasks/{task_id}/status?wait=30"))
-    async with asyncio.timeout(10):
-        while not api.state.hub.watchers():
-            await asyncio.sleep(0.001)
+    await eventually(lambda: api.state.hub.watchers() == 1)
     await store.fail(task_id, run, "it broke", "internal")
     assert (await waiting).json["status"] == "failed"
 
 
 async def test_wait_answers_when_the_time_is_over(api: Client, tasks: Tasks) -> None:
     task_id, begun = await tasks.queued(), time.monotonic()
-    status = (await api.get(f"/api/v1/tasks/{task_id}/status?wait=1")).json
-    assert status["status"] == "queued"
-    assert 0.9 < time.monotonic() - begun < 3
+    assert (await api.get(f"/api/v1/tasks/{task_id}/status?wait=1")).json["status"] == "queued"
+    assert time.monotonic() - begun >= 0.9
 
 
 @pytest.mark.parametrize("state", ENDED)
 async def test_wait_answers_at_once_for_a_task_that_has_ended(api: Client, tasks: Tasks, state: TaskStatus) -> None:
-    task_id, begun = await tasks.in_state(state), time.monotonic()
-    assert (await api.get(f"/api/v1/tasks/{task_id}/status?wait=60")).json["status"] == state
-    assert time.monotonic() - begun < 1
+    task_id = await tasks.in_state(state)
+    async with asyncio.timeout(50):  # less than it would wait
+        assert (await api.get(f"/api/v1/tasks/{task_id}/status?wait=60")).json["status"] == state
 
 
 async def test_wait_is_given_up_when_its_client_has_gone(api: Client, tasks: Tasks) -> None:
     task_id = await tasks.queued()
     waiting = asyncio.create_task(api.get(f"/api/v1/tasks/{task_id}/status?wait=60"))
-    async with asyncio.timeout(10):
-        while not api.state.hub.watchers():
-            await asyncio.sleep(0.001)
-        waiting.cancel()
-        while api.state.hub.watchers():
-            await asyncio.sleep(0.01)
+    await eventually(lambda: api.state.hub.watchers() == 1)
+    waiting.cancel()
+    await eventually(lambda: api.state.hub.watchers() == 0)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ async def test_a_worker_that_has_only_a_gpu_that_cannot_be_used_stops_and_says_w
         library = folder / "library"
         library.mkdir()
         (library / "pynvml.py").write_text("nvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n")
-        worker = made._start("worker", "", [], {"PYTHONPATH": python_path(library), "MOVIEQ_QUEUES": "gpu_heavy"})
+        worker = made.start("worker", "", [], {"PYTHONPATH": python_path(library), "MOVIEQ_QUEUES": "gpu_heavy"})
         assert await worker.ended(60) == 1
         assert "an engine cannot work on this machine: gpu0: this child cannot work on cuda:0" in worker.log.read_text()
 

@@ -186,7 +186,7 @@ async def test_a_redis_that_cannot_dump_to_its_disk_is_named(folder: Path) -> No
         async def failed() -> bool:
             return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
 
-        await eventually(failed, 30)
+        await eventually(failed)
         finding = (await found(installation(server, storage=str(folder / "media"))))["Redis writes"]
         await client.connection_pool.disconnect()
         assert (finding.mark, "MISCONF" in finding.text, "disk" in finding.text) == (Mark.BROKEN, True, True)
@@ -204,7 +204,7 @@ async def test_a_redis_that_still_loads_is_named(folder: Path) -> None:
             (finding,) = await checks.server(Settings(redis_url=url, storage=str(folder / "media")), "doctor")
             return finding.mark is Mark.BROKEN and "LOADING" in finding.text and "wait" in finding.text
 
-        await eventually(named, 50)
+        await eventually(named)
 
 
 @contextmanager

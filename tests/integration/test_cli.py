@@ -53,7 +53,7 @@ async def movieq(*arguments: str, folder: Path, stdin: str = "", **settings: str
         sys.executable, "-m", "movieq.cli", *arguments,
         cwd=folder, env=environment(**settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         out, err = await process.communicate(stdin.encode())
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
@@ -102,7 +102,7 @@ async def test_watch_outlives_the_api_and_ctrl_c_leaves_the_task_running(up: Ser
         cwd=up.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while b"rendering video" not in await process.stderr.readline():
             pass
         up.find("api")[0].kill()
@@ -129,7 +129,7 @@ async def test_a_terminal_gets_a_live_bar(up: Service) -> None:
         cwd=up.folder, env=environment(TERM="xterm-256color", COLUMNS="100"), stdout=subprocess.PIPE, stderr=follower,
     )  # fmt: skip
     os.close(follower)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await process.communicate()
     shown = os.read(leader, 1_000_000).decode()
     os.close(leader)

@@ -13,16 +13,13 @@ from aiohttp import web
 
 from movieq.queue.keys import KEYS
 from movieq.tasks.registry import REGISTRY
-from movieq.tasks.states import GENERATE_VIDEO, TaskId
+from movieq.tasks.states import GENERATE_VIDEO, Kind, TaskId
 from tests.arrange import new_task, raw
 from tests.fleet import Fleet
 from tests.service import Service, serving
-from workers.supervisor import CANCEL_GRACE_S
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
-ACTED_S = 2.0
-"""How late a missed time is acted on, at most."""
 
 
 def moment(at_s: float) -> str:
@@ -36,15 +33,10 @@ async def submit_long(made: Fleet, max_ms: int) -> str:
     return task.task_id
 
 
-async def next_begins_within(api: Service, seconds: float) -> float:
-    """Seconds until a task that comes now has begun. It then completes in its first attempt."""
-    begun = time.monotonic()
-    following = await api.submit("generate_image", SMALL)
-    await api.until(following, "event", "started", seconds)
-    begun_s = time.monotonic() - begun
-    status = await api.ended(following)
+async def the_next_completes(api: Service) -> None:
+    """A task that comes now completes in its first attempt."""
+    status = await api.ended(await api.submit("generate_image", SMALL))
     assert (status["status"], status["attempt"]) == ("completed", 1)
-    return begun_s
 
 
 async def test_a_task_may_run_for_as_long_as_its_type_may(made: Fleet) -> None:
@@ -68,25 +60,21 @@ async def test_a_task_may_run_for_as_long_as_its_type_may(made: Fleet) -> None:
 @pytest.mark.parametrize("limit", ["max_duration_s", "finish_by"])
 async def test_a_running_task_past_its_time_fails_and_its_slot_takes_the_next_one(made: Fleet, limit: str) -> None:
     api, worker = await asyncio.gather(made.api(), made.worker())
-    child = worker.child()
     due_s = time.time() + 1.5
     if limit == "max_duration_s":
         task_id = await submit_long(made, 1000)
     else:
         task_id = await api.submit("generate_video", LONG, deadline={"finish_by": moment(due_s)})
     status = await api.ended(task_id)
-    free_s = await next_begins_within(api, 3)
+    await the_next_completes(api)
     assert (status["status"], status["error_code"], status["retryable"]) == ("failed", "deadline_exceeded", False)
     assert status["error"] == ("ran for longer than the 1 s that its type may" if "max" in limit else "not finished by its deadline")
     task = await made.store.task(TaskId(task_id))
     assert task is not None
     assert task.started_at_ms is not None
     assert task.ended_at_ms is not None
-    late_s = task.ended_at_ms / 1000 - (task.started_at_ms / 1000 + 1 if "max" in limit else due_s)
-    print(f"{limit}: ended {late_s:.2f} s after it was due; the next task began {free_s:.2f} s later")
-    assert -0.01 < late_s < ACTED_S
+    assert task.ended_at_ms >= (task.started_at_ms + 1000 if "max" in limit else int(due_s * 1000))
     assert worker.said("run_stopped") == 1
-    assert worker.child() == child
 
 
 @pytest.mark.slow
@@ -98,8 +86,7 @@ async def test_an_engine_that_does_not_listen_past_its_time_is_killed_and_its_sl
     deaf.suspend()
     status = await api.ended(task_id)
     assert (status["status"], status["error_code"]) == ("failed", "deadline_exceeded")
-    free_s = await next_begins_within(api, CANCEL_GRACE_S + 3)
-    print(f"an engine that does not listen: the next task began {free_s:.2f} s after the end of the one before")
+    await the_next_completes(api)
     assert not deaf.is_running()
     assert worker.said("child_killed") == 1
     assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths", "silences") == [b"0"] * 3
@@ -108,37 +95,39 @@ async def test_an_engine_that_does_not_listen_past_its_time_is_killed_and_its_sl
 async def test_waiting_tasks_fail_at_their_requests_deadlines_though_there_is_no_worker(made: Fleet) -> None:
     api = await made.api()
 
-    async def late_s(**deadline: float) -> float:
+    async def fails(**deadline: float) -> None:
         times = {name: moment(at_s) for name, at_s in deadline.items()}
         status = await api.ended(await api.submit("generate_image", SMALL, deadline=times))
-        late = time.time() - min(deadline.values())
+        assert time.time() >= min(deadline.values())
         assert (status["status"], status["error_code"], status["attempt"]) == ("failed", "deadline_exceeded", 0)
         assert status["error"] == "not started by its deadline"
-        return late
 
     now = time.time()
-    late = await asyncio.gather(
-        late_s(start_by=now + 1), late_s(finish_by=now + 1.3), late_s(start_by=now + 1.6, finish_by=now + 60), late_s(start_by=now - 60)
+    await asyncio.gather(
+        fails(start_by=now + 1), fails(finish_by=now + 1.3), fails(start_by=now + 1.6, finish_by=now + 3600), fails(start_by=now - 60)
     )
-    print(f"failed {', '.join(f'{each:.2f}' for each in late[:3])} s after their deadlines")
-    assert all(0 <= each < ACTED_S for each in late[:3])
-    assert late[3] < 60 + ACTED_S
     assert await raw(made.store).keys(KEYS["waiting"] + "*") == []
     assert await raw(made.store).exists(KEYS["deadlines"]) == 0
 
 
 async def test_a_task_that_began_in_time_may_run_past_its_start_by(made: Fleet) -> None:
     api, _ = await asyncio.gather(made.api(), made.worker())
-    start_by_s = time.time() + 1
+    start_by_s = time.time() + 4
+    deadline = {"start_by": moment(start_by_s), "finish_by": moment(start_by_s + 3600)}
+    asked, over = asyncio.Event(), asyncio.Event()
 
     async def frame(_: web.Request) -> web.Response:
-        await asyncio.sleep(start_by_s + 1.2 - time.time())  # by then every API process has looked
+        asked.set()
+        await over.wait()
         raise web.HTTPNotFound
 
     async with serving({"/frame": frame}) as url:
-        data = {**SMALL, "reference_images": [f"{url}/frame"]}
-        deadline = {"start_by": moment(start_by_s), "finish_by": moment(start_by_s + 60)}
-        status = await api.ended(await api.submit("generate_image", data, deadline=deadline))
+        task_id = await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]}, deadline=deadline)
+        await asked.wait()
+        waiting = new_task(kind=Kind.GPU_HEAVY, start_by_ms=int(start_by_s * 1000))  # there is nobody who could run it
+        await made.store.submit(waiting)
+        assert (await api.ended(waiting.task_id))["error_code"] == "deadline_exceeded"  # so the deadlines were looked at
+        over.set()
+        status = await api.ended(task_id)
     assert (status["error_code"], status["attempt"]) == ("input_unavailable", 1)
-    assert time.time() > start_by_s + 1
     assert await raw(made.store).exists(KEYS["deadlines"]) == 0

@@ -91,7 +91,7 @@ async def test_without_speech_the_demo_shows_that_there_is_no_voice(temporary: P
 async def test_a_demo_that_is_stopped_stops_what_it_started(temporary: Path, folder: Path, signum: int, code: int) -> None:
     process = await started(temporary, folder)
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while b"rendering video" not in await process.stdout.readline():
             pass
     assert left(temporary)

@@ -48,7 +48,7 @@ async def row(store: Store, *, problem: bool) -> WorkerStatus:
         found[:] = [each for each in await store.workers() if (each.problem is not None) is problem]
         return bool(found)
 
-    await eventually(there, 60)
+    await eventually(there)
     return found[0]
 
 
@@ -90,7 +90,7 @@ async def test_deaths_of_different_tasks_are_such_failures_too(folder: Path) -> 
         task_ids = [
             await api.submit("generate_image", {**SMALL, "prompt": "at once"}, project=f"p{number}") for number in range(FAILURES + 2)
         ]
-        await eventually(lambda: worker.said("device_problem") == 1, 60)
+        await eventually(lambda: worker.said("device_problem") == 1)
         mark.unlink()
         for task_id in task_ids:
             assert (await api.ended(task_id))["status"] == "completed"

@@ -51,7 +51,7 @@ async def test_with_a_full_memory_tasks_complete_and_are_cancelled_and_delivered
             assert (await api.ended(each))["status"] == "completed"
         told = [json.loads(body) for _, body in await hook.wait_for(3, 60)]  # the first was answered with a 500, and comes again
         assert {(each["task_id"], each["status"]) for each in told} == {(task_id, "completed"), (dropped, "cancelled")}
-        await eventually(lambda: over(made.store, "deliveries"), 30)
+        await eventually(lambda: over(made.store, "deliveries"))
         assert (await raw(made.store).info("memory"))["maxmemory"] == 1
 
 
@@ -85,7 +85,7 @@ async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(fold
         redis = raw(store)
         padding = msgspec.msgpack.encode({"task_data": {"prompt": "x" * 20_000}})
         await redis.config_set("maxmemory", (await redis.info("memory"))["used_memory"] + 4 * 1024 * 1024)
-        await eventually(lambda: refused(store, padding), 60)
+        await eventually(lambda: refused(store, padding))
         ended: list[TaskId] = []
         while claimed := await claim(store, slots=50):
             for each in claimed:
@@ -97,7 +97,7 @@ async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(fold
         async def swept() -> bool:
             return not await store.tasks(ended)
 
-        await eventually(swept, 30)
+        await eventually(swept)
         assert not await refused(store, padding)
 
 

@@ -56,7 +56,7 @@ async def healed(store: Store, count: int) -> None:
     async def taking() -> bool:
         return len([row for row in await rows(store, with_problem=False) if row.queues]) == count
 
-    await eventually(taking, 60)
+    await eventually(taking)
 
 
 async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
@@ -110,7 +110,7 @@ async def test_a_full_spool_sends_its_tasks_to_a_healthy_worker_and_takes_work_a
         await made.worker()
         await all_done_uncounted(made, task_ids)
         filler.unlink()
-        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        await eventually(lambda: bad.said("worker_problem_over") > 0)
         await healed(made.store, 2)
         assert await no_path_in_any_event(made, task_ids)
 
@@ -122,7 +122,7 @@ async def problem_of(store: Store) -> list[WorkerStatus]:
         found[:] = await rows(store, with_problem=True)
         return bool(found)
 
-    await eventually(said_so, 60)
+    await eventually(said_so)
     return found
 
 
@@ -148,7 +148,7 @@ async def test_a_disk_that_fills_while_a_clip_is_encoded_costs_the_clip_no_try(
         assert "its disk is full" in str(row.problem)
         filler.unlink()
         await all_done_uncounted(made, [task_id])
-        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        await eventually(lambda: bad.said("worker_problem_over") > 0)
         assert await no_path_in_any_event(made, [task_id])
 
 
@@ -179,7 +179,7 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
                 remount("rw")
             case "a file":
                 home.unlink()
-        await eventually(lambda: bad.said("worker_problem_over") > 0, 60)
+        await eventually(lambda: bad.said("worker_problem_over") > 0)
         await healed(made.store, 2)
         assert await no_path_in_any_event(made, task_ids)
 
@@ -225,7 +225,7 @@ async def test_a_worker_that_may_not_write_large_files_hands_its_tasks_to_others
 async def test_a_worker_whose_spool_cannot_be_made_ends_with_the_cure(folder: Path) -> None:
     (folder / "file").write_text("")
     async with fleet(folder) as made:
-        worker = made._start("worker", "", [], {"MOVIEQ_SPOOL": str(folder / "file" / "spool")})
+        worker = made.start("worker", "", [], {"MOVIEQ_SPOOL": str(folder / "file" / "spool")})
         assert await worker.ended() == 1
         assert "MOVIEQ_SPOOL" in worker.log.read_text()
         assert "Traceback" not in worker.log.read_text()
@@ -322,7 +322,7 @@ async def test_a_machine_that_was_blamed_is_examined_until_it_passes(folder: Pat
         keeping = asyncio.create_task(host.keep(room.set))
         try:
             assert host.problem == "its disk is full"
-            await asyncio.wait_for(room.wait(), 30)
+            await asyncio.wait_for(room.wait(), 60)
             assert host.problem is None
         finally:
             keeping.cancel()

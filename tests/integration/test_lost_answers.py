@@ -273,7 +273,7 @@ async def ended(store: Store, task_id: str) -> Any:
         task = await store.task(TaskId(task_id))
         return task is not None and task.status.ended
 
-    await eventually(over, 30)
+    await eventually(over)
     return await store.task(TaskId(task_id))
 
 
@@ -296,7 +296,7 @@ async def test_a_worker_and_an_api_that_lose_any_answer_lose_no_task(house: tupl
         task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
         task = await ended(made.store, task_id)
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1), name
-        await asyncio.wait_for(between.happened.wait(), 5)
+        await asyncio.wait_for(between.happened.wait(), 60)
         await hook.wait_for(count)
     between.swallow(script(made.store, "fail"))
     task_id = await api.submit("generate_image", {"reference_images": ["upload:none"]}, callback_url=hook.url)
@@ -338,7 +338,7 @@ async def test_a_claim_that_its_worker_did_not_live_to_hear_of_is_run_by_another
     between.hold(script(made.store, "claim"))
     task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
     await api.until(task_id, "event", "started")
-    await asyncio.wait_for(between.happened.wait(), 5)
+    await asyncio.wait_for(between.happened.wait(), 60)
     first.send(signal.SIGKILL)
     await made.worker()
     task = await ended(made.store, task_id)

@@ -101,7 +101,7 @@ async def test_a_task_whose_model_is_not_here_waits_untouched_and_the_worker_doe
                 task = await made.store.task(task_id)
                 return task is not None and task.lane != "" and (task.status, task.attempt) == (TaskStatus.QUEUED, 0)
 
-            await eventually(waits, 30)
+            await eventually(waits)
         assert worker.alive
 
 
@@ -112,7 +112,7 @@ async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_e
         task = await ended(made.store, await submitted(made.store))
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
         for task_id in odd:
-            await eventually(partial(tried, made.store, task_id), 30)
+            await eventually(partial(tried, made.store, task_id))
             (said,) = [entry.data for entry in await made.store.log_after(task_id, None) if entry.type == "retrying"]
             assert b"this worker cannot read task_data" in said
         assert worker.alive
@@ -155,7 +155,7 @@ async def ended_unread(store: Store, task_id: TaskId) -> Task:
         task = await store.task(task_id)
         return task is not None and task.status.ended
 
-    await eventually(over, 60)
+    await eventually(over)
     task = await store.task(task_id)
     assert task is not None
     return task
@@ -191,7 +191,7 @@ async def workers(store: Store) -> list[Any]:
         found[:] = await store.workers()
         return bool(found)
 
-    await eventually(there, 30)
+    await eventually(there)
     return found
 
 
@@ -199,7 +199,7 @@ async def test_a_fault_of_a_script_is_logged_as_that_and_the_worker_goes_on(fold
     async with fleet(folder) as made:
         worker = await made.worker()
         await raw(made.store).set(KEYS["delayed"], "no sorted set")  # tidy fails on it
-        await eventually(lambda: worker.said("script_failed") > 0, 30)
+        await eventually(lambda: worker.said("script_failed") > 0)
         assert "Traceback" in worker.log.read_text()
         await raw(made.store).delete(KEYS["delayed"])
         assert (await ended(made.store, await submitted(made.store))).status is TaskStatus.COMPLETED
@@ -407,7 +407,7 @@ async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Pa
             assert (ended["status"], ended["attempt"]) == ("completed", 1), (odd, ended, worker.log.read_text()[-3000:])
         for odd in ("an unreadable answer", "a number", "an object", "an unsendable note"):
             task_id = await api.submit("odd", {"odd": odd})
-            await eventually(partial(tried, made.store, TaskId(task_id)), 30)
+            await eventually(partial(tried, made.store, TaskId(task_id)))
             assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200  # it would be tried again
             for entry in await made.store.log_after(task_id, None):
                 assert b"Error" not in entry.data, entry.data
@@ -473,6 +473,6 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
         return task is not None and task.current_step == "drawing"
 
     async with reporter:
-        await eventually(shown, 30)
+        await eventually(shown)
         assert [task.done() for task in reporter._tasks] == [False, False]
     await odd.aclose()

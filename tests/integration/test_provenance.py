@@ -82,7 +82,7 @@ async def test_where_signing_is_required_and_fails_the_task_fails_and_nothing_is
     ready = asyncio.Event()
     async with Fetcher(Guard(())) as fetcher, asyncio.TaskGroup() as group:
         keeping = group.create_task(child.keep(ready.set))
-        await asyncio.wait_for(ready.wait(), 30)
+        await asyncio.wait_for(ready.wait(), 60)
         storage = FolderStorage(tmp_path / "media", "http://127.0.0.1", (b"secret",))
         (tmp_path / "spool").mkdir()
         parts = Parts(store, storage, fetcher, tmp_path / "spool", provenance=Provenance(credentials=expired, required=True))

@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -46,7 +45,7 @@ async def submitted(api: Service) -> tuple[int, dict[str, str], dict[str, Any]]:
     body = {"project_id": "film", "task_type": "generate_image", "task_data": SMALL}
     async with (
         aiohttp.ClientSession(headers={"X-API-Key": api.key, "Idempotency-Key": "the-same"}) as session,
-        session.post(f"{api.url}/api/v1/tasks/submit", json=body, timeout=aiohttp.ClientTimeout(total=5)) as answer,
+        session.post(f"{api.url}/api/v1/tasks/submit", json=body, timeout=aiohttp.ClientTimeout(total=60)) as answer,
     ):
         return answer.status, dict(answer.headers), await answer.json()
 
@@ -58,16 +57,24 @@ async def refused(api: Service) -> None:
     assert int(headers["Retry-After"]) > 0
 
 
-async def said_again(api: Service, within_s: float = 5) -> str:
-    """The id that it gets as soon as Redis takes it."""
-    end = time.monotonic() + within_s
-    while True:
+async def said_again(api: Service) -> str:
+    """Return the id that it gets as soon as Redis takes it."""
+    answers: list[dict[str, Any]] = []
+
+    async def taken() -> bool:
         status, _, answer = await submitted(api)
-        if status in (200, 201):
-            return str(answer["task_id"])
-        assert status == 503, answer
-        assert time.monotonic() < end, answer
-        await asyncio.sleep(0.02)
+        assert status in (200, 201, 503), answer
+        answers.append(answer)
+        return status != 503
+
+    await eventually(taken)
+    return str(answers[-1]["task_id"])
+
+
+async def noticed(worker: Process) -> None:
+    """Return when the worker has asked Redis in vain."""
+    before = worker.said("redis_away")
+    await eventually(lambda: worker.said("redis_away") > before)
 
 
 async def accepted(api: Service, count: int = 1) -> list[str]:
@@ -78,7 +85,7 @@ async def accepted(api: Service, count: int = 1) -> list[str]:
 async def all_ended_once(made: Fleet, api: Service, worker: Process, task_ids: list[str]) -> None:
     """Every task completed in its first attempt, which its log tells once, and nothing else was made."""
     for task_id in task_ids:
-        status = await api.ended(task_id, within_s=40)
+        status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 1), (status, worker.log.read_text()[-2000:])
         log = await made.store.log_after(TaskId(task_id), None)
         types = [entry.type for entry in log]
@@ -100,20 +107,20 @@ async def test_a_redis_that_ends_and_comes_back_has_lost_nothing_that_was_accept
         os.kill(made.valkey.pid, signum)
         await eventually(lambda: not made.valkey.alive())
         await refused(api)
-        await asyncio.sleep(0.5)
+        await noticed(worker)
         await refused(api)
         await asyncio.to_thread(made.valkey.start)
         await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
 
 
-async def test_a_redis_that_hangs_for_three_seconds_costs_a_running_task_nothing(folder: Path) -> None:
+async def test_a_redis_that_hangs_for_a_while_costs_a_running_task_nothing(folder: Path) -> None:
     async with busy(folder) as (made, api, worker, task_id):
         task_ids = [task_id, *await accepted(api, 2)]
         assert made.valkey.pid is not None
         os.kill(made.valkey.pid, signal.SIGSTOP)
         try:
             await refused(api)
-            await asyncio.sleep(2)
+            await noticed(worker)
         finally:
             os.kill(made.valkey.pid, signal.SIGCONT)
         await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
@@ -137,7 +144,7 @@ async def test_connections_that_are_cut_again_and_again_cost_a_running_task_noth
         for _ in range(10):
             for kind in ("normal", "pubsub"):
                 await redis.client_kill_filter(_type=kind, skipme=True)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # long enough to connect and go on
         await all_ended_once(made, api, worker, [*task_ids, await said_again(api)])
 
 
@@ -159,7 +166,7 @@ async def test_a_redis_that_takes_no_writes_for_a_while_is_waited_for(folder: Pa
         redis = raw(made.store)
         await (redis.replicaof("127.0.0.1", 1) if state == "read-only" else redis.config_set("min-replicas-to-write", 1))
         await refused(api)
-        await asyncio.sleep(3)  # the worker has missed a renewal
+        await noticed(worker)
         await refused(api)
         assert (await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] == "processing"
         await (redis.replicaof("NO", "ONE") if state == "read-only" else redis.config_set("min-replicas-to-write", 0))
@@ -177,7 +184,7 @@ async def test_an_outage_that_is_longer_than_a_lease_costs_a_run_nothing(folder:
             await raw(made.store).replicaof("127.0.0.1", 1)
         for _ in range(30 if state == "killed" else 15):
             await refused(api)
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # the outage lasts
         if state == "killed":
             await asyncio.to_thread(made.valkey.start)
         else:

@@ -66,12 +66,12 @@ async def test_nginx_answers_every_request_while_two_api_processes_restart_in_tu
         apis = [await made.api(port=port) for port in ports]
         site = free_port()
         with nginx(folder / "nginx", site, *ports) as proxy:
-            await eventually(lambda: not refuses(site), 30)
+            await eventually(lambda: not refuses(site))
             load = Load(proxy.url)
             async with asyncio.timeout(300), asyncio.TaskGroup() as group:
                 for _ in range(CLIENTS):
                     group.create_task(load.run())
-                await eventually(lambda: load.answers.total() > 100, 60)
+                await eventually(lambda: load.answers.total() > 100)
                 for signum in (signal.SIGTERM, signal.SIGKILL):  # one that ends in order, and one that cannot
                     for number, port in enumerate(ports):
                         apis[number] = await restarted(made, apis[number], port, signum)
@@ -139,7 +139,7 @@ async def connected(stack: AsyncExitStack, port: int) -> tuple[asyncio.StreamRea
 
 async def answered(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """The status of the next answer, and whether it is the last of its connection."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         head = await reader.readuntil(b"\r\n\r\n")
         fields: dict[str, Any] = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
         await reader.readexactly(int(fields["content-length"]))

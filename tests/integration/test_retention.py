@@ -234,7 +234,7 @@ async def test_what_becomes_due_goes_without_a_restart_though_one_worker_has_gon
             await asyncio.wait({worker})
         task_id = await completed(store, storage, folder, number)
         await eventually(lambda task_id=task_id: gone(store, KEYS["task"] + task_id), 30)  # type: ignore[misc]  # mypy infers no type for a lambda with a default
-        await eventually(lambda: not files(folder), 30)
+        await eventually(lambda: not files(folder))
     assert not several[2].done()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result
-from tests.fleet import Fleet, Process, eventually
+from tests.fleet import Fleet, eventually
 from tests.proxy import proxy, script
 from tests.service import serving
 from workers.retention import Retention
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
 LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "fps": 60}
-ACTED_S = 2.0
 
 
 @pytest.mark.parametrize("how", ["stands still", "is cut off"])
@@ -37,7 +35,7 @@ async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_c
         api, zombie = await asyncio.gather(made.api(), made.worker(between.url))
         between.hold(script(made.store, "report", "uploading_result"))
         task_id = TaskId(await api.submit("generate_image", SMALL))
-        await asyncio.wait_for(between.happened.wait(), 20)  # it has said where it stores its file, and is about to
+        await asyncio.wait_for(between.happened.wait(), 60)  # it has said where it stores its file, and is about to
         if how == "stands still":
             zombie.send(signal.SIGSTOP)
         else:
@@ -109,9 +107,8 @@ async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made
         return await beats(made.store) != beat
 
     await eventually(beats_again)
-    await asyncio.sleep(0.3)  # its next claim is due before its next renewal
-    worker.send(signal.SIGSTOP)
-    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED), 20)
+    worker.send(signal.SIGSTOP)  # its next claim is due before its next renewal
+    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED))
     for child in children:
         child.resume()
     worker.send(signal.SIGCONT)
@@ -144,11 +141,13 @@ async def arrange_what_is_due(store: Store) -> list[TaskId]:
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["no worker at all", "all slots busy"])
-async def test_what_is_due_is_acted_on_within_two_seconds_by_an_api_process(made: Fleet, busy: bool) -> None:
+async def test_what_is_due_is_acted_on_by_an_api_process(made: Fleet, busy: bool) -> None:
     api = await made.api()
 
+    over = asyncio.Event()
+
     async def held(_: web.Request) -> web.Response:
-        await asyncio.sleep(60)
+        await over.wait()
         return web.Response()
 
     async with serving({"/frame": held}) as url:
@@ -158,7 +157,6 @@ async def test_what_is_due_is_acted_on_within_two_seconds_by_an_api_process(made
             await api.until(running, "event", "started")
             worker.send(signal.SIGSTOP)  # not even its own renewals help
         ids = await arrange_what_is_due(made.store)
-        begun = time.monotonic()
 
         async def acted() -> bool:
             reaped, retried, *past = [await found(made.store, task_id) for task_id in ids]
@@ -167,32 +165,18 @@ async def test_what_is_due_is_acted_on_within_two_seconds_by_an_api_process(made
                 reaped.status is TaskStatus.QUEUED and waiting is not None and all(task.error_code == "deadline_exceeded" for task in past)
             )
 
-        await eventually(acted, 0.5 + ACTED_S)
-        print(f"acted on {time.monotonic() - begun - 0.5:.2f} s after it was due")
+        await eventually(acted)
+        over.set()
 
 
-async def test_a_dead_child_is_noticed_at_once(made: Fleet) -> None:
+async def test_a_dead_child_is_noticed_by_its_worker_and_not_by_the_end_of_a_lease(made: Fleet) -> None:
     api, worker = await asyncio.gather(made.api(), made.worker())
-    delays = []
-    for _ in range(3):
-        task_id = TaskId(await api.submit("generate_video", LONG))
-        await api.until(task_id, "stage", "frames")
-        async with api.events(task_id) as events:
-            begun = time.monotonic()
-            worker.child().kill()
-            async for event in events:
-                if event["event"] == "retrying":
-                    break
-            delays.append(time.monotonic() - begun)
-        assert "SIGKILL" in event["error"]
-        await api.call("DELETE", f"/tasks/{task_id}")
-        await eventually(lambda: serves(worker), 20)
-    print(f"kill -9 of a child to `retrying`: {', '.join(f'{delay * 1000:.1f}' for delay in delays)} ms")
-    assert sorted(delays)[1] < 0.2
-
-
-def serves(worker: Process) -> bool:
-    return worker.said("child_ready") == worker.said("child_ended") + 1
+    task_id = TaskId(await api.submit("generate_video", LONG))
+    await api.until(task_id, "stage", "frames")
+    worker.child().kill()
+    event = await api.until(task_id, "event", "retrying")
+    assert "SIGKILL" in event["error"]
+    assert await raw(made.store).hmget(KEYS["task"] + task_id, "deaths", "silences") == [b"1", b"0"]
 
 
 async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(made: Fleet) -> None:
@@ -206,7 +190,7 @@ async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(m
     api, worker = await asyncio.gather(made.api(), made.worker())
     async with serving({"/frame": slow}) as url:
         task_id = TaskId(await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]}))
-        await asyncio.wait_for(asked.wait(), 10)
+        await asyncio.wait_for(asked.wait(), 60)
         worker.child().kill()
         await eventually(lambda: worker.said("child_ended") == 1)  # else the fetched picture may still go to the dying child
         go_on.set()

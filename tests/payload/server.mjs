@@ -20,10 +20,15 @@ async function answer(req, res) {
   else res.end();
 }
 
-const server = http.createServer((req, res) =>
-  answer(req, res).catch((error) => {
-    payload.logger.error(error);
-    res.destroy();
-  }),
-);
+let busy = 0; // requests in hand: also of clients that have gone
+const server = http.createServer((req, res) => {
+  if (req.url === "/busy") return res.end(String(busy));
+  busy += 1;
+  answer(req, res)
+    .catch((error) => {
+      payload.logger.error(error);
+      res.destroy();
+    })
+    .finally(() => (busy -= 1));
+});
 server.listen(Number(process.env.PORT), "127.0.0.1", () => console.log(JSON.stringify({ ready: server.address().port })));

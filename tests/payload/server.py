@@ -69,7 +69,7 @@ class PayloadServer:
         headers = {"Content-Type": "application/json"}
         headers["Authorization"] = f"users API-Key {self.key}" if authorization is None else authorization
         data = None if body is None else json.dumps(body).encode()
-        with urlopen(Request(self.url + path, data, headers, method=method), timeout=20) as answer:
+        with urlopen(Request(self.url + path, data, headers, method=method), timeout=60) as answer:
             return json.load(answer)
 
     def documents(self, task_id: str, collection: str = "media", path: str = "generationMetadata.taskId") -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class PayloadServer:
     def file(self, document: dict[str, Any]) -> bytes:
         """The file of a document of media."""
         url = self.url.removesuffix("/api") + document["url"]
-        with urlopen(Request(url, headers={"Authorization": f"users API-Key {self.key}"}), timeout=20) as answer:
+        with urlopen(Request(url, headers={"Authorization": f"users API-Key {self.key}"}), timeout=60) as answer:
             return bytes(answer.read())
 
 

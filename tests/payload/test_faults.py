@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 
+import aiohttp
 import pytest
 
 from movieq.tasks.entities import DeliveryState
@@ -14,11 +15,10 @@ from tests.fleet import eventually
 from tests.payload.conftest import Desk, tried
 from tests.payload.relay import Relay, relay
 from tests.payload.server import PayloadServer
+from tests.service import fetched
 from workers.delivery import DOUBT_S, Outbox
 
 Fault = Callable[[Relay, PayloadServer], None]
-IN_HAND_S = 0.5
-"""What a CMS that comes to itself needs for the uploads of these tests; `DOUBT_S` stands for it outside."""
 
 
 @pytest.fixture
@@ -36,14 +36,27 @@ def recovered(cms: PayloadServer) -> None:
         cms.start()
 
 
-async def delivered(outbox: Outbox, task_id: TaskId) -> int:
-    """The delivery has been tried, without its waits, until nothing of it was left to do; how often."""
-    for count in range(1, 30):
+async def delivered(outbox: Outbox, task_id: TaskId, cms: PayloadServer) -> None:
+    """Try the delivery, without its waits, until nothing of it is left to do."""
+    for _ in range(30):
         wait_s = await tried(outbox, task_id)
         if wait_s is None:
-            return count
-        await asyncio.sleep(IN_HAND_S if wait_s == DOUBT_S else 0)
+            return
+        if wait_s == DOUBT_S:
+            await settled(cms)
     raise AssertionError("it was tried thirty times")
+
+
+async def settled(cms: PayloadServer) -> None:
+    """Return when the CMS has ended all that it had in hand: outside, it is given a minute for this."""
+
+    async def idle() -> bool:
+        try:
+            return (await fetched(cms.url.removesuffix("/api") + "/busy"))[2] == b"0"
+        except aiohttp.ClientError:
+            return False
+
+    await eventually(idle)
 
 
 async def only_one(desk: Desk, cms: PayloadServer, task_id: TaskId) -> None:
@@ -75,7 +88,7 @@ async def test_a_fault_of_the_cms_in_an_upload_costs_a_try_and_makes_no_second_d
         assert cut.struck.is_set()
         assert await desk.media_id(task_id) is None
         recovered(cms)
-        await delivered(outbox, task_id)
+        await delivered(outbox, task_id, cms)
     await only_one(desk, cms, task_id)
 
 
@@ -103,7 +116,7 @@ async def test_a_worker_that_dies_in_an_upload_leaves_it_to_the_next_which_makes
         with pytest.raises(asyncio.CancelledError):
             await trying
         assert cut.struck.is_set()
-        await delivered(outbox, task_id)
+        await delivered(outbox, task_id, cms)
     await only_one(desk, cms, task_id)
 
 
@@ -126,7 +139,7 @@ async def test_two_workers_that_hold_the_same_delivery_leave_one_document(desk: 
     task_id = await desk.completed(cms)
     async with desk.outbox(cms) as one, desk.outbox(cms) as other:
         await asyncio.gather(tried(one, task_id), tried(other, task_id))
-        await delivered(one, task_id)
+        await delivered(one, task_id, cms)
     await only_one(desk, cms, task_id)
 
 
@@ -141,19 +154,20 @@ async def test_after_an_hour_of_kills_and_stops_every_document_is_there_and_none
                 await desk.store.resend(task_id, f"{task_id}-1")
             elif wait_s is None:
                 break
-            await asyncio.sleep(IN_HAND_S if wait_s == DOUBT_S else random.uniform(0.05, 0.3))
+            if wait_s == DOUBT_S:
+                await settled(cms)
+            else:
+                await asyncio.sleep(random.uniform(0.05, 0.3))  # the pause before the next try
         done.add(task_id)
 
-    async with desk.outbox(cms, cut.url, answer_s=0.3) as outbox, asyncio.TaskGroup() as group:
+    async with desk.outbox(cms, cut.url, answer_s=3) as outbox, asyncio.TaskGroup() as group:
         for task_id in tasks:
             group.create_task(persistent(outbox, task_id))
         for strike in (cms.freeze, cms.kill, cms.freeze, cms.kill):
             cut.struck.clear()
             cut.at_upload(strike, random.choice([0, 50_000]))
-            if len(done) < len(tasks):
-                async with asyncio.timeout(5):
-                    await cut.struck.wait()
-                await asyncio.sleep(0.4)
+            await eventually(lambda: cut.struck.is_set() or len(done) == len(tasks))
+            await asyncio.sleep(0.4)  # the fault lasts
             recovered(cms)  # here, not in a thread: it would end with that
     for task_id in tasks:
         await only_one(desk, cms, task_id)

@@ -72,7 +72,7 @@ class Cms:
         """Status and JSON of an answer; as the editor, where nobody else is named."""
         async with (
             aiohttp.ClientSession(headers=self.editor if headers is None else headers) as session,
-            session.request(method, f"{self.url}/api{path}", timeout=aiohttp.ClientTimeout(total=30), **options) as answer,
+            session.request(method, f"{self.url}/api{path}", timeout=aiohttp.ClientTimeout(total=60), **options) as answer,
         ):
             return answer.status, await answer.json()
 
@@ -158,7 +158,7 @@ def running(app: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cms
     asyncio.run(cms.settle())
     yield cms
     process.terminate()
-    process.wait(10)
+    process.wait(60)
     assert process.stdout is not None
     process.stdout.close()
 
@@ -186,7 +186,7 @@ class Movieq:
         """Status and JSON of an answer."""
         async with (
             aiohttp.ClientSession(headers={"X-API-Key": KEY}) as session,
-            session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=10)) as answer,
+            session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=60)) as answer,
         ):
             return answer.status, await answer.json()
 

@@ -40,7 +40,7 @@ async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_projec
     async def ended() -> bool:
         return (await cms.scene(scene["id"]))["status"] in ("completed", "failed")
 
-    await eventually(ended, 40)
+    await eventually(ended)
     scene = await cms.scene(scene["id"])
     assert (scene["status"], scene["error"], scene["progress"]) == ("completed", None, 1)
     _, clip = await cms.call("GET", f"/media/{scene['result']}?depth=0")
@@ -186,7 +186,7 @@ async def test_the_client_retries_what_has_failed_and_says_what_is_refused(app: 
     process = await asyncio.create_subprocess_exec(
         node(PLUGIN), "--input-type=module", "--eval", script, cwd=app, stdout=asyncio.subprocess.PIPE
     )
-    said, _ = await asyncio.wait_for(process.communicate(), 20)
+    said, _ = await asyncio.wait_for(process.communicate(), 60)
     failed, queued, refused = said.decode().splitlines()
     assert (failed, queued) == ("out of luck", "queued")
     assert refused.startswith("MovieqError 400 invalid_state movieq refused the request: the task is queued")

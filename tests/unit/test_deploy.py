@@ -140,7 +140,7 @@ async def test_the_health_checks_say_whether_who_they_ask_serves(folder: Path) -
         async def healthy(argument: str) -> bool:
             command = [sys.executable, str(DEPLOY / "health.py"), argument]
             process = await asyncio.create_subprocess_exec(*command, env={"MOVIEQ_REDIS_URL": made.valkey.url}, cwd=folder, stderr=DEVNULL)
-            return await asyncio.wait_for(process.wait(), 20) == 0
+            return await asyncio.wait_for(process.wait(), 60) == 0
 
         live, ready = f"{api.url}/health/live", f"{api.url}/health/ready"
         assert [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
