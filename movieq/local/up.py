@@ -1,4 +1,4 @@
-"""`movieq up`: an embedded Valkey, the API and one worker. What dies is started again, what was started is stopped."""
+"""`movieq up`: an embedded Valkey, the API and one worker. A process that dies is restarted; at the end all are stopped."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from movieq.settings import Settings, variable
 from movieq.tasks.states import Kind
 
 RESTART_S: Final = 0.2, 10.0
-"""Shortest and longest wait before what died is started again."""
+"""Shortest and longest wait before a restart, in seconds."""
 STEADY_S: Final = 10.0
-"""Who lived so long begins with the shortest wait again."""
+"""After a run of this many seconds, the next restart has the shortest wait again."""
 API_STOP_S: Final = 10.0
-"""How long the API may take to end."""
+"""Longest time for the API to end, in seconds."""
 WORKER_STOP_S: Final = 12.0
-"""How long a worker may take after its drain: by itself it is gone after ten seconds."""
+"""Longest time for a worker to end after its drain, in seconds. A worker ends by itself after ten."""
 VALKEY_CHECK_S: Final = 0.2
 VALKEY_AGAIN_S: Final = 2.0
 
@@ -35,7 +35,7 @@ log = logs.get()
 
 
 async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: bool) -> None:
-    """Runs until SIGINT or SIGTERM; then nothing that it started is left. Raises SettingsError before anything is started."""
+    """Run until SIGINT or SIGTERM, then stop all that was started. Raises SettingsError before anything is started."""
     await checks.start(settings, "up", works=worker)
     if worker:
         credentials.load(settings)  # its worker would end for want of a certificate, again and again
@@ -77,7 +77,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
 
 
 async def _keep(name: str, command: list[str], environment: dict[str, str], stop_s: float, sock: socket.socket | None = None) -> None:
-    """A process of ours runs, again whenever it ended; when cancelled it is asked to end, and killed where it does not."""
+    """Run a process, and restart it whenever it ends. On cancel, terminate it, and kill it if it does not end within `stop_s`."""
     wait_s = RESTART_S[0]
     told = False
     while True:
@@ -137,7 +137,7 @@ async def _keep_valkey(valkey: Valkey) -> None:
 
 
 def _own_key(folder: Path) -> str:
-    """The API key of this folder: made once."""
+    """Return the API key of this folder. The first call generates it."""
     path = folder / "api-key"
     try:
         return path.read_text().strip()
