@@ -1,1 +1,1 @@
-"""Webhooks and PayloadCMS."""
+"""Delivery of ended tasks: webhooks, and documents in a PayloadCMS."""

@@ -1,9 +1,9 @@
-"""PayloadCMS 3: a result becomes a document, and another document is pointed at that one.
+"""Documents in PayloadCMS 3: create one for a result, and set a field of another document to its id.
 
-`Cms` is what an operator decided: where the CMS is, and which of its fields say what. `Payload` asks its REST API, one step a call; a step
-that fails raises CmsFault, whatever the CMS does. A document is found again by the task's id, in the field that is mapped to it and in the
-name of its file.
-Left out: when to try again, and what becomes of two documents of one task (`workers.deliver`).
+`Cms` is the operator's configuration: the url of the CMS, and the names of its fields. `Payload` is a client of its REST API with a method
+for each step; every failed step raises CmsFault. The documents of a task are found by the task id, which is stored in the field that is
+mapped to it and in the file name.
+Left out: the schedule of tries, and the removal of duplicate documents (both in `workers.delivery`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from movieq.tasks.states import TaskId, TaskType
 
 ANSWER_S: Final = 30.0
 LEAST_BYTES_S: Final = 256 * 1024
-"""The slowest upload that is waited for."""
+"""Slowest upload that is not cut off, in bytes per second."""
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 ALT_CHARS: Final = 120
 FOUND: Final = 10
-"""How many documents of one task are looked at."""
+"""Most documents of one task that are read."""
 LIMITS: Final = "`upload.limits.fileSize` (20 MiB a file) and `upload.requestSizeLimit` (50 MiB a request) in its Payload config"
-"""The two that refuse large files, with their defaults."""
+"""The settings of Payload that refuse large files, with their defaults."""
 
 NAMES: Final = (
     "alt",
@@ -48,10 +48,10 @@ NAMES: Final = (
     *(f"technicalData.{name}" for name in ("duration", "resolution", "fps", "sampleRate")),
     "url",
 )
-"""What is said of a result; `url` in reference mode alone."""
+"""The fields that describe a result, by our names; `url` only in reference mode."""
 TASK_ID: Final = "generationMetadata.taskId"
 MEDIA_TYPES: Final = {"dialogue_audio": "audio_clip"}
-"""Media types that the CMS knows by another word."""
+"""Media types that have another name in the CMS."""
 
 _PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -59,11 +59,11 @@ _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.~-]{0,199}")
 
 T = TypeVar("T")
 Id = str | int
-"""Of a document: a number or a text, as the CMS's database has it."""
+"""The id of a document: a number or a text, depending on the database of the CMS."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A document of the CMS that is to point at a result: `field` may lie in a group (`takes.first`)."""
+    """A document of the CMS that is to refer to a result. `field` may be in a group (`takes.first`)."""
 
     collection: str
     id: Id
@@ -71,22 +71,22 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A document that holds a result; `filesize` is that of its file."""
+    """A document that holds a result. `filesize` is the size of its file in bytes."""
 
     id: Id
     filesize: int | None = None
 
     def whole(self, media: StoredMedia) -> bool:
-        """Whether all of the file arrived. The CMS may store a picture anew; video and sound it keeps as they are."""
+        """Whether the whole file arrived. The CMS may re-encode images, but stores video and sound unchanged."""
         if self.filesize is None or media.content_type.startswith("image/"):
             return self.filesize != 0
         return self.filesize == media.size_bytes
 
 
 class Cms(msgspec.Struct, frozen=True):
-    """The CMS of this installation.
+    """The configuration of this installation's CMS.
 
-    `fields`: what we call it -> where the CMS keeps it, empty where it does not; `values`: (what we call it, our value) -> the CMS's value.
+    `fields`: our name -> the field of the CMS, empty if it has none. `values`: (our name, our value) -> the value of the CMS.
     """
 
     url: str
@@ -99,23 +99,23 @@ class Cms(msgspec.Struct, frozen=True):
 
     @property
     def address(self) -> str:
-        """Of the collection that results go into."""
+        """The url of the collection for results."""
         return f"{self.url}/{self.media}"
 
     def path(self, name: str) -> str:
-        """Where the CMS keeps what we call so; empty where it does not."""
+        """Return the CMS's field for one of our names; empty if it has none."""
         group, dot, rest = name.partition(".")
         if name in self.fields or not dot or group not in self.fields:
             return self.fields.get(name, name)
         return f"{self.fields[group]}.{rest}" if self.fields[group] else ""
 
     def paths(self) -> list[str]:
-        """Every field that a document of ours has."""
+        """Return all fields of our documents."""
         names = NAMES if self.mode is PayloadMode.REFERENCE else NAMES[:-1]
         return [path for name in names if (path := self.path(name))]
 
     def document(self, delivery: Delivery, task_data: Mapping[str, Any], url: str) -> dict[str, Any]:
-        """What the CMS is told of a result, nested as its fields are. `url` is the address of the file."""
+        """Return the fields of a result's document, nested as in the CMS. `url` is the url of the file."""
         made: dict[str, Any] = {}
         for name, value in self._facts(delivery, task_data, url):
             if value is not None and (path := self.path(name)):
@@ -151,7 +151,7 @@ class Cms(msgspec.Struct, frozen=True):
 
 
 def configured(settings: Settings) -> Cms | None:
-    """The CMS of the settings; None where there is none. Raises SettingsError naming the setting."""
+    """Return the CMS of the settings, or None if there is none. Raises SettingsError naming the setting."""
     if not settings.payload_url:
         return None
     try:
@@ -160,41 +160,43 @@ def configured(settings: Settings) -> Cms | None:
     except ValueError:
         usable = False
     if not usable:
-        raise SettingsError("MOVIEQ_PAYLOAD_URL: the address above /media of a PayloadCMS is expected, such as https://cms.example/api")
+        raise SettingsError("MOVIEQ_PAYLOAD_URL: expected the API url of a PayloadCMS, without /media, such as https://cms.example/api")
     if not settings.payload_api_key.isascii() or not settings.payload_api_key.isprintable() or not settings.payload_api_key:
-        raise SettingsError("MOVIEQ_PAYLOAD_API_KEY: the API key of a user of the CMS is expected: Enable API Key, on that user's page")
+        raise SettingsError("MOVIEQ_PAYLOAD_API_KEY: expected the API key of a user of the CMS; choose Enable API Key on that user's page")
     for name in ("users", "media"):
         if not _SLUG.fullmatch(slug := getattr(settings, f"payload_{name}")):
-            raise SettingsError(f"MOVIEQ_PAYLOAD_{name.upper()}: the slug of a collection is expected, got {slug!r}")
+            raise SettingsError(
+                f"MOVIEQ_PAYLOAD_{name.upper()}: expected the slug of a collection, in letters, digits, - and _, got {slug!r}"
+            )
     fields, values = _mapping(settings.payload_fields)
     url = settings.payload_url.rstrip("/")
     cms = Cms(url, settings.payload_api_key, settings.payload_users, settings.payload_media, settings.payload_mode, fields, values)
     if cms.mode is PayloadMode.REFERENCE and not (cms.path(TASK_ID) and cms.path("url")):
-        raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: without a file a document needs {TASK_ID}, by which it is found again, and url")
+        raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: reference mode needs a field for {TASK_ID} and one for url")
     paths = sorted(cms.paths())
     for path, other in pairwise(paths):
         if path == other or other.startswith(f"{path}."):
-            raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: two values would go into {path}")
+            raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: two values would be written to {path}; map each to a field of its own")
     return cms
 
 
 def target(metadata: Mapping[str, Any]) -> Target | None:
-    """The document that `metadata.payload` of a task names; None where it names none. Raises CmsFault, final."""
+    """Return the document that `metadata.payload` of a task names, or None if it names none. Raises a final CmsFault."""
     if metadata.get("payload") is None:
         return None
     try:
         named = msgspec.convert(metadata["payload"], Target)
     except msgspec.ValidationError as error:
-        raise CmsFault(f"metadata.payload: {error}; {{collection, id, field}} is expected", final=True) from None
+        raise CmsFault(f"metadata.payload: expected {{collection, id, field}}: {error}", final=True) from None
     if not (_SLUG.fullmatch(named.collection) and _ID.fullmatch(str(named.id)) and _PATH.fullmatch(named.field)):
-        raise CmsFault("metadata.payload: the slug of a collection, the id of a document and the name of a field are expected", final=True)
+        raise CmsFault("metadata.payload: expected the slug of a collection, the id of a document and the name of a field", final=True)
     return named
 
 
 class Payload:
-    """Asks the CMS. Each call raises CmsFault, and nothing else but CancelledError.
+    """A client of the CMS. Its methods raise CmsFault, and nothing else but CancelledError.
 
-    The session is the guard's (`movieq.fetch`); redirects are not followed, so that the key goes nowhere else.
+    The session comes from the guard (`movieq.fetch`). Redirects are not followed, so that the API key reaches no other server.
     """
 
     def __init__(self, cms: Cms, session: aiohttp.ClientSession, *, answer_s: float = ANSWER_S) -> None:
@@ -205,7 +207,7 @@ class Payload:
         self._by_field = True
 
     async def find(self, task_id: TaskId) -> list[Document]:
-        """The documents of a task, the oldest first."""
+        """Return the documents of a task, oldest first."""
         path = self.cms.path(TASK_ID)
         if path and self._by_field:
             wanted: dict[str, str] = {f"where[or][0][{path}][equals]": task_id}
@@ -216,7 +218,7 @@ class Payload:
             except CmsFault as fault:
                 if not (self.takes_files and fault.final):
                     raise
-                self._by_field = False  # the collection has no such field, and leaves it out of what it is given
+                self._by_field = False  # the collection has no such field, and ignores it in new documents
         return await self._find({"where[filename][contains]": task_id})
 
     async def _find(self, where: dict[str, str]) -> list[Document]:
@@ -224,9 +226,9 @@ class Payload:
         return (await self._ask("GET", self.cms.media, _Page, query=query)).docs
 
     async def create(self, fields: dict[str, Any], file: Path | None, name: str, content_type: str) -> Document:
-        """The document is there, with the file, unless it is None. Of `name` the CMS makes one that is not taken.
+        """Create a document, with `file` unless that is None, and return it. The CMS changes `name` if it is taken.
 
-        The file is streamed; its length goes ahead, as Payload takes a body without for an empty one.
+        The file is streamed, with its length in the headers: Payload treats a body without a length as empty.
         """
         if file is None:
             return (await self._ask("POST", self.cms.media, _Made, json=fields)).doc
@@ -238,12 +240,12 @@ class Payload:
             try:
                 made = await self._ask("POST", self.cms.media, _Made, data=form, more_s=size_bytes / LEAST_BYTES_S)
             except (_TooLarge, _BrokeOff) as fault:
-                text = f"{fault.message}; the file has {size_bytes} bytes: where that is too many for the CMS, raise {LIMITS}"
+                text = f"{fault.message}; the file has {size_bytes} bytes: if that is more than the CMS allows, raise {LIMITS}"
                 raise CmsFault(text, status=fault.status, retry_after=fault.retry_after) from None
         return made.doc
 
     async def remove(self, id: Id) -> None:
-        """There is no document of this id."""
+        """Delete the document, if it exists."""
         try:
             await self._ask("DELETE", f"{self.cms.media}/{_part(id)}", msgspec.Raw)
         except CmsFault as fault:
@@ -251,7 +253,7 @@ class Payload:
                 raise
 
     async def point(self, document: Target, id: Id) -> None:
-        """The document's field holds the id of the result's."""
+        """Set the field of this document to `id`, the id of a result's document."""
         *groups, last = document.field.split(".")
         fields: dict[str, Any] = {last: id}
         for group in reversed(groups):
@@ -259,23 +261,23 @@ class Payload:
         try:
             await self._ask("PATCH", f"{document.collection}/{_part(document.id)}", msgspec.Raw, json=fields)
         except CmsFault as fault:
-            text = f"{document.collection}/{document.id}, which metadata.payload names: {fault.message}"
+            text = f"metadata.payload names {document.collection}/{document.id}: {fault.message}"
             final = fault.final or fault.status in (400, 404)
             raise CmsFault(text, final=final, status=fault.status, retry_after=fault.retry_after) from None
 
     # ── For `movieq doctor` ──
 
     async def known(self) -> bool:
-        """Whether the CMS knows the key."""
+        """Whether the CMS accepts the API key."""
         return (await self._ask("GET", f"{self.cms.users}/me", _Me)).user is not None
 
     async def may(self) -> list[str]:
-        """Which of create, read and delete the key's user may do in the collection."""
+        """Return which of create, read and delete the key's user may do in the collection."""
         rights = await self._ask("POST", f"{self.cms.media}/access", dict[str, Any])
         return [verb for verb in ("create", "read", "delete") if rights.get(verb)]
 
     async def missing(self) -> list[str]:
-        """Fields of our documents that the collection does not have."""
+        """Return the fields of our documents that the collection does not have."""
         query = {f"where[or][{number}][{path}][exists]": "true" for number, path in enumerate(self.cms.paths())}
         try:
             await self._ask("GET", self.cms.media, _Page, query={**query, "limit": "1", "select[filesize]": "true"})
@@ -284,7 +286,10 @@ class Payload:
         return []
 
     async def limit_bytes(self, size_bytes: int) -> int | None:
-        """What a file may have, where that is less than `size_bytes`. So many bytes are sent, to a place where they come to nothing."""
+        """Return the largest file size that the CMS accepts, if that is less than `size_bytes`, else None.
+
+        A file of that size is sent, to a route that does not store it.
+        """
         form = aiohttp.FormData(quote_fields=False)
         form.add_field("file", io.BytesIO(bytes(size_bytes)), filename="movieq-doctor.bin", content_type="application/octet-stream")
         try:
@@ -298,7 +303,7 @@ class Payload:
     async def _ask(
         self, method: str, path: str, answer_type: type[T], *, query: Mapping[str, str] | None = None, more_s: float = 0.0, **body: Any
     ) -> T:
-        """The answer. `more_s` is added to its time limit; `body` is what aiohttp takes for one."""
+        """Send a request and return its decoded answer. `more_s` extends the time limit; `body` is the argument of aiohttp for a body."""
         limit_s = self._answer_s + more_s
         headers = {"Authorization": f"{self.cms.users} API-Key {self.cms.api_key}", "Accept-Encoding": "identity"}
         try:
@@ -315,10 +320,10 @@ class Payload:
                 ) as answer,
             ):
                 told = await _read(answer)
-                if answer.connection is not None and answer.connection.transport is not None:  # it has said no before it heard all
+                if answer.connection is not None and answer.connection.transport is not None:  # the CMS refused before it had read all
                     answer.connection.transport.abort()
         except TimeoutError:
-            raise CmsFault(f"the CMS gave no answer within {limit_s:g} s") from None
+            raise CmsFault(f"the CMS did not answer within {limit_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _fault(error) from None
         if not 200 <= answer.status < 300:
@@ -327,7 +332,8 @@ class Payload:
             return msgspec.json.decode(told, type=answer_type)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise CmsFault(
-                f"what answers at {self.cms.url} is no PayloadCMS: MOVIEQ_PAYLOAD_URL is the address above /media", status=answer.status
+                f"the server at {self.cms.url} is not a PayloadCMS: set MOVIEQ_PAYLOAD_URL to its API url, without /media",
+                status=answer.status,
             ) from None
 
 
@@ -353,20 +359,20 @@ class _Errors(msgspec.Struct, frozen=True):
 
 
 class _BrokeOff(CmsFault):
-    """The connection ended before an answer came: where a file is too large, the CMS may say so in this way."""
+    """The connection ended before an answer came. The CMS may refuse a file that is too large in this way."""
 
 
 class _TooLarge(CmsFault):
-    """413. `limit_bytes`: what a file may have, where the CMS says it."""
+    """The CMS answered 413. `limit_bytes`: the largest file size, if the CMS names it."""
 
     def __init__(self, limit_bytes: int | None, retry_after: str) -> None:
         text = f", at most {limit_bytes} bytes" if limit_bytes else ""
-        super().__init__(f"the CMS takes no such large file{text}", status=413, retry_after=retry_after)
+        super().__init__(f"the file is too large for the CMS{text}", status=413, retry_after=retry_after)
         self.limit_bytes = limit_bytes
 
 
 class _Unqueried(CmsFault):
-    """The CMS was asked by fields that the collection does not have."""
+    """A query named fields that the collection does not have."""
 
     def __init__(self, message: str, paths: list[str]) -> None:
         super().__init__(message, final=True, status=400)
@@ -374,7 +380,7 @@ class _Unqueried(CmsFault):
 
 
 async def _read(answer: aiohttp.ClientResponse) -> bytes:
-    """The body; where it is too long to be an answer, its beginning."""
+    """Return the body, cut off after `MAX_ANSWER_BYTES`."""
     body = bytearray()
     while len(body) < MAX_ANSWER_BYTES and (chunk := await answer.content.read(MAX_ANSWER_BYTES - len(body))):
         body += chunk
@@ -382,7 +388,7 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
 
 
 def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> CmsFault:
-    """What the CMS said no to. Errors are told by status and path: their names are shortened where Payload was built for production."""
+    """Return the fault for a refusal. Status and paths tell refusals apart: production builds of Payload shorten the names of errors."""
     try:
         errors = msgspec.json.decode(body, type=_Errors).errors
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -392,13 +398,13 @@ def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> CmsFault:
     match answer.status:
         case 400 if isinstance(first.data, list):
             paths = [str(each["path"]) for each in first.data if isinstance(each, dict) and "path" in each]
-            return _Unqueried(f"its collection has no field {', '.join(paths)}: add it, or map it by MOVIEQ_PAYLOAD_FIELDS", paths)
+            return _Unqueried(f"the collection has no field {', '.join(paths)}: add it, or map it with MOVIEQ_PAYLOAD_FIELDS", paths)
         case 400 if fields := _fields(first.data):
-            taken = [path for path, _ in fields] == ["filename"]  # by another upload of the same moment
+            taken = [path for path, _ in fields] == ["filename"]  # by an upload at the same time
             text = "; ".join(f"{path}: {message}" for path, message in fields)
-            return CmsFault(f"the CMS refuses {text}", final=not taken, status=400)
+            return CmsFault(f"the CMS refused the document: {text}", final=not taken, status=400)
         case 401 | 403:
-            text = "the CMS does not allow it: is MOVIEQ_PAYLOAD_API_KEY right, and may its user do this?"
+            text = "the CMS denied access: check MOVIEQ_PAYLOAD_API_KEY and the access rights of its user"
             return CmsFault(f"{text} ({first.message or answer.status})", status=answer.status)
         case 413:
             size = first.data.get("size") if isinstance(first.data, dict) else None
@@ -406,12 +412,12 @@ def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> CmsFault:
         case status:
             text = f": {first.message}" if first.message else ""
             if 300 <= status < 400:
-                text = ", and redirects are not followed: MOVIEQ_PAYLOAD_URL is to be the final address"
+                text = ", but redirects are not followed: set MOVIEQ_PAYLOAD_URL to the final url"
             return CmsFault(f"the CMS answered {status}{text}", status=status, retry_after=retry_after)
 
 
 def _fields(data: Any) -> list[tuple[str, str]]:
-    """Paths and messages of a ValidationError."""
+    """Return the paths and messages of a ValidationError of Payload."""
     listed = data.get("errors") if isinstance(data, dict) else None
     return [(str(each["path"]), str(each.get("message", ""))) for each in listed or () if isinstance(each, dict) and "path" in each]
 
@@ -432,7 +438,7 @@ def _fault(error: Exception) -> CmsFault:
 
 
 def _mapping(text: str) -> tuple[dict[str, str], dict[tuple[str, str], Any]]:
-    """`MOVIEQ_PAYLOAD_FIELDS`: parts `NAME=PATH`, `NAME=` to leave out, `NAME:VALUE=VALUE`. Raises SettingsError."""
+    """Parse `MOVIEQ_PAYLOAD_FIELDS`: `NAME=FIELD`, `NAME=` to leave a field out, `NAME:VALUE=VALUE`, with commas. Raises SettingsError."""
     fields: dict[str, str] = {}
     values: dict[tuple[str, str], Any] = {}
     known = {*NAMES, *(name.partition(".")[0] for name in NAMES)}
@@ -441,7 +447,7 @@ def _mapping(text: str) -> tuple[dict[str, str], dict[tuple[str, str], Any]]:
         name, colon, value = left.partition(":")
         if not equals or name not in known or (not colon and right and not _PATH.fullmatch(right)):
             raise SettingsError(
-                f"MOVIEQ_PAYLOAD_FIELDS: {part!r} is no NAME=FIELD, NAME= or NAME:VALUE=VALUE with one of the names {', '.join(NAMES)}"
+                f"MOVIEQ_PAYLOAD_FIELDS: expected NAME=FIELD, NAME= or NAME:VALUE=VALUE, got {part!r}; the names are {', '.join(NAMES)}"
             )
         if colon:
             values[name, value] = _scalar(right)
@@ -451,7 +457,7 @@ def _mapping(text: str) -> tuple[dict[str, str], dict[tuple[str, str], Any]]:
 
 
 def _scalar(text: str) -> Any:
-    """A number, true, false or a text in quotes, as JSON has them; else the text itself."""
+    """Return the value of a JSON number, true, false or a quoted text; any other text is returned unchanged."""
     try:
         value = msgspec.json.decode(text)
     except msgspec.DecodeError:
@@ -460,17 +466,17 @@ def _scalar(text: str) -> Any:
 
 
 def _id(text: str) -> Id:
-    """A project's id as the CMS has it: SQL databases count documents, and Payload takes no text for a number."""
+    """Return a project's id in the type of the CMS: SQL databases number their documents, and Payload refuses a text for a number."""
     return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,14}", text) else text
 
 
 def _description(task_type: str, task_data: Mapping[str, Any]) -> str:
     try:
         return params.convert(REGISTRY.tasks[TaskType(task_type)].params, dict(task_data)).description.strip()
-    except (KeyError, msgspec.ValidationError):  # of another version, or gone
+    except (KeyError, msgspec.ValidationError):  # the task is of another version, or its parameters were deleted
         return ""
 
 
 def _part(id: Id) -> str:
-    """An id as one part of a path."""
+    """Return an id as one segment of a url's path."""
     return quote(str(id), safe="")

@@ -1,7 +1,7 @@
-"""Webhooks: the headers that prove who sent one, and one try at sending it.
+"""Webhooks: the signature headers, and one try at sending.
 
-A try always ends in an `Outcome`, whatever the receiver does: it costs at most 15 s and 64 kB. Left out: what the body says, when to
-try again (the outbox of `workers.deliver`), and which addresses are allowed (the session's connector, `movieq.fetch.Guard.session`).
+A try returns an `Outcome` whatever the receiver does, after at most 15 s and 64 kB. Left out: the body and the schedule of tries (both in
+`workers.delivery`), and which addresses are allowed (`movieq.fetch.guard.Guard.session`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TIMEOUT_S: Final = 15.0
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_RETRY_AFTER_S: Final = 24 * 3600.0
 MIN_SECRET_BYTES: Final = 16
-"""Standard Webhooks recommends 24 to 64; below 128 bits a secret can be guessed."""
+"""Standard Webhooks recommends 24 to 64 bytes; a secret of fewer than 16 can be guessed."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came of one try.
+    """The outcome of one try.
 
-    `status` is None when no answer came; `ok` is any 2xx; `gone` asks never to be called again (410); `retry_after_s`, 0 to a day, is what
-    a receiver that refused asked for; `problem` says for people what went wrong, without the address, and is empty when `ok`.
+    `status` is None if no answer came. `ok` is any 2xx. `gone` (410) means that the receiver must not be called again. `retry_after_s`, 0
+    to a day, is the `Retry-After` of a refusal. `problem` is the reason in words, without the url; it is empty if `ok`.
     """
 
     status: int | None
@@ -43,9 +43,9 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def parse_secrets(text: str) -> tuple[str, ...]:
-    """The secrets of `MOVIEQ_WEBHOOK_SECRET`: none, one, or more with commas between, the newest first.
+    """Parse `MOVIEQ_WEBHOOK_SECRET`: no secret, one, or several separated by commas, newest first.
 
-    Raises SettingsError, which counts to the wrong one and never shows it.
+    Raises SettingsError, which names a wrong secret by its position and never shows it.
     """
     secrets = tuple(part.strip() for part in text.split(",")) if text.strip() else ()
     for position, secret in enumerate(secrets, 1):
@@ -55,18 +55,18 @@ def parse_secrets(text: str) -> tuple[str, ...]:
             fits = False
         if not fits:
             raise SettingsError(
-                f"MOVIEQ_WEBHOOK_SECRET: secret {position} of {len(secrets)} is not whsec_ and the base64 of {MIN_SECRET_BYTES} or more "
-                'bytes; make one with: echo "whsec_$(openssl rand -base64 32)"'
+                f"MOVIEQ_WEBHOOK_SECRET: secret {position} of {len(secrets)} must be whsec_ and the base64 of {MIN_SECRET_BYTES} or more "
+                'bytes; generate one with: echo "whsec_$(openssl rand -base64 32)"'
             )
     return secrets
 
 
 def headers(secrets: tuple[str, ...], delivery_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
-    """The headers of one try (Standard Webhooks 1.0), and `X-Webhook-Signature` for receivers of the platform.
+    """Return the headers of one try: those of Standard Webhooks 1.0, and `X-Webhook-Signature` for receivers of the platform.
 
-    `delivery_id` stays the same over all tries, `timestamp_s` is the time of this one. `webhook-signature` has one `v1,` part per secret.
-    `X-Webhook-Signature` is the hex HMAC-SHA256 of the raw body under the first secret as it is written, prefix and all. Without secrets
-    there is no signature.
+    `delivery_id` is the same for all tries, `timestamp_s` is the time of this one. `webhook-signature` has one `v1,` part per secret.
+    `X-Webhook-Signature` is the hex HMAC-SHA256 of the raw body; its key is the whole text of the first secret, prefix included. Without
+    secrets there are no signatures.
     """
     found = {"webhook-id": delivery_id, "webhook-timestamp": str(timestamp_s)}
     if secrets:
@@ -78,9 +78,9 @@ def headers(secrets: tuple[str, ...], delivery_id: str, timestamp_s: int, body: 
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: bytes, headers: dict[str, str], timeout_s: float = TIMEOUT_S) -> Outcome:
-    """One POST of a JSON body has been tried. Redirects are not followed; nothing is raised but CancelledError.
+    """POST a JSON body once and return the outcome. Redirects are not followed; nothing is raised but CancelledError.
 
-    The answer's status decides. Its body is read, up to 64 kB and within the time, only so that the connection can be used again.
+    The status of the answer decides. Its body is read, up to 64 kB and within the time limit, only so that the connection can be reused.
     """
     sent = {"Content-Type": "application/json", **headers}
     answer: aiohttp.ClientResponse | None = None
@@ -100,17 +100,15 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes, headers: d
 
 
 def retry_after_s(value: str, now_s: float) -> float | None:
-    """Seconds to wait by a `Retry-After` header, a number or an HTTP date, 0 to a day; None when it is neither (RFC 9110, 10.2.3)."""
+    """Return the seconds of a `Retry-After` header, 0 to a day; None if it is neither a number nor an HTTP date (RFC 9110, 10.2.3)."""
     value = value.strip()
     if re.fullmatch(r"[0-9]{1,300}", value):
         wait_s = float(value)
     else:
         try:
             date = parsedate_to_datetime(value)
-            wait_s = (
-                date if date.tzinfo else date.replace(tzinfo=UTC)
-            ).timestamp() - now_s  # the form of asctime has no zone: it means UTC
-        except (ValueError, TypeError, IndexError, OverflowError):  # each of them is raised for some text
+            wait_s = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s  # the asctime form has no zone and means UTC
+        except (ValueError, TypeError, IndexError, OverflowError):  # each is raised for some texts
             return None
     return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)
 
@@ -127,7 +125,7 @@ def _outcome(answer: aiohttp.ClientResponse) -> Outcome:
         return Outcome(status=status, ok=True, gone=False, retry_after_s=None, problem="")
     problem = f"answered {status}"
     if 300 <= status < 400:
-        problem += ", and redirects are not followed: give the final address"
+        problem += ", but redirects are not followed: use the final url"
     wait = answer.headers.get("Retry-After")
     return Outcome(
         status=status,

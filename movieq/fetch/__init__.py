@@ -1,1 +1,1 @@
-"""Inputs from the network, and which addresses may be contacted."""
+"""Downloads of inputs, and the guard that keeps requests out of private networks."""

@@ -1,12 +1,12 @@
-"""Guarded downloads: the bytes of a url that a stranger named, or a reason why not.
+"""Downloads of urls that clients name, under a guard.
 
-`Guard` keeps strangers' urls out of private networks. It is asked twice: about the url before anything else, and about every address that a
-host name stands for when a connection is made; the connection goes to the addresses that were asked about, so a name server that answers
-differently the second time gains nothing. The sessions it makes hold this for every request, also those of webhooks.
+`Guard` keeps these urls out of private networks. It checks each url before the request, and each IP address of the host name when the
+connection is made. The connection goes to exactly the addresses that were checked, so a name server that changes its answer gains nothing.
+The guard's sessions check every request in this way, those of webhooks included.
 
-`Fetcher` brings an image or a sound into a file: bounded in bytes and seconds, redirects followed by hand, kept only if its bytes (never
-the declared type) are of a kind that was asked for. Left out: caching, resuming, `upload:` and `task:` references (they never leave the
-house), and decoding, so a file that is damaged behind its header passes.
+`Fetcher` downloads an image or a sound to a file. It limits bytes and seconds, follows redirects itself so that each is checked, and
+accepts a file by its bytes, never by its declared type. Left out: caching, resuming, `upload:` and `task:` references (the worker reads
+them from the storage), and decoding, so a file that is damaged after its header passes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from movieq.fetch.guard import CONNECT_S, TOTAL_S, Guard, shown
 
 MAX_BYTES: Final = 25 * 1024 * 1024
 BACKOFF_S: Final = (0.2, 0.5, 1.0)
-"""Before the second, third and fourth try of a fault that may pass."""
+"""Waits before the second, third and fourth try, in seconds, after a fault that may pass."""
 MAX_REDIRECTS: Final = 5
 MAX_PIXELS: Final = 40_000_000
 HEAD_BYTES: Final = 512
-"""What `sniff` wants to see of a file."""
+"""Number of bytes at the beginning of a file that `sniff` needs."""
 
 IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-"""Pillow's names. Its other formats stay shut: some start programs (EPS), none is a still that the web shows."""
+"""Allowed formats, by Pillow's names. The others are off, because some start programs (EPS)."""
 
 
 class Kind(StrEnum):
-    """What a reference can be asked to be: the first half of its media type."""
+    """A kind of input: the first half of its media type."""
 
     IMAGE = "image"
     AUDIO = "audio"
@@ -54,7 +54,7 @@ _ACCEPTED: Final = {Kind.IMAGE: "an image (jpeg, png, webp, gif, tiff, bmp)", Ki
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """A file that is there, and what its bytes are."""
+    """A downloaded file, with the media type that its bytes show."""
 
     path: Path
     media_type: str
@@ -62,7 +62,7 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class Fetcher:
-    """Downloads under a guard; an async context manager that owns one client session."""
+    """A downloader under a guard. It is an async context manager, which owns one client session."""
 
     def __init__(self, guard: Guard, *, max_bytes: int = MAX_BYTES, total_s: float = TOTAL_S) -> None:
         self._guard = guard
@@ -77,11 +77,11 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str, dest: Path, kinds: Collection[Kind]) -> Fetched:
-        """What `url` (http, https or data) stands for lies at `dest` and is of one of these kinds, an image of at most 40 megapixels.
+        """Download `url` (http, https or data) to `dest`, and check that it is of one of these kinds; images have at most 40 megapixels.
 
-        Raises InputUnavailable if it cannot be had within the bytes and seconds of this fetcher, InvalidInput if it was had and is
-        something else, both naming the url without its query; StorageFault if `dest` cannot be written. Then, and on cancel, nothing lies
-        at `dest`.
+        Raises InputUnavailable if the download fails or exceeds the limits of this fetcher, and InvalidInput if the file is of another
+        kind or cannot be used; both name the url without its query. Raises StorageFault if `dest` cannot be written. After an error or
+        a cancel, nothing is left at `dest`.
         """
         try:
             if url[:5].lower() == "data:":
@@ -94,15 +94,15 @@ class Fetcher:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 dest.unlink()
-            if isinstance(error, OSError):  # those of the network have become others by now
-                raise StorageFault(f"cannot keep {shown(url)} at {dest}: {error.strerror or error}") from error
+            if isinstance(error, OSError):  # network errors were translated before
+                raise StorageFault(f"cannot write {shown(url)} to {dest}: {error.strerror or error}") from error
             raise
 
     def _decoded(self, url: str) -> bytes:
-        """The bytes inside a data url (RFC 2397; base64 forgiving about blanks and padding, as browsers are)."""
+        """Return the bytes of a data url (RFC 2397). As in browsers, base64 may contain blanks and lack its padding."""
         declared, comma, data = url[5:].partition(",")
         if not comma:
-            raise InvalidInput(f"{shown(url)} is not a data url: it has no comma")
+            raise InvalidInput(f"{shown(url)} is not a valid data url: it has no comma")
         body = unquote_to_bytes(data)
         if declared.rstrip().lower().endswith(";base64"):
             body = b"".join(body.split()).rstrip(b"=")
@@ -115,7 +115,7 @@ class Fetcher:
         return body
 
     async def _tried(self, url: str, dest: Path) -> None:
-        """Download, again where a fault may pass, until it is there or the time is over."""
+        """Download the url, and try again after faults that may pass. Raises InputUnavailable."""
         try:
             async with asyncio.timeout(self._total_s):
                 for pause_s in (*BACKOFF_S, None):
@@ -126,10 +126,10 @@ class Fetcher:
                             raise _unavailable(url, missed.problem) from missed
                         await asyncio.sleep(pause_s)
         except TimeoutError as error:
-            raise _unavailable(url, f"it did not come within {self._total_s:g} s") from error
+            raise _unavailable(url, f"the download takes longer than {self._total_s:g} s") from error
 
     async def _followed(self, url: str, dest: Path) -> None:
-        """One try: from the url, over its redirects, to the file. Raises _Missed."""
+        """Try once: follow the redirects of the url and write the file. Raises _Missed."""
         here = url
         try:
             for _ in range(MAX_REDIRECTS + 1):
@@ -145,7 +145,7 @@ class Fetcher:
                     try:
                         here = urljoin(here, location)
                     except ValueError as error:
-                        raise _Missed("it redirects to something that is no url") from error
+                        raise _Missed("it redirects to something that is not a url") from error
         except aiohttp.ClientError as error:
             raise _missed(error) from error
         raise _Missed(f"it redirects more than {MAX_REDIRECTS} times")
@@ -154,7 +154,7 @@ class Fetcher:
         if not 200 <= answer.status < 300:
             raise _Missed(f"it answered {answer.status}", may_pass=answer.status in (408, 425, 429) or answer.status >= 500)
         if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-            raise _Missed("it came compressed (Content-Encoding), which was not asked for")
+            raise _Missed("its server sends compressed data (Content-Encoding), although the request does not allow that")
         if (answer.content_length or 0) > self._max_bytes:
             raise _Missed(_too_large(self._max_bytes))
         size = 0
@@ -172,9 +172,9 @@ class Fetcher:
 
 
 def sniff(head: bytes) -> str | None:
-    """The media type that the first bytes of a file (`HEAD_BYTES` are plenty) show; None for whatever is neither image nor sound.
+    """Return the media type that the first `HEAD_BYTES` bytes of a file show, or None if it is neither an image nor a sound.
 
-    An mp4 of any brand is `audio/mp4`: whether there is sound in it shows when it is opened. SVG is none: it is a program that draws.
+    Every mp4 counts as `audio/mp4`: only opening it shows whether it has sound. SVG is not accepted: it is code that draws, not pixels.
     """
     for media_type, pattern in _MAGIC:
         if pattern.match(head):
@@ -183,15 +183,15 @@ def sniff(head: bytes) -> str | None:
 
 
 def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
-    """Why this file is not an image that can be worked with, read from its header alone; None if nothing speaks against it. Blocks."""
+    """Return why this image cannot be used, judged by its header alone, or None if it can. Blocks."""
     with path.open("rb") as file:
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 width, height = image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit comes at 89 and 179 megapixels
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits, at 89 and 179 megapixels
             return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
         except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
-            # What Pillow's readers raise on damaged headers, a Warning where warnings are errors; UnidentifiedImageError is an OSError.
+            # Pillow raises any of these for a damaged header; Warning where warnings are errors. UnidentifiedImageError is an OSError.
             return "its image header cannot be read"
     if width * height > max_pixels:
         return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
@@ -208,20 +208,20 @@ _MAGIC: Final = [
         ("image/webp", rb"RIFF....WEBP"),
         ("image/gif", rb"GIF8[79]a"),
         ("image/tiff", rb"II\*\0|MM\0\*"),
-        # "BM" begins many a text: also ask for the reserved zeros and a size of the second header that exists
+        # texts may begin with "BM" too, so check the reserved zeros and the size of the second header
         ("image/bmp", rb"BM....\0{4}....[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}"),
         ("audio/wav", rb"(?:RIFF|RF64)....WAVE"),
         ("audio/flac", rb"fLaC"),
         ("audio/ogg", rb"OggS\0"),
         ("audio/mp4", rb"....ftyp(?:M4A |M4B |mp4[12]|isom|iso[2-9]|3gp[4-7]|dash)"),
-        # a tag, or a frame of layer III with a bit rate and a sample rate that exist
+        # an ID3 tag, or a layer III frame with a valid bit rate and sample rate
         ("audio/mpeg", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + re.escape(_MP3_RATES) + rb"]"),
     )
 ]
 
 
 class _Missed(Exception):
-    """One try failed. `may_pass`: whether another one can help."""
+    """A try failed. `may_pass`: whether another one may succeed."""
 
     def __init__(self, problem: str, *, may_pass: bool = False) -> None:
         super().__init__(problem)
@@ -230,9 +230,10 @@ class _Missed(Exception):
 
 
 def _created(dest: Path) -> BinaryIO:
-    """An empty file to write to from threads, as a disk that stalls must not stall the leases of other tasks.
+    """Create an empty file, to be written in threads: a slow disk must not stop the worker from renewing the leases of other tasks.
 
-    It is opened and closed here and now: after a cancel no thread can bring it back, and its buffer's lock makes closing wait for a write.
+    The event loop opens and closes it, so that no thread can create it again after a cancel. Closing waits for a write in progress, by the
+    lock of the file's buffer.
     """
     return dest.open("wb")
 
@@ -243,26 +244,26 @@ def _examined(url: str, path: Path, kinds: Collection[Kind]) -> Fetched:
     media_type = sniff(head)
     if media_type is None or media_type.partition("/")[0] not in kinds:
         asked = " or ".join(_ACCEPTED[kind] for kind in Kind if kind in kinds)
-        raise InvalidInput(f"{shown(url)} is not usable: {media_type or _description(head)}, and not {asked}")
+        raise InvalidInput(f"{shown(url)} is {media_type or _description(head)}, expected {asked}")
     if media_type.startswith("image/") and (problem := image_problem(path)):
-        raise InvalidInput(f"{shown(url)} is not usable: {problem}")
+        raise InvalidInput(f"{shown(url)} cannot be used: {problem}")
     return Fetched(path=path, media_type=media_type, size_bytes=path.stat().st_size)
 
 
 def _description(head: bytes) -> str:
-    """For the message alone: what somebody most likely meant to send."""
+    """Describe the content of a file that is not accepted, for the error message."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
-        return "it is empty"
+        return "empty"
     if b"<svg" in text:
-        return "it is an SVG drawing"
+        return "an SVG drawing"
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "it is an HTML page"
-    return "its bytes are of no known kind"
+        return "an HTML page"
+    return "a file of an unknown kind"
 
 
 def _unavailable(url: str, problem: str) -> InputUnavailable:
-    return InputUnavailable(f"{shown(url)} cannot be had: {problem}")
+    return InputUnavailable(f"{shown(url)} could not be fetched: {problem}")
 
 
 def _too_large(max_bytes: int) -> str:

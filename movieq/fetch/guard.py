@@ -1,4 +1,4 @@
-"""Which addresses may be contacted: no private network, unless the settings allow it."""
+"""The guard of outgoing requests: it refuses private networks unless the settings allow them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from movieq import __version__
 
 TOTAL_S: Final = 30.0
 CONNECT_S: Final = 8.0
-"""For one try at one address, so that a second try still fits into the total."""
+"""Longest wait for a connection to one IP address; short enough to try a second one within `TOTAL_S`."""
 
 
 class UrlRefused(aiohttp.InvalidURL):
-    """The guard says no. `url` is without userinfo and query, `description` the reason; both may be shown to anyone.
+    """The guard refuses a url. `url` has no userinfo and no query, `description` is the reason; both may be shown to anyone.
 
-    A ValueError, and an aiohttp.ClientError as it also comes out of a session's request.
+    It is a ValueError, and an aiohttp.ClientError because requests of a session raise it too.
     """
 
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# Beyond what `ipaddress` knows as not global, which differs between patch releases: relays and tunnels carry any address in their own,
-# Azure's host answers on a public one.
+# Refused in addition to what `ipaddress` calls not global, which differs between patch releases of Python. Addresses of relays and tunnels
+# can contain any other address; Azure's host has a public one.
 _CLOSED: Final[tuple[Network, ...]] = (
-    IPv4Network("192.0.0.0/24"),  # protocol assignments, of which 3.11 knows a part; a cloud's metadata live here
+    IPv4Network("192.0.0.0/24"),  # protocol assignments, which Python 3.11 knows only in part; one cloud's metadata service is here
     IPv4Network("192.88.99.0/24"),  # 6to4 relays
     IPv4Network("168.63.129.16/32"),  # Azure's host
     IPv6Network("2001::/23"),  # protocol assignments, Teredo among them
     IPv6Network("2002::/16"),  # 6to4
-    IPv6Network("3fff::/20"),  # documentation, not yet known to 3.11
+    IPv6Network("3fff::/20"),  # documentation, unknown to Python 3.11
 )
 _GLOBAL_V6: Final = IPv6Network("2000::/3")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
@@ -46,18 +46,18 @@ _LOOPBACKS: Final = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
-_USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]+|)[^/]*@")  # also of a url that is malformed
+_USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]+|)[^/]*@")  # also in malformed urls
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _AS_IT_STANDS = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
 
-_PRIVATE: Final = "it leads into a private network that MOVIEQ_ALLOW_PRIVATE_URLS does not name"
+_PRIVATE: Final = "it leads into a private network that MOVIEQ_ALLOW_PRIVATE_URLS does not list"
 
 
 class Guard:
-    """Which addresses may be called: public ones, the networks of `MOVIEQ_ALLOW_PRIVATE_URLS`, and the installation's own `origins`.
+    """A guard that allows public addresses, the networks of `MOVIEQ_ALLOW_PRIVATE_URLS`, and the installation's own `origins`.
 
-    `origins` are urls of which host and port count ("http://cms:3000"). `resolver` takes the place of the system's.
+    `origins` are urls such as "http://cms:3000"; only their host and port count. `resolver` replaces the resolver of the system.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Guard:
         self._resolver = resolver
 
     def check_url(self, url: str) -> URL:
-        """The url, parsed, if it may be called as far as can be said without asking a name server. Raises UrlRefused."""
+        """Return the parsed url. Raise UrlRefused if it may not be called. Host names are not resolved here."""
         if _CONTROL.search(url):
             raise UrlRefused(shown(url), "control characters and backslashes are not allowed in a url")
         if (authority := _AUTHORITY.match(url)) and "@" in authority[1]:
-            raise UrlRefused(shown(url), "a user name or password is not allowed in it")
+            raise UrlRefused(shown(url), "it must not contain a user name or password")
         try:
             parsed = URL(url)
-            if _AS_IT_STANDS.fullmatch(url):  # a signed url must reach its server character by character, not quoted anew
+            if _AS_IT_STANDS.fullmatch(url):  # a signed url must reach its server unchanged, so it is not quoted again
                 parsed = URL(url, encoded=True)
         except ValueError as error:
             raise UrlRefused(shown(url), "it is not a well-formed url") from error
@@ -83,23 +83,23 @@ class Guard:
         return parsed
 
     def check(self, url: URL) -> None:
-        """As `check_url`, for a url that is parsed already; asked again by the sessions for each request."""
+        """Raise UrlRefused if this parsed url may not be called. The sessions call this for each request."""
         if url.scheme not in ("http", "https"):
             raise UrlRefused(shown(str(url)), "only http and https are allowed")
         host, port = url.raw_host, url.port
         if not host or not port:
-            raise UrlRefused(shown(str(url)), "it names no host, or port 0")
+            raise UrlRefused(shown(str(url)), "it has no host, or its port is 0")
         if self.owns(host, port):
             return
         try:
             addresses = _addresses(host.lower().removesuffix("."))
         except ValueError as error:
-            raise UrlRefused(shown(str(url)), "its host is neither a name nor an address") from error
+            raise UrlRefused(shown(str(url)), "its host is neither a host name nor an IP address") from error
         if addresses and not any(map(self.permits, addresses)):
             raise UrlRefused(shown(str(url)), _PRIVATE)
 
     def permits(self, address: Address) -> bool:
-        """Whether this address may be called. An IPv4 address inside an IPv6 one counts as itself."""
+        """Whether this address may be called. An IPv4 address inside an IPv6 one is checked as IPv4."""
         if isinstance(address, IPv6Address):
             if address.ipv4_mapped is not None:
                 return self.permits(address.ipv4_mapped)
@@ -108,14 +108,14 @@ class Guard:
         return any(address in network for network in self._networks) or _is_public(address)
 
     def owns(self, host: str, port: int) -> bool:
-        """Whether this is one of the installation's own origins, which may be called whatever address it has."""
+        """Whether this is one of the installation's own origins, which may have any address."""
         return (host.lower(), port) in self._origins
 
     def session(self) -> aiohttp.ClientSession:
-        """A client that calls nothing but what the guard permits, forbidden ones raise UrlRefused. The caller closes it.
+        """Return a client session whose requests raise UrlRefused for urls that the guard does not allow. The caller closes it.
 
-        It reads no proxy from the environment, keeps no cookies, and hands out bodies as they came over the wire, so that what is counted
-        is what is held.
+        The session ignores proxies from the environment, stores no cookies, and does not decompress bodies, so that a small answer cannot
+        grow beyond the limit in bytes.
         """
         return aiohttp.ClientSession(
             connector=_Connector(self, self._resolver or aiohttp.ThreadedResolver()),
@@ -128,7 +128,7 @@ class Guard:
 
 
 def shown(url: str) -> str:
-    """The url as it may stand in a message or a log: without userinfo, query, fragment or data, and at most 300 characters of it."""
+    """Return the url for a message or a log: without userinfo, query, fragment or data, and at most 300 characters long."""
     if url[:5].lower() == "data:":
         return f"{url.partition(',')[0][:60]},..."
     text = _USERINFO.sub(r"\1", re.split(r"[?#]", url, maxsplit=1)[0])
@@ -138,7 +138,7 @@ def shown(url: str) -> str:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Asks the guard about each request's url, as aiohttp's resolver is never asked about hosts that are addresses."""
+    """A connector that checks each request's url, because aiohttp does not call its resolver for hosts that are IP addresses."""
 
     def __init__(self, guard: Guard, resolver: AbstractResolver) -> None:
         super().__init__(resolver=_Resolver(guard, resolver), use_dns_cache=False)
@@ -152,7 +152,7 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _Resolver(AbstractResolver):
-    """Lets through, of the addresses of a name, those that the guard permits: exactly these are connected to."""
+    """A resolver that returns only the addresses that the guard permits. The connection goes to exactly these."""
 
     def __init__(self, guard: Guard, resolver: AbstractResolver) -> None:
         self._guard = guard
@@ -175,9 +175,9 @@ class _Resolver(AbstractResolver):
 
 
 def _addresses(host: str) -> tuple[Address, ...]:
-    """The addresses that this host spells out; none where it is a name. Raises ValueError where it is neither.
+    """Return the addresses that this host spells out; none if it is a name. Raises ValueError if it is neither.
 
-    Whatever a socket would take for an address counts, also 0x7f.1 and 2130706433.
+    Everything that a socket accepts as an address counts as one, 0x7f.1 and 2130706433 included.
     """
     if ":" in host and "%" not in host:
         return (IPv6Address(host),)
@@ -185,7 +185,7 @@ def _addresses(host: str) -> tuple[Address, ...]:
         raise ValueError(host)
     if host == "localhost" or host.endswith(".localhost"):
         return _LOOPBACKS
-    if _NUMBER.fullmatch(host.rpartition(".")[2]):  # the rule of browsers: what ends in a number is an address or nothing
+    if _NUMBER.fullmatch(host.rpartition(".")[2]):  # as in browsers: a host that ends in a number must be an IPv4 address
         try:
             return (IPv4Address(socket.inet_aton(host)),)
         except OSError as error:

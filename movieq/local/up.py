@@ -1,7 +1,7 @@
-"""`movieq up`: an embedded Valkey, the API and one worker. What dies is started again, what was started is stopped.
+"""`movieq up`: an embedded Valkey, the API and one worker. At the end all are stopped.
 
-A process that has been ready and dies is started again, however often, each time after a longer wait. One that dies before it is ready,
-five times in a row, will not do better the sixth time: `up` stops everything and says why.
+A process that was ready is restarted whenever it dies, after longer and longer waits. If a process dies before it is ready five times in a
+row, `up` stops everything and gives the reason.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from movieq.settings import LogFormat, Settings, variable
 from movieq.tasks.states import Kind
 
 RESTART_S: Final = 0.2, 10.0
-"""Shortest and longest wait before what died is started again."""
+"""Shortest and longest wait before a restart, in seconds."""
 STEADY_S: Final = 10.0
-"""Who lived so long begins with the shortest wait again."""
+"""After a run of this many seconds, the next restart has the shortest wait again."""
 STARTS: Final = 5
-"""How many starts in a row may fail: after the last one `up` gives up."""
+"""Failed starts in a row after which `up` gives up."""
 REST_S: Final = 1.0
-"""How long after the end of a process its output is still read: something that it started may hold it open."""
+"""Longest time to read the output of a process that has ended, in seconds: a process that it started may hold the pipe open."""
 API_STOP_S: Final = 10.0
-"""How long the API may take to end."""
+"""Longest time for the API to end, in seconds."""
 WORKER_STOP_S: Final = 12.0
-"""How long a worker may take after its drain: by itself it is gone after ten seconds."""
+"""Longest time for a worker to end after its drain, in seconds. A worker ends by itself after ten."""
 VALKEY_CHECK_S: Final = 0.2
 VALKEY_AGAIN_S: Final = 2.0
 
@@ -43,9 +43,9 @@ log = logs.get()
 
 
 async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: bool) -> None:
-    """Run until SIGINT or SIGTERM; then nothing that it started is left.
+    """Run until SIGINT or SIGTERM, then stop everything that was started.
 
-    Raises SettingsError before anything is started, and MovieqError where the API or the worker does not start.
+    Raises SettingsError before anything is started, and MovieqError if the API or the worker cannot start.
     """
     await checks.start(settings, "up", works=worker)
     if worker:
@@ -72,7 +72,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
         if settings.storage == Settings().storage:
             environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
         environment[variable("public_url")] = settings.public_url.rstrip("/") or server.address(sock)
-        if settings.log_format is LogFormat.AUTO and sys.stderr.isatty():  # what they log goes through this process, to a terminal
+        if settings.log_format is LogFormat.AUTO and sys.stderr.isatty():  # their logs pass through this process to a terminal
             environment[variable("log_format")] = LogFormat.CONSOLE
             environment.setdefault("FORCE_COLOR", "1")
         api = _Process("api", ["--fd", str(sock.fileno())], environment, API_STOP_S, server.READY, sock)
@@ -95,33 +95,33 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
 
 
 class _Process:
-    """The API or the worker: a process of ours that `keep` keeps running."""
+    """The API or the worker, which `keep` keeps running."""
 
     def __init__(
         self, name: str, options: list[str], environment: dict[str, str], stop_s: float, ready: str, sock: socket.socket | None = None
     ) -> None:
         self.name = name
-        self._command = [sys.executable, "-P", "-m", "movieq.cli", name, *options]  # -P: the folder that this runs in may hold a `movieq`
+        self._command = [sys.executable, "-P", "-m", "movieq.cli", name, *options]  # -P: the current folder may contain a `movieq`
         self._environment = environment
         self._stop_s = stop_s
         self._ready_line = ready
-        """How the line begins with which it says that it is ready."""
+        """Start of the line that the process prints when it is ready."""
         self._sockets = [sock.fileno()] if sock else []
         self._ready = False
-        """Whether the process that runs now, or ran last, has been ready."""
+        """Whether the current or last process became ready."""
         self._announced = False
         self._last_words = b""
 
     async def keep(self) -> str:
-        """Run the process, again whenever it has ended, until this is cancelled. Return why it does not start, where it does not."""
+        """Run the process and restart it whenever it ends, until cancelled. Return the reason if it cannot start."""
         wait_s, failures = RESTART_S[0], 0
         while True:
             begun = time.monotonic()
             exit_code = await self._run()
             failures = 0 if self._ready else failures + 1
             if failures == STARTS:
-                reason = self._last_words.decode(errors="replace").strip() or "it said nothing"
-                return f"the {self.name} does not start: it ended {STARTS} times with exit code {exit_code}: {reason}"
+                reason = self._last_words.decode(errors="replace").strip() or "it printed nothing"
+                return f"the {self.name} cannot start: it ended {STARTS} times in a row, last with exit code {exit_code}: {reason}"
             if time.monotonic() - begun > STEADY_S:
                 wait_s = RESTART_S[0]
             log.error("process_died", process=self.name, exit_code=exit_code, again_in_s=wait_s)
@@ -129,7 +129,7 @@ class _Process:
             wait_s = min(wait_s * 2, RESTART_S[1])
 
     async def _run(self) -> int:
-        """Run the process once, and return its exit code; when cancelled, ask it to end, and kill it where it does not."""
+        """Run the process once and return its exit code. When cancelled, ask it to end, and kill it if it does not."""
         self._ready, self._last_words = False, b""
         process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -156,17 +156,17 @@ class _Process:
                     task.cancel()
 
     async def _pass_on(self, output: asyncio.StreamReader) -> None:
-        """Print what the process says to people. Of the ready lines only the first of the API: `up` as a whole is ready once."""
+        """Print the standard output of the process. Of ready lines, print only the first of the API: `up` is ready once."""
         while line := (await output.readline()).decode(errors="replace"):
             if line.startswith(self._ready_line):
                 self._ready = True
                 if self.name != "api" or self._announced:
                     continue
                 self._announced = True
-            print(line, end="", flush=True)  # noqa: T201  # what the process says to people
+            print(line, end="", flush=True)  # noqa: T201  # the standard output of the process
 
     async def _pass_on_errors(self, output: asyncio.StreamReader) -> None:
-        """Write what the process logs to the standard error of this one, in whole lines, and remember the last."""
+        """Copy the log of the process to standard error, in whole lines, and remember the last one."""
         rest = b""
         while part := await output.read(65536):
             lines, newline, rest = (rest + part).rpartition(b"\n")
@@ -175,7 +175,7 @@ class _Process:
 
     def _log(self, lines: bytes) -> None:
         self._last_words = lines.rstrip().rpartition(b"\n")[2] or self._last_words
-        with contextlib.suppress(OSError):  # a full disk, or nobody who reads: no reason to stop
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe is no reason to stop
             sys.stderr.buffer.write(lines)
             sys.stderr.buffer.flush()
 

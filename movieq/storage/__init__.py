@@ -1,1 +1,1 @@
-"""Where results are stored: a folder, or a bucket of R2 or any S3."""
+"""Storage of results: in a folder, or in a bucket of R2 or any other S3 server."""

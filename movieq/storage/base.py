@@ -1,8 +1,9 @@
-"""Files under keys: what a storage promises, and the one in a folder. The one in a bucket is in s3.py.
+"""The interface of a storage, which holds files under keys. `folder.py` and `s3.py` implement it.
 
-A key is written once and whole: a reader sees all of a file or none of it, also after a power cut, and a committed key never gets other
-bytes. Keys carry the run that made them (`projects/p/video/TASK/RUN/output.mp4`), so two writers of one key are a fault, not a race to win.
-Left out: listing, quotas, and Range (the media route serves `local_path` of a folder).
+A key is written once and completely: a reader sees the whole file or none of it, even after a power failure, and the bytes of a stored key
+never change. A key contains the token of the run that wrote it (`projects/p/video/TASK/RUN/output.mp4`), so two different files for one
+key are an error.
+Left out: listing, quotas, and Range requests (for a folder, the media route serves the file at `local_path`).
 """
 
 from __future__ import annotations
@@ -28,59 +29,62 @@ CONTENT_TYPES: Final = {
     ".ogg": "audio/ogg",
     ".m4a": "audio/mp4",
 }
-"""By the key's extension: a folder has nowhere else to keep it."""
+"""Media type of each file extension. The extension decides, because a folder stores no media type with a file."""
 
 _KEY = re.compile(KEY_PATTERN)
 
 
 def content_type(key: str) -> str:
-    """The media type that a file of this key is served as; `application/octet-stream` where the extension is none of ours."""
+    """Return the media type of a key, by its extension; `application/octet-stream` for an unknown extension."""
     return CONTENT_TYPES.get(PurePosixPath(key).suffix.lower(), "application/octet-stream")
 
 
 def checked_key(key: str) -> str:
-    """The key itself. Raises ValueError unless it is segments of `[A-Za-z0-9._-]`, none beginning with a dot, joined by single slashes."""
+    """Return the key. Raise ValueError if it is not a storage key.
+
+    A storage key consists of segments of `[A-Za-z0-9._-]`, none starting with a dot, joined by single slashes.
+    """
     if len(key) > MAX_KEY_CHARS or not _KEY.match(key):
         raise ValueError(f"not a storage key: {key[:200]!r}")
     return key
 
 
 class Storage(Protocol):
-    """Where results lie. Methods raise ValueError for a key that is none, and StorageFault; absence is None."""
+    """A storage of results. Methods raise ValueError for an invalid key, StorageFault for a fault, and return None for a missing file."""
 
     async def put(self, key: str, source: Path, content_type: str) -> int:
-        """The bytes of `source` are under `key` for good; returns how many there are.
+        """Store the bytes of `source` durably under `key` and return their number.
 
-        The same bytes again are no error; other bytes are KeyTaken and change nothing.
+        Storing the same bytes again changes nothing. Other bytes raise KeyTaken and change nothing.
         """
         ...
 
     async def open(self, key: str, dest: Path) -> int | None:
-        """A copy of the file lies at `dest`; returns its size in bytes, or None, and nothing at `dest`, if there is no such key."""
+        """Copy the file to `dest` and return its size in bytes. Return None, and leave nothing at `dest`, if the key does not exist."""
         ...
 
     async def size(self, key: str) -> int | None:
-        """Bytes under this key, or None."""
+        """Return the size of the file in bytes, or None if the key does not exist."""
         ...
 
     async def delete(self, key: str) -> None:
-        """Nothing is under this key."""
+        """Delete the file, if there is one."""
         ...
 
     async def delete_prefix(self, prefix: str) -> None:
-        """Nothing is in this folder of keys (whole segments: "a/b" leaves "a/bc" alone), unfinished files included."""
+        """Delete all files in this folder of keys, unfinished ones included. Only whole segments match: "a/b" leaves "a/bc" alone."""
         ...
 
     async def usable(self) -> bool:
-        """Whether it answers as it should."""
+        """Whether the storage works at the moment."""
         ...
 
     def url(self, key: str, expires_at_s: int) -> str:
-        """An address that anyone can open until `expires_at_s`, a Unix time."""
+        """Return a url that anyone can open until `expires_at_s`, a Unix time."""
         ...
 
     def result(self, stored: StoredResult, expires_at_s: int) -> Result:
-        """The result with addresses that anyone can open until `expires_at_s`, a Unix time."""
+        """Return the result with urls that anyone can open until `expires_at_s`, a Unix time."""
         media = [
             MediaResult(
                 url=self.url(each.key, expires_at_s),

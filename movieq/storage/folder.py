@@ -1,4 +1,4 @@
-"""Results in a folder of this machine."""
+"""The storage in a folder of this machine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class FolderStorage(Storage):
-    """Results in a folder, handed out under signed urls of `{public_url}/media/`.
+    """A storage in a folder. Files have signed urls under `{public_url}/media/`.
 
-    Every method raises ValueError for a key that is none, and StorageFault, naming key and folder, when the file system fails; absence is
-    None. The work is done in threads: a cancelled caller goes at once, the file operation runs to its end.
+    Every method raises ValueError for an invalid key, and StorageFault, naming key and folder, when the file system fails. Files are read
+    and written in threads: a cancelled call ends at once, but its file operation runs to the end.
     """
 
     def __init__(self, root: Path, public_url: str, signing_secrets: Sequence[bytes]) -> None:
@@ -36,7 +36,7 @@ class FolderStorage(Storage):
         self._signing_secrets = signing_secrets
 
     async def put(self, key: str, source: Path, content_type: str) -> int:
-        """The bytes of `source` are on disk under `key`. Of `content_type` nothing is kept: the extension of the key says it."""
+        """See Storage. `content_type` is not stored: the extension of the key determines it."""
         return await self._in_thread("store", key, lambda: self._put(self.local_path(key), source))
 
     async def open(self, key: str, dest: Path) -> int | None:
@@ -45,7 +45,7 @@ class FolderStorage(Storage):
 
     async def size(self, key: str) -> int | None:
         """See Storage."""
-        return await self._in_thread("look at", key, lambda: _size(self.local_path(key)))
+        return await self._in_thread("read the size of", key, lambda: _size(self.local_path(key)))
 
     async def delete(self, key: str) -> None:
         """See Storage."""
@@ -60,7 +60,7 @@ class FolderStorage(Storage):
         return await asyncio.to_thread(_usable, self._root)
 
     def local_path(self, key: str) -> Path:
-        """Where the file of this key lies, or would lie."""
+        """Return the path of the file of this key, whether the file exists or not."""
         return self._root / checked_key(key)
 
     def url(self, key: str, expires_at_s: int) -> str:
@@ -69,7 +69,7 @@ class FolderStorage(Storage):
         return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
 
     def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
-        """Return if these are the parts of an address that `url` gave and that still holds; raises Forbidden, see `signing.verify`."""
+        """Raise Forbidden unless these are the parts of a url that `url` returned and that has not expired; see `signing.verify`."""
         signing.verify(self._signing_secrets, "media", key, expires, signature, now_s)
 
     async def _in_thread(self, verb: str, key: str, work: Callable[[], T]) -> T:
@@ -86,13 +86,13 @@ class FolderStorage(Storage):
             _commit(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        # The name must outlive a power cut like the bytes do, and so must the folders that were made for it.
+        # After a power failure the file is found only if its folder, and each folder created for it, was flushed too.
         for folder in (self._root / parent for parent in target.relative_to(self._root).parents):
             sync(folder)
         return size
 
     def _copied_in(self, target: Path, source: Path) -> Path:
-        """A durable copy of `source`, beside `target` and so on its file system."""
+        """Return a durable copy of `source` beside `target`, and so on the same file system."""
         temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
         for tries_left in reversed(range(100)):
             try:
@@ -103,15 +103,15 @@ class FolderStorage(Storage):
             except OSError as error:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-                # A delete next door takes away folders that are still empty, also the one that was made here or is being made: mkdir then
-                # says that it exists, or that its parent does not. Each such fault needs another delete, so tries do not run out.
+                # A concurrent delete removes empty folders, even one that was created here a moment ago. `mkdir` then fails because the
+                # folder exists, or because its parent does not. Each such error needs one more delete, so the tries do not run out.
                 if not (tries_left and isinstance(error, FileNotFoundError | FileExistsError) and source.exists()):
                     raise
         return temporary
 
     def _delete(self, path: Path) -> None:
         while path.is_dir():
-            with contextlib.suppress(FileNotFoundError):  # another deleter, or a writer that tidies up, was faster with one of the files
+            with contextlib.suppress(FileNotFoundError):  # another delete, or a writer removing its temporary file, was faster
                 shutil.rmtree(path)
         path.unlink(missing_ok=True)
         for folder in path.parents:
@@ -126,22 +126,22 @@ class FolderStorage(Storage):
 
 
 class _Taken(FileExistsError):
-    """Not a file in the way of a folder, but one under the key itself."""
+    """The key itself exists. Any other FileExistsError means that a file is where a folder should be."""
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Give the copy its name, unless the name is taken: link refuses where rename would overwrite."""
+    """Give the copy its final name, unless the name is taken: `link` fails where `rename` would overwrite."""
     try:
         os.link(temporary, target)
     except FileExistsError:
         if not filecmp.cmp(temporary, target, shallow=False):
-            raise _Taken(errno.EEXIST, "the key holds other bytes already", str(target)) from None
+            raise _Taken(errno.EEXIST, "the key already holds other bytes", str(target)) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         if target.exists():
-            raise _Taken(errno.EEXIST, "the key exists already", str(target)) from None
-        temporary.rename(target)  # exFAT and some network mounts know no links
+            raise _Taken(errno.EEXIST, "the key already exists", str(target)) from None
+        temporary.rename(target)  # exFAT and some network mounts have no hard links
 
 
 def _copied_out(path: Path, dest: Path) -> int | None:
@@ -172,7 +172,7 @@ def _usable(root: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """The file, or what a folder lists, outlives a power cut."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

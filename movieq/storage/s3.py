@@ -1,9 +1,10 @@
-"""Files under keys, in a bucket of R2 or any other S3.
+"""The storage in a bucket of R2 or any other S3 server.
 
-As in a folder, a key is written once and whole: by a look before, and by `If-None-Match` where the server takes it. What is stored has the
-size of its file, and its bytes by Content-MD5. Nothing is sent that R2 refuses: no `x-amz-checksum-*`, no aws-chunked bodies, parts of one
-size, deletions one by one. A body is read from its file while it is sent: memory stays small whatever the size.
-Left out: creating buckets, and Range (whoever holds an address asks the server itself).
+As in a folder, a key is written once and completely: `put` first checks that the key is free, and sends `If-None-Match` where the server
+supports it. Afterwards it compares the stored size with that of the file; Content-MD5 protects the bytes. Nothing is sent that R2 refuses:
+there are no `x-amz-checksum-*` headers, no aws-chunked bodies and no multi-object deletes, and all parts but the last have the same size. A
+body is read from its file while it is sent, so memory use is small for any file size.
+Left out: creating buckets, and Range requests (clients send them to the S3 server directly).
 """
 
 from __future__ import annotations
@@ -38,40 +39,40 @@ if TYPE_CHECKING:
     from types_aiobotocore_s3 import S3Client
 
 SINGLE_BYTES: Final = 64 * 1024**2
-"""Up to here a file is one PUT."""
+"""Largest file that is sent in one PUT; a larger one is a multipart upload."""
 PART_BYTES: Final = 16 * 1024**2
 PARTS_AT_ONCE: Final = 4
 CHUNK_BYTES: Final = 1024**2
 REQUESTS_AT_ONCE: Final = 16
-"""Of a process: uploads that were held up all come at once when the server is back."""
+"""Most concurrent requests of a process: after an outage, all waiting uploads start at once."""
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 10.0, 30.0
-"""How long a server may say nothing, to the API and to a worker."""
+"""Longest silence of the server, in seconds, in the API and in a worker."""
 TRIES: Final = 2, 4
-"""Of one request, with backoff, before its fault is raised: in the API, where a client waits, and in a worker, which goes on trying."""
+"""Tries of one request, with backoff: in the API, where a client waits, and in a worker, which can wait longer."""
 IDLE_S: Final = 45.0
-"""How long a server may take nothing of a body; more than an answer and the backoff before the next try."""
+"""Longest time without progress while a body is sent, in seconds; longer than a wait for an answer and the backoff after it."""
 ABORT_S: Final = 10.0
 USABLE_S: Final = 15.0
-"""For so long one look at the bucket answers for the health checks of a process."""
+"""How long the health checks of a process use the result of one check of the bucket, in seconds."""
 LOOK_S: Final = 3.0
 SIGNED_S: Final = 7 * 24 * 3600
-"""The longest that a signed address can be good for."""
+"""Longest validity that S3 allows for a signed url, in seconds."""
 
 T = TypeVar("T")
 
 _BROKEN: Final = (ClientError, BotoCoreError, aiohttp.ClientError, OSError)
-"""What a request or its file can raise; a TimeoutError is an OSError."""
+"""Every error that a request or its file can raise. A TimeoutError is an OSError."""
 _PASSES: Final = {"BadDigest", "IncompleteBody", "OperationAborted", "RequestTimeout"}
-"""Refusals with a status of 400 to 403 that mean nothing by it."""
+"""Error codes that may pass although their status is 400 to 403."""
 _MOVED: Final = {"NoSuchUpload", "PreconditionFailed"}
-"""The key may hold the file already: another was faster, or the answer to what did it was lost."""
+"""Error codes after which the key may already exist: another writer was faster, or the answer to our own write was lost."""
 
 
 class S3Storage(Storage):
-    """Results in a bucket, handed out under its public address, or under addresses that are signed.
+    """A storage in a bucket. Files have urls under the bucket's public address, or signed urls if it has none.
 
-    Every method raises ValueError for a key that is none, and StorageFault, naming key and bucket, when the server or its connection fails.
+    Every method raises ValueError for an invalid key, and StorageFault, naming key and bucket, when the server or the connection fails.
     """
 
     def __init__(self, client: S3Client, bucket: Bucket) -> None:
@@ -81,24 +82,24 @@ class S3Storage(Storage):
         self._credentials = Credentials(bucket.key_id, bucket.secret)
         self._signed = lru_cache(maxsize=4096)(self._sign)
         self._unconditional: set[str] = set()
-        """What this server knows no conditions for."""
+        """The operations for which this server does not support `If-None-Match`."""
         self._usable, self._looked_s = False, -USABLE_S
-        # what is public is cached by whoever serves it, what is signed by its browser alone
+        # any cache may store a public file; only the browser may store one with a signed url
         self._cache_control = (
             f"public, max-age={365 * 86400}, immutable" if bucket.public_url else f"private, max-age={SIGNED_S}, immutable"
         )
 
     async def put(self, key: str, source: Path, content_type: str) -> int:
-        """See Storage; nothing of a file that failed half way is left, unless the server has gone too."""
+        """See Storage. A failed upload leaves nothing behind, unless the server cannot be reached."""
         with self._translated("store", key):
             size = (await asyncio.to_thread(source.stat)).st_size
             sent = await self._head(key) is None and await self._sent(key, source, size, content_type)
             stored = await self._head(key)
             if stored is None or (sent and stored != size):
                 await self._delete(key)
-                raise StorageFault(f"cannot store {key} in {self._place}: {stored or 0} bytes arrived of {size}")
+                raise StorageFault(f"cannot store {key} in {self._place}: the server stored {stored or 0} of {size} bytes")
             if not sent and not (stored == size and await self._same(key, source)):
-                raise KeyTaken(f"cannot store {key} in {self._place}: the key holds other bytes already")
+                raise KeyTaken(f"cannot store {key} in {self._place}: the key already holds other bytes")
         return size
 
     async def open(self, key: str, dest: Path) -> int | None:
@@ -119,7 +120,7 @@ class S3Storage(Storage):
 
     async def size(self, key: str) -> int | None:
         """See Storage."""
-        with self._translated("look at", key):
+        with self._translated("read the size of", key):
             return await self._head(key)
 
     async def delete(self, key: str) -> None:
@@ -128,7 +129,7 @@ class S3Storage(Storage):
             await self._delete(key)
 
     async def delete_prefix(self, prefix: str) -> None:
-        """See Storage; uploads in parts that nobody finished are gone too."""
+        """See Storage. Unfinished multipart uploads are aborted too."""
         start = self._full(prefix.removesuffix("/")) + "/"
         with self._translated("delete", prefix):
             async for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket.name, Prefix=start):
@@ -139,7 +140,7 @@ class S3Storage(Storage):
                     await self._abort(upload["Key"], upload["UploadId"])
 
     async def usable(self) -> bool:
-        """Whether the bucket can be read with these keys, as it was known at most fifteen seconds ago."""
+        """Whether the bucket can be read with the configured keys. The answer is at most fifteen seconds old."""
         if time.monotonic() - self._looked_s > USABLE_S:
             try:
                 async with asyncio.timeout(LOOK_S):
@@ -152,9 +153,9 @@ class S3Storage(Storage):
         return self._usable
 
     def url(self, key: str, expires_at_s: int) -> str:
-        """An address that anyone can open until `expires_at_s`, a Unix time, for seven days at most; one of a public bucket for ever.
+        """Return a url that anyone can open: for ever in a public bucket, else until `expires_at_s`, a Unix time, but at most seven days.
 
-        The same time gives the same address again, so that caches can work.
+        Calls with the same `expires_at_s` return the same url, so that browsers can cache the file.
         """
         full = self._full(key)
         return f"{self._bucket.public_url}/{full}" if self._bucket.public_url else self._signed(full, expires_at_s)
@@ -175,7 +176,7 @@ class S3Storage(Storage):
         return str(request.url)
 
     async def _asked(self, ask: Callable[..., Awaitable[T]], **arguments: Any) -> T:
-        """The answer, when it is this request's turn. Raises TimeoutError where the server takes nothing of the body for `IDLE_S`."""
+        """Wait for a free place, send a request and return its answer. Raises TimeoutError if the server reads no more of the body."""
         body: _Slice | None = arguments.get("Body")
         async with self._turns:
             if body:
@@ -186,7 +187,7 @@ class S3Storage(Storage):
                     read = body.bytes_read if body else 0
                     await asyncio.wait({asking}, timeout=IDLE_S)
                     if not asking.done() and body and body.bytes_read == read:
-                        raise TimeoutError(f"the server took nothing for {IDLE_S:g} s")
+                        raise TimeoutError(f"the server accepted no data for {IDLE_S:g} s")
             finally:
                 asking.cancel()
                 await asyncio.wait({asking})
@@ -196,7 +197,7 @@ class S3Storage(Storage):
         try:
             return (await self._asked(self._client.head_object, Key=self._full(key)))["ContentLength"]
         except ClientError as error:
-            if _status(error) == 404:  # a bucket that is not there looks the same, until something is asked that is answered with a body
+            if _status(error) == 404:  # a missing bucket looks the same here: the answer to HEAD has no body with a code
                 return None
             raise
 
@@ -213,7 +214,7 @@ class S3Storage(Storage):
                 yield chunk
 
     async def _same(self, key: str, source: Path) -> bool:
-        """Whether the key holds the bytes of this file, which is as long."""
+        """Whether the key holds the bytes of this file. The caller has compared the sizes."""
         with source.open("rb") as file:
             async with contextlib.aclosing(self._chunks(key)) as chunks:
                 async for chunk in chunks:
@@ -222,7 +223,7 @@ class S3Storage(Storage):
         return True
 
     async def _sent(self, key: str, source: Path, size: int, content_type: str) -> bool:
-        """The file is under the key; False where something was there already."""
+        """Upload the file and return True, or return False if the key already exists."""
         with source.open("rb") as file:
             send = self._sent_whole if size <= SINGLE_BYTES else self._sent_in_parts
             try:
@@ -263,7 +264,7 @@ class S3Storage(Storage):
             raise
 
     async def _unless_there(self, write: Callable[..., Awaitable[Any]], **arguments: Any) -> None:
-        """Writes where there is no such key; on a server that has no such condition, whatever there is."""
+        """Write if the key does not exist. A server that does not support the condition gets the write without it."""
         if write.__name__ not in self._unconditional:
             try:
                 await self._asked(write, IfNoneMatch="*", **arguments)
@@ -283,34 +284,34 @@ class S3Storage(Storage):
             raise StorageFault(f"cannot {verb} {key} in {self._place}: {said}", passes=passes) from error
 
     def _diagnosis(self, error: Exception) -> tuple[str, bool]:
-        """What went wrong, and whether it may pass; else what the operator has to do."""
+        """Return what went wrong, with what the operator can do about it, and whether it may pass by itself."""
         if not isinstance(error, ClientError):
-            if isinstance(error, OSError) and error.filename:  # of the file here, not of a connection
+            if isinstance(error, OSError) and error.filename:  # an error of the local file, not of the connection
                 return f"{error.strerror} ({error.filename})", False
-            return f"{str(error).strip() or type(error).__name__}; if it lasts, see {variable('r2_endpoint')}", True
+            return f"{str(error).strip() or type(error).__name__}; if this persists, check {variable('r2_endpoint')}", True
         code, status = _code(error), _status(error)
         told = f"{code} ({status})" if code != str(status) else code
         if code == "NoSuchBucket":
-            return f"there is no such bucket: create it, or correct {variable('storage')}", False
+            return f"the bucket does not exist: create it, or correct {variable('storage')}", False
         if status == 507 or re.search("quota|full|insufficientstorage", code, re.IGNORECASE):
-            return f"{told}: it is full; make room, or raise its quota", False
+            return f"{told}: the storage is full; make room, or raise its quota", False
         if code == "RequestTimeTooSkewed":
-            return f"{told}: the clock of this machine is wrong; set it", False
+            return f"{told}: the system clock of this machine is wrong; set it", False
         if status in (400, 401, 403) and code not in _PASSES:
             names = f"{variable('r2_access_key_id')} and {variable('r2_secret_access_key')}"
-            return f"it was refused with {told}: check {names}, and that this key may read, write, list and delete there", False
+            return f"refused with {told}: check {names}, and that this key may read, write, list and delete in the bucket", False
         if status in (429, 503):
-            return f"it is overloaded, {told}", True
+            return f"the server is overloaded: {told}", True
         return f"the server answered {told}", True
 
 
 class _Slice(io.RawIOBase):
-    """A part of an open file as a body: what is asked for is read when it is sent, from whichever thread, and again for a retry."""
+    """A part of an open file as a request body. It is read while it is sent, from any thread, and again for a retry."""
 
     def __init__(self, fd: int, start: int, size: int) -> None:
         self._fd, self._start, self._size, self._at = fd, start, size, 0
         self.bytes_read = 0
-        """In all: who watches this sees whether it is being sent."""
+        """Bytes read so far, over all tries. While this grows, the body is being sent."""
 
     def __len__(self) -> int:
         return self._size
@@ -335,7 +336,7 @@ class _Slice(io.RawIOBase):
         return count
 
     async def md5(self) -> str:
-        """Of all of it, as the header has it."""
+        """Return the MD5 of the whole part in base64, as `Content-MD5` needs it."""
         return await asyncio.to_thread(self._md5)
 
     def _md5(self) -> str:
@@ -347,9 +348,9 @@ class _Slice(io.RawIOBase):
 
 @asynccontextmanager
 async def opened(bucket: Bucket, *, patient: bool) -> AsyncIterator[S3Storage]:
-    """The storage in this bucket, for the length of a block. Nothing is asked of the server yet."""
+    """Yield the storage in this bucket. No request is sent yet."""
     session = AioSession()
-    for name in ("config_file", "credentials_file"):  # what the AWS tools of this machine are set to is not ours
+    for name in ("config_file", "credentials_file"):  # ignore the configuration of the AWS tools on this machine
         session.set_config_variable(name, os.devnull)
     session.set_config_variable("profile", None)
     config = AioConfig(
@@ -359,7 +360,7 @@ async def opened(bucket: Bucket, *, patient: bool) -> AsyncIterator[S3Storage]:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": TRIES[patient]},
-        # the bytes are vouched for by Content-MD5, reckoned in a thread: a signature over them would be reckoned in the event loop
+        # Content-MD5, computed in a thread, protects the bytes; a signature over them would be computed in the event loop
         s3={"addressing_style": "path", "payload_signing_enabled": False},
         user_agent_extra="movieq",
     )
@@ -375,7 +376,7 @@ async def opened(bucket: Bucket, *, patient: bool) -> AsyncIterator[S3Storage]:
 
 
 def region(endpoint: str) -> str:
-    """The region that requests are signed for: that in the name of the endpoint, as AWS and others have it, else `auto`, as R2 has it."""
+    """Return the region to sign requests for: the one in the endpoint's host name, as with AWS, else `auto`, as R2 expects."""
     found = re.match(r"https?://s3[.-]([a-z]{2}(?:-[a-z]+)+-\d+)\.", endpoint)
     return found[1] if found else "auto"
 

@@ -199,7 +199,7 @@ class Tasks:
 
     async def failed(self, **fields: Any) -> TaskId:
         task_id, run = await self.processing(**fields)
-        await self.store.fail(task_id, run, "https://x.example/a.png cannot be had: it answered 404", "input_unavailable")
+        await self.store.fail(task_id, run, "https://x.example/a.png could not be fetched: it answered 404", "input_unavailable")
         return task_id
 
     async def cancelled(self, **fields: Any) -> TaskId:

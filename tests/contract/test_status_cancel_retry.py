@@ -117,7 +117,7 @@ async def test_times_follow_each_other_and_processing_time_is_between_two_of_the
 async def test_a_failed_task_says_why_and_whether_to_try_again(api: Client, tasks: Tasks) -> None:
     status = await api.status(await tasks.failed())
     assert (status["error_code"], status["retryable"]) == ("input_unavailable", False)
-    assert status["error"] == "https://x.example/a.png cannot be had: it answered 404"
+    assert status["error"] == "https://x.example/a.png could not be fetched: it answered 404"
 
 
 async def test_a_task_that_was_given_back_waits_again(api: Client, tasks: Tasks, store: Store) -> None:

@@ -150,7 +150,7 @@ def test_it_gives_up_where_a_process_does_not_start_and_says_why(tmp_path: Path,
     ended = up(tmp_path, "--port", "0", PYTHONPATH=python_path(tmp_path))
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last == f"Error: the {name} does not start: it ended 5 times with exit code 3: a library is missing here"
+    assert last == f"Error: the {name} cannot start: it ended 5 times in a row, last with exit code 3: a library is missing here"
     assert ended.stderr.count("process_died") == 4
     with service(tmp_path, data=tmp_path / ".movieq"):
         pass  # it has stopped all that it started

@@ -287,7 +287,7 @@ async def test_what_answers_and_is_no_payload_is_named(desk: Desk, cms: PayloadS
     async def busy(_: web.Request) -> web.Response:
         return web.Response(status=503, headers={"Retry-After": "77"})
 
-    for handler, words, least_s in ((page, "no PayloadCMS", 0), (moved, "redirects are not followed", 0), (busy, "answered 503", 77)):
+    for handler, words, least_s in ((page, "not a PayloadCMS", 0), (moved, "redirects are not followed", 0), (busy, "answered 503", 77)):
         task_id = await desk.completed(cms)
         async with serving({"/api/media": handler}) as url, desk.outbox(cms, f"{url}/api") as outbox:
             wait = await tried(outbox, task_id)

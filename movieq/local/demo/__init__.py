@@ -1,7 +1,6 @@
-"""`movieq demo`: a storyboard becomes a clip, a description a picture, a line a voice; a contact sheet shows the three.
+"""`movieq demo`: render a clip from a storyboard, a picture from a description and a voice from a line, and show them on a contact sheet.
 
-Everything runs in a `movieq up` of the demo's own, on a free port, which knows none of your settings; at the end nothing of it is left
-but the files.
+The demo starts its own `movieq up` on a free port and ignores your settings. At the end it stops all that it started; the files remain.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ STOP_S: Final = 15.0
 PROJECT: Final = "demo"
 FRAMES: Final = tuple(Path(__file__).with_name(f"frame{number}.jpg") for number in (1, 2, 3))
 
-TITLE: Final = "The Keeper’s Light"  # noqa: RUF001  # an apostrophe, as it is set
+TITLE: Final = "The Keeper’s Light"  # noqa: RUF001  # a typographic apostrophe
 SCENE: Final = (
     "Night, a headland above the sea. The beam sweeps out over the water and finds a small boat. "
     "In the lantern room the keeper lifts his lamp to the window; a match, and the great light burns again."
@@ -47,7 +46,7 @@ T = TypeVar("T")
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """One of the things that the demo makes."""
+    """One task of the demo."""
 
     name: str
     task_type: TaskType
@@ -55,7 +54,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Made(msgspec.Struct, frozen=True):
-    """A piece, its file, and where it was served."""
+    """A completed piece, with its file and its result."""
 
     piece: Piece
     path: Path
@@ -63,7 +62,7 @@ class Made(msgspec.Struct, frozen=True):
 
 
 def pieces(storyboard: list[str]) -> list[Piece]:
-    """What is submitted; `storyboard` refers to the uploaded frames."""
+    """Return the tasks to submit. `storyboard` holds the references of the uploaded frames."""
     clip = {
         "storyboard_images": storyboard,
         "scene_description": SCENE,
@@ -89,9 +88,9 @@ def pieces(storyboard: list[str]) -> list[Piece]:
 
 
 async def run(out: Path, data: Path | None, console: Console) -> None:
-    """The files and the contact sheet lie in `out`, and what was started has ended. Raises MovieqError that says what failed.
+    """Run the demo: write the files and the contact sheet to `out`, and stop all that it started. Raises MovieqError naming what failed.
 
-    `data` is the folder of the `movieq up`; None: one of its own, gone afterwards. On failure its log lies in `out` as movieq-up.log.
+    `data` is the folder of the `movieq up`; None means a temporary one. After a failure its log is in `out` as movieq-up.log.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +98,7 @@ async def run(out: Path, data: Path | None, console: Console) -> None:
         raise SettingsError(f"{out} cannot be used: {error.strerror}; name another folder with --out") from None
     here = asyncio.current_task()
     assert here is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, here.cancel)  # so that all is stopped also then
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, here.cancel)  # SIGTERM, too, stops all that the demo started
     with _folder(data) as folder, _logged(folder / "demo.log", out / "movieq-up.log") as log:
         console.print(f"starting movieq {__version__}: a queue, the API and a worker ...", highlight=False)
         async with _up(folder, log) as (url, process):
@@ -108,14 +107,14 @@ async def run(out: Path, data: Path | None, console: Console) -> None:
                 made, missing = await _unless_it_ends(process, _make(client, url, out, console))
                 sheet = out / "contact-sheet.png"
                 await asyncio.to_thread(_draw, made, missing, sheet)
-            console.print("stopping it ...", highlight=False)
+            console.print("stopping movieq ...", highlight=False)
     _tell(made, missing, sheet, console)
 
 
 async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[list[Made], str]:
-    """The files lie in `out`. The second value says why there is no voice; it is empty where there is one."""
+    """Submit the tasks and download their files to `out`. The second value says why there is no voice; it is empty if there is one."""
     uploads = [await client.upload(PROJECT, frame) for frame in FRAMES]
-    console.print(f"it runs at {url}; the storyboard is uploaded: {len(uploads)} frames", highlight=False, soft_wrap=True)
+    console.print(f"movieq runs at {url}; uploaded the storyboard: {len(uploads)} frames", highlight=False, soft_wrap=True)
     wanted = pieces([upload.url for upload in uploads])
     receipts: list[Receipt] = [
         await client.submit(PROJECT, piece.task_type, piece.task_data, metadata={"scene_id": "12"}) for piece in wanted
@@ -136,7 +135,7 @@ async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[
 
 def _result(piece: Piece, end: End) -> Result:
     if end.status is not TaskStatus.COMPLETED or end.result is None:
-        raise MovieqError(f"the {piece.name} ({piece.task_type}) is {end.status}: {end.error or 'without a word'} ({end.error_code})")
+        raise MovieqError(f"{piece.name} ({piece.task_type}) {end.status}: {end.error or 'no reason given'} ({end.error_code})")
     return end.result
 
 
@@ -177,10 +176,8 @@ def _tell(made: list[Made], missing: str, sheet: Path, console: Console) -> None
     if missing:
         console.print(" [yellow]![/] [bold]voice[/]    none: ", end="", highlight=False)
         console.print(missing, markup=False, highlight=False, soft_wrap=True)
-    _line(console, "sheet", sheet, "all of it on one page")
-    console.print(
-        "\nThe addresses were good while the demo ran; `movieq up` serves such for as long as it runs.", highlight=False, soft_wrap=True
-    )
+    _line(console, "sheet", sheet, "all results on one page")
+    console.print("\nThese urls worked while the demo ran. To render more, start `movieq up`.", highlight=False, soft_wrap=True)
 
 
 def _line(console: Console, name: str, path: Path, facts: str) -> None:
@@ -193,9 +190,9 @@ def _line(console: Console, name: str, path: Path, facts: str) -> None:
 
 @asynccontextmanager
 async def _up(folder: Path, log: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    """A `movieq up` for the length of a block: its address and its process. Raises SettingsError where it does not start."""
+    """Start a `movieq up` for the duration of a block, and yield its url and its process. Raises SettingsError if it does not start."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment[variable("drain_s")] = "0"  # at the end nothing runs, and who stops the demo early wants it stopped
+    environment[variable("drain_s")] = "0"  # at the end no task runs, and a demo that is interrupted stops at once
     environment[variable("cpu_slots")] = str(min(2, os.cpu_count() or 1))
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
@@ -211,7 +208,7 @@ async def _up(folder: Path, log: Path) -> AsyncIterator[tuple[str, asyncio.subpr
     assert process.stdout is not None
     try:
         url = await _ready(process.stdout, log)
-        reading = asyncio.ensure_future(process.stdout.read())  # a full pipe would stop it
+        reading = asyncio.ensure_future(process.stdout.read())  # a full pipe would block it
         try:
             yield url, process
         finally:
@@ -229,7 +226,7 @@ async def _ready(output: asyncio.StreamReader, log: Path) -> str:
                     return line.removeprefix(server.READY).strip()
     except TimeoutError:
         raise SettingsError(f"`movieq up` was not ready within {START_S:g} s: {_last_words(log)}") from None
-    raise SettingsError(f"`movieq up` does not start: {_last_words(log)}")
+    raise SettingsError(f"`movieq up` did not start: {_last_words(log)}")
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
@@ -244,13 +241,13 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 
 
 async def _unless_it_ends(process: asyncio.subprocess.Process, work: Awaitable[T]) -> T:
-    """What the work returns. Raises Unavailable as soon as the process has ended: no answer can come any more."""
+    """Return the result of the work. Raises Unavailable as soon as the process ends, since no answer can come then."""
     working, ending = asyncio.ensure_future(work), asyncio.ensure_future(process.wait())
     try:
         await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Unavailable(f"`movieq up` ended by itself with {ending.result()}")
+        raise Unavailable(f"`movieq up` ended unexpectedly with exit code {ending.result()}")
     finally:
         working.cancel()
         ending.cancel()
@@ -259,7 +256,7 @@ async def _unless_it_ends(process: asyncio.subprocess.Process, work: Awaitable[T
 
 def _last_words(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else "it said nothing"
+    return lines[-1].removeprefix("Error: ") if lines else "its log is empty"
 
 
 @contextmanager
@@ -277,7 +274,7 @@ def _folder(data: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _logged(log: Path, kept: Path) -> Iterator[Path]:
-    """Where the log goes; it is kept where the block fails."""
+    """Yield the path of the log, and copy the log to `kept` if the block fails."""
     try:
         yield log
     except (MovieqError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The contact sheet: what was made, on one page. Everything on it is read from the files themselves."""
+"""The contact sheet of the demo: all results on one page. Pictures, lengths and formats are read from the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RULE: Final = (58, 61, 68)
 PAPER: Final = (238, 235, 226)
 QUIET: Final = (150, 152, 156)
 SIGNAL: Final = (255, 196, 46)
-"""The amber of a camera's tally: the one accent, as on the slate of an animatic."""
+"""The amber of a tally light, and the only accent colour, as on the slate of an animatic."""
 
 LABEL: Final = ("RobotoMedium", 21, 0.14)
 FIGURE: Final = ("Roboto", 30, 0.0)
@@ -46,11 +46,11 @@ BAR_GAP: Final = 4
 QUOTE_LINE: Final = 68
 
 Style = tuple[str, int, float]
-"""Cut of Roboto, pixels of the em square, extra space between letters in ems."""
+"""Font (a cut of Roboto), size in pixels, and letter spacing in ems."""
 
 
 class Clip(msgspec.Struct, frozen=True):
-    """What a video file holds: `frames` evenly spread over it, with the number of each; `sound` None where it is silent."""
+    """The contents of a video file. `frames` are spread evenly, each with its number; `sound` is None if the file has none."""
 
     size: tuple[int, int]
     rate: float
@@ -61,12 +61,12 @@ class Clip(msgspec.Struct, frozen=True):
 
     @property
     def seconds(self) -> float:
-        """How long it runs."""
+        """Length in seconds."""
         return self.count / self.rate
 
 
 class Sound(msgspec.Struct, frozen=True):
-    """What a sound file holds, its channels mixed to one, -1 to 1."""
+    """The contents of a sound file, mixed to mono. Samples are in -1 to 1."""
 
     samples: Mono
     sample_rate: int
@@ -74,12 +74,12 @@ class Sound(msgspec.Struct, frozen=True):
 
     @property
     def seconds(self) -> float:
-        """How long it runs."""
+        """Length in seconds."""
         return len(self.samples) / self.sample_rate
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True):
-    """What goes onto a sheet. Without `voice`, `voice_missing` says why."""
+    """The contents of a sheet. If `voice` is None, `voice_missing` says why."""
 
     title: str
     scene: str
@@ -93,7 +93,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def draw(contents: Contents, dest: Path) -> None:
-    """The sheet lies at `dest` as a PNG."""
+    """Draw the sheet and write it to `dest` as a PNG."""
     clip = read_clip(contents.clip)
     cell = ((WIDTH - 2 * MARGIN - (COLUMNS - 1) * GUTTER) // COLUMNS, 0)
     cell = (cell[0], round(cell[0] * clip.size[1] / clip.size[0]))
@@ -123,7 +123,7 @@ def _head(page: ImageDraw.ImageDraw, contents: Contents, clip: Clip) -> None:
     facts = [
         ("LENGTH", f"{clip.seconds:.1f} s"),
         ("FRAMES", f"{clip.count} at {clip.rate:g} fps"),
-        ("PICTURE", f"{clip.size[0]} × {clip.size[1]}"),  # noqa: RUF001  # a multiplication sign it is
+        ("PICTURE", f"{clip.size[0]} × {clip.size[1]}"),  # noqa: RUF001  # a multiplication sign
         ("CODECS", clip.codecs),
     ]
     x = float(WIDTH - MARGIN)
@@ -149,7 +149,7 @@ def _frames(image: Image.Image, page: ImageDraw.ImageDraw, clip: Clip, top: int,
 
 
 def _soundtrack(page: ImageDraw.ImageDraw, clip: Clip, top: int) -> None:
-    """The clip's own sound along its time; the frames above are ticked."""
+    """Draw the sound of the clip as a wave, with a mark for each frame shown above."""
     left, right = MARGIN, WIDTH - MARGIN
     if clip.sound is None:
         _text(page, left, top + 40, "no sound", SMALL, QUIET)
@@ -178,10 +178,10 @@ def _voice(page: ImageDraw.ImageDraw, contents: Contents, box: tuple[int, int, i
     _text(page, left, top + 82, "VOICE", LABEL, SIGNAL)
     lines = _wrapped(f"“{contents.voice_text}”", QUOTE, right - left)[:3]
     for row, line in enumerate(lines):
-        _text(page, left - (18 if row == 0 else 0), top + 164 + row * QUOTE_LINE, line, QUOTE, PAPER)  # the quotation mark hangs
+        _text(page, left - (18 if row == 0 else 0), top + 164 + row * QUOTE_LINE, line, QUOTE, PAPER)  # a hanging quotation mark
     under = top + 164 + len(lines) * QUOTE_LINE
     if contents.voice is None:
-        for row, line in enumerate(_wrapped(f"Not spoken: {contents.voice_missing}", FIGURE, right - left)[:4]):
+        for row, line in enumerate(_wrapped(f"No voice: {contents.voice_missing}", FIGURE, right - left)[:4]):
             _text(page, left, under + 40 + row * 44, line, FIGURE, QUIET)
         return
     sound = read_sound(contents.voice)
@@ -192,7 +192,7 @@ def _voice(page: ImageDraw.ImageDraw, contents: Contents, box: tuple[int, int, i
 
 
 def _wave(page: ImageDraw.ImageDraw, samples: Mono, box: tuple[int, int, int, int], colour: Colour) -> None:
-    """Bars of the loudest sample of their stretch, about the middle; the loudest of all fills the box."""
+    """Draw a wave as bars around the middle of the box. A bar shows the peak of its samples; the loudest bar is as high as the box."""
     left, top, right, bottom = box
     count = (right - left + BAR_GAP) // (BAR + BAR_GAP)
     edges = np.linspace(0, len(samples), count + 1).astype(int)
@@ -205,7 +205,7 @@ def _wave(page: ImageDraw.ImageDraw, samples: Mono, box: tuple[int, int, int, in
 
 
 def _seconds(page: ImageDraw.ImageDraw, seconds: float, line: tuple[int, int, int], every: float) -> None:
-    """A ruler of the time under a wave."""
+    """Draw a ruler of seconds under a wave."""
     left, y, right = line
     page.line((left, y + 12, right, y + 12), fill=RULE, width=2)
     for mark in np.arange(0, seconds + 1e-6, every):
@@ -216,7 +216,7 @@ def _seconds(page: ImageDraw.ImageDraw, seconds: float, line: tuple[int, int, in
 
 
 def timecode(frame: int, rate: float) -> str:
-    """HH:MM:SS:FF of a frame counted from 0 (SMPTE ST 12-1, non-drop)."""
+    """Return the timecode HH:MM:SS:FF of a frame, counted from 0 (SMPTE ST 12-1, non-drop)."""
     seconds, rest = divmod(frame, round(rate))
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}:{rest:02}"
 
@@ -258,7 +258,7 @@ def _wrapped(text: str, style: Style, most: float) -> list[str]:
 
 
 def read_clip(path: Path) -> Clip:
-    """The clip, with FRAMES of its frames from the middles of as many equal parts."""
+    """Read a clip. It is divided into `FRAMES` equal parts, and the middle frame of each is shown."""
     with av.open(str(path)) as container:
         video = container.streams.video[0]
         video.thread_type = "AUTO"
@@ -278,7 +278,7 @@ def read_clip(path: Path) -> Clip:
 
 
 def read_sound(path: Path) -> Sound:
-    """The sound of a file."""
+    """Read the sound of a file."""
     with av.open(str(path)) as container:
         audio = container.streams.audio[0]
         to_mono = av.AudioResampler(format="flt", layout="mono", rate=audio.rate)
