@@ -15,7 +15,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from movieq import logs
-from movieq.queue.store import Store
+from movieq.queue.api_keys import ApiKeys
 from movieq.settings import Settings
 
 REFRESH_S: Final = 1.0
@@ -24,13 +24,13 @@ log = logs.get()
 
 
 @asynccontextmanager
-async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Sequence[bytes]]:
+async def signing_secrets(settings: Settings, api_keys: ApiKeys) -> AsyncIterator[Sequence[bytes]]:
     """Yield the secrets of this installation, kept up to date during the block: the first signs, all verify. Raises RedisError."""
     if given := settings.signing_secrets():
         yield given
         return
-    kept = [await store.signing_secret()]
-    following = asyncio.create_task(_follow(kept, store))
+    kept = [await api_keys.signing_secret()]
+    following = asyncio.create_task(_follow(kept, api_keys))
     try:
         yield kept
     finally:
@@ -38,10 +38,10 @@ async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Seq
         await asyncio.wait({following})
 
 
-async def _follow(kept: list[bytes], store: Store) -> None:
+async def _follow(kept: list[bytes], api_keys: ApiKeys) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
         with contextlib.suppress(RedisError, OSError, TimeoutError):  # others log that Redis is away
-            if (secret := await store.signing_secret()) != kept[0]:
+            if (secret := await api_keys.signing_secret()) != kept[0]:
                 log.warning("signing_secret_changed", hint="Redis lost the old secret: urls that it signed are refused")
                 kept[:] = [secret]

@@ -25,7 +25,6 @@ from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from arq.connections import ArqRedis
 from arq.constants import in_progress_key_prefix, job_key_prefix, result_key_prefix, retry_key_prefix
 from redis.exceptions import (
     AuthenticationError,
@@ -38,7 +37,7 @@ from redis.exceptions import (
 
 from movieq import logs, settings
 from movieq.errors import SettingsError, causes
-from movieq.queue.connection import connect
+from movieq.queue.connection import Redis, connect
 from movieq.queue.keys import CHANNELS, keys
 from movieq.queue.refusals import Refusal, is_fault, refusal
 from movieq.settings import Settings, variable
@@ -230,11 +229,10 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
                 raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
         finally:
             await client.aclose()
-            await client.connection_pool.disconnect()
         await asyncio.sleep(AGAIN_S)
 
 
-def _client(read: Settings) -> ArqRedis:
+def _client(read: Settings) -> Redis:
     """Return a client that fails at once where it is refused, but waits for a slow server: a TLS handshake over a long distance, say."""
     client = connect(read.redis_url, patient=False)
     client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
@@ -343,7 +341,6 @@ async def server(read: Settings, process: str) -> list[Finding]:
         return [Finding(Mark.BROKEN, "Redis", f"{variable('redis_url')}: {await trouble(error, read.redis_url)}")]
     finally:
         await client.aclose()
-        await client.connection_pool.disconnect()
 
 
 async def _asked(call: Any) -> dict[str, Any]:
@@ -369,7 +366,7 @@ def _answers(info: dict[str, Any]) -> Finding:
     return Finding(Mark.GOOD, "Redis", f"{name} answers")
 
 
-async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) -> Finding:
+async def _eviction(client: Redis, info: dict[str, Any], *, allowed: bool) -> Finding:
     policy = info.get("maxmemory_policy") or (await _asked(client.config_get("maxmemory-policy"))).get("maxmemory-policy")
     if policy is None:
         return Finding(Mark.NOTE, "Redis memory", "the server does not show its maxmemory-policy: make sure that it is noeviction")
@@ -381,7 +378,7 @@ async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) ->
     return Finding(Mark.BROKEN, "Redis memory", f"{text} (to start anyway: {variable('allow_eviction')}=true)", refuses=True)
 
 
-async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
+async def _persistence(client: Redis, info: dict[str, Any]) -> Finding:
     config = {**await _asked(client.config_get("appendfsync")), **await _asked(client.config_get("save"))}
     cure = "CONFIG SET appendonly yes, and the same in its configuration"
     if not info:
@@ -400,12 +397,12 @@ async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
     return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_FSYNC.get(fsync, 'unknown')}")
 
 
-def _names(read: Settings, client: ArqRedis) -> Mapping[str, str]:
+def _names(read: Settings, client: Redis) -> Mapping[str, str]:
     """Return the keys and channels of this installation."""
     return keys(read.key_prefix, int(client.connection_pool.connection_kwargs.get("db") or 0))
 
 
-async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Finding:
+async def _writes(read: Settings, client: Redis, info: dict[str, Any]) -> Finding:
     """Check that a script can write now, to a key of its own that expires."""
     try:
         await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
@@ -430,7 +427,7 @@ def _why_refused(error: Exception, info: dict[str, Any]) -> str:
             return f"{reason} ({code}): {cure}"
 
 
-async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
+async def _rights(read: Settings, client: Redis) -> list[Finding]:
     """Find rights that movieq needs and the user of the url lacks: each command is sent in a form that changes nothing."""
     ours = _names(read, client)
     key = ours["check"] + secrets.token_hex(8)
@@ -466,14 +463,14 @@ async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
     return [Finding(Mark.BROKEN, "Redis rights", f"its user lacks what movieq needs: ACL SETUSER {user} {' '.join(missing)}")]
 
 
-async def _set(client: ArqRedis, key: str) -> bool:
+async def _set(client: Redis, key: str) -> bool:
     try:
         return bool(await client.set(key, "x", px=KEPT_MS))
     except ResponseError:
         return False
 
 
-async def _clock(client: ArqRedis) -> Finding:
+async def _clock(client: Redis) -> Finding:
     """Check that the clock of this machine agrees with that of Redis, but for what the round trip can explain."""
     before_s = time.time()
     seconds, micros = await client.time()
@@ -499,7 +496,7 @@ _APART: Final = {
 """Settings that must be the same in every process, and what breaks where they differ."""
 
 
-async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]:
+async def _same(read: Settings, process: str, client: Redis) -> list[Finding]:
     """Compare with the api and the worker that started last, and note the settings of this process. Redis holds salted hashes of them."""
     name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py: a union of its sync and its async form
     try:

@@ -22,6 +22,7 @@ from movieq.delivery import payload, webhooks
 from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.models import table as models
 from movieq.models import weights
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings, key_hash, load, unknown, variable
@@ -418,13 +419,11 @@ def _repair(folder: Path, apply: bool) -> None:
 
     async def run() -> int:
         await checks.reached(settings)
-        store, found = Store(connect(settings.redis_url, patient=True, prefix=settings.key_prefix), settings.key_prefix), 0
-        try:
-            async for each in inconsistencies(store, apply=apply):
+        found = 0
+        async with connect(settings.redis_url, patient=True, prefix=settings.key_prefix) as redis:
+            async for each in inconsistencies(Store(redis), apply=apply):
                 found += 1
                 click.echo(f"task {each.task_id} {_plain(each.text)}" if each.task_id else _plain(each.text))
-        finally:
-            await store.aclose()
         return found
 
     if (found := _run(run)) == 0:
@@ -617,14 +616,14 @@ def keys_create(projects: tuple[str, ...], scopes: tuple[str, ...]) -> None:
     key = secrets.token_urlsafe(24)
     default = frozenset({Scope.READ, Scope.SUBMIT}) if projects else frozenset(Scope)
     grant = Grant(frozenset(projects) if projects else None, frozenset(map(Scope, scopes)) or default)
-    _with_store(lambda store: store.add_grant(key_hash(key), grant))
+    _with_api_keys(lambda api_keys: api_keys.add_grant(key_hash(key), grant))
     print(key)
 
 
 @keys.command("list")
 def keys_list() -> None:
     """List the keys by the beginning of their hash, with what they may."""
-    for id, grant in _with_store(lambda store: store.grants()).items():
+    for id, grant in _with_api_keys(lambda api_keys: api_keys.grants()).items():
         projects = "all projects" if grant.projects is None else ", ".join(sorted(grant.projects))
         print(f"{id[:12]}  {projects}  {'+'.join(sorted(grant.scopes))}")
 
@@ -634,24 +633,23 @@ def keys_list() -> None:
 def keys_revoke(key_or_hash: str) -> None:
     """Take a key back, by itself or by the beginning of its hash; API processes notice within five seconds."""
 
-    async def revoke(store: Store) -> bool:
-        found = [id for id in await store.grants() if id == key_hash(key_or_hash) or (len(key_or_hash) >= 8 and id.startswith(key_or_hash))]
-        return len(found) == 1 and await store.revoke(found[0])
+    async def revoke(api_keys: ApiKeys) -> bool:
+        found = [
+            id for id in await api_keys.grants() if id == key_hash(key_or_hash) or (len(key_or_hash) >= 8 and id.startswith(key_or_hash))
+        ]
+        return len(found) == 1 and await api_keys.revoke(found[0])
 
-    if not _with_store(revoke):
+    if not _with_api_keys(revoke):
         _refuse("no such key, or more than one: see `movieq keys list`")
 
 
-def _with_store(work: Callable[[Store], Awaitable[T]]) -> T:
+def _with_api_keys(work: Callable[[ApiKeys], Awaitable[T]]) -> T:
     settings = _settings()
 
     async def run() -> T:
         await checks.reached(settings)
-        store = Store(connect(settings.redis_url, patient=True), settings.key_prefix)
-        try:
-            return await work(store)
-        finally:
-            await store.aclose()
+        async with connect(settings.redis_url, patient=True, prefix=settings.key_prefix) as redis:
+            return await work(ApiKeys(redis))
 
     return _run(run)
 

@@ -21,14 +21,18 @@ from movieq.errors import SettingsError, first_of
 from movieq.fetch.download import Fetcher
 from movieq.fetch.guard import Guard
 from movieq.models import table as models
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.connection import connect
+from movieq.queue.files import Files
+from movieq.queue.outbox import Outbox
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.records import Able
 from movieq.queue.store import Store
 from movieq.settings import Settings, variable
 from movieq.storage.open import opened
 from movieq.tasks.states import Kind, TaskType
-from workers.delivery import HELD_S, Outbox, deliver
+from workers.delivery import HELD_S, DeliveryParts, deliver
 from workers.execute import run_task
 from workers.finished import Kept
 from workers.host import Host
@@ -52,7 +56,7 @@ async def serve(settings: Settings) -> None:
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
     cms = payload.configured(settings)
     redis = connect(settings.redis_url, patient=True, prefix=settings.key_prefix)
-    store = Store(redis, settings.key_prefix)
+    store, queries, files = Store(redis), Queries(redis), Files(redis)
     guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -60,7 +64,7 @@ async def serve(settings: Settings) -> None:
         async with (
             Fetcher(guard) as fetcher,
             guard.session() as session,
-            assembly.signing_secrets(settings, store) as signing_secrets,
+            assembly.signing_secrets(settings, ApiKeys(redis)) as signing_secrets,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
             kept = Kept(folder.parent)
@@ -71,14 +75,15 @@ async def serve(settings: Settings) -> None:
             worker = Worker(
                 worker_id=worker_id,
                 store=store,
-                subscriber=Subscriber(settings.redis_url, store.keys["events"]),
+                queries=queries,
+                subscriber=Subscriber(settings.redis_url, redis.key_names["events"]),
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
                 kept=kept,
                 able=Able(tuple(TaskType), tuple(table)),
                 machine=machine,
-                retention=Retention(worker_id, store, storage, settings),
+                retention=Retention(worker_id, store, files, storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
@@ -90,8 +95,23 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else "", machine, places),
-                    "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
+                    "parts": Parts(
+                        store,
+                        queries,
+                        files,
+                        storage,
+                        fetcher,
+                        folder,
+                        table,
+                        provenance,
+                        kept,
+                        cms.address if cms else "",
+                        machine,
+                        places,
+                    ),
+                    "delivery_parts": DeliveryParts(
+                        redis, Outbox(redis), queries, storage, session, settings_secrets, folder, Payload(cms, session) if cms else None
+                    ),
                 },
             )
             worker.in_progress_timeout_s = HELD_S

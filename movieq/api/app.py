@@ -22,14 +22,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.events import ProjectEvents, TaskEvents
-from movieq.api.key_cache import Keys
+from movieq.api.key_cache import KeyCache
 from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
 from movieq.fetch.guard import Guard
 from movieq.models import table as models
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.connection import connect
+from movieq.queue.files import Files
+from movieq.queue.outbox import Outbox
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.refusals import is_fault, log_failure, refusal
 from movieq.queue.store import TIDY_S, Store
 from movieq.settings import Settings
@@ -104,22 +108,25 @@ def create(settings: Settings, public_url: str) -> Starlette:
 @asynccontextmanager
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
     redis = connect(settings.redis_url, patient=False, prefix=settings.key_prefix)
-    store = Store(redis, settings.key_prefix)
+    store, queries, api_keys = Store(redis), Queries(redis), ApiKeys(redis)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(store.aclose)
-        secrets = await stack.enter_async_context(assembly.signing_secrets(settings, store))
-        subscriber = Subscriber(settings.redis_url, store.keys["events"])
+        stack.push_async_callback(redis.aclose)
+        secrets = await stack.enter_async_context(assembly.signing_secrets(settings, api_keys))
+        subscriber = Subscriber(settings.redis_url, redis.key_names["events"])
         storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
-        readiness = Readiness(store, storage, allow_eviction=settings.allow_eviction)
+        readiness = Readiness(store, queries, storage, allow_eviction=settings.allow_eviction)
         stack.push_async_callback(readiness.aclose)
         app.state.api = state = Api(
             settings=settings,
             public_url=public_url,
             models=models.load(settings.models),
             store=store,
+            queries=queries,
+            outbox=Outbox(redis),
+            files=Files(redis),
             storage=storage,
-            hub=Hub(store, subscriber, lambda event_type, data: state.render(event_type, data)),
-            keys=Keys(settings.keys(), store),
+            hub=Hub(queries, subscriber, lambda event_type, data: state.render(event_type, data)),
+            keys=KeyCache(settings.keys(), api_keys),
             guard=Guard(settings.private_networks(), settings.own_origins()),
             signing_secrets=secrets,
             started_s=time.monotonic(),

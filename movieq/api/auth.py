@@ -53,7 +53,7 @@ async def task_of(request: HTTPConnection, scope: Scope) -> tuple[Task, Caller]:
     """The task of the path, if the key may do `scope` with it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
     who = await caller(request, scope)
     task_id = path_task_id(request)
-    task = await api(request).store.task(task_id)
+    task = await api(request).queries.task(task_id)
     if task is None or not who.grant.allows(task.project_id):
         raise NotFound(f"no task {task_id}")
     return task, who

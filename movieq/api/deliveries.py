@@ -30,7 +30,7 @@ async def resend(request: Request) -> Response:
     task, _ = await task_of(request, Scope.ADMIN)
     only_query(request)
     delivery_id = request.path_params["delivery_id"]
-    await api(request).store.resend(task.task_id, delivery_id)
+    await api(request).outbox.resend(task.task_id, delivery_id)
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("resend", delivery_id=delivery_id)
     for each in await _listed(request, task):
@@ -40,7 +40,7 @@ async def resend(request: Request) -> Response:
 
 
 async def _listed(request: Request, task: Task) -> list[DeliveryAnswer]:
-    return [_answer(*each) for each in await api(request).store.deliveries(task.task_id)]
+    return [_answer(*each) for each in await api(request).outbox.deliveries(task.task_id)]
 
 
 def _answer(delivery_id: str, delivery: Delivery, due_ms: float | None) -> DeliveryAnswer:

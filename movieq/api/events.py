@@ -28,7 +28,7 @@ from movieq.api.auth import project_of, task_of
 from movieq.api.query import only_query, query_choices
 from movieq.api.state import Api, api, encode
 from movieq.errors import NotFound, RequestError, ValidationFailed
-from movieq.queue.store import LogState
+from movieq.queue.queries import LogState
 from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
 from movieq.streams.watchers import Facts, Opening, SocketWatcher, Source
@@ -81,7 +81,7 @@ class ProjectEvents:
             only_query(request, "after", "task_type", "status", "expires", "signature")
             after = _resume_point(request)
             wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", STATES))
-            if await movieq.store.project(project_id) is None:
+            if await movieq.queries.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
         source = Source.of_project(project_id)
         wants = wanted if wanted.task_types or wanted.statuses else None
@@ -122,11 +122,11 @@ async def _stream(
 
 
 async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
-    state = await movieq.store.log_state(task.task_id)
+    state = await movieq.queries.log_state(task.task_id)
     place = _place(state, after)
     frames = _gap(state, after, {"task_id": task.task_id}) if place == "gap" else b""
     if place != "inside":
-        position = await movieq.store.position(task)
+        position = await movieq.queries.position(task)
         frames += frame(EventType.SNAPSHOT, movieq.snapshot(task, position))
     if state.last is None and task.status.ended:  # the log is gone: its last entry lives on in the task
         return Opening(frames + frame(EventType(task.status), movieq.ending(task), task.last_event_id), None)
@@ -134,13 +134,13 @@ async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
 
 
 async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None, wanted: _Wanted) -> Opening:
-    state = await movieq.store.log_state(Source.of_project(project_id).log)
+    state = await movieq.queries.log_state(Source.of_project(project_id).log)
     place = _place(state, after)
     if after is not None and place == "inside":
         return Opening(b"", pair(after))
     # the tasks are read after the log: what happens in between is in the snapshot, and comes again
-    project = await movieq.store.project(project_id)
-    active = await movieq.store.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
+    project = await movieq.queries.project(project_id)
+    active = await movieq.queries.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
     frames = _gap(state, after, {"project_id": project_id}) if place == "gap" else b""
     if project is not None:  # else its last task was swept a moment ago
         frames += frame(EventType.SNAPSHOT, movieq.project_snapshot(project, active, state.last))
@@ -198,7 +198,7 @@ async def _keyed_task(request: HTTPConnection) -> Task:
 async def _signed_task(movieq: Api, request: HTTPConnection) -> Task:
     task_id, query = TaskId(request.path_params["task_id"]), request.query_params
     signing.verify(movieq.signing_secrets, "events", task_id, query.get("expires", ""), query.get("signature", ""), time.time())
-    task = await movieq.store.task(task_id)
+    task = await movieq.queries.task(task_id)
     if task is None:
         raise NotFound(f"no task {task_id}")
     return task

@@ -43,8 +43,8 @@ async def health(request: Request) -> Response:
     movieq = api(request)
     uptime = _uptime_s(request)
     try:
-        workers = [row for row in await movieq.store.workers() if row.live]
-        sizes, stranded = await movieq.store.queue_sizes(), await movieq.store.stranded(workers)
+        workers = [row for row in await movieq.queries.workers() if row.live]
+        sizes, stranded = await movieq.queries.queue_sizes(), await movieq.queries.stranded(workers)
     except (RedisError, OSError):
         away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])
         return answered(away, 503, {"Retry-After": "2"})

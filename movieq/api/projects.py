@@ -32,7 +32,7 @@ async def project(request: Request) -> Response:
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request)
     movieq = api(request)
-    found = await movieq.store.project(project_id)
+    found = await movieq.queries.project(project_id)
     if found is None:
         raise NotFound(f"no project {project_id}")
     return answered(movieq.project_state(found))
@@ -45,7 +45,7 @@ async def tasks(request: Request) -> Response:
     only_query(request, "status", "task_type", "page", "limit")
     page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
     status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", TaskType)
-    found, total = await movieq.store.page(project_id, status, task_type, page, limit)
+    found, total = await movieq.queries.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [
         TaskRow(
@@ -77,7 +77,7 @@ async def upload(request: Request) -> Response:
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
         # noted first: a file that no note leads to would stay for ever
-        await movieq.store.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
+        await movieq.files.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
         await movieq.storage.put(f"{prefix}/file", path, media_type)
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
 

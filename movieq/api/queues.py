@@ -26,7 +26,7 @@ async def queues(request: Request) -> Response:
     """`GET /queues`: what waits, what runs, for how long."""
     await caller(request, Scope.ADMIN)
     only_query(request)
-    return answered(QueuesAnswer(await api(request).store.queues()))
+    return answered(QueuesAnswer(await api(request).queries.queues()))
 
 
 async def dead_letters(request: Request) -> Response:
@@ -34,7 +34,7 @@ async def dead_letters(request: Request) -> Response:
     who = await caller(request, Scope.ADMIN)
     only_query(request, "limit")
     limit = query_int(request, "limit", 100, 1, 1000)
-    letters, total = await api(request).store.dead_letters(limit, who.grant.projects)
+    letters, total = await api(request).queries.dead_letters(limit, who.grant.projects)
     return answered(DeadLettersAnswer(letters, total))
 
 
@@ -52,7 +52,7 @@ async def metrics(request: Request) -> Response:
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
-    totals = await movieq.store.totals(who.grant.projects)
+    totals = await movieq.queries.totals(who.grant.projects)
     return answered(
         MetricsAnswer(
             sum(totals.values()),
@@ -60,9 +60,9 @@ async def metrics(request: Request) -> Response:
             _percent(totals, TaskStatus.COMPLETED),
             _percent(totals, TaskStatus.FAILED),
             _percent(totals, TaskStatus.CANCELLED),
-            await movieq.store.average_durations_s(),
-            await movieq.store.gpu_seconds(who.grant.projects),
-            await movieq.store.passed_over(),
+            await movieq.queries.average_durations_s(),
+            await movieq.queries.gpu_seconds(who.grant.projects),
+            await movieq.queries.passed_over(),
         )
     )
 
@@ -72,35 +72,35 @@ async def health(request: Request) -> Response:
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
-    alerts = await _alerts(movieq, await movieq.store.totals(who.grant.projects))
+    alerts = await _alerts(movieq, await movieq.queries.totals(who.grant.projects))
     return answered(TasksHealthAnswer("degraded" if alerts else "healthy", alerts))
 
 
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
-    live = [row for row in await movieq.store.workers() if row.live]
+    live = [row for row in await movieq.queries.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
         alerts.append(Alert("redis_refuses_writes", redis.message))
     if movieq.readiness.evicts:
         alerts.append(Alert("redis_evicts", movieq.readiness.evicts))
-    memory = await movieq.store.memory()
+    memory = await movieq.queries.memory()
     if memory and memory.most and 100 * memory.used > FULL_PERCENT * memory.most:
         cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
         alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * memory.used / memory.most:.0f} % of its memory: {cure}"))
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
         alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
-    if astray := await movieq.store.astray():
+    if astray := await movieq.queries.astray():
         alerts.append(Alert("tasks_astray", f"{astray} queued tasks wait in no queue: `movieq doctor --repair` finds and mends them"))
-    alerts += [Alert("no_worker", each.text) for each in await movieq.store.stranded(live)]
-    for queue in await movieq.store.queues():
+    alerts += [Alert("no_worker", each.text) for each in await movieq.queries.stranded(live)]
+    for queue in await movieq.queries.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
         if waiting_s > OLDEST_WAITING_S:
             alerts.append(Alert("long_wait", f"the oldest task of {name} has waited for {waiting_s / 60:.0f} minutes"))
     failed = _percent(totals, TaskStatus.FAILED)
     if failed > FAILURES_PERCENT and sum(count for status, count in totals.items() if status.ended) >= FEWEST_ENDED:
         alerts.append(Alert("failures", f"{failed:.0f} % of the tasks that ended have failed"))
-    if (dead := (await movieq.store.dead_letters(1))[1]) > 0:
+    if (dead := (await movieq.queries.dead_letters(1))[1]) > 0:
         alerts.append(Alert("dead_letters", f"{dead} tasks were given up after their worker or engine died; see /dead-letters"))
     return alerts
 

@@ -9,6 +9,7 @@ from typing import Final
 from redis.exceptions import RedisError, ResponseError
 
 from movieq.checks import NOEVICTION
+from movieq.queue.queries import Queries
 from movieq.queue.refusals import refusal
 from movieq.queue.store import Store
 from movieq.storage.base import Storage
@@ -27,10 +28,11 @@ class Readiness:
     Beside them, `evicts` says that Redis deletes keys when its memory is full, as the settings do not allow; it is empty otherwise.
     """
 
-    def __init__(self, store: Store, storage: Storage, *, allow_eviction: bool) -> None:
+    def __init__(self, store: Store, queries: Queries, storage: Storage, *, allow_eviction: bool) -> None:
         self.evicts = ""
         self._allow_eviction = allow_eviction
         self._store = store
+        self._queries = queries
         self._storage = storage
         self._asking: asyncio.Task[list[Check]] | None = None
         self._asked_s = 0.0
@@ -74,7 +76,7 @@ class Readiness:
             return ""
         try:
             async with asyncio.timeout(CHECK_S):
-                memory = await self._store.memory()
+                memory = await self._queries.memory()
         except (RedisError, OSError):
             return ""
         if memory is None or not memory.evicts:
@@ -95,7 +97,7 @@ class Readiness:
     async def _worker(self) -> str:
         try:
             async with asyncio.timeout(CHECK_S):
-                living = [row for row in await self._store.workers() if row.live]
+                living = [row for row in await self._queries.workers() if row.live]
         except (RedisError, OSError):
             return "the workers are unknown while Redis cannot be used"
         if any(row.problem is None for row in living):

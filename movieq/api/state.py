@@ -18,10 +18,13 @@ from movieq.tasks.states import EventType, TaskId, TaskStatus
 from movieq.tasks.wire import EVENTS_URL_S, ProjectSnapshot, ProjectState, Snapshot, TaskState
 
 if TYPE_CHECKING:
-    from movieq.api.key_cache import Keys
+    from movieq.api.key_cache import KeyCache
     from movieq.api.readiness import Readiness
     from movieq.fetch.guard import Guard
     from movieq.models.table import Model
+    from movieq.queue.files import Files
+    from movieq.queue.outbox import Outbox
+    from movieq.queue.queries import Queries
     from movieq.queue.store import Store
     from movieq.settings import Settings
     from movieq.storage.base import Storage
@@ -42,9 +45,12 @@ class Api(msgspec.Struct, kw_only=True):
     public_url: str
     models: dict[str, Model]
     store: Store
+    queries: Queries
+    outbox: Outbox
+    files: Files
     storage: Storage
     hub: Hub
-    keys: Keys
+    keys: KeyCache
     guard: Guard
     signing_secrets: Sequence[bytes]
     started_s: float
@@ -55,7 +61,7 @@ class Api(msgspec.Struct, kw_only=True):
     async def had_gpu(self) -> bool:
         """Whether the installation has had a GPU worker lately, as it was known at most five seconds ago."""
         if time.monotonic() - self.gpu_asked_s > GPU_KNOWN_S:
-            self.gpu_seen, self.gpu_asked_s = await self.store.had_gpu(), time.monotonic()
+            self.gpu_seen, self.gpu_asked_s = await self.queries.had_gpu(), time.monotonic()
         return self.gpu_seen
 
     def url(self, path: str) -> str:
@@ -86,7 +92,7 @@ class Api(msgspec.Struct, kw_only=True):
 
     async def task_state(self, task: Task) -> TaskState:
         """The task as clients see it."""
-        position = await self.store.position(task) if task.status is TaskStatus.QUEUED else None
+        position = await self.queries.position(task) if task.status is TaskStatus.QUEUED else None
         return self._state(task, position)
 
     def snapshot(self, task: Task, position: int | None) -> bytes:

@@ -92,7 +92,7 @@ async def status(request: Request) -> Response:
     wait_s = query_int(request, "wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
         await _ended(request, task, time.monotonic() + wait_s)
-        task = await movieq.store.task(task.task_id) or task
+        task = await movieq.queries.task(task.task_id) or task
     return answered(await movieq.task_state(task))
 
 
@@ -237,7 +237,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
 
 async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     """The task, with the result of one of its project that made the same, where that is still stored."""
-    earlier = await movieq.store.made_before(new.fingerprint)
+    earlier = await movieq.queries.reusable(new.fingerprint)
     if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
     result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days

@@ -138,8 +138,29 @@ def _seen(answer: asyncio.Future[Any]) -> None:
         answer.exception()
 
 
-def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
-    """A client for the Redis at `url`, with arq's methods; nothing is opened before the first command. `prefix` is that of its keys.
+class Redis(ArqRedis):
+    """The Redis of an installation: a client with arq's methods, the one shared connection, and the names of keys and channels."""
+
+    def __init__(self, pool: BlockingConnectionPool, prefix: str) -> None:
+        self.key_names = keys(prefix, int(pool.connection_kwargs.get("db") or 0))
+        super().__init__(
+            pool,
+            job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
+            job_deserializer=msgspec.msgpack.decode,
+            default_queue_name=self.key_names["deliveries"],
+        )
+        settings = pool.connection_kwargs
+        self.shared = SharedConnection(pool, settings["retry"], settings["socket_timeout"], patience_s=pool.timeout or 0)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close every connection."""
+        await self.shared.aclose()
+        await super().aclose(close_connection_pool)
+        await self.connection_pool.disconnect()
+
+
+def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> Redis:
+    """Return a client for the Redis at `url`; nothing is opened before the first command. `prefix` is that of its keys.
 
     `patient` is for workers: it tries again for five seconds, and a full memory does not refuse its writes, which end tasks and make room.
     The API fails fast, so that a client hears 503 within a second.
@@ -147,7 +168,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
-        timeout=5 if patient else 0.9,  # the patience of the store's line too
+        timeout=5 if patient else 0.9,  # the patience of the shared connection too
         socket_connect_timeout=2 if patient else 0.5,
         socket_timeout=5 if patient else 0.9,
         health_check_interval=0,
@@ -156,12 +177,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
         retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     pool.connection_class = _cancellable(pool.connection_class)
-    return (_Unrefused if patient else ArqRedis)(
-        pool,
-        job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
-        job_deserializer=msgspec.msgpack.decode,
-        default_queue_name=keys(prefix)["deliveries"],
-    )
+    return (_Unrefused if patient else Redis)(pool, prefix)
 
 
 _GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
@@ -179,7 +195,7 @@ class _UnrefusedPipeline(Pipeline):
         return super().execute_command(*_allowed(command), **options)
 
 
-class _Unrefused(ArqRedis):
+class _Unrefused(Redis):
     """A client of arq whose writes a full memory does not refuse: deliveries are arq jobs, which begin and end with plain writes."""
 
     async def execute_command(self, *command: Any, **options: Any) -> Any:

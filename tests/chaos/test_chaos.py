@@ -51,7 +51,7 @@ async def with_farm(farm: Farm, work: str, folder: Path) -> Findings:
                 await all_ended(store, driver.accepted, 60)
             return await check(store, driver, hook, folder / "media")
     finally:
-        await store.aclose()
+        await store.redis.aclose()
         farm.stop()
 
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from arq.connections import ArqRedis
 
+from movieq.queue.outbox import Outbox
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks.entities import DeliveryState
@@ -21,7 +22,7 @@ async def delivered(store: Store, project: str = "film") -> TaskId:
     """A task with a delivery to the CMS that was given up, and a webhook on its way."""
     task_id, run = await running(store, project=project, callback_url=URL)
     await store.complete(task_id, run, result(), "https://cms.example/api/media")
-    await store.delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "alt: This field is required.")
+    await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "alt: This field is required.")
     return task_id
 
 
@@ -76,4 +77,7 @@ async def test_a_delivery_that_is_not_the_tasks_cannot_be_sent_again(api: Client
     own, other = await delivered(store), await delivered(store)
     answer = await api.post(f"/api/v1/tasks/{own}/deliveries/{name.format(own=own, other=other)}/resend", key=ADMIN)
     assert (answer.status, answer.error) == (404, "not_found")
-    assert [delivery.state for _, delivery, _ in await store.deliveries(other)] == [DeliveryState.FAILED, DeliveryState.PENDING]
+    assert [delivery.state for _, delivery, _ in await Outbox(store.redis).deliveries(other)] == [
+        DeliveryState.FAILED,
+        DeliveryState.PENDING,
+    ]

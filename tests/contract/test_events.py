@@ -18,6 +18,7 @@ from movieq.local.embedded import Valkey, valkey
 from movieq.queue import pubsub
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.streams import hub as hub_module
@@ -38,7 +39,7 @@ PROGRESS = {
 
 async def log_of(store: Store, task_id: TaskId) -> list[str]:
     """The ids of a task's log."""
-    return [entry.id for entry in await store.log_after(task_id, None, 100_000)]
+    return [entry.id for entry in await Queries(store.redis).log_after(task_id, None, 100_000)]
 
 
 async def work(store: Store, task_id: TaskId, run: RunToken, steps: int = 10) -> None:
@@ -268,7 +269,7 @@ async def test_beyond_the_log_is_a_gap_and_then_a_snapshot(api: Client, ended: T
 
 async def test_ids_are_compared_as_numbers_and_not_as_texts(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
-    (entry,) = await store.log_after(task_id, None)
+    (entry,) = await Queries(store.redis).log_after(task_id, None)
     ms = int(entry.id.partition("-")[0]) + 5000
     for sequence in (9, 10):
         await raw(store).xadd(KEYS["log"] + task_id, {"type": "progress", "data": entry.data}, id=f"{ms}-{sequence}")
@@ -617,7 +618,7 @@ def own(folder: Path) -> Iterator[Valkey]:
 async def own_store(own: Valkey) -> AsyncIterator[Store]:
     made = Store(connect(own.url, patient=True))
     yield made
-    await made.aclose()
+    await made.redis.aclose()
 
 
 @pytest.mark.parametrize("away_s", [0, 1.5])

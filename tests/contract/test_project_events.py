@@ -12,6 +12,7 @@ import pytest
 
 from movieq import signing
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.streams.watchers import Source
@@ -28,7 +29,7 @@ FILM_STREAM = "projects/film"
 
 async def log_of(store: Store) -> list[str]:
     """The ids of the project's log."""
-    return [entry.id for entry in await store.log_after(LOG, None, 100_000)]
+    return [entry.id for entry in await Queries(store.redis).log_after(LOG, None, 100_000)]
 
 
 async def began(stream: Stream) -> Any:

@@ -22,6 +22,7 @@ from PIL import Image
 from movieq import cli
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from tests.arrange import raw
 from tests.arrange import running as claimed
@@ -211,7 +212,7 @@ async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped
         code, out, err = await dead("drop", ids[0], ids[1])  # the first is one no longer
         assert (code, out) == (1, f"{ids[1]}: dropped\n")
         assert f"{ids[0]}: " in err
-        assert await made.store.dead_letters() == ([], 0)
+        assert await Queries(made.store.redis).dead_letters() == ([], 0)
         assert [(await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] for task_id in ids] == ["queued", "failed"]
         code, out, err = await dead("list")
         assert (code, out, err) == (0, "", "no dead letters\n")

@@ -11,6 +11,7 @@ import pytest
 from movieq.api import key_cache
 from movieq.api.key_cache import Keys
 from movieq.local.embedded import Valkey
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, key_hash
 
@@ -41,4 +42,4 @@ async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
 async def test_a_project_that_is_none_is_refused(server: Valkey, store: Store) -> None:
     refused = movieq(server, "create", "--project", "a b")
     assert refused.returncode == 1
-    assert await store.grants() == {}
+    assert await ApiKeys(store.redis).grants() == {}

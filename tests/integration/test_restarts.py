@@ -18,6 +18,7 @@ import pytest
 from movieq.api import app
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from tests.fleet import KEY, Fleet, eventually, fleet, free_port
@@ -78,7 +79,7 @@ async def test_nginx_answers_every_request_while_two_api_processes_restart_in_tu
                 load.over = True
         assert load.answers.keys() <= {200, 201}, load.answers
         assert load.answers.total() >= REQUESTS
-        page = await made.store.project(SUBMIT["project_id"])  # type: ignore[arg-type]
+        page = await Queries(made.store.redis).project(SUBMIT["project_id"])  # type: ignore[arg-type]
         assert page is not None
         assert sum(page.tasks.values()) == len(load.accepted) == len(set(load.accepted)), "each was accepted once"
 
