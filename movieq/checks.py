@@ -40,7 +40,7 @@ from movieq.errors import SettingsError, causes
 from movieq.queue.connection import Redis, connect
 from movieq.queue.keys import CHANNELS, keys
 from movieq.queue.refusals import Refusal, is_fault, refusal
-from movieq.settings import Settings, variable
+from movieq.settings import Bucket, Settings, variable
 
 CHECK_S: Final = 10.0
 REDIS_S: Final = 10.0
@@ -51,7 +51,7 @@ LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 SKEW_S: Final = 2.0
 KEPT_MS: Final = 10_000
-"""How long a key that a check writes is kept."""
+"""How long a key that a check writes exists."""
 LEAST_REDIS: Final = (7, 0)
 """The first version that knows scripts with flags (`#!lua`)."""
 ACL_LINE: Final = 'README, "Operating it", has the ACL line'
@@ -93,7 +93,7 @@ class Mark(StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check found. `text` says what it is and, unless it is good, what to do; with `refuses`, nothing starts before it is mended."""
+    """What a check found. `text` says what is so and, unless that is good, what to do; with `refuses`, no process starts."""
 
     mark: Mark
     subject: str
@@ -115,8 +115,8 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
     `works`: whether it is a worker, or starts one.
     """
     found = [gpus(read), await asyncio.to_thread(spool, read)] if works else []
-    if read.bucket() is None and process != "up":  # a storage that is away is waited for
-        found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read), refuses=False))
+    if isinstance(read.storage, Path) and process != "up":  # a storage that is away is waited for
+        found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read.storage), refuses=False))
     if read.redis_url or process != "up":
         await reached(read)
         found += await server(read, process)
@@ -136,7 +136,7 @@ def unknown() -> list[Finding]:
 
 
 def nvml() -> Any | None:
-    """NVIDIA's library, ready for questions; None on a machine without a GPU of theirs."""
+    """Return NVIDIA's library, initialised; None on a machine without an NVIDIA GPU."""
     try:
         import pynvml
 
@@ -148,7 +148,7 @@ def nvml() -> Any | None:
 
 
 def devices(setting: str) -> list[str]:
-    """ "cuda:0", ... of MOVIEQ_DEVICES: all that there are for `auto`, none for `cpu`. Raises SettingsError for one that is not there."""
+    """Return the devices of MOVIEQ_DEVICES, such as "cuda:0": all for `auto`, none for `cpu`. Raises SettingsError for a missing one."""
     library = None if setting == "cpu" else nvml()
     count = 0 if library is None else int(library.nvmlDeviceGetCount())
     there = [f"cuda:{number}" for number in range(count)]
@@ -178,9 +178,9 @@ def spool(read: Settings) -> Finding:
     return folder(Path(read.spool) if read.spool else Path(tempfile.gettempdir()), "spool", variable("spool"))
 
 
-def storage(read: Settings) -> Finding:
+def storage(path: Path) -> Finding:
     """Check that results can be stored in the folder of MOVIEQ_STORAGE."""
-    return folder(Path(read.storage), "storage", variable("storage"))
+    return folder(path, "storage", variable("storage"))
 
 
 def folder(path: Path, subject: str, name: str) -> Finding:
@@ -301,7 +301,7 @@ _CERTIFICATE: Final = {
 
 
 async def _speaks(url: str, *, tls: bool) -> bool:
-    """Whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
+    """Return whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
     parts = urlsplit(url)
     context = ssl.create_default_context() if tls else None
     if context is not None:
@@ -412,7 +412,7 @@ async def _writes(read: Settings, client: Redis, info: dict[str, Any]) -> Findin
 
 
 def _why_refused(error: Exception, info: dict[str, Any]) -> str:
-    """Why the server refuses writes, with what only its INFO tells, and what to do."""
+    """Return why the server refuses writes, with what its INFO says, and what to do."""
     text = str(error)
     if isinstance(error, NoPermissionError) or "ACL failure" in text:
         return f"its user lacks a right: {text.partition(' script: ')[0]}; {ACL_LINE}"
@@ -548,13 +548,12 @@ def _difference(field: str, mine: Started, sort: str, other: Started) -> Finding
 
 def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[str]]:
     """Return salted, slow hashes of the settings that must be the same; for a folder, of the mark in it, since paths say little."""
-    found = {"signing_secret": [secret.decode() for secret in read.signing_secrets()] or [""]}
-    webhook = [part.strip() for part in read.webhook_secret.split(",")]
-    if process == "worker" or webhook != [""]:  # other processes sign no webhooks, and may lack the secret
-        found["webhook_secret"] = webhook
-    if bucket := read.bucket():
-        found["storage"] = [f"{bucket.endpoint} {bucket.name} {bucket.prefix}"]
-    elif mark := _mark_of(Path(read.storage), make=process != "doctor"):
+    found = {"signing_secret": [secret.decode() for secret in read.signing_secret] or [""]}
+    if process == "worker" or read.webhook_secret:  # other processes sign no webhooks, and may lack the secret
+        found["webhook_secret"] = list(read.webhook_secret) or [""]
+    if isinstance(place := read.storage, Bucket):
+        found["storage"] = [f"{place.endpoint} {place.name} {place.prefix}"]
+    elif mark := _mark_of(place, make=process != "doctor"):
         found["storage"] = [mark]
     return {
         field: [hashlib.scrypt(f"{field} {part}".encode(), salt=salt, n=2**12, r=8, p=1, dklen=8).hex() for part in parts]

@@ -18,7 +18,7 @@ import uvloop
 
 import movieq
 from movieq import checks, logs, plugins
-from movieq.delivery import payload, webhooks
+from movieq.delivery import payload
 from movieq.errors import InvalidState, ModelUnavailable, MovieqError, NotFound, SettingsError, ValidationFailed
 from movieq.models import table as models
 from movieq.models import weights
@@ -475,7 +475,7 @@ def _client(url: str | None, key: str | None) -> Client:
     from movieq.client import Client
 
     settings = _settings()
-    key = key or next(iter(settings.keys()), "") or _own_key()
+    key = key or next(iter(settings.api_keys), "") or _own_key()
     return Client(url or settings.public_url or LOCAL_URL, key, patience_s=PATIENCE_S)
 
 
@@ -658,7 +658,6 @@ def _settings() -> Settings:
     try:
         settings = load()
         models.load(settings.models)
-        webhooks.parse_secrets(settings.webhook_secret)
         payload.configured(settings)
     except SettingsError as error:
         _refuse(error.message)

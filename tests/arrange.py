@@ -16,6 +16,7 @@ from movieq.queue.files import Files
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, NewTask, Slot, Store
+from movieq.settings import Settings, load, variable
 from movieq.storage.base import Storage
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId, TaskType
@@ -26,6 +27,11 @@ from workers.supervisor import Child, Progress
 
 _nonces = itertools.count()
 CPU = [Slot((Kind.CPU_INTENSIVE,))]
+
+
+def settings_of(**texts: str) -> Settings:
+    """Return the settings of an environment with these variables."""
+    return load({variable(name): text for name, text in texts.items()}, Path("/nonexistent"))
 
 
 def raw(store: Store) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -15,22 +16,11 @@ from typing import Final
 from arq import func
 
 from movieq import assembly, checks, credentials, logs
-from movieq.delivery import payload, webhooks
 from movieq.delivery.payload import Payload
 from movieq.errors import SettingsError, first_of
 from movieq.fetch.download import Fetcher
-from movieq.fetch.guard import Guard
-from movieq.models import table as models
-from movieq.queue.api_keys import ApiKeys
-from movieq.queue.connection import connect
-from movieq.queue.files import Files
-from movieq.queue.outbox import Outbox
-from movieq.queue.pubsub import Subscriber
-from movieq.queue.queries import Queries
 from movieq.queue.records import Able
-from movieq.queue.store import Store
 from movieq.settings import Settings, variable
-from movieq.storage.open import opened
 from movieq.tasks.states import Kind, TaskType
 from workers.delivery import HELD_S, DeliveryParts, deliver
 from workers.execute import run_task
@@ -50,80 +40,83 @@ log = logs.get()
 
 
 async def serve(settings: Settings) -> None:
-    """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
-    settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
-    table = models.load(settings.models)
+    """Run a worker of these settings until a signal ends it. Raises SettingsError."""
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
-    cms = payload.configured(settings)
-    redis = connect(settings.redis_url, patient=True, prefix=settings.key_prefix)
-    store, queries, files = Store(redis), Queries(redis), Files(redis)
-    guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with _spool(settings) as folder:
+        for child in children:
+            child.spool = folder
         async with (
-            Fetcher(guard) as fetcher,
-            guard.session() as session,
-            assembly.signing_secrets(settings, ApiKeys(redis)) as signing_secrets,
-            opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
+            assembly.opened(settings, settings.public_url, patient=True) as found,
+            Fetcher(found.guard) as fetcher,
+            found.guard.session() as session,
         ):
-            kept = Kept(folder.parent)
-            machine = Host(folder, len(children))
-            places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
-            for child in children:
-                child.spool = folder
+            kept, machine = Kept(folder.parent), Host(folder, len(children))
+            parts = Parts(
+                found.store,
+                found.queries,
+                found.files,
+                found.storage,
+                fetcher,
+                folder,
+                found.models,
+                provenance,
+                kept,
+                found.cms.address if found.cms else "",
+                machine,
+                (folder.parent, *((settings.storage.absolute(),) if isinstance(settings.storage, Path) else ())),
+            )
+            cms = Payload(found.cms, session) if found.cms else None
             worker = Worker(
                 worker_id=worker_id,
-                store=store,
-                queries=queries,
-                subscriber=Subscriber(settings.redis_url, redis.key_names["events"]),
+                store=found.store,
+                queries=found.queries,
+                subscriber=found.subscriber,
                 children=children,
                 drain_s=settings.drain_s,
-                weights=settings.weights(),
+                weights=settings.project_weights,
                 kept=kept,
-                able=Able(tuple(TaskType), tuple(table)),
+                able=Able(tuple(TaskType), tuple(found.models)),
                 machine=machine,
-                retention=Retention(worker_id, store, files, storage, settings),
+                retention=Retention(worker_id, found.store, found.files, found.storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
-                queue_name=store.keys["deliveries"],
-                redis_pool=redis,
+                queue_name=found.redis.default_queue_name,
+                redis_pool=found.redis,
                 max_jobs=DELIVERIES,
-                job_serializer=redis.job_serializer,
-                job_deserializer=redis.job_deserializer,
+                job_serializer=found.redis.job_serializer,
+                job_deserializer=found.redis.job_deserializer,
                 ctx={
-                    "parts": Parts(
-                        store,
-                        queries,
-                        files,
-                        storage,
-                        fetcher,
-                        folder,
-                        table,
-                        provenance,
-                        kept,
-                        cms.address if cms else "",
-                        machine,
-                        places,
-                    ),
+                    "parts": parts,
                     "delivery_parts": DeliveryParts(
-                        redis, Outbox(redis), queries, storage, session, settings_secrets, folder, Payload(cms, session) if cms else None
+                        found.redis, found.outbox, found.queries, found.storage, session, settings.webhook_secret, folder, cms
                     ),
                 },
             )
             worker.in_progress_timeout_s = HELD_S
             worker.on_signal = _gone_within
+            await _work(worker, found)
+
+
+async def _work(worker: Worker, found: assembly.Installation) -> None:
+    """Run the worker until it ends. Raises SettingsError where no engine can work."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(found.follow_signing_secret())
             try:
                 await worker.async_run()
-            except BaseExceptionGroup as group:
-                if (unfit := group.subgroup(ChildUnfit)) is None:
-                    raise
-                raise SettingsError(f"an engine cannot work on this machine: {first_of(unfit)}") from None
             finally:
-                await worker.close()
+                following.cancel()
+    except BaseExceptionGroup as group_error:
+        if (unfit := group_error.subgroup(ChildUnfit)) is None:
+            raise
+        raise SettingsError(f"an engine cannot work on this machine: {first_of(unfit)}") from None
+    finally:
+        await worker.close()
 
 
 @contextmanager
@@ -156,8 +149,8 @@ def _leave() -> None:
 def _children(settings: Settings) -> list[Child]:
     """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
     devices = checks.devices(settings.devices)
-    on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.kinds() or list(Kind) if kind is not Kind.CPU_INTENSIVE)
-    on_cpu = settings.kinds() or (Kind.CPU_INTENSIVE,)
+    on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.queues or list(Kind) if kind is not Kind.CPU_INTENSIVE)
+    on_cpu = settings.queues or (Kind.CPU_INTENSIVE,)
     if devices:
         on_cpu = tuple(kind for kind in on_cpu if kind is Kind.CPU_INTENSIVE)
     places = [(device.replace("cuda:", "gpu"), on_gpu, device) for device in devices]

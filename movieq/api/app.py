@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import msgspec
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -26,18 +27,9 @@ from movieq.api.key_cache import KeyCache
 from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
-from movieq.fetch.guard import Guard
-from movieq.models import table as models
-from movieq.queue.api_keys import ApiKeys
-from movieq.queue.connection import connect
-from movieq.queue.files import Files
-from movieq.queue.outbox import Outbox
-from movieq.queue.pubsub import Subscriber
-from movieq.queue.queries import Queries
 from movieq.queue.refusals import is_fault, log_failure, refusal
 from movieq.queue.store import TIDY_S, Store
 from movieq.settings import Settings
-from movieq.storage.open import opened
 from movieq.streams.hub import Hub
 from movieq.tasks.wire import ErrorAnswer, FieldError
 
@@ -47,7 +39,7 @@ _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNo
 
 
 def create(settings: Settings, public_url: str) -> Starlette:
-    """The API of these settings; `public_url` is where clients reach it."""
+    """Return the application of these settings; `public_url` is where clients reach it."""
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
         *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
@@ -77,11 +69,11 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/movieq.d.ts", web.script_types),
     ]
     middleware = [Middleware(_Log)]
-    if settings.origins():
+    if settings.cors_origins:
         middleware.append(
             Middleware(
                 _Cors,
-                allow_origins=settings.origins(),
+                allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["X-API-Key", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
                 expose_headers=["Idempotent-Replayed", "Retry-After", "Location"],
@@ -107,41 +99,26 @@ def create(settings: Settings, public_url: str) -> Starlette:
 
 @asynccontextmanager
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
-    redis = connect(settings.redis_url, patient=False, prefix=settings.key_prefix)
-    store, queries, api_keys = Store(redis), Queries(redis), ApiKeys(redis)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(redis.aclose)
-        secrets = await stack.enter_async_context(assembly.signing_secrets(settings, api_keys))
-        subscriber = Subscriber(settings.redis_url, redis.key_names["events"])
-        storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
-        readiness = Readiness(store, queries, storage, allow_eviction=settings.allow_eviction)
-        stack.push_async_callback(readiness.aclose)
+    async with assembly.opened(settings, public_url, patient=False) as found, asyncio.TaskGroup() as group:
         app.state.api = state = Api(
-            settings=settings,
+            **msgspec.structs.asdict(found),
             public_url=public_url,
-            models=models.load(settings.models),
-            store=store,
-            queries=queries,
-            outbox=Outbox(redis),
-            files=Files(redis),
-            storage=storage,
-            hub=Hub(queries, subscriber, lambda event_type, data: state.render(event_type, data)),
-            keys=KeyCache(settings.keys(), api_keys),
-            guard=Guard(settings.private_networks(), settings.own_origins()),
-            signing_secrets=secrets,
+            hub=Hub(found.queries, found.subscriber, lambda event_type, data: state.render(event_type, data)),
+            keys=KeyCache(settings.api_keys, found.api_keys),
             started_s=time.monotonic(),
-            readiness=readiness,
+            readiness=Readiness(found.store, found.queries, found.storage, group, allow_eviction=settings.allow_eviction),
         )
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]
-            yield
-            state.hub.close()
-            for task in running:
-                task.cancel()
+        works = (found.subscriber.run(), found.follow_signing_secret(), state.hub.run(), _tidy(found.store))
+        running = [group.create_task(work) for work in works]
+        yield
+        state.hub.close()
+        state.readiness.close()
+        for task in running:
+            task.cancel()
 
 
 async def _tidy(store: Store) -> None:
-    """So that dead leases, due retries and deadlines are acted on also where every worker is busy, or none is there."""
+    """Handle expired leases, due retries and deadlines also where every worker is busy, or there is none."""
     away = False
     while True:
         try:
@@ -157,7 +134,7 @@ async def _tidy(store: Store) -> None:
 
 
 def error_answer(error: RequestError) -> Response:
-    """The body of every error."""
+    """Return the answer to a request that is refused."""
     body = ErrorAnswer(error.code, error.message, now(), error.retryable, [FieldError(path, message) for path, message in error.errors])
     retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return answered(body, error.status, {**error.headers, **retry})
@@ -207,10 +184,10 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 class _Cors(CORSMiddleware):
-    """As Starlette's, but what it refuses has the body of every error."""
+    """Starlette's CORS middleware, with refusals in the form of every error."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to an OPTIONS request of a browser."""
+        """Return the answer to a browser's OPTIONS request."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
@@ -220,7 +197,7 @@ class _Cors(CORSMiddleware):
 
 
 class _Log:
-    """One line for each request at debug level: never the query, which may hold a signature."""
+    """Logs each request at debug level, without its query, which may hold a signature."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -36,7 +36,7 @@ from movieq.tasks.entities import Task
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
 HAND_OVER: Final = "movieq.hand_over"
-"""The extension of the ASGI scope with which the server gives a connection away; see `movieq.serving`."""
+"""The extension of the ASGI scope with which the server gives a connection away; see `movieq.api.server`."""
 
 OLD_VERSIONS: Final = ("0.9", "1.0")
 """Versions of HTTP that have neither chunks nor `100 Continue`."""
@@ -53,10 +53,10 @@ _HEADERS: Final = [
 
 
 class TaskEvents:
-    """`GET /tasks/{task_id}/events`, with a key, or with the signature of an `events_url` from any origin."""
+    """`GET /tasks/{task_id}/events`: the stream of a task, with a key, or with the signature of an `events_url` from any origin."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the stream. Raises what makes an error answer before anything is sent."""
+        """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
@@ -70,10 +70,10 @@ class TaskEvents:
 
 
 class ProjectEvents:
-    """`GET /projects/{project_id}/events`, the same of all tasks of a project; `?task_type=` and `?status=` choose among them."""
+    """`GET /projects/{project_id}/events`: the stream of all tasks of a project; `?task_type=` and `?status=` filter it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the stream. Raises what makes an error answer before anything is sent."""
+        """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
@@ -89,7 +89,7 @@ class ProjectEvents:
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """Which events of a project a client gets: those of tasks of these types, and in these states, where any are named."""
+    """The filter of a project's stream: tasks of these types and in these states, where any are named."""
 
     task_types: frozenset[TaskType]
     statuses: frozenset[TaskStatus]
@@ -105,7 +105,7 @@ async def _stream(
     opening: Callable[[], Awaitable[Opening]],
     wants: Callable[[Facts], bool] | None = None,
 ) -> None:
-    """The head is sent, and the connection is a watcher's."""
+    """Send the head of the answer, and give the connection to a watcher."""
     headers, hub = _headers(request), api(request).hub
     if request.scope["method"] == "HEAD":
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -152,7 +152,7 @@ def _gap(state: LogState, after: str | None, name: dict[str, str]) -> bytes:
 
 
 def _place(state: LogState, after: str | None) -> str:
-    """Where the resume point is: "none", "inside" the log, at its "start" with nothing missing between, or in a "gap"."""
+    """Return where the resume point is: "none", "inside" the log, at its "start" with nothing missing between, or in a "gap"."""
     if after is None:
         return "none"
     if state.first is None or state.last is None or pair(after) > pair(state.last):
@@ -163,7 +163,7 @@ def _place(state: LogState, after: str | None) -> str:
 
 
 def _resume_point(request: HTTPConnection) -> str | None:
-    """The id to continue after; the header of a reconnecting browser wins over the query. Raises ValidationFailed."""
+    """Return the id to continue after; the header of a reconnecting browser wins over the query. Raises ValidationFailed."""
     for name, text in (("Last-Event-ID", request.headers.get("last-event-id")), ("after", request.query_params.get("after"))):
         if text:
             if not _ID.fullmatch(text):
@@ -182,7 +182,7 @@ def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
 
 @contextlib.contextmanager
 def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
-    """A refusal of a signed address can be read by the page that asked, whatever its origin: movieq.js tells the page why it ends."""
+    """Let pages of any origin read the refusal of a signed address: movieq.js tells the page why the stream ends."""
     try:
         yield
     except RequestError as error:

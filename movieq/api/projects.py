@@ -1,4 +1,4 @@
-"""A project's tasks, and its uploads."""
+"""Projects, their tasks and their uploads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGES: Final = 1_000_000
 
 
 async def project(request: Request) -> Response:
-    """`GET /projects/{project_id}`."""
+    """`GET /projects/{project_id}`: return a project."""
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request)
     movieq = api(request)
@@ -39,7 +39,7 @@ async def project(request: Request) -> Response:
 
 
 async def tasks(request: Request) -> Response:
-    """`GET /projects/{project_id}/tasks`: a page, newest first."""
+    """`GET /projects/{project_id}/tasks`: list a page of a project's tasks, newest first."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request, "status", "task_type", "page", "limit")
@@ -63,7 +63,7 @@ async def tasks(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """`POST /projects/{project_id}/uploads`: raw bytes of an image or a sound, kept for seven days."""
+    """`POST /projects/{project_id}/uploads`: store an image or a sound, sent as raw bytes, for seven days."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":

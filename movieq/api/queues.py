@@ -1,4 +1,4 @@
-"""For operators and autoscalers: the queues, the dead letters, totals, and what should be looked at."""
+"""Queues, dead letters, totals and alerts, for operators and autoscalers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
 FULL_PERCENT: Final = 90.0
-"""When health raises an alert: the longest wait; the share of failures, of at least so many ended tasks; the share of Redis's memory."""
+"""Limits of the alerts: the longest wait, the share of failures among at least so many finished tasks, the share of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:
-    """`GET /queues`: what waits, what runs, for how long."""
+    """`GET /queues`: return how many tasks wait and run in each queue, and how long they wait."""
     await caller(request, Scope.ADMIN)
     only_query(request)
     return answered(QueuesAnswer(await api(request).queries.queues()))
 
 
 async def dead_letters(request: Request) -> Response:
-    """`GET /dead-letters`: tasks that were given up, latest first, of the key's projects."""
+    """`GET /dead-letters`: list the dead letters of the key's projects, latest first."""
     who = await caller(request, Scope.ADMIN)
     only_query(request, "limit")
     limit = query_int(request, "limit", 100, 1, 1000)
@@ -39,7 +39,7 @@ async def dead_letters(request: Request) -> Response:
 
 
 async def drop_dead_letter(request: Request) -> Response:
-    """`DELETE /dead-letters/{task_id}`: the task stays failed and is listed no more; 204."""
+    """`DELETE /dead-letters/{task_id}`: remove a task from the dead letters, and leave it failed; 204."""
     await task_of(request, Scope.ADMIN)
     task_id = path_task_id(request)
     if not await api(request).store.drop_dead_letter(task_id):
@@ -48,7 +48,7 @@ async def drop_dead_letter(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """`GET /tasks/metrics`: totals, rates in percent, average durations, GPU seconds."""
+    """`GET /tasks/metrics`: return totals, rates in percent, average durations, GPU seconds."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
@@ -68,7 +68,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """`GET /tasks/health`: what an operator should look at."""
+    """`GET /tasks/health`: list the alerts."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)

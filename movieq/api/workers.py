@@ -1,4 +1,4 @@
-"""Who works: a row for each child of each worker."""
+"""The workers: a row for each engine process of each worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from movieq.tasks.wire import WorkersAnswer
 
 
 async def status(request: Request) -> Response:
-    """`GET /workers/status`."""
+    """`GET /workers/status`: list the workers."""
     queries = api(request).queries
     who = await caller(request, Scope.READ)
     only_query(request)
@@ -27,7 +27,7 @@ async def status(request: Request) -> Response:
 
 
 async def _visible(queries: Queries, rows: list[WorkerStatus], grant: Grant) -> list[WorkerStatus]:
-    """The rows, without the ids of tasks that the key may not see."""
+    """Return the rows, without the ids of tasks that the key may not see."""
     if grant.projects is None:
         return rows
     ids = [row.current_task_id for row in rows if row.current_task_id]

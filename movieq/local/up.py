@@ -60,7 +60,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
             environment[variable("queues")] = ",".join(Kind)  # its one worker serves them all
         if settings.storage == Settings().storage:
             environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
-        environment[variable("public_url")] = settings.public_url.rstrip("/") or server.address(sock)
+        environment[variable("public_url")] = settings.public_url or server.address(sock)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_keep("api", ["api", "--fd", str(sock.fileno())], environment, API_STOP_S, sock))]
             if worker:

@@ -45,7 +45,7 @@ class SharedConnection:
         self._waiting: deque[asyncio.Future[Any]] = deque()
 
     async def call(self, *command: EncodableT) -> Any:
-        """The answer. Raises redis's ResponseError for a refusal of the server, ConnectionError and TimeoutError where none comes."""
+        """Send a command and return the answer. Raises redis's ResponseError for a refusal, ConnectionError and TimeoutError for none."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._patience_s
 
@@ -56,7 +56,7 @@ class SharedConnection:
         return await self._retry.call_with_retry(lambda: self._call(command, min(loop.time() + self._timeout_s, end_s)), failed)
 
     async def aclose(self) -> None:
-        """The connection is closed; commands that still wait fail."""
+        """Close the connection; commands that still wait fail."""
         reader = self._reader
         await self._drop(self._connection, ConnectionError("the connection was closed"))
         if reader is not None:
@@ -119,7 +119,7 @@ class SharedConnection:
             await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
 
     async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:
-        """The connection, where it is still the one in use, is closed, and whoever waits for an answer over it is told."""
+        """Close the connection, where it is still the one in use; commands that wait for an answer over it fail."""
         if connection is None or connection is not self._connection:
             return
         self._connection = None
@@ -133,7 +133,7 @@ class SharedConnection:
 
 
 def _seen(answer: asyncio.Future[Any]) -> None:
-    """So that nobody warns of an answer whose caller failed at the write."""
+    """Keep asyncio from warning of an answer whose caller failed at the write."""
     if not answer.cancelled():
         answer.exception()
 
@@ -206,7 +206,7 @@ class _Unrefused(Redis):
 
 
 def _cancellable(cls: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The connections of this class, without their loss of cancels.
+    """Return a class of connections like these, which lose no cancel.
 
     redis-py writes under `asyncio.wait_for`, which before Python 3.12 drops a cancel that comes while the write ends: a stream whose client
     has left would be kept for ever.

@@ -41,7 +41,7 @@ class Channel:
         self.confirmed = asyncio.Event()
 
     async def wait(self) -> None:
-        """It is confirmed. Raises TimeoutError where Redis is away; it will be as soon as Redis is back, and there is doubt then."""
+        """Wait until it is confirmed. Raises TimeoutError where Redis is away; once Redis is back it is confirmed and in doubt."""
         async with asyncio.timeout(CONFIRM_S):
             await self.confirmed.wait()
 
@@ -63,7 +63,7 @@ class Subscriber:
         self._heard = False
 
     def listen(self, name: str, on_message: Callable[[bytes], None], on_doubt: Callable[[], None]) -> Channel:
-        """Each message of the channel is passed on, once it is confirmed.
+        """Subscribe to a channel, and pass on its messages once it is confirmed.
 
         `on_doubt` is called where some may have been missed, and at every confirmation.
         """
@@ -72,7 +72,7 @@ class Subscriber:
         return channel
 
     def leave(self, name: str) -> None:
-        """Nothing of the channel is passed on any more."""
+        """Unsubscribe from a channel."""
         self._channels.pop(name.encode(), None)
         self._tell(name)
 
@@ -81,7 +81,7 @@ class Subscriber:
         self._news.set()
 
     async def run(self) -> None:
-        """Reads for ever; whatever happens to the connection, it is made anew."""
+        """Read messages until cancelled; connect again whatever happens to the connection."""
         wait_s = RECONNECT_S[0]
         while True:
             connection = self._make()
@@ -126,7 +126,7 @@ class Subscriber:
                 log.exception("listener_broke", channel=name.decode(errors="replace"))
 
     async def _ask(self, connection: Any) -> None:
-        """Redis is told of each channel that was taken up or left."""
+        """Send Redis each subscription and unsubscription."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -141,7 +141,7 @@ class Subscriber:
                     await connection.send_command("SUBSCRIBE", *taken)
 
     async def _doubt(self, connection: Any) -> None:
-        """Raises TimeoutError where Redis has fallen silent."""
+        """Raise TimeoutError where Redis does not answer a PING."""
         while True:
             self._heard = False
             await asyncio.sleep(PING_S)

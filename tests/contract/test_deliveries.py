@@ -64,7 +64,7 @@ async def test_deliveries_of_another_project_and_of_no_task_do_not_exist(api: Cl
 
 
 async def test_the_cms_may_be_called_back_wherever_it_is_and_nothing_beside_it(settings: Settings, redis: ArqRedis) -> None:
-    cms = msgspec.structs.replace(settings, payload_url="http://192.168.7.7:3000/api", payload_api_key="k", allow_private_urls="")
+    cms = msgspec.structs.replace(settings, payload_url="http://192.168.7.7:3000/api", payload_api_key="k", allow_private_urls=())
     async with served(cms) as api:
         assert (await api.submit(callback_url="http://192.168.7.7:3000/hooks/movieq")).status == 201
         for url in ("http://192.168.7.7:3001/hooks", "http://192.168.7.8:3000/hooks", "https://192.168.7.7/hooks"):

@@ -485,7 +485,7 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
 async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store) -> None:
     assert pubsub.PING_S == 15
     # else the secret that is kept in Redis is asked for each second, streams or not
-    async with served(msgspec.structs.replace(settings, signing_secret="a-secret-of-this-test")) as api:
+    async with served(msgspec.structs.replace(settings, signing_secret=(b"a-secret-of-this-test",))) as api:
         task_id = await Tasks(api, store).queued()
         async with api.events(task_id) as one, api.events(task_id) as other:
             await one.next()

@@ -383,7 +383,7 @@ async def test_an_events_url_that_has_expired_says_so(api: Client, signed: str) 
 
 
 async def test_a_signing_secret_is_rotated_without_an_address_losing_its_worth(settings: Settings, store: Store) -> None:
-    async def urls(secrets: str, *old: str) -> list[str]:
+    async def urls(secrets: tuple[bytes, ...], *old: str) -> list[str]:
         async with served(msgspec.structs.replace(settings, signing_secret=secrets, public_url="http://movieq.example")) as api:
             tasks = Tasks(api, store)
             task_id = await tasks.completed()
@@ -398,14 +398,14 @@ async def test_a_signing_secret_is_rotated_without_an_address_losing_its_worth(s
             ]
 
     found: list[int] = []
-    old = await urls("an old secret of ours")
-    new = await urls("a new secret of ours, an old secret of ours", *old)
+    old = await urls((b"an old secret of ours",))
+    new = await urls((b"a new secret of ours", b"an old secret of ours"), *old)
     assert found == [200, 200, 404]  # the file was never there
     found.clear()
-    await urls("a new secret of ours", *new)
+    await urls((b"a new secret of ours",), *new)
     assert found == [200, 200, 404]
     found.clear()
-    await urls("a new secret of ours", *old)
+    await urls((b"a new secret of ours",), *old)
     assert found == [403, 403, 403]
 
 

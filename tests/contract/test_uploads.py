@@ -46,7 +46,8 @@ def sound() -> bytes:
 
 def stored(settings: Settings) -> list[Path]:
     """Every file in the storage."""
-    return [path for path in Path(settings.storage).rglob("*") if path.is_file()]
+    assert isinstance(settings.storage, Path)
+    return [path for path in settings.storage.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

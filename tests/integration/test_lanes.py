@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from movieq.queue.keys import KEYS
-from movieq.queue.queries import Queries
+from movieq.queue.queries import Queries, Stranded
 from movieq.queue.records import Able
 from movieq.queue.repair import inconsistencies
-from movieq.queue.store import Claimed, Counts, Slot, Store, Stranded
+from movieq.queue.store import Claimed, Counts, Slot, Store
 from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus

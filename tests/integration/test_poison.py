@@ -22,7 +22,7 @@ from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.reporter import _Reporter
+from workers.reporter import Reporter
 from workers.retry import retry_delay_ms, unreadable_delay_ms
 from workers.running import Running
 from workers.slots import Group
@@ -466,7 +466,7 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
             raise ValueError("nor this")
 
     odd = Odd(store.redis)
-    reporter = _Reporter(odd, Running(claimed))
+    reporter = Reporter(odd, Running(claimed))
 
     async def shown() -> bool:
         reporter.say("drawing", stage="work")

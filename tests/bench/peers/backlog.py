@@ -78,7 +78,7 @@ def _argument(new: NewTask, name: str) -> Any:
 async def opened(stack: AsyncExitStack, url: str, database: int) -> Store:
     """A store in a database of its own."""
     store = Store(connect(f"{url}?db={database}", patient=True, max_connections=4))
-    stack.push_async_callback(store.aclose)
+    stack.push_async_callback(store.redis.aclose)
     return store
 
 
