@@ -242,7 +242,6 @@ async def test_doctor_finds_nothing_broken_in_a_good_installation(server: Valkey
         "Redis disk",
         "storage",
         "models",
-        "webhooks",
         "speech",
         "GPU",
         "PyAV",
@@ -258,7 +257,7 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
     (folder / "models.toml").write_text("[lamp]\nengine = 'candle'\n")
     code, out, _ = await movieq(
         "doctor", folder=folder, MOVIEQ_REDIS_URL="redis://127.0.0.1:1/0", MOVIEQ_STORAGE=str(folder / "file" / "media"),
-        MOVIEQ_MODELS="models.toml", MOVIEQ_WEBHOOK_SECRET="secret", MOVIEQ_DEVICES="cuda:9",
+        MOVIEQ_MODELS="models.toml", MOVIEQ_DEVICES="cuda:9",
         MOVIEQ_SPOOL=str(folder / "file" / "spool"), MOVIEQ_C2PA_REQUIRED="true",
     )  # fmt: skip
     assert code == 1
@@ -266,7 +265,6 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
         "Redis",
         "storage",
         "models",
-        "webhooks",
         "signatures",
         "devices",
         "spool",
