@@ -10,7 +10,7 @@ import sys
 import urllib.request
 
 from movieq.queue.connection import connect
-from movieq.queue.store import Store
+from movieq.queue.queries import Queries
 from movieq.settings import load
 from movieq.tasks.entities import WorkerState
 
@@ -25,12 +25,9 @@ def api(url: str) -> bool:
 
 async def worker() -> bool:
     """A worker of this host was heard of within the last 15 s."""
-    store = Store(connect(load().redis_url, patient=False))
-    try:
-        async with asyncio.timeout(WAIT_S):
-            rows = await store.workers()
-    finally:
-        await store.aclose()
+    settings = load()
+    async with asyncio.timeout(WAIT_S), connect(settings.redis_url, patient=False, prefix=settings.key_prefix) as redis:
+        rows = await Queries(redis).workers()
     return any(row.host == socket.gethostname() and row.status is not WorkerState.OFFLINE for row in rows)
 
 

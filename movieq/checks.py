@@ -25,7 +25,6 @@ from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from arq.connections import ArqRedis
 from arq.constants import in_progress_key_prefix, job_key_prefix, result_key_prefix, retry_key_prefix
 from redis.exceptions import (
     AuthenticationError,
@@ -38,10 +37,10 @@ from redis.exceptions import (
 
 from movieq import logs, settings
 from movieq.errors import SettingsError, causes
-from movieq.queue.connection import connect
+from movieq.queue.connection import Redis, connect
 from movieq.queue.keys import CHANNELS, keys
 from movieq.queue.refusals import Refusal, is_fault, refusal
-from movieq.settings import Settings, variable
+from movieq.settings import Bucket, Settings, variable
 
 CHECK_S: Final = 10.0
 REDIS_S: Final = 10.0
@@ -52,7 +51,7 @@ LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
 SKEW_S: Final = 2.0
 KEPT_MS: Final = 10_000
-"""How long a key that a check writes is kept."""
+"""How long a key that a check writes exists."""
 LEAST_REDIS: Final = (7, 0)
 """The first version that knows scripts with flags (`#!lua`)."""
 ACL_LINE: Final = 'README, "Operating it", has the ACL line'
@@ -94,7 +93,7 @@ class Mark(StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check found. `text` says what it is and, unless it is good, what to do; with `refuses`, nothing starts before it is mended."""
+    """What a check found. `text` says what is so and, unless that is good, what to do; with `refuses`, no process starts."""
 
     mark: Mark
     subject: str
@@ -116,8 +115,8 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
     `works`: whether it is a worker, or starts one.
     """
     found = [gpus(read), await asyncio.to_thread(spool, read)] if works else []
-    if read.bucket() is None and process != "up":  # a storage that is away is waited for
-        found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read), refuses=False))
+    if isinstance(read.storage, Path) and process != "up":  # a storage that is away is waited for
+        found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read.storage), refuses=False))
     if read.redis_url or process != "up":
         await reached(read)
         found += await server(read, process)
@@ -137,7 +136,7 @@ def unknown() -> list[Finding]:
 
 
 def nvml() -> Any | None:
-    """NVIDIA's library, ready for questions; None on a machine without a GPU of theirs."""
+    """Return NVIDIA's library, initialised; None on a machine without an NVIDIA GPU."""
     try:
         import pynvml
 
@@ -149,7 +148,7 @@ def nvml() -> Any | None:
 
 
 def devices(setting: str) -> list[str]:
-    """ "cuda:0", ... of MOVIEQ_DEVICES: all that there are for `auto`, none for `cpu`. Raises SettingsError for one that is not there."""
+    """Return the devices of MOVIEQ_DEVICES, such as "cuda:0": all for `auto`, none for `cpu`. Raises SettingsError for a missing one."""
     library = None if setting == "cpu" else nvml()
     count = 0 if library is None else int(library.nvmlDeviceGetCount())
     there = [f"cuda:{number}" for number in range(count)]
@@ -179,9 +178,9 @@ def spool(read: Settings) -> Finding:
     return folder(Path(read.spool) if read.spool else Path(tempfile.gettempdir()), "spool", variable("spool"))
 
 
-def storage(read: Settings) -> Finding:
+def storage(path: Path) -> Finding:
     """Check that results can be stored in the folder of MOVIEQ_STORAGE."""
-    return folder(Path(read.storage), "storage", variable("storage"))
+    return folder(path, "storage", variable("storage"))
 
 
 def folder(path: Path, subject: str, name: str) -> Finding:
@@ -230,11 +229,10 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
                 raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
         finally:
             await client.aclose()
-            await client.connection_pool.disconnect()
         await asyncio.sleep(AGAIN_S)
 
 
-def _client(read: Settings) -> ArqRedis:
+def _client(read: Settings) -> Redis:
     """Return a client that fails at once where it is refused, but waits for a slow server: a TLS handshake over a long distance, say."""
     client = connect(read.redis_url, patient=False)
     client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
@@ -303,7 +301,7 @@ _CERTIFICATE: Final = {
 
 
 async def _speaks(url: str, *, tls: bool) -> bool:
-    """Whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
+    """Return whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
     parts = urlsplit(url)
     context = ssl.create_default_context() if tls else None
     if context is not None:
@@ -343,7 +341,6 @@ async def server(read: Settings, process: str) -> list[Finding]:
         return [Finding(Mark.BROKEN, "Redis", f"{variable('redis_url')}: {await trouble(error, read.redis_url)}")]
     finally:
         await client.aclose()
-        await client.connection_pool.disconnect()
 
 
 async def _asked(call: Any) -> dict[str, Any]:
@@ -369,7 +366,7 @@ def _answers(info: dict[str, Any]) -> Finding:
     return Finding(Mark.GOOD, "Redis", f"{name} answers")
 
 
-async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) -> Finding:
+async def _eviction(client: Redis, info: dict[str, Any], *, allowed: bool) -> Finding:
     policy = info.get("maxmemory_policy") or (await _asked(client.config_get("maxmemory-policy"))).get("maxmemory-policy")
     if policy is None:
         return Finding(Mark.NOTE, "Redis memory", "the server does not show its maxmemory-policy: make sure that it is noeviction")
@@ -381,7 +378,7 @@ async def _eviction(client: ArqRedis, info: dict[str, Any], *, allowed: bool) ->
     return Finding(Mark.BROKEN, "Redis memory", f"{text} (to start anyway: {variable('allow_eviction')}=true)", refuses=True)
 
 
-async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
+async def _persistence(client: Redis, info: dict[str, Any]) -> Finding:
     config = {**await _asked(client.config_get("appendfsync")), **await _asked(client.config_get("save"))}
     cure = "CONFIG SET appendonly yes, and the same in its configuration"
     if not info:
@@ -400,12 +397,12 @@ async def _persistence(client: ArqRedis, info: dict[str, Any]) -> Finding:
     return Finding(mark, "Redis disk", f"append-only file on, appendfsync {fsync}: {_FSYNC.get(fsync, 'unknown')}")
 
 
-def _names(read: Settings, client: ArqRedis) -> Mapping[str, str]:
+def _names(read: Settings, client: Redis) -> Mapping[str, str]:
     """Return the keys and channels of this installation."""
     return keys(read.key_prefix, int(client.connection_pool.connection_kwargs.get("db") or 0))
 
 
-async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Finding:
+async def _writes(read: Settings, client: Redis, info: dict[str, Any]) -> Finding:
     """Check that a script can write now, to a key of its own that expires."""
     try:
         await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
@@ -415,7 +412,7 @@ async def _writes(read: Settings, client: ArqRedis, info: dict[str, Any]) -> Fin
 
 
 def _why_refused(error: Exception, info: dict[str, Any]) -> str:
-    """Why the server refuses writes, with what only its INFO tells, and what to do."""
+    """Return why the server refuses writes, with what its INFO says, and what to do."""
     text = str(error)
     if isinstance(error, NoPermissionError) or "ACL failure" in text:
         return f"its user lacks a right: {text.partition(' script: ')[0]}; {ACL_LINE}"
@@ -430,7 +427,7 @@ def _why_refused(error: Exception, info: dict[str, Any]) -> str:
             return f"{reason} ({code}): {cure}"
 
 
-async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
+async def _rights(read: Settings, client: Redis) -> list[Finding]:
     """Find rights that movieq needs and the user of the url lacks: each command is sent in a form that changes nothing."""
     ours = _names(read, client)
     key = ours["check"] + secrets.token_hex(8)
@@ -466,14 +463,14 @@ async def _rights(read: Settings, client: ArqRedis) -> list[Finding]:
     return [Finding(Mark.BROKEN, "Redis rights", f"its user lacks what movieq needs: ACL SETUSER {user} {' '.join(missing)}")]
 
 
-async def _set(client: ArqRedis, key: str) -> bool:
+async def _set(client: Redis, key: str) -> bool:
     try:
         return bool(await client.set(key, "x", px=KEPT_MS))
     except ResponseError:
         return False
 
 
-async def _clock(client: ArqRedis) -> Finding:
+async def _clock(client: Redis) -> Finding:
     """Check that the clock of this machine agrees with that of Redis, but for what the round trip can explain."""
     before_s = time.time()
     seconds, micros = await client.time()
@@ -499,7 +496,7 @@ _APART: Final = {
 """Settings that must be the same in every process, and what breaks where they differ."""
 
 
-async def _same(read: Settings, process: str, client: ArqRedis) -> list[Finding]:
+async def _same(read: Settings, process: str, client: Redis) -> list[Finding]:
     """Compare with the api and the worker that started last, and note the settings of this process. Redis holds salted hashes of them."""
     name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py: a union of its sync and its async form
     try:
@@ -551,13 +548,12 @@ def _difference(field: str, mine: Started, sort: str, other: Started) -> Finding
 
 def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[str]]:
     """Return salted, slow hashes of the settings that must be the same; for a folder, of the mark in it, since paths say little."""
-    found = {"signing_secret": [secret.decode() for secret in read.signing_secrets()] or [""]}
-    webhook = [part.strip() for part in read.webhook_secret.split(",")]
-    if process == "worker" or webhook != [""]:  # other processes sign no webhooks, and may lack the secret
-        found["webhook_secret"] = webhook
-    if bucket := read.bucket():
-        found["storage"] = [f"{bucket.endpoint} {bucket.name} {bucket.prefix}"]
-    elif mark := _mark_of(Path(read.storage), make=process != "doctor"):
+    found = {"signing_secret": [secret.decode() for secret in read.signing_secret] or [""]}
+    if process == "worker" or read.webhook_secret:  # other processes sign no webhooks, and may lack the secret
+        found["webhook_secret"] = list(read.webhook_secret) or [""]
+    if isinstance(place := read.storage, Bucket):
+        found["storage"] = [f"{place.endpoint} {place.name} {place.prefix}"]
+    elif mark := _mark_of(place, make=process != "doctor"):
         found["storage"] = [mark]
     return {
         field: [hashlib.scrypt(f"{field} {part}".encode(), salt=salt, n=2**12, r=8, p=1, dklen=8).hex() for part in parts]

@@ -6,6 +6,7 @@ defaults and sentences; a test compares the three.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import hashlib
 import io
@@ -31,6 +32,8 @@ from movieq.tasks.wire import PROJECT_PATTERN
 PREFIX: Final = "MOVIEQ_"
 MIN_SECRET: Final = 16
 """Fewest characters of a signing secret: a shorter one can be guessed from a single url."""
+MIN_SECRET_BYTES: Final = 16
+"""Of a webhook secret: Standard Webhooks recommends 24 to 64; below 128 bits a secret can be guessed."""
 _SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _NEAR: Final = 0.85
 """How similar to a setting a name without the prefix must be to count as a typing error."""
@@ -38,6 +41,8 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _OF_REDIS: Final = {"db", "client_name"}
 _OF_TLS: Final = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 """The query parameters that a Redis url may have. Others that redis-py takes would change the form of its answers."""
+
+Network = IPv4Network | IPv6Network
 
 
 class PayloadMode(StrEnum):
@@ -65,7 +70,7 @@ class LogLevel(StrEnum):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator decides."""
+    """What an operator decides, parsed. The `r2_` settings are part of the bucket of `storage`."""
 
     redis_url: Annotated[str, Meta(description="Redis or Valkey: redis://host:6379/0, or unix:///path; unset: `up` starts its own")] = ""
     key_prefix: Annotated[
@@ -81,14 +86,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     public_url: Annotated[
         str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
     ] = ""
-    api_keys: Annotated[str, Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` makes one")] = ""
+    api_keys: Annotated[
+        dict[str, Grant], Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` makes one")
+    ] = {}
     signing_secret: Annotated[
-        str, Meta(description="Signs event and media urls; two, comma-separated, while rotating, new first; unset: one is kept in Redis")
-    ] = ""
-    webhook_secret: Annotated[str, Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")] = (
-        ""
+        tuple[bytes, ...],
+        Meta(description="Signs event and media urls; two, comma-separated, while rotating, new first; unset: one is kept in Redis"),
+    ] = ()
+    webhook_secret: Annotated[
+        tuple[str, ...], Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")
+    ] = ()
+    storage: Annotated[Path | Bucket, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = Path(
+        ".movieq/media"
     )
-    storage: Annotated[str, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = ".movieq/media"
     r2_endpoint: Annotated[str, Meta(description="Address of the S3 service: https://ACCOUNT.r2.cloudflarestorage.com, say")] = ""
     r2_access_key_id: Annotated[str, Meta(description="Access key of the bucket: it may read, write, list and delete there")] = ""
     r2_secret_access_key: Annotated[str, Meta(description="Secret of that access key")] = ""
@@ -98,7 +108,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine: Annotated[EngineChoice, Meta(description="What makes tasks that name no model: auto, diffusers or animatic")] = (
         EngineChoice.AUTO
     )
-    queues: Annotated[str, Meta(description="Queues that a worker serves, comma-separated; unset: those that its machine fits")] = ""
+    queues: Annotated[
+        tuple[Kind, ...], Meta(description="Queues that a worker serves, comma-separated; unset: those that its machine fits")
+    ] = ()
     devices: Annotated[str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1")] = "auto"
     cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
     drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
@@ -109,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         10_000
     )
     max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Waiting tasks of all projects together; 0: no limit")] = 0
-    project_weights: Annotated[str, Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = ""
+    project_weights: Annotated[dict[str, float], Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = {}
     keep_tasks_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that an ended task is kept; 0: for ever")] = 30.0
     keep_media_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that the files of a result are kept; 0: for ever")] = 0.0
     file_tags: Annotated[bool, Meta(description="Whether files say in their tags by which prompt, seed and model they were made")] = True
@@ -120,8 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     c2pa_required: Annotated[bool, Meta(description="Whether nothing unsigned may be published; a worker without a certificate ends")] = (
         False
     )
-    allow_private_urls: Annotated[str, Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")] = ""
-    cors_origins: Annotated[str, Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ""
+    allow_private_urls: Annotated[
+        tuple[Network, ...], Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")
+    ] = ()
+    cors_origins: Annotated[tuple[str, ...], Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ()
     payload_url: Annotated[str, Meta(description="PayloadCMS that results go to, the address above /media: https://cms.example/api")] = ""
     payload_api_key: Annotated[str, Meta(description="API key of a user of the CMS who may read, create and delete media")] = ""
     payload_users: Annotated[str, Meta(description="Collection of the CMS that this user is in")] = "users"
@@ -135,101 +149,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
     log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO
 
-    def private_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        """The networks of `allow_private_urls`. Raises SettingsError."""
-        try:
-            return tuple(ip_network(part, strict=False) for part in _parts(self.allow_private_urls))
-        except ValueError as error:
-            raise SettingsError(f"{PREFIX}ALLOW_PRIVATE_URLS: {error}; it takes networks such as 127.0.0.0/8, 10.1.2.3") from None
-
-    def bucket(self) -> Bucket | None:
-        """The bucket of `storage`; None where that is a folder. Raises SettingsError."""
-        if not self.storage.startswith("s3://"):
-            if re.match(r"[A-Za-z0-9+.-]+://|s3:", self.storage):
-                raise SettingsError(f"{PREFIX}STORAGE: {self.storage[:200]!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
-            return None
-        name, _, prefix = self.storage.removeprefix("s3://").rstrip("/").partition("/")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) or not re.fullmatch(rf"({_SEGMENT}(/{_SEGMENT})*)?", prefix):
-            raise SettingsError(f"{PREFIX}STORAGE: {self.storage!r} is no s3://BUCKET or s3://BUCKET/PREFIX of A-Z a-z 0-9 . _ -")
-        for field in ("r2_endpoint", "r2_public_url"):
-            split = _split(getattr(self, field))
-            url = split and split[0]
-            if url is None or (url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query)):
-                raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a user or a query")
-        missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if not getattr(self, f)]
-        if missing:
-            raise SettingsError(f"{PREFIX}STORAGE: {self.storage} needs {', '.join(missing)} too")
-        return Bucket(
-            name,
-            f"{prefix}/" if prefix else "",
-            self.r2_endpoint.rstrip("/"),
-            self.r2_access_key_id,
-            self.r2_secret_access_key,
-            self.r2_public_url.rstrip("/"),
-        )
-
-    def signing_secrets(self) -> tuple[bytes, ...]:
-        """Return the secrets of `signing_secret`: the first signs, all verify. Raises SettingsError, which never shows one."""
-        secrets = _parts(self.signing_secret)
-        for position, secret in enumerate(secrets, 1):
-            if len(secret) < MIN_SECRET:
-                raise SettingsError(
-                    f"{PREFIX}SIGNING_SECRET: secret {position} of {len(secrets)} is shorter than {MIN_SECRET} characters; "
-                    "make one with: openssl rand -base64 32"
-                )
-        return tuple(secret.encode() for secret in secrets)
-
-    def kinds(self) -> tuple[Kind, ...]:
-        """The queues of `queues`. Raises SettingsError."""
-        try:
-            return tuple(Kind(part) for part in _parts(self.queues))
-        except ValueError as error:
-            raise SettingsError(f"{PREFIX}QUEUES: {error}; it takes {', '.join(Kind)}") from None
-
-    def weights(self) -> dict[str, float]:
-        """The weights of `project_weights`. Raises SettingsError."""
-        found: dict[str, float] = {}
-        for part in _parts(self.project_weights):
-            project, _, weight = part.partition("=")
-            if not re.fullmatch(PROJECT_PATTERN, project) or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight) or float(weight) == 0:
-                raise SettingsError(f"{PREFIX}PROJECT_WEIGHTS: {part!r} is no project=weight, such as film=3")
-            found[project] = float(weight)
-        return found
-
-    def origins(self) -> list[str]:
-        """Return the origins of `cors_origins`. Raises SettingsError for one that no browser sends."""
-        origins = _parts(self.cors_origins)
-        for origin in origins:
-            if origin != "*" and (sent := _as_sent(origin)) != origin:
-                example = sent or "https://app.example"
-                raise SettingsError(
-                    f"{PREFIX}CORS_ORIGINS: {origin!r} is not an origin as browsers send it: scheme and host, a port only where it is not "
-                    f"the scheme's default, no path and no final slash; write {example}, or * for every origin"
-                )
-        return origins
-
     def own_origins(self) -> tuple[str, ...]:
-        """Addresses of the installation's own servers, which may be called wherever they are."""
+        """Return the addresses of the installation's own servers, which may be contacted wherever they are."""
         return (self.payload_url,) if self.payload_url else ()
-
-    def keys(self) -> dict[str, Grant]:
-        """The API keys of `api_keys` and what each may. Raises SettingsError that names the position, never the key."""
-        grants: dict[str, Grant] = {}
-        for position, part in enumerate(_parts(self.api_keys), 1):
-            head, _, scopes_text = part.partition("/")
-            key, restricted, projects_text = head.partition("=")
-            if not re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", key):
-                raise SettingsError(f"{PREFIX}API_KEYS: key {position} must be 16 or more of A-Z a-z 0-9 _ . ~ -")
-            projects = projects_text.split("|") if restricted else []
-            if any(not re.fullmatch(PROJECT_PATTERN, project) for project in projects):
-                raise SettingsError(f"{PREFIX}API_KEYS: a project of key {position} does not match {PROJECT_PATTERN}")
-            try:
-                scopes = frozenset(Scope(name) for name in scopes_text.split("+")) if scopes_text else None
-            except ValueError:
-                raise SettingsError(f"{PREFIX}API_KEYS: a scope of key {position} is none of {', '.join(Scope)}") from None
-            default = frozenset({Scope.READ, Scope.SUBMIT}) if restricted else frozenset(Scope)
-            grants[key] = Grant(frozenset(projects) if restricted else None, scopes or default)
-        return grants
 
 
 class Bucket(msgspec.Struct, frozen=True):
@@ -237,19 +159,19 @@ class Bucket(msgspec.Struct, frozen=True):
 
     name: str
     prefix: str
-    endpoint: str
-    key_id: str
-    secret: str
+    endpoint: str = ""
+    key_id: str = ""
+    secret: str = ""
     public_url: str = ""
 
 
 def key_hash(key: str) -> str:
-    """The hash by which an API key is known. Keys are random and long, so a plain hash will do."""
+    """Return the hash by which an API key is known. Keys are random and long, so a plain hash will do."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Scope(StrEnum):
-    """What a key may: `read` states and events, `submit` tasks (also cancel, retry, upload), `admin` the rest."""
+    """What a key may do: `read` states and events, `submit` tasks (also cancel, retry, upload), `admin` the rest."""
 
     READ = "read"
     SUBMIT = "submit"
@@ -257,18 +179,18 @@ class Scope(StrEnum):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What a key may; `projects` None means all."""
+    """What a key may do; `projects` is None for all projects."""
 
     projects: frozenset[str] | None
     scopes: frozenset[Scope]
 
     def allows(self, project_id: str) -> bool:
-        """Whether the key belongs to the project."""
+        """Return whether the key belongs to the project."""
         return self.projects is None or project_id in self.projects
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     return PREFIX + field.upper()
 
 
@@ -282,23 +204,22 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
         try:
             text.encode()
             if text:
-                values[field.name] = _converted(text, field.type)
+                parse = _PARSERS.get(field.name)
+                values[field.name] = parse(text) if parse else _converted(text, field.type)
+        except SettingsError as error:
+            problems.append(error.message)
         except UnicodeEncodeError:
             problems.append(f"{variable(field.name)}: its value is not UTF-8; set it in a UTF-8 locale")
         except ValueError:
             problems.append(f"{variable(field.name)}: {_allowed(field.type)} is allowed, got {text[:40]!r}")
-    settings = Settings(**values)
-    checks: list[Callable[[], object]] = [settings.private_networks, settings.kinds, settings.keys, settings.weights, settings.bucket]
-    checks += [settings.signing_secrets, settings.origins, lambda: _check_public_url(settings.public_url)]
-    checks += [lambda: _check_redis_url(settings.redis_url)]
-    for check in checks:
+    if isinstance(bucket := values.get("storage"), Bucket):
         try:
-            check()
+            values["storage"] = _with_service(bucket, values)
         except SettingsError as error:
             problems.append(error.message)
     if problems:
         raise SettingsError("; ".join(problems))
-    return settings
+    return Settings(**values)
 
 
 def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> dict[str, str]:
@@ -372,6 +293,126 @@ def _allowed(kind: Any) -> str:
     return "true or false"
 
 
+# ── Values with a form of their own ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ip_network(part, strict=False) for part in _parts(text))
+    except ValueError as error:
+        raise SettingsError(f"{PREFIX}ALLOW_PRIVATE_URLS: {error}; it takes networks such as 127.0.0.0/8, 10.1.2.3") from None
+
+
+def _storage(text: str) -> Path | Bucket:
+    """Return the folder, or the bucket without its service."""
+    if not text.startswith("s3://"):
+        if re.match(r"[A-Za-z0-9+.-]+://|s3:", text):
+            raise SettingsError(f"{PREFIX}STORAGE: {text[:200]!r} is neither a folder nor s3://BUCKET or s3://BUCKET/PREFIX")
+        return Path(text)
+    name, _, prefix = text.removeprefix("s3://").rstrip("/").partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) or not re.fullmatch(rf"({_SEGMENT}(/{_SEGMENT})*)?", prefix):
+        raise SettingsError(f"{PREFIX}STORAGE: {text!r} is no s3://BUCKET or s3://BUCKET/PREFIX of A-Z a-z 0-9 . _ -")
+    return Bucket(name, f"{prefix}/" if prefix else "")
+
+
+def _with_service(bucket: Bucket, values: Mapping[str, str]) -> Bucket:
+    """Return the bucket with the S3 service that the `r2_` settings name."""
+    for field in ("r2_endpoint", "r2_public_url"):
+        split = _split(values.get(field, ""))
+        url = split and split[0]
+        if url is None or (url.geturl() and (url.scheme not in ("http", "https") or not url.hostname or url.username or url.query)):
+            raise SettingsError(f"{variable(field)}: it takes an address such as https://files.example.com, without a user or a query")
+    missing = [variable(f) for f in ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key") if f not in values]
+    if missing:
+        place = f"s3://{bucket.name}/{bucket.prefix}".rstrip("/")
+        raise SettingsError(f"{PREFIX}STORAGE: {place} needs {', '.join(missing)} too")
+    return msgspec.structs.replace(
+        bucket,
+        endpoint=values["r2_endpoint"].rstrip("/"),
+        key_id=values["r2_access_key_id"],
+        secret=values["r2_secret_access_key"],
+        public_url=values.get("r2_public_url", "").rstrip("/"),
+    )
+
+
+def _signing_secrets(text: str) -> tuple[bytes, ...]:
+    """Return the secrets: the first signs, all verify. An error never shows one."""
+    secrets = _parts(text)
+    for position, secret in enumerate(secrets, 1):
+        if len(secret) < MIN_SECRET:
+            raise SettingsError(
+                f"{PREFIX}SIGNING_SECRET: secret {position} of {len(secrets)} is shorter than {MIN_SECRET} characters; "
+                "make one with: openssl rand -base64 32"
+            )
+    return tuple(secret.encode() for secret in secrets)
+
+
+def _webhook_secrets(text: str) -> tuple[str, ...]:
+    """Return the secrets, the newest first. An error counts to the wrong one and never shows it."""
+    secrets = tuple(part.strip() for part in text.split(","))
+    for position, secret in enumerate(secrets, 1):
+        try:
+            fits = secret.startswith("whsec_") and len(base64.b64decode(secret.removeprefix("whsec_"), validate=True)) >= MIN_SECRET_BYTES
+        except ValueError:  # not base64, or not ASCII
+            fits = False
+        if not fits:
+            raise SettingsError(
+                f"{PREFIX}WEBHOOK_SECRET: secret {position} of {len(secrets)} is not whsec_ and the base64 of {MIN_SECRET_BYTES} or more "
+                'bytes; make one with: echo "whsec_$(openssl rand -base64 32)"'
+            )
+    return secrets
+
+
+def _kinds(text: str) -> tuple[Kind, ...]:
+    try:
+        return tuple(Kind(part) for part in _parts(text))
+    except ValueError as error:
+        raise SettingsError(f"{PREFIX}QUEUES: {error}; it takes {', '.join(Kind)}") from None
+
+
+def _weights(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in _parts(text):
+        project, _, weight = part.partition("=")
+        if not re.fullmatch(PROJECT_PATTERN, project) or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", weight) or float(weight) == 0:
+            raise SettingsError(f"{PREFIX}PROJECT_WEIGHTS: {part!r} is no project=weight, such as film=3")
+        found[project] = float(weight)
+    return found
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    """Return the origins. Raises SettingsError for one that no browser sends."""
+    origins = _parts(text)
+    for origin in origins:
+        if origin != "*" and (sent := _as_sent(origin)) != origin:
+            example = sent or "https://app.example"
+            raise SettingsError(
+                f"{PREFIX}CORS_ORIGINS: {origin!r} is not an origin as browsers send it: scheme and host, a port only where it is not "
+                f"the scheme's default, no path and no final slash; write {example}, or * for every origin"
+            )
+    return tuple(origins)
+
+
+def _grants(text: str) -> dict[str, Grant]:
+    """Return what each API key may do. An error names the position, never the key."""
+    grants: dict[str, Grant] = {}
+    for position, part in enumerate(_parts(text), 1):
+        head, _, scopes_text = part.partition("/")
+        key, restricted, projects_text = head.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", key):
+            raise SettingsError(f"{PREFIX}API_KEYS: key {position} must be 16 or more of A-Z a-z 0-9 _ . ~ -")
+        projects = projects_text.split("|") if restricted else []
+        if any(not re.fullmatch(PROJECT_PATTERN, project) for project in projects):
+            raise SettingsError(f"{PREFIX}API_KEYS: a project of key {position} does not match {PROJECT_PATTERN}")
+        try:
+            scopes = frozenset(Scope(name) for name in scopes_text.split("+")) if scopes_text else None
+        except ValueError:
+            raise SettingsError(f"{PREFIX}API_KEYS: a scope of key {position} is none of {', '.join(Scope)}") from None
+        default = frozenset({Scope.READ, Scope.SUBMIT}) if restricted else frozenset(Scope)
+        grants[key] = Grant(frozenset(projects) if restricted else None, scopes or default)
+    return grants
+
+
 # ── Addresses ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -400,17 +441,18 @@ def _as_sent(origin: str) -> str | None:
     return f"{parts.scheme}://{shown}" + (f":{port}" if port and port != _DEFAULT_PORTS.get(parts.scheme) else "")
 
 
-def _check_public_url(url: str) -> None:
+def _public_url(url: str) -> str:
     split = _split(url)
-    if url and (split is None or split[0].scheme not in ("http", "https") or not split[0].hostname or re.search(r"[?#@\s]", url)):
+    if split is None or split[0].scheme not in ("http", "https") or not split[0].hostname or re.search(r"[?#@\s]", url):
         raise SettingsError(f"{PREFIX}PUBLIC_URL: {url[:200]!r} is not an address such as https://movieq.example; write that of the API")
+    return url.rstrip("/")
 
 
-def _check_redis_url(url: str) -> None:
-    """Raise SettingsError, which shows no password, for a url that redis-py would misread silently or fail on later."""
-    problem = _redis_url_problem(url) if url else None
-    if problem:
+def _redis_url(url: str) -> str:
+    """Return the url. Raises SettingsError, which shows no password, for one that redis-py would misread silently or fail on later."""
+    if problem := _redis_url_problem(url):
         raise SettingsError(f"{PREFIX}REDIS_URL: {problem}; it takes redis://USER:PASSWORD@HOST:6379/0, rediss:// for TLS, or unix:///path")
+    return url
 
 
 def _redis_url_problem(url: str) -> str | None:
@@ -457,3 +499,18 @@ def _redis_url_problem(url: str) -> str | None:
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "redis_url": _redis_url,
+    "public_url": _public_url,
+    "api_keys": _grants,
+    "signing_secret": _signing_secrets,
+    "webhook_secret": _webhook_secrets,
+    "storage": _storage,
+    "queues": _kinds,
+    "project_weights": _weights,
+    "allow_private_urls": _networks,
+    "cors_origins": _origins,
+}
+"""How a setting is parsed whose value is no number, bool, choice or plain text. Each raises SettingsError."""

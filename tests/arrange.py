@@ -5,18 +5,33 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 
+from movieq.fetch.download import Fetcher
+from movieq.queue.files import Files
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, NewTask, Slot, Store
+from movieq.settings import Settings, load, variable
+from movieq.storage.base import Storage
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import GENERATE_IMAGE, PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId
+from workers.delivery import DeliveryParts
 from workers.protocol import Done, Run
+from workers.running import Parts
 from workers.supervisor import Child, Progress
 
 _nonces = itertools.count()
 CPU = [Slot((Kind.CPU_INTENSIVE,))]
+
+
+def settings_of(**texts: str) -> Settings:
+    """Return the settings of an environment with these variables."""
+    return load({variable(name): text for name, text in texts.items()}, Path("/nonexistent"))
 
 
 def raw(store: Store) -> Any:
@@ -80,6 +95,18 @@ def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask
 async def claim(store: Store, worker: str = "w1", slots: int = 1) -> list[Claimed]:
     """What a worker with free slots gets."""
     return await store.claim(worker, f"nonce{next(_nonces)}", CPU * slots)
+
+
+def parts(store: Store, storage: Storage, fetcher: Fetcher, spool: Path, **rest: Any) -> Parts:
+    """Return what a run works with."""
+    return Parts(store, Queries(store.redis), Files(store.redis), storage, fetcher, spool, **rest)
+
+
+def delivery_parts(
+    store: Store, storage: Storage, session: aiohttp.ClientSession, secrets: tuple[str, ...] = (), **rest: Any
+) -> DeliveryParts:
+    """Return what a delivery works with."""
+    return DeliveryParts(store.redis, Outbox(store.redis), Queries(store.redis), storage, session, secrets, **rest)
 
 
 async def ran(child: Child, request: Run, on_message: Callable[[Progress], None] = lambda message: None) -> Done:

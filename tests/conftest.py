@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from arq.connections import ArqRedis
 
 from movieq.local.embedded import Valkey, valkey
-from movieq.queue.connection import connect
+from movieq.queue.connection import Redis, connect
 from movieq.queue.store import Store
 from movieq.settings import Bucket
 from tests.seaweed import KEY_ID, SECRET, Seaweed, seaweed
@@ -89,21 +88,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def redis(server: Valkey) -> AsyncIterator[ArqRedis]:
+async def redis(server: Valkey) -> AsyncIterator[Redis]:
     """A client of an empty Valkey."""
-    client = connect(server.url, patient=True)
-    await client.flushall()
-    yield client
-    await client.aclose()
-    await client.connection_pool.disconnect()
+    async with connect(server.url, patient=True) as client:
+        await client.flushall()
+        yield client
 
 
 @pytest.fixture
-async def store(redis: ArqRedis) -> AsyncIterator[Store]:
+def store(redis: Redis) -> Store:
     """The store of an empty Valkey."""
-    made = Store(redis)
-    yield made
-    await made.aclose()
+    return Store(redis)
 
 
 @pytest.fixture

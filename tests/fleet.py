@@ -125,7 +125,7 @@ async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator
             process.popen.wait()
             if process.popen.stdout is not None:
                 process.popen.stdout.close()
-        await store.aclose()
+        await store.redis.aclose()
         valkey.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
@@ -15,21 +16,14 @@ from typing import Final
 from arq import func
 
 from movieq import assembly, checks, credentials, logs
-from movieq.delivery import payload, webhooks
 from movieq.delivery.payload import Payload
 from movieq.errors import SettingsError, first_of
 from movieq.fetch.download import Fetcher
-from movieq.fetch.guard import Guard
-from movieq.models import table as models
-from movieq.queue.connection import connect
-from movieq.queue.pubsub import Subscriber
 from movieq.queue.records import Able
-from movieq.queue.store import Store
 from movieq.settings import Settings, variable
-from movieq.storage.open import opened
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Kind
-from workers.delivery import HELD_S, Outbox, deliver
+from workers.delivery import HELD_S, DeliveryParts, deliver
 from workers.execute import run_task
 from workers.finished import Kept
 from workers.host import Host
@@ -47,64 +41,83 @@ log = logs.get()
 
 
 async def serve(settings: Settings) -> None:
-    """Runs a worker of these settings until a signal ends it. Raises SettingsError."""
-    settings_secrets = webhooks.parse_secrets(settings.webhook_secret)
-    table = models.load(settings.models)
+    """Run a worker of these settings until a signal ends it. Raises SettingsError."""
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
-    cms = payload.configured(settings)
-    redis = connect(settings.redis_url, patient=True, prefix=settings.key_prefix)
-    store = Store(redis, settings.key_prefix)
-    guard = Guard(settings.private_networks(), settings.own_origins())
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
     with _spool(settings) as folder:
+        for child in children:
+            child.spool = folder
         async with (
-            Fetcher(guard) as fetcher,
-            guard.session() as session,
-            assembly.signing_secrets(settings, store) as signing_secrets,
-            opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
+            assembly.opened(settings, settings.public_url, patient=True) as found,
+            Fetcher(found.guard) as fetcher,
+            found.guard.session() as session,
         ):
-            kept = Kept(folder.parent)
-            machine = Host(folder, len(children))
-            places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
-            for child in children:
-                child.spool = folder
+            kept, machine = Kept(folder.parent), Host(folder, len(children))
+            parts = Parts(
+                found.store,
+                found.queries,
+                found.files,
+                found.storage,
+                fetcher,
+                folder,
+                found.models,
+                provenance,
+                kept,
+                found.cms.address if found.cms else "",
+                machine,
+                (folder.parent, *((settings.storage.absolute(),) if isinstance(settings.storage, Path) else ())),
+            )
+            cms = Payload(found.cms, session) if found.cms else None
             worker = Worker(
                 worker_id=worker_id,
-                store=store,
-                subscriber=Subscriber(settings.redis_url, store.keys["events"]),
+                store=found.store,
+                queries=found.queries,
+                subscriber=found.subscriber,
                 children=children,
                 drain_s=settings.drain_s,
-                weights=settings.weights(),
+                weights=settings.project_weights,
                 kept=kept,
-                able=Able(tuple(REGISTRY.tasks), tuple(table)),
+                able=Able(tuple(REGISTRY.tasks), tuple(found.models)),
                 machine=machine,
-                retention=Retention(worker_id, store, storage, settings),
+                retention=Retention(worker_id, found.store, found.files, found.storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in REGISTRY.tasks),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
-                queue_name=store.keys["deliveries"],
-                redis_pool=redis,
+                queue_name=found.redis.default_queue_name,
+                redis_pool=found.redis,
                 max_jobs=DELIVERIES,
-                job_serializer=redis.job_serializer,
-                job_deserializer=redis.job_deserializer,
+                job_serializer=found.redis.job_serializer,
+                job_deserializer=found.redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else "", machine, places),
-                    "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
+                    "parts": parts,
+                    "delivery_parts": DeliveryParts(
+                        found.redis, found.outbox, found.queries, found.storage, session, settings.webhook_secret, folder, cms
+                    ),
                 },
             )
             worker.in_progress_timeout_s = HELD_S
             worker.on_signal = _gone_within
+            await _work(worker, found)
+
+
+async def _work(worker: Worker, found: assembly.Installation) -> None:
+    """Run the worker until it ends. Raises SettingsError where no engine can work."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(found.follow_signing_secret())
             try:
                 await worker.async_run()
-            except BaseExceptionGroup as group:
-                if (unfit := group.subgroup(ChildUnfit)) is None:
-                    raise
-                raise SettingsError(f"an engine cannot work on this machine: {first_of(unfit)}") from None
             finally:
-                await worker.close()
+                following.cancel()
+    except BaseExceptionGroup as group_error:
+        if (unfit := group_error.subgroup(ChildUnfit)) is None:
+            raise
+        raise SettingsError(f"an engine cannot work on this machine: {first_of(unfit)}") from None
+    finally:
+        await worker.close()
 
 
 @contextmanager
@@ -137,8 +150,8 @@ def _leave() -> None:
 def _children(settings: Settings) -> list[Child]:
     """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
     devices = checks.devices(settings.devices)
-    on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.kinds() or list(Kind) if kind is not Kind.CPU_INTENSIVE)
-    on_cpu = settings.kinds() or (Kind.CPU_INTENSIVE,)
+    on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.queues or list(Kind) if kind is not Kind.CPU_INTENSIVE)
+    on_cpu = settings.queues or (Kind.CPU_INTENSIVE,)
     if devices:
         on_cpu = tuple(kind for kind in on_cpu if kind is Kind.CPU_INTENSIVE)
     places = [(device.replace("cuda:", "gpu"), on_gpu, device) for device in devices]

@@ -28,8 +28,9 @@ from movieq import logs
 from movieq.delivery import payload, webhooks
 from movieq.delivery.payload import Document, Payload
 from movieq.errors import CmsFault, StorageFault
-from movieq.queue.store import Store
-from movieq.settings import Settings
+from movieq.queue.connection import Redis
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.storage.base import Storage
 from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
 from movieq.tasks.results import MEDIA_URL_S, utc
@@ -58,14 +59,15 @@ log = logs.get()
 _EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}
 
 
-class Outbox(msgspec.Struct, frozen=True):
-    """What deliveries work with. `cms` is None where there is none; files for it pass through `spool`, or the system's temporary folder."""
+class DeliveryParts(msgspec.Struct, frozen=True):
+    """What a delivery works with. `cms` is None where there is none; its files pass through `spool`, or the system's temporary folder."""
 
-    store: Store
+    redis: Redis
+    outbox: Outbox
+    queries: Queries
     storage: Storage
     session: aiohttp.ClientSession
     secrets: tuple[str, ...]
-    settings: Settings
     spool: Path | None = None
     cms: Payload | None = None
     deposits: asyncio.Semaphore = msgspec.field(default_factory=lambda: asyncio.Semaphore(DEPOSITS))
@@ -85,10 +87,10 @@ class _Tried(msgspec.Struct, frozen=True):
 
 async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
     """The arq function of a delivery: the receiver has it, or refused it for good, or arq is asked to come again."""
-    outbox: Outbox = ctx["outbox"]
+    parts: DeliveryParts = ctx["delivery_parts"]
     try:
-        async with _held(outbox.store, ctx["job_id"]):
-            await _deliver(outbox, delivery_id)
+        async with _held(parts.redis, ctx["job_id"]):
+            await _deliver(parts, delivery_id)
     except (Retry, asyncio.CancelledError):
         raise
     except (RedisError, OSError, TimeoutError) as error:
@@ -105,8 +107,8 @@ def wait_s(tries: int) -> float:
     return SCHEDULE_S[min(tries, len(SCHEDULE_S) - 1)] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # spreads load, hides nothing
 
 
-async def _deliver(outbox: Outbox, delivery_id: str) -> None:
-    delivery = await outbox.store.begin(delivery_id)
+async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
+    delivery = await parts.outbox.begin(delivery_id)
     if delivery == "wait":
         raise Retry(defer=TURN_S)
     if delivery is None:
@@ -114,25 +116,25 @@ async def _deliver(outbox: Outbox, delivery_id: str) -> None:
     with logs.bound(task_id=delivery.task_id, project_id=delivery.project_id):
         if delivery.state is not DeliveryState.PENDING:
             if delivery.doubt:
-                await _remove_doubles(outbox, delivery_id, delivery)
+                await _remove_doubles(parts, delivery_id, delivery)
             return
         if delivery.kind is DeliveryKind.WEBHOOK:
-            tried = await _send(outbox, delivery_id, delivery)
-        elif outbox.deposits.locked():
+            tried = await _send(parts, delivery_id, delivery)
+        elif parts.deposits.locked():
             raise Retry(defer=random.uniform(*BUSY_S))  # noqa: S311  # spreads load, hides nothing
         else:
-            async with outbox.deposits:
-                tried = await _deposit(outbox, delivery_id, delivery)
-        await _note(outbox, delivery_id, delivery, tried)
+            async with parts.deposits:
+                tried = await _deposit(parts, delivery_id, delivery)
+        await _note(parts, delivery_id, delivery, tried)
 
 
-async def _note(outbox: Outbox, delivery_id: str, delivery: Delivery, tried: _Tried) -> None:
+async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, tried: _Tried) -> None:
     tries = delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
     facts = {"delivery_id": delivery_id, "kind": delivery.kind, "url": logs.without_query(delivery.url), "tries": tries}
     over = not tried.ok and (tried.final or tries >= TRIES)
     state = DeliveryState.DELIVERED if tried.ok else DeliveryState.FAILED if over else DeliveryState.PENDING
     made = None if state is DeliveryState.PENDING else tried.media_id  # else a document is still to be pointed at it
-    known = await outbox.store.delivered(delivery_id, state, tries, tried.status, tried.problem, made)
+    known = await parts.outbox.delivered(delivery_id, state, tries, tried.status, tried.problem, made)
     match state:
         case DeliveryState.DELIVERED:
             log.info("deliver", **facts, status=tried.status)
@@ -143,19 +145,19 @@ async def _note(outbox: Outbox, delivery_id: str, delivery: Delivery, tried: _Tr
             log.warning("deliver_again", **facts, problem=tried.problem, again_in_s=round(again_s, 1))
             raise Retry(defer=again_s)
     if tried.doubt or (made is not None and known not in (None, made)):  # or another worker was faster with the same delivery
-        await outbox.store.doubt(delivery_id, True)
+        await parts.outbox.doubt(delivery_id, True)
         raise Retry(defer=DOUBT_S)
 
 
 @asynccontextmanager
-async def _held(store: Store, job_id: str) -> AsyncIterator[None]:
+async def _held(redis: Redis, job_id: str) -> AsyncIterator[None]:
     """No other worker takes the job, for as long as the block runs and half a minute after this worker died in it."""
 
     async def hold() -> None:
         while True:
             await asyncio.sleep(HELD_S / 3)
             with contextlib.suppress(RedisError, OSError, TimeoutError):
-                await store.redis.pexpire(in_progress_key_prefix + job_id, int(HELD_S * 1000))
+                await redis.pexpire(in_progress_key_prefix + job_id, int(HELD_S * 1000))
 
     holding = asyncio.create_task(hold())
     try:
@@ -167,10 +169,10 @@ async def _held(store: Store, job_id: str) -> AsyncIterator[None]:
 # ── Webhooks ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _send(outbox: Outbox, delivery_id: str, delivery: Delivery) -> _Tried:
-    body = msgspec.json.encode(webhook(delivery, outbox.storage))
-    headers = webhooks.headers(outbox.secrets, delivery_id, int(time.time()), body)
-    outcome = await webhooks.send(outbox.session, delivery.url, body, headers)
+async def _send(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Tried:
+    body = msgspec.json.encode(webhook(delivery, parts.storage))
+    headers = webhooks.headers(parts.secrets, delivery_id, int(time.time()), body)
+    outcome = await webhooks.send(parts.session, delivery.url, body, headers)
     return _Tried(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)
 
 
@@ -205,20 +207,20 @@ def webhook(delivery: Delivery, storage: Storage) -> Webhook:
 # ── The CMS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _deposit(outbox: Outbox, delivery_id: str, delivery: Delivery) -> _Tried:
+async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Tried:
     """The CMS has a document of the result, and the one that the task's metadata name points at it."""
     media_id, doubt = delivery.media_id, delivery.doubt
     try:
-        if outbox.cms is None:
+        if parts.cms is None:
             raise CmsFault("this worker knows no CMS: MOVIEQ_PAYLOAD_URL is not set where it runs")
         if media_id is None:
-            known = await outbox.cms.find(delivery.task_id)
-            document = known[0] if known else await _create(outbox, outbox.cms, delivery_id, delivery)
-            await _check_size(outbox.cms, document, delivery)
+            known = await parts.cms.find(delivery.task_id)
+            document = known[0] if known else await _create(parts, parts.cms, delivery_id, delivery)
+            await _check_size(parts.cms, document, delivery)
             media_id, doubt = document.id, doubt or len(known) > 1
-            await outbox.store.doubt(delivery_id, doubt, media_id)
+            await parts.outbox.doubt(delivery_id, doubt, media_id)
         if (target := payload.target(delivery.metadata)) is not None:
-            await outbox.cms.point(target, media_id)
+            await parts.cms.point(target, media_id)
     except CmsFault as fault:
         wait = webhooks.retry_after_s(fault.retry_after, time.time()) if fault.retry_after else None
         return _Tried(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
@@ -237,39 +239,39 @@ async def _check_size(cms: Payload, document: Document, delivery: Delivery) -> N
         raise CmsFault(f"the CMS kept {document.filesize} of {media.size_bytes} bytes: see its log, and the disk of its `staticDir`")
 
 
-async def _create(outbox: Outbox, cms: Payload, delivery_id: str, delivery: Delivery) -> Document:
+async def _create(parts: DeliveryParts, cms: Payload, delivery_id: str, delivery: Delivery) -> Document:
     assert delivery.result is not None
     media = delivery.result.media[0]
-    url = outbox.storage.result(delivery.result, int(time.time()) + MEDIA_URL_S).media_url
-    fields = cms.cms.document(delivery, await outbox.store.task_data(delivery.task_id), url)
+    url = parts.storage.result(delivery.result, int(time.time()) + MEDIA_URL_S).media_url
+    fields = cms.cms.document(delivery, await parts.queries.task_data(delivery.task_id), url)
     name = f"{media.media_type}-{delivery.task_id}{Path(media.key).suffix}"
-    with tempfile.TemporaryDirectory(dir=outbox.spool, prefix=f"{delivery_id}-") as folder:
+    with tempfile.TemporaryDirectory(dir=parts.spool, prefix=f"{delivery_id}-") as folder:
         file = None
         if cms.takes_files:
             file = Path(folder) / "file"
-            if await outbox.storage.open(media.key, file) is None:
+            if await parts.storage.open(media.key, file) is None:
                 raise CmsFault("the file is not in the storage any more", final=True)
-        await outbox.store.doubt(delivery_id, True)
+        await parts.outbox.doubt(delivery_id, True)
         try:
             return await cms.create(fields, file, name, media.content_type)
         except CmsFault as fault:
             if fault.status is not None and fault.status < 500 and not delivery.doubt:
-                await outbox.store.doubt(delivery_id, False)  # it said no: there is none
+                await parts.outbox.doubt(delivery_id, False)  # it said no: there is none
             raise
 
 
-async def _remove_doubles(outbox: Outbox, delivery_id: str, delivery: Delivery) -> None:
+async def _remove_doubles(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> None:
     """Of the documents that tries with a lost answer have made, only the one is left that the task's result names."""
-    task = await outbox.store.task(delivery.task_id)
+    task = await parts.queries.task(delivery.task_id)
     kept = task.result.payload_media_id if task is not None and task.result is not None else None
-    if outbox.cms is None or kept is None:
+    if parts.cms is None or kept is None:
         return
     try:
-        for document in await outbox.cms.find(delivery.task_id):
+        for document in await parts.cms.find(delivery.task_id):
             if document.id != kept:
-                await outbox.cms.remove(document.id)
+                await parts.cms.remove(document.id)
                 log.info("double_removed", delivery_id=delivery_id, media_id=document.id)
     except CmsFault as fault:
         log.warning("doubles_not_removed", delivery_id=delivery_id, problem=fault.message)
         raise Retry(defer=wait_s(len(SCHEDULE_S) // 2)) from None
-    await outbox.store.doubt(delivery_id, False)
+    await parts.outbox.doubt(delivery_id, False)

@@ -35,7 +35,8 @@ from movieq.errors import (
     causes,
 )
 from movieq.models import table as models
-from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Counts, Store
+from movieq.queue.files import Files
+from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Counts
 from movieq.tasks import params
 from movieq.tasks.entities import Task
 from movieq.tasks.params import Params
@@ -88,7 +89,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
                 parts.host.proven()
         except RunLost:
             log.info("run_lost", attempt=task.attempt)
-            await _disown(parts.store, running)
+            await _disown(parts.files, running)
         except ChildDied as death:
             counts, limit = (Counts.DRAIN, 0) if death.blameless else (Counts.DEATHS, DEATHS_LIMIT)
             await _give_back(parts, running, counts, limit, death.message, WorkerLost.code, death)
@@ -109,7 +110,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
         except asyncio.CancelledError:
             if running.reason in ("cancelled", "lost"):
                 log.info("run_stopped", reason=running.reason, attempt=task.attempt)
-                await _disown(parts.store, running)
+                await _disown(parts.files, running)
             else:
                 why = "its worker was busy for longer than it looked" if running.reason == "late" else "its worker was stopped"
                 await _give_back(parts, running, Counts.DRAIN, 0, why, WorkerLost.code)
@@ -342,12 +343,12 @@ def _the_last_word() -> Iterator[None]:
         log.exception("script_failed")
 
 
-async def _disown(store: Store, running: Running) -> None:
+async def _disown(files: Files, running: Running) -> None:
     """What the run stored will be deleted, also what came after the orphans of its end were: it may have stood still for hours."""
     if running.prefix is not None:
         prefix = running.prefix
         with _the_last_word():
-            await _ended(running, lambda: store.add_orphan(prefix))
+            await _ended(running, lambda: files.add_orphan(prefix))
 
 
 async def _fail(parts: Parts, running: Running, error: str, code: str) -> None:

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from movieq import logs
-from movieq.queue.store import Store
+from movieq.queue.queries import Queries
 from movieq.storage.folder import sync
 from movieq.tasks.states import RunToken, TaskId, TaskStatus
 from workers.protocol import Done
@@ -94,12 +94,12 @@ class Kept:
             with contextlib.suppress(OSError):
                 os.utime(made.folder)
 
-    async def sweep(self, store: Store, committed_s: float = COMMITTED_S) -> None:
+    async def sweep(self, queries: Queries, committed_s: float = COMMITTED_S) -> None:
         """Folders whose time is over are gone."""
         if not (ages := await asyncio.to_thread(self._ages_s)):
             return
         tasks_of = {folder: TaskId(folder.name.removeprefix(PREFIX).partition(".")[0]) for folder in ages}
-        states = {task.task_id: task.status for task in await store.tasks(list(tasks_of.values()))}
+        states = {task.task_id: task.status for task in await queries.tasks(list(tasks_of.values()))}
         for folder, age_s in ages.items():
             # one that this Redis does not know may be another installation's
             over = states.get(tasks_of[folder]) in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)

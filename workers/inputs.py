@@ -29,7 +29,7 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
 
 
 async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:
-    upload = await parts.store.upload(upload_id)
+    upload = await parts.files.upload(upload_id)
     if upload is None or upload.project_id != project_id or await parts.storage.open(upload.key, dest) is None:
         raise InputUnavailable(f"{reference}: this project has no such upload (uploads are kept for seven days)")
 
@@ -37,7 +37,7 @@ async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_
 async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
     if other_id == task_id:
         raise InputUnavailable(f"{reference}: a task cannot use its own result")
-    other = await parts.store.task(TaskId(other_id))
+    other = await parts.queries.task(TaskId(other_id))
     if other is None or other.project_id != project_id:
         raise InputUnavailable(f"{reference}: this project has no such task")
     if other.status is not TaskStatus.COMPLETED or other.result is None:

@@ -17,6 +17,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from movieq import logs
+from movieq.queue.files import Files
 from movieq.queue.refusals import is_fault
 from movieq.queue.store import Store
 from movieq.settings import Settings
@@ -49,9 +50,10 @@ log = logs.get()
 class Retention:
     """What a worker deletes, and when. `run` goes on until it is cancelled."""
 
-    def __init__(self, worker_id: str, store: Store, storage: Storage, settings: Settings) -> None:
+    def __init__(self, worker_id: str, store: Store, files: Files, storage: Storage, settings: Settings) -> None:
         self._worker_id = worker_id
         self._store = store
+        self._files = files
         self._storage = storage
         self._tasks_s = settings.keep_tasks_days * DAY_S
         self._media_s = settings.keep_media_days * DAY_S
@@ -126,11 +128,11 @@ class Retention:
         now_s = time.monotonic()
         self._failed = {prefix: again_s for prefix, again_s in self._failed.items() if again_s > now_s - AGAIN_S}
         deleted = skip = 0
-        while prefixes := await self._store.due_orphans(FILES_AT_ONCE, skip):
+        while prefixes := await self._files.due_orphans(FILES_AT_ONCE, skip):
             now_s = time.monotonic()
             tried = [prefix for prefix in prefixes if self._failed.get(prefix, 0) <= now_s]
             gone = await self._deleted(tried)
-            await self._store.forget_orphans(gone)
+            await self._files.forget_orphans(gone)
             for prefix in gone:
                 self._failed.pop(prefix, None)
             deleted += len(gone)

@@ -10,6 +10,8 @@ import msgspec
 
 from movieq.fetch.download import Fetcher
 from movieq.models.table import Model
+from movieq.queue.files import Files
+from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, Store
 from movieq.storage.base import Storage
 from movieq.tasks.entities import Task
@@ -26,6 +28,8 @@ class Parts(msgspec.Struct, frozen=True):
     """What a run works with."""
 
     store: Store
+    queries: Queries
+    files: Files
     storage: Storage
     fetcher: Fetcher
     spool: Path

@@ -32,6 +32,7 @@ from movieq import logs
 from movieq.errors import RunLost
 from movieq.models import table as models
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.records import Able
 from movieq.queue.refusals import log_failure
 from movieq.queue.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Claimed, Counts, Slot, Store
@@ -80,6 +81,7 @@ class Worker(ArqWorker):
         *,
         worker_id: str,
         store: Store,
+        queries: Queries,
         subscriber: Subscriber,
         children: list[Child],
         drain_s: float,
@@ -93,6 +95,7 @@ class Worker(ArqWorker):
         super().__init__(**arq)
         self.worker_id = worker_id
         self.store = store
+        self._queries = queries
         self.children = children
         self.runs: dict[RunToken, Running] = {}
         self._subscriber = subscriber
@@ -182,12 +185,12 @@ class Worker(ArqWorker):
                 await self.store.leave(self.worker_id)
                 await self.pool.delete(self.health_check_key)
                 if self._kept:
-                    await self._kept.sweep(self.store, committed_s=0)
+                    await self._kept.sweep(self._queries, committed_s=0)
         except Exception as error:
             log_failure("leave_failed", error)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
-        await self.store.aclose()
+        await self.store.redis.aclose()
 
     # ── Taking work ──
 
@@ -415,7 +418,7 @@ class Worker(ArqWorker):
     async def _sweep_kept(self) -> None:
         while self._kept is not None:
             try:
-                await self._kept.sweep(self.store)
+                await self._kept.sweep(self._queries)
             except Exception as error:
                 log_failure("sweep_kept_failed", error)
             await asyncio.sleep(SWEEP_S)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import msgspec
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -22,18 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.events import ProjectEvents, TaskEvents
-from movieq.api.key_cache import Keys
+from movieq.api.key_cache import KeyCache
 from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
-from movieq.fetch.guard import Guard
-from movieq.models import table as models
-from movieq.queue.connection import connect
-from movieq.queue.pubsub import Subscriber
 from movieq.queue.refusals import is_fault, log_failure, refusal
 from movieq.queue.store import TIDY_S, Store
 from movieq.settings import Settings
-from movieq.storage.open import opened
 from movieq.streams.hub import Hub
 from movieq.tasks.wire import ErrorAnswer, FieldError
 
@@ -43,7 +39,7 @@ _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNo
 
 
 def create(settings: Settings, public_url: str) -> Starlette:
-    """The API of these settings; `public_url` is where clients reach it."""
+    """Return the application of these settings; `public_url` is where clients reach it."""
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
         *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
@@ -73,11 +69,11 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/movieq.d.ts", web.script_types),
     ]
     middleware = [Middleware(_Log)]
-    if settings.origins():
+    if settings.cors_origins:
         middleware.append(
             Middleware(
                 _Cors,
-                allow_origins=settings.origins(),
+                allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["X-API-Key", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
                 expose_headers=["Idempotent-Replayed", "Retry-After", "Location"],
@@ -103,38 +99,26 @@ def create(settings: Settings, public_url: str) -> Starlette:
 
 @asynccontextmanager
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
-    redis = connect(settings.redis_url, patient=False, prefix=settings.key_prefix)
-    store = Store(redis, settings.key_prefix)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(store.aclose)
-        secrets = await stack.enter_async_context(assembly.signing_secrets(settings, store))
-        subscriber = Subscriber(settings.redis_url, store.keys["events"])
-        storage = await stack.enter_async_context(opened(settings, public_url, secrets, patient=False))
-        readiness = Readiness(store, storage, allow_eviction=settings.allow_eviction)
-        stack.push_async_callback(readiness.aclose)
+    async with assembly.opened(settings, public_url, patient=False) as found, asyncio.TaskGroup() as group:
         app.state.api = state = Api(
-            settings=settings,
+            **msgspec.structs.asdict(found),
             public_url=public_url,
-            models=models.load(settings.models),
-            store=store,
-            storage=storage,
-            hub=Hub(store, subscriber, lambda event_type, data: state.render(event_type, data)),
-            keys=Keys(settings.keys(), store),
-            guard=Guard(settings.private_networks(), settings.own_origins()),
-            signing_secrets=secrets,
+            hub=Hub(found.queries, found.subscriber, lambda event_type, data: state.render(event_type, data)),
+            keys=KeyCache(settings.api_keys, found.api_keys),
             started_s=time.monotonic(),
-            readiness=readiness,
+            readiness=Readiness(found.store, found.queries, found.storage, group, allow_eviction=settings.allow_eviction),
         )
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(each) for each in (subscriber.run(), state.hub.run(), _tidy(store))]
-            yield
-            state.hub.close()
-            for task in running:
-                task.cancel()
+        works = (found.subscriber.run(), found.follow_signing_secret(), state.hub.run(), _tidy(found.store))
+        running = [group.create_task(work) for work in works]
+        yield
+        state.hub.close()
+        state.readiness.close()
+        for task in running:
+            task.cancel()
 
 
 async def _tidy(store: Store) -> None:
-    """So that dead leases, due retries and deadlines are acted on also where every worker is busy, or none is there."""
+    """Handle expired leases, due retries and deadlines also where every worker is busy, or there is none."""
     away = False
     while True:
         try:
@@ -150,7 +134,7 @@ async def _tidy(store: Store) -> None:
 
 
 def error_answer(error: RequestError) -> Response:
-    """The body of every error."""
+    """Return the answer to a request that is refused."""
     body = ErrorAnswer(error.code, error.message, now(), error.retryable, [FieldError(path, message) for path, message in error.errors])
     retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return answered(body, error.status, {**error.headers, **retry})
@@ -200,10 +184,10 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 class _Cors(CORSMiddleware):
-    """As Starlette's, but what it refuses has the body of every error."""
+    """Starlette's CORS middleware, with refusals in the form of every error."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to an OPTIONS request of a browser."""
+        """Return the answer to a browser's OPTIONS request."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
@@ -213,7 +197,7 @@ class _Cors(CORSMiddleware):
 
 
 class _Log:
-    """One line for each request at debug level: never the query, which may hold a signature."""
+    """Logs each request at debug level, without its query, which may hold a signature."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

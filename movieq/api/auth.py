@@ -1,4 +1,4 @@
-"""Who may do what: API keys from the settings and from Redis, in the order key, scope, project."""
+"""Authorisation: API keys from the settings and from Redis; a request is checked for its key, then the scope, then the project."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
-    """The holder of the request's key, who may do `scope`. Raises Unauthorized, Forbidden."""
+    """Return the holder of the request's key. Raises Unauthorized, and Forbidden for a key without `scope`."""
     key = request.headers.get("x-api-key")
     if key is None:
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -42,7 +42,7 @@ async def caller(request: HTTPConnection, scope: Scope) -> Caller:
 
 
 def path_task_id(request: HTTPConnection) -> TaskId:
-    """The task id of the path. Raises ValidationFailed for what is no UUID."""
+    """Return the task id of the path. Raises ValidationFailed where it is no UUID."""
     text = str(request.path_params["task_id"]).lower()
     if not _UUID.match(text):
         raise ValidationFailed("task_id: a UUID is expected, such as 123e4567-e89b-12d3-a456-426614174000")
@@ -50,17 +50,17 @@ def path_task_id(request: HTTPConnection) -> TaskId:
 
 
 async def task_of(request: HTTPConnection, scope: Scope) -> tuple[Task, Caller]:
-    """The task of the path, if the key may do `scope` with it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    """Return the task of the path and the caller, who may `scope` it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
     who = await caller(request, scope)
     task_id = path_task_id(request)
-    task = await api(request).store.task(task_id)
+    task = await api(request).queries.task(task_id)
     if task is None or not who.grant.allows(task.project_id):
         raise NotFound(f"no task {task_id}")
     return task, who
 
 
 async def project_of(request: HTTPConnection, scope: Scope) -> tuple[ProjectId, Caller]:
-    """The project of the path, if the key belongs to it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    """Return the project of the path and the caller, a member of it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
     who = await caller(request, scope)
     project_id = str(request.path_params["project_id"])
     if not re.fullmatch(PROJECT_PATTERN, project_id):

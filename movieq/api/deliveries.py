@@ -1,4 +1,4 @@
-"""What was told to the world, or is to be: the webhooks of a task and its way into the CMS."""
+"""A task's webhook and CMS deliveries, sent and pending."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ log = logs.get()
 
 
 async def deliveries(request: Request) -> Response:
-    """`GET /tasks/{task_id}/deliveries`: the oldest first."""
+    """`GET /tasks/{task_id}/deliveries`: list the deliveries of a task, the oldest first."""
     task, _ = await task_of(request, Scope.READ)
     only_query(request)
     return answered(DeliveriesAnswer(await _listed(request, task)))
 
 
 async def resend(request: Request) -> Response:
-    """`POST /tasks/{task_id}/deliveries/{delivery_id}/resend`: it is tried again, now; 200 with how far it is."""
+    """`POST /tasks/{task_id}/deliveries/{delivery_id}/resend`: send a delivery again now; 200 with its state."""
     task, _ = await task_of(request, Scope.ADMIN)
     only_query(request)
     delivery_id = request.path_params["delivery_id"]
-    await api(request).store.resend(task.task_id, delivery_id)
+    await api(request).outbox.resend(task.task_id, delivery_id)
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("resend", delivery_id=delivery_id)
     for each in await _listed(request, task):
@@ -40,7 +40,7 @@ async def resend(request: Request) -> Response:
 
 
 async def _listed(request: Request, task: Task) -> list[DeliveryAnswer]:
-    return [_answer(*each) for each in await api(request).store.deliveries(task.task_id)]
+    return [_answer(*each) for each in await api(request).outbox.deliveries(task.task_id)]
 
 
 def _answer(delivery_id: str, delivery: Delivery, due_ms: float | None) -> DeliveryAnswer:

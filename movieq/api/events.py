@@ -28,7 +28,7 @@ from movieq.api.auth import project_of, task_of
 from movieq.api.query import only_query, query_choices
 from movieq.api.state import Api, api, encode
 from movieq.errors import NotFound, RequestError, ValidationFailed
-from movieq.queue.store import LogState
+from movieq.queue.queries import LogState
 from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
 from movieq.streams.watchers import Facts, Opening, SocketWatcher, Source
@@ -54,10 +54,10 @@ _HEADERS: Final = [
 
 
 class TaskEvents:
-    """`GET /tasks/{task_id}/events`, with a key, or with the signature of an `events_url` from any origin."""
+    """`GET /tasks/{task_id}/events`: the stream of a task, with a key, or with the signature of an `events_url` from any origin."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the stream. Raises what makes an error answer before anything is sent."""
+        """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
@@ -71,10 +71,10 @@ class TaskEvents:
 
 
 class ProjectEvents:
-    """`GET /projects/{project_id}/events`, the same of all tasks of a project; `?task_type=` and `?status=` choose among them."""
+    """`GET /projects/{project_id}/events`: the stream of all tasks of a project; `?task_type=` and `?status=` filter it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the stream. Raises what makes an error answer before anything is sent."""
+        """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
@@ -82,7 +82,7 @@ class ProjectEvents:
             only_query(request, "after", "task_type", "status", "expires", "signature")
             after = _resume_point(request)
             wanted = _Wanted(query_choices(request, "task_type", REGISTRY.tasks), query_choices(request, "status", STATES))
-            if await movieq.store.project(project_id) is None:
+            if await movieq.queries.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
         source = Source.of_project(project_id)
         wants = wanted if wanted.task_types or wanted.statuses else None
@@ -90,7 +90,7 @@ class ProjectEvents:
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """Which events of a project a client gets: those of tasks of these types, and in these states, where any are named."""
+    """The filter of a project's stream: tasks of these types and in these states, where any are named."""
 
     task_types: frozenset[TaskType]
     statuses: frozenset[TaskStatus]
@@ -106,7 +106,7 @@ async def _stream(
     opening: Callable[[], Awaitable[Opening]],
     wants: Callable[[Facts], bool] | None = None,
 ) -> None:
-    """The head is sent, and the connection is a watcher's."""
+    """Send the head of the answer, and give the connection to a watcher."""
     headers, hub = _headers(request), api(request).hub
     if request.scope["method"] == "HEAD":
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -123,11 +123,11 @@ async def _stream(
 
 
 async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
-    state = await movieq.store.log_state(task.task_id)
+    state = await movieq.queries.log_state(task.task_id)
     place = _place(state, after)
     frames = _gap(state, after, {"task_id": task.task_id}) if place == "gap" else b""
     if place != "inside":
-        position = await movieq.store.position(task)
+        position = await movieq.queries.position(task)
         frames += frame(EventType.SNAPSHOT, movieq.snapshot(task, position))
     if state.last is None and task.status.ended:  # the log is gone: its last entry lives on in the task
         return Opening(frames + frame(EventType(task.status), movieq.ending(task), task.last_event_id), None)
@@ -135,13 +135,13 @@ async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
 
 
 async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None, wanted: _Wanted) -> Opening:
-    state = await movieq.store.log_state(Source.of_project(project_id).log)
+    state = await movieq.queries.log_state(Source.of_project(project_id).log)
     place = _place(state, after)
     if after is not None and place == "inside":
         return Opening(b"", pair(after))
     # the tasks are read after the log: what happens in between is in the snapshot, and comes again
-    project = await movieq.store.project(project_id)
-    active = await movieq.store.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
+    project = await movieq.queries.project(project_id)
+    active = await movieq.queries.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
     frames = _gap(state, after, {"project_id": project_id}) if place == "gap" else b""
     if project is not None:  # else its last task was swept a moment ago
         frames += frame(EventType.SNAPSHOT, movieq.project_snapshot(project, active, state.last))
@@ -153,7 +153,7 @@ def _gap(state: LogState, after: str | None, name: dict[str, str]) -> bytes:
 
 
 def _place(state: LogState, after: str | None) -> str:
-    """Where the resume point is: "none", "inside" the log, at its "start" with nothing missing between, or in a "gap"."""
+    """Return where the resume point is: "none", "inside" the log, at its "start" with nothing missing between, or in a "gap"."""
     if after is None:
         return "none"
     if state.first is None or state.last is None or pair(after) > pair(state.last):
@@ -164,7 +164,7 @@ def _place(state: LogState, after: str | None) -> str:
 
 
 def _resume_point(request: HTTPConnection) -> str | None:
-    """The id to continue after; the header of a reconnecting browser wins over the query. Raises ValidationFailed."""
+    """Return the id to continue after; the header of a reconnecting browser wins over the query. Raises ValidationFailed."""
     for name, text in (("Last-Event-ID", request.headers.get("last-event-id")), ("after", request.query_params.get("after"))):
         if text:
             if not _ID.fullmatch(text):
@@ -183,7 +183,7 @@ def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
 
 @contextlib.contextmanager
 def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
-    """A refusal of a signed address can be read by the page that asked, whatever its origin: movieq.js tells the page why it ends."""
+    """Let pages of any origin read the refusal of a signed address: movieq.js tells the page why the stream ends."""
     try:
         yield
     except RequestError as error:
@@ -199,7 +199,7 @@ async def _keyed_task(request: HTTPConnection) -> Task:
 async def _signed_task(movieq: Api, request: HTTPConnection) -> Task:
     task_id, query = TaskId(request.path_params["task_id"]), request.query_params
     signing.verify(movieq.signing_secrets, "events", task_id, query.get("expires", ""), query.get("signature", ""), time.time())
-    task = await movieq.store.task(task_id)
+    task = await movieq.queries.task(task_id)
     if task is None:
         raise NotFound(f"no task {task_id}")
     return task

@@ -26,7 +26,7 @@ from movieq.tasks.wire import CheckName, HealthAnswer, LiveAnswer, ReadyAnswer, 
 
 
 async def live(request: Request) -> Response:
-    """`GET /health/live`: 200 while this process answers. Checks nothing else, which a restart would not mend. Needs no key."""
+    """`GET /health/live`: 200 while this process answers. It checks nothing that a restart would not repair. Needs no key."""
     return answered(LiveAnswer("alive", now(), package.__version__, _uptime_s(request)))
 
 
@@ -43,8 +43,8 @@ async def health(request: Request) -> Response:
     movieq = api(request)
     uptime = _uptime_s(request)
     try:
-        workers = [row for row in await movieq.store.workers() if row.live]
-        sizes, stranded = await movieq.store.queue_sizes(), await movieq.store.stranded(workers)
+        workers = [row for row in await movieq.queries.workers() if row.live]
+        sizes, stranded = await movieq.queries.queue_sizes(), await movieq.queries.stranded(workers)
     except (RedisError, OSError):
         away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])
         return answered(away, 503, {"Retry-After": "2"})
@@ -61,7 +61,7 @@ def _uptime_s(request: Request) -> float:
 
 
 async def task_types(request: Request) -> Response:
-    """`GET /task-types`: what can be submitted here, with the JSON Schema of each task_data."""
+    """`GET /task-types`: list the task types, with the JSON Schema of each task_data."""
     movieq = api(request)
     await caller(request, Scope.READ)
     only_query(request)
@@ -83,7 +83,7 @@ async def task_types(request: Request) -> Response:
 
 
 def _inlined(schema: dict[str, object]) -> dict[str, object]:
-    """The schema as a plain object: the one definition that msgspec refers to, with the others beside it."""
+    """Return the schema without a reference at its top, with the other definitions beside it."""
     definitions = schema.get("$defs")
     if not isinstance(definitions, dict) or "$ref" not in schema:
         return schema

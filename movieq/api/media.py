@@ -23,7 +23,7 @@ _HEADERS = {
 
 
 async def media(request: Request) -> Response:
-    """`GET /media/{key}?expires=...&signature=...`. Raises Forbidden, NotFound."""
+    """`GET /media/{key}?expires=...&signature=...`: return a stored file. Raises Forbidden, NotFound."""
     storage = api(request).storage
     key, query = str(request.path_params["key"]), request.query_params
     if not isinstance(storage, FolderStorage):
@@ -37,7 +37,7 @@ async def media(request: Request) -> Response:
 
 
 class _File(FileResponse):
-    """As Starlette's, but what it refuses has the body of every error."""
+    """Starlette's file response, with refusals in the form of every error."""
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""`/openapi.json`, made from the Structs: what the code takes and answers, and nothing else."""
+"""`/openapi.json`, generated from the Structs that the API decodes and encodes."""
 
 from __future__ import annotations
 
@@ -73,30 +73,30 @@ OPERATIONS: Final = (
     Operation("get", "/health", "Health check", HealthAnswer, errors=(), also={503: HealthAnswer}),
     Operation("get", "/health/live", "Liveness: the process answers", LiveAnswer, errors=()),
     Operation("get", "/health/ready", "Readiness: tasks can be accepted and run", ReadyAnswer, errors=(), also={503: ReadyAnswer}),
-    Operation("post", "/tasks/submit", "Accept a task", Receipt, 201, SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
-    Operation("get", "/tasks/{task_id}/status", "The state of a task", TaskState, query={"wait": _WAIT}),
+    Operation("post", "/tasks/submit", "Submit a task", Receipt, 201, SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
+    Operation("get", "/tasks/{task_id}/status", "Get a task", TaskState, query={"wait": _WAIT}),
     Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
     Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
     Operation("delete", "/tasks/{task_id}", "Cancel a task", CancelAnswer),
     Operation("post", "/tasks/{task_id}/retry", "Queue a failed task again", Receipt, 201),
-    Operation("get", "/projects/{project_id}/tasks", "A page of a project's tasks, newest first", TaskPage, query=_PAGE),
-    Operation("get", "/workers/status", "Who works", WorkersAnswer),
+    Operation("get", "/projects/{project_id}/tasks", "List a project's tasks, newest first", TaskPage, query=_PAGE),
+    Operation("get", "/workers/status", "List workers", WorkersAnswer),
     Operation(
         "get",
         "/tasks/{task_id}/events",
-        "The progress of a task; 204 where nothing will follow",
+        "Stream a task's events; 204 where none will follow",
         None,
         query={"after": {"type": "string"}, **_SIGNED},
         answer_type="text/event-stream",
         also={204: None},
     ),
-    Operation("get", "/tasks/{task_id}/deliveries", "The webhooks of a task, and its way into the CMS", DeliveriesAnswer),
+    Operation("get", "/tasks/{task_id}/deliveries", "List a task's webhook and CMS deliveries, sent and pending", DeliveriesAnswer),
     Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", DeliveryAnswer),
-    Operation("get", "/projects/{project_id}", "A project and how many tasks it has in each state", ProjectState),
+    Operation("get", "/projects/{project_id}", "Get a project, with how many tasks it has in each state", ProjectState),
     Operation(
         "get",
         "/projects/{project_id}/events",
-        "The changes of a project's tasks, and their progress",
+        "Stream the events of a project's tasks",
         None,
         query={"after": {"type": "string"}, "task_type": _MANY, "status": _MANY, **_SIGNED},
         answer_type="text/event-stream",
@@ -104,30 +104,30 @@ OPERATIONS: Final = (
     Operation(
         "post",
         "/projects/{project_id}/uploads",
-        "Keep the bytes of an image or a sound for seven days",
+        "Upload an image or a sound, for seven days",
         UploadAnswer,
         201,
         "application/octet-stream",
         errors=(400, 401, 403, 413, 503),
     ),
-    Operation("get", "/queues", "What waits, what runs, for how long", QueuesAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/metrics", "Totals, rates in percent, average durations", MetricsAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/health", "What an operator should look at", TasksHealthAnswer, errors=(401, 403, 503)),
+    Operation("get", "/queues", "List the queues, with what waits and runs in each", QueuesAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/metrics", "Get totals, rates in percent and average durations", MetricsAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/health", "List alerts", TasksHealthAnswer, errors=(401, 403, 503)),
     Operation(
         "get",
         "/dead-letters",
-        "Tasks that were given up after their worker or engine died with them",
+        "List dead letters: tasks that failed because their engine or worker died three times",
         DeadLettersAnswer,
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}},
         errors=(400, 401, 403, 503),
     ),
-    Operation("delete", "/dead-letters/{task_id}", "List a dead letter no more", None, 204),
-    Operation("get", "/task-types", "What can be submitted here", TaskTypesAnswer),
+    Operation("delete", "/dead-letters/{task_id}", "Remove a dead letter", None, 204),
+    Operation("get", "/task-types", "List task types", TaskTypesAnswer),
 )
 
 
 async def openapi(request: Request) -> Response:
-    """`GET /openapi.json`."""
+    """`GET /openapi.json`: return the description of the API."""
     return answered(document(api(request).public_url))
 
 

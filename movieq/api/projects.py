@@ -1,4 +1,4 @@
-"""A project's tasks, and its uploads."""
+"""Projects, their tasks and their uploads."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ PAGES: Final = 1_000_000
 
 
 async def project(request: Request) -> Response:
-    """`GET /projects/{project_id}`."""
+    """`GET /projects/{project_id}`: return a project."""
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request)
     movieq = api(request)
-    found = await movieq.store.project(project_id)
+    found = await movieq.queries.project(project_id)
     if found is None:
         raise NotFound(f"no project {project_id}")
     return answered(movieq.project_state(found))
 
 
 async def tasks(request: Request) -> Response:
-    """`GET /projects/{project_id}/tasks`: a page, newest first."""
+    """`GET /projects/{project_id}/tasks`: list a page of a project's tasks, newest first."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request, "status", "task_type", "page", "limit")
     page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
     status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", REGISTRY.tasks)
-    found, total = await movieq.store.page(project_id, status, task_type, page, limit)
+    found, total = await movieq.queries.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [
         TaskRow(
@@ -64,7 +64,7 @@ async def tasks(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """`POST /projects/{project_id}/uploads`: raw bytes of an image or a sound, kept for seven days."""
+    """`POST /projects/{project_id}/uploads`: store an image or a sound, sent as raw bytes, for seven days."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
@@ -78,7 +78,7 @@ async def upload(request: Request) -> Response:
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
         # noted first: a file that no note leads to would stay for ever
-        await movieq.store.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
+        await movieq.files.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
         await movieq.storage.put(f"{prefix}/file", path, media_type)
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
 

@@ -1,4 +1,4 @@
-"""Query parameters, checked."""
+"""Read and check query parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Choice = TypeVar("Choice", TaskStatus, TaskType)
 
 
 def only_query(request: HTTPConnection, *names: str) -> None:
-    """Raises ValidationFailed for a query parameter that nothing reads, or that stands twice."""
+    """Raise ValidationFailed for an unknown query parameter, or one that stands twice."""
     for name in request.query_params:
         if name not in names:
             raise ValidationFailed(f"{name[:40]}: no such query parameter; there are: {', '.join(names) or 'none'}")
@@ -23,7 +23,7 @@ def only_query(request: HTTPConnection, *names: str) -> None:
 
 
 def query_int(request: HTTPConnection, name: str, default: int, least: int, most: int) -> int:
-    """A whole number of the query. Raises ValidationFailed."""
+    """Return a whole number of the query. Raises ValidationFailed."""
     text = request.query_params.get(name)
     if text is None:
         return default
@@ -33,13 +33,13 @@ def query_int(request: HTTPConnection, name: str, default: int, least: int, most
 
 
 def query_choice(request: HTTPConnection, name: str, values: Iterable[Choice]) -> Choice | None:
-    """One of these values. Raises ValidationFailed."""
+    """Return one of these values. Raises ValidationFailed."""
     text = request.query_params.get(name)
     return None if text is None else _chosen(name, text, values)
 
 
 def query_choices(request: HTTPConnection, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
-    """Any number of these values, comma-separated. Raises ValidationFailed."""
+    """Return any number of these values, comma-separated. Raises ValidationFailed."""
     text = request.query_params.get(name)
     return frozenset() if text is None else frozenset(_chosen(name, part.strip(), values) for part in text.split(","))
 

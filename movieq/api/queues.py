@@ -1,4 +1,4 @@
-"""For operators and autoscalers: the queues, the dead letters, totals, and what should be looked at."""
+"""Queues, dead letters, totals and alerts, for operators and autoscalers."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
 FULL_PERCENT: Final = 90.0
-"""When health raises an alert: the longest wait; the share of failures, of at least so many ended tasks; the share of Redis's memory."""
+"""Limits of the alerts: the longest wait, the share of failures among at least so many finished tasks, the share of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:
-    """`GET /queues`: what waits, what runs, for how long."""
+    """`GET /queues`: return how many tasks wait and run in each queue, and how long they wait."""
     await caller(request, Scope.ADMIN)
     only_query(request)
-    return answered(QueuesAnswer(await api(request).store.queues()))
+    return answered(QueuesAnswer(await api(request).queries.queues()))
 
 
 async def dead_letters(request: Request) -> Response:
-    """`GET /dead-letters`: tasks that were given up, latest first, of the key's projects."""
+    """`GET /dead-letters`: list the dead letters of the key's projects, latest first."""
     who = await caller(request, Scope.ADMIN)
     only_query(request, "limit")
     limit = query_int(request, "limit", 100, 1, 1000)
-    letters, total = await api(request).store.dead_letters(limit, who.grant.projects)
+    letters, total = await api(request).queries.dead_letters(limit, who.grant.projects)
     return answered(DeadLettersAnswer(letters, total))
 
 
 async def drop_dead_letter(request: Request) -> Response:
-    """`DELETE /dead-letters/{task_id}`: the task stays failed and is listed no more; 204."""
+    """`DELETE /dead-letters/{task_id}`: remove a task from the dead letters, and leave it failed; 204."""
     await task_of(request, Scope.ADMIN)
     task_id = path_task_id(request)
     if not await api(request).store.drop_dead_letter(task_id):
@@ -48,11 +48,11 @@ async def drop_dead_letter(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """`GET /tasks/metrics`: totals, rates in percent, average durations, GPU seconds."""
+    """`GET /tasks/metrics`: return totals, rates in percent, average durations, GPU seconds."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
-    totals = await movieq.store.totals(who.grant.projects)
+    totals = await movieq.queries.totals(who.grant.projects)
     return answered(
         MetricsAnswer(
             sum(totals.values()),
@@ -60,47 +60,47 @@ async def metrics(request: Request) -> Response:
             _percent(totals, TaskStatus.COMPLETED),
             _percent(totals, TaskStatus.FAILED),
             _percent(totals, TaskStatus.CANCELLED),
-            await movieq.store.average_durations_s(),
-            await movieq.store.gpu_seconds(who.grant.projects),
-            await movieq.store.passed_over(),
+            await movieq.queries.average_durations_s(),
+            await movieq.queries.gpu_seconds(who.grant.projects),
+            await movieq.queries.passed_over(),
         )
     )
 
 
 async def health(request: Request) -> Response:
-    """`GET /tasks/health`: what an operator should look at."""
+    """`GET /tasks/health`: list the alerts."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
-    alerts = await _alerts(movieq, await movieq.store.totals(who.grant.projects))
+    alerts = await _alerts(movieq, await movieq.queries.totals(who.grant.projects))
     return answered(TasksHealthAnswer("degraded" if alerts else "healthy", alerts))
 
 
 async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
     alerts = []
-    live = [row for row in await movieq.store.workers() if row.live]
+    live = [row for row in await movieq.queries.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
         alerts.append(Alert("redis_refuses_writes", redis.message))
     if movieq.readiness.evicts:
         alerts.append(Alert("redis_evicts", movieq.readiness.evicts))
-    memory = await movieq.store.memory()
+    memory = await movieq.queries.memory()
     if memory and memory.most and 100 * memory.used > FULL_PERCENT * memory.most:
         cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
         alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * memory.used / memory.most:.0f} % of its memory: {cure}"))
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
         alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
-    if astray := await movieq.store.astray():
+    if astray := await movieq.queries.astray():
         alerts.append(Alert("tasks_astray", f"{astray} queued tasks wait in no queue: `movieq doctor --repair` finds and mends them"))
-    alerts += [Alert("no_worker", each.text) for each in await movieq.store.stranded(live)]
-    for queue in await movieq.store.queues():
+    alerts += [Alert("no_worker", each.text) for each in await movieq.queries.stranded(live)]
+    for queue in await movieq.queries.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
         if waiting_s > OLDEST_WAITING_S:
             alerts.append(Alert("long_wait", f"the oldest task of {name} has waited for {waiting_s / 60:.0f} minutes"))
     failed = _percent(totals, TaskStatus.FAILED)
     if failed > FAILURES_PERCENT and sum(count for status, count in totals.items() if status.ended) >= FEWEST_ENDED:
         alerts.append(Alert("failures", f"{failed:.0f} % of the tasks that ended have failed"))
-    if (dead := (await movieq.store.dead_letters(1))[1]) > 0:
+    if (dead := (await movieq.queries.dead_letters(1))[1]) > 0:
         alerts.append(Alert("dead_letters", f"{dead} tasks were given up after their worker or engine died; see /dead-letters"))
     return alerts
 

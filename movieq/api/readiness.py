@@ -1,4 +1,4 @@
-"""Whether a task would be accepted and run now."""
+"""Whether a task can be accepted and run now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Final
 
 from redis.exceptions import RedisError, ResponseError
 
+from movieq import logs
 from movieq.checks import NOEVICTION
+from movieq.queue.queries import Queries
 from movieq.queue.refusals import refusal
 from movieq.queue.store import Store
 from movieq.storage.base import Storage
@@ -20,42 +22,45 @@ CHECK_S: Final = 3.0
 """How long a check may take."""
 AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` says what is wrong"
 
+log = logs.get()
+
 
 class Readiness:
-    """The results of the checks, which run one at a time and at most once a second, however many ask.
+    """Runs the checks, one round at a time and at most one a second, however many ask.
 
     Beside them, `evicts` says that Redis deletes keys when its memory is full, as the settings do not allow; it is empty otherwise.
     """
 
-    def __init__(self, store: Store, storage: Storage, *, allow_eviction: bool) -> None:
+    def __init__(self, store: Store, queries: Queries, storage: Storage, group: asyncio.TaskGroup, *, allow_eviction: bool) -> None:
+        """`group` owns the check of the storage, which may outlast the request that began it."""
         self.evicts = ""
         self._allow_eviction = allow_eviction
         self._store = store
+        self._queries = queries
         self._storage = storage
-        self._asking: asyncio.Task[list[Check]] | None = None
-        self._asked_s = 0.0
+        self._group = group
+        self._lock = asyncio.Lock()
+        self._found: dict[CheckName, Check] = {}
+        self._fresh_until_s = 0.0
         self._looking: asyncio.Task[bool] | None = None
 
     async def checks(self) -> dict[CheckName, Check]:
         """Return every check by its name."""
-        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_s >= FRESH_S):
-            self._asked_s = time.monotonic()
-            self._asking = asyncio.create_task(self._ask())
-        return {check.name: check for check in await asyncio.shield(self._asking)}
+        async with self._lock:
+            if time.monotonic() >= self._fresh_until_s:
+                self._found = await self._ask()
+                self._fresh_until_s = time.monotonic() + FRESH_S
+            return self._found
 
-    async def aclose(self) -> None:
-        """Stop checking."""
-        asked = [task for task in (self._asking, self._looking) if task is not None]
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+    def close(self) -> None:
+        """Cancel the check of the storage."""
+        if self._looking is not None:
+            self._looking.cancel()
 
-    async def _ask(self) -> list[Check]:
+    async def _ask(self) -> dict[CheckName, Check]:
         redis, storage, worker, self.evicts = await asyncio.gather(self._redis(), self._files(), self._worker(), self._eviction())
-        return [
-            Check(name, not message, message)
-            for name, message in ((CheckName.REDIS, redis), (CheckName.STORAGE, storage), (CheckName.WORKER, worker))
-        ]
+        found = {CheckName.REDIS: redis, CheckName.STORAGE: storage, CheckName.WORKER: worker}
+        return {name: Check(name, not message, message) for name, message in found.items()}
 
     async def _redis(self) -> str:
         try:
@@ -74,7 +79,7 @@ class Readiness:
             return ""
         try:
             async with asyncio.timeout(CHECK_S):
-                memory = await self._store.memory()
+                memory = await self._queries.memory()
         except (RedisError, OSError):
             return ""
         if memory is None or not memory.evicts:
@@ -84,18 +89,25 @@ class Readiness:
     async def _files(self) -> str:
         # a file system that hangs blocks its thread, so there is never more than one
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._storage.usable())
+            self._looking = self._group.create_task(self._usable())
         await asyncio.wait({self._looking}, timeout=CHECK_S)
         if not self._looking.done():
             return "the storage does not answer: `movieq doctor` says what is wrong"
-        if self._looking.exception() is not None or not self._looking.result():
+        if not self._looking.result():
             return "the storage cannot be used: check MOVIEQ_STORAGE and its free space; `movieq doctor` says what is wrong"
         return ""
+
+    async def _usable(self) -> bool:
+        try:
+            return await self._storage.usable()
+        except Exception:  # it would end the process, which can say what is wrong
+            log.exception("storage_check_failed")
+            return False
 
     async def _worker(self) -> str:
         try:
             async with asyncio.timeout(CHECK_S):
-                living = [row for row in await self._store.workers() if row.live]
+                living = [row for row in await self._queries.workers() if row.live]
         except (RedisError, OSError):
             return "the workers are unknown while Redis cannot be used"
         if any(row.problem is None for row in living):

@@ -1,4 +1,4 @@
-"""The API as a process: a socket, uvicorn, the ready line, and streams that are told when it ends."""
+"""The API as a process: its socket, uvicorn, the ready line, and the end of open streams."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from types import FrameType
 import httptools
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.lifespan.on import LifespanOn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from movieq.api import app
 from movieq.api.events import HAND_OVER, OLD_VERSIONS
-from movieq.errors import SettingsError, ValidationFailed
+from movieq.errors import Internal, SettingsError, ValidationFailed
 from movieq.settings import Settings
 from movieq.streams.watchers import SocketWatcher
 
@@ -26,12 +27,12 @@ SHUTDOWN_S = 5
 LAST_REQUESTS_S = 0.5
 """How long idle connections stay open at the end, so that a request on its way over one of them is answered."""
 OPEN_FILES = 65_536
-"""How many the process may have open, where it is allowed that many: each stream is one."""
+"""How many files the process may have open, where it is allowed that many: each stream is one."""
 READY = "movieq ready at "
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises SettingsError where the address cannot be had."""
+    """Return a listening socket; port 0 takes a free one. Raises SettingsError where the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only where the protocol is named
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,14 +46,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(sock: socket.socket) -> str:
-    """The url at which a client on this machine reaches the socket."""
+    """Return the url at which a client on this machine reaches the socket."""
     host, port = sock.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104  # shown, not bound
     return f"http://{shown}:{port}"
 
 
 def allow_open_files() -> int:
-    """The process may have as many files open as it is allowed to, up to `OPEN_FILES`: how many."""
+    """Raise the limit of open files as far as this process may, up to `OPEN_FILES`. Return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft == resource.RLIM_INFINITY or soft >= most:
@@ -62,10 +63,13 @@ def allow_open_files() -> int:
 
 
 async def serve(settings: Settings, sock: socket.socket) -> None:
-    """Serves the API until a signal ends it; prints the ready line when it takes requests."""
+    """Serve the API until a signal ends it; print the ready line when it takes requests. Raises Internal where a part of it dies."""
     allow_open_files()
-    public_url = settings.public_url.rstrip("/") or address(sock)
-    await _Server(app.create(settings, public_url), public_url).serve([sock])
+    public_url = settings.public_url or address(sock)
+    server = _Server(app.create(settings, public_url), public_url)
+    await server.serve([sock])
+    if server.failed:
+        raise Internal("a part of the API has failed: its log says which")
 
 
 class _Server(uvicorn.Server):
@@ -87,7 +91,7 @@ class _Server(uvicorn.Server):
         self._public_url = public_url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, and then the ready line."""
+        """Start as uvicorn does, then print the ready line."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
@@ -95,8 +99,17 @@ class _Server(uvicorn.Server):
             gc.freeze()  # what lives as long as the process need not be looked at again
             print(f"{READY}{self._public_url}", flush=True)  # noqa: T201  # the contract's one line
 
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end: as uvicorn does, and also where a task of the process has died."""
+        return await super().on_tick(counter) or self.failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the lifespan has ended by an error: it owns the tasks of the process."""
+        return isinstance(self.lifespan, LifespanOn) and self.lifespan.error_occurred
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn's, after every stream was told to end: uvicorn waits for them."""
+        """Handle a signal as uvicorn does, after closing every stream, which uvicorn would wait for."""
         if (api := getattr(self._app.state, "api", None)) is not None:  # it may be still starting
             self._loop.call_soon_threadsafe(api.hub.close)  # a signal may come in the middle of a broadcast
         super().handle_exit(sig, frame)
@@ -185,7 +198,7 @@ class _Protocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """As uvicorn's, with the body of every error."""
+        """Answer as uvicorn does, in the form of every error."""
         answer = app.error_answer(ValidationFailed("this is not HTTP that can be read: in an address write other than ASCII as %XX"))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(answer.body) + answer.body)
@@ -199,7 +212,7 @@ def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
 
 
 def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestResponseCycle], watcher: SocketWatcher) -> bool:
-    """The connection is the watcher's, as uvicorn gives one to a websocket, and the request is over; False where the client has gone."""
+    """Give the connection to the watcher, as uvicorn does for a websocket, and end the request. Return False where the client has gone."""
     giving, request = protocol(), cycle()
     if giving is None or request is None or request.disconnected:
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,19 +11,15 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 from movieq import logs, signing
+from movieq.assembly import Installation
 from movieq.tasks.entities import ProcessingProgress, Project, Task
 from movieq.tasks.results import MEDIA_URL_S, StoredResult, utc
 from movieq.tasks.states import EventType, TaskId, TaskStatus
 from movieq.tasks.wire import EVENTS_URL_S, ProjectSnapshot, ProjectState, Snapshot, TaskState
 
 if TYPE_CHECKING:
-    from movieq.api.key_cache import Keys
+    from movieq.api.key_cache import KeyCache
     from movieq.api.readiness import Readiness
-    from movieq.fetch.guard import Guard
-    from movieq.models.table import Model
-    from movieq.queue.store import Store
-    from movieq.settings import Settings
-    from movieq.storage.base import Storage
     from movieq.streams.hub import Hub
 
 GPU_KNOWN_S = 5.0
@@ -35,66 +30,60 @@ _stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _stored_result = msgspec.json.Decoder(StoredResult)
 
 
-class Api(msgspec.Struct, kw_only=True):
-    """One API process."""
+class Api(Installation, kw_only=True):
+    """One API process: the installation, and what this process alone has."""
 
-    settings: Settings
     public_url: str
-    models: dict[str, Model]
-    store: Store
-    storage: Storage
     hub: Hub
-    keys: Keys
-    guard: Guard
-    signing_secrets: Sequence[bytes]
+    keys: KeyCache
     started_s: float
     readiness: Readiness
     gpu_seen: bool = False
     gpu_asked_s: float = 0.0
 
     async def had_gpu(self) -> bool:
-        """Whether the installation has had a GPU worker lately, as it was known at most five seconds ago."""
+        """Return whether the installation has had a GPU worker in the last 30 days; the answer is at most five seconds old."""
         if time.monotonic() - self.gpu_asked_s > GPU_KNOWN_S:
-            self.gpu_seen, self.gpu_asked_s = await self.store.had_gpu(), time.monotonic()
+            self.gpu_seen, self.gpu_asked_s = await self.queries.had_gpu(), time.monotonic()
         return self.gpu_seen
 
     def url(self, path: str) -> str:
-        """An absolute address under /api/v1."""
+        """Return an absolute address under /api/v1."""
         return f"{self.public_url}/api/v1{path}"
 
     def events_url(self, task_id: TaskId, from_s: float | None = None) -> str:
-        """The signed address of a task's stream, good for a day from `from_s` (default: now)."""
+        """Return the signed address of a task's stream, good for a day from `from_s` (default: now)."""
         expires = int(from_s or time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], "events", task_id, expires)
         return self.url(f"/tasks/{task_id}/events?expires={expires}&signature={signature}")
 
     def project_state(self, project: Project) -> ProjectState:
-        """The project as clients see it, with the signed address of its stream, good for a day."""
+        """Return the project as clients see it, with the signed address of its stream, good for a day."""
         expires = int(time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], "project-events", project.project_id, expires)
         url = self.url(f"/projects/{project.project_id}/events?expires={expires}&signature={signature}")
         return ProjectState(project.project_id, project.created_at, project.tasks, project.gpu_seconds, url)
 
     def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None) -> bytes:
-        """The data of the `snapshot` event of a project."""
+        """Return the data of a project's `snapshot` event."""
         state = msgspec.structs.asdict(self.project_state(project))
         return encode(ProjectSnapshot(**state, active=[self._state(*each) for each in active], last_event_id=last_event_id))
 
     def media_expiry_s(self) -> int:
-        """Until when a media url made now is good: the same for all made within an hour, so that caches can work."""
+        """Return when a media url that is signed now expires: the same time for an hour, so that caches can work."""
         return (int(time.time()) // 3600 + 1) * 3600 + MEDIA_URL_S
 
     async def task_state(self, task: Task) -> TaskState:
-        """The task as clients see it."""
-        position = await self.store.position(task) if task.status is TaskStatus.QUEUED else None
+        """Return the task as clients see it."""
+        position = await self.queries.position(task) if task.status is TaskStatus.QUEUED else None
         return self._state(task, position)
 
     def snapshot(self, task: Task, position: int | None) -> bytes:
-        """The data of a `snapshot` event."""
+        """Return the data of a task's `snapshot` event."""
         return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position)), last_event_id=task.last_event_id))
 
     def ending(self, task: Task) -> bytes:
-        """The data of the event with which a task ended, where its log is gone."""
+        """Return the data of a task's last event, for a task whose log has expired."""
         return encode(
             ProcessingProgress(
                 task_id=task.task_id,
@@ -155,20 +144,20 @@ class Api(msgspec.Struct, kw_only=True):
 
 
 def api(request: HTTPConnection) -> Api:
-    """The process that answers this request."""
+    """Return the process that answers this request."""
     return cast("Api", request.app.state.api)
 
 
 def encode(answer: Any) -> bytes:
-    """JSON as the contract has it."""
+    """Return the JSON of an answer."""
     return _encoder.encode(answer)
 
 
 def answered(answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response of JSON."""
+    """Return a JSON response."""
     return Response(encode(answer), status, headers, "application/json")
 
 
 def now() -> datetime:
-    """The time by this process's clock, for answers that are about this moment only."""
+    """Return the time by this process's clock, for answers about this moment alone."""
     return datetime.now(UTC)

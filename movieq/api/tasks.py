@@ -22,7 +22,6 @@ from movieq import logs
 from movieq.api.auth import Caller, caller, task_of
 from movieq.api.query import only_query, query_int
 from movieq.api.state import Api, answered, api
-from movieq.delivery import payload
 from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.fetch.guard import UrlRefused
 from movieq.models import table as models
@@ -41,13 +40,13 @@ BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024
 BODY_S: Final = 30.0
 STORED_S: Final = 2.0
-"""How long the storage may take to say whether a result is still there; else it is made again."""
+"""How long the storage may take to say whether a result is still there; else the task is rendered."""
 DAY_S: Final = 86400
 SWEPT_WITHIN_S: Final = 3600
-"""Files that are swept so soon are given to no other task: a sweep that has begun does not look again."""
+"""A result that is swept so soon is not reused: a sweep that has begun does not look again."""
 WAIT_S: Final = 60
 WAIT_CHECK_S: Final = 1.0
-"""How soon a waiting request is given up whose client has gone."""
+"""How soon a waiting request notices that its client has gone."""
 
 _decoder = msgspec.json.Decoder(SubmitRequest)
 _slow_decoder = msgspec.json.Decoder(SubmitRequest, float_hook=values.fraction)
@@ -57,7 +56,7 @@ log = logs.get()
 
 
 async def submit(request: Request) -> Response:
-    """`POST /tasks/submit`: the task is accepted, 201 with its receipt."""
+    """`POST /tasks/submit`: submit a task; 201 with its receipt."""
     movieq = api(request)
     who = await caller(request, Scope.SUBMIT)
     body = await read_body(request, BODY_BYTES)
@@ -85,19 +84,19 @@ async def submit(request: Request) -> Response:
 
 
 async def status(request: Request) -> Response:
-    """`GET /tasks/{task_id}/status`; `?wait=SECONDS` answers when the task ends or the time is over."""
+    """`GET /tasks/{task_id}/status`: return a task; with `?wait=SECONDS`, when it is finished or the time is over."""
     movieq = api(request)
     task, _ = await task_of(request, Scope.READ)
     only_query(request, "wait")
     wait_s = query_int(request, "wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
         await _ended(request, task, time.monotonic() + wait_s)
-        task = await movieq.store.task(task.task_id) or task
+        task = await movieq.queries.task(task.task_id) or task
     return answered(await movieq.task_state(task))
 
 
 async def _ended(request: Request, task: Task, until_s: float) -> None:
-    """The task has ended, the time is over, or the client or the server is going."""
+    """Wait until the task is finished, the time is over, or the client or the server leaves."""
     hub, watcher = api(request).hub, EndWatcher()
     position = START if task.last_event_id is None else pair(task.last_event_id)
 
@@ -115,7 +114,7 @@ async def _ended(request: Request, task: Task, until_s: float) -> None:
 
 
 async def cancel(request: Request) -> Response:
-    """`DELETE /tasks/{task_id}/cancel`: the task is cancelled; said again, the same answer."""
+    """`DELETE /tasks/{task_id}/cancel`: cancel a task; a repeated request gets the same answer."""
     task, _ = await task_of(request, Scope.SUBMIT)
     previous, at_ms = await api(request).store.cancel(task.task_id)
     if task.status is not TaskStatus.CANCELLED:
@@ -125,7 +124,7 @@ async def cancel(request: Request) -> Response:
 
 
 async def retry(request: Request) -> Response:
-    """`POST /tasks/{task_id}/retry`: the failed task waits again, 201 with its receipt."""
+    """`POST /tasks/{task_id}/retry`: queue a failed task again; 201 with its receipt."""
     movieq = api(request)
     task, _ = await task_of(request, Scope.SUBMIT)
     accepted = await movieq.store.retry(task.task_id)
@@ -135,7 +134,7 @@ async def retry(request: Request) -> Response:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises PayloadTooLarge, and ValidationFailed for an encoded or slow one, or one that is not JSON by its type."""
+    """Return the body. Raises PayloadTooLarge, and ValidationFailed for one that is compressed, slow, or not JSON by its type."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ValidationFailed("Content-Encoding: send the body as it is, not compressed")
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -154,7 +153,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 @asynccontextmanager
 async def arriving(seconds: float) -> AsyncIterator[None]:
-    """Within the block a body arrives. Raises ValidationFailed where it takes longer: who sends a byte a minute holds no connection."""
+    """Limit the time in which a body arrives. Raises ValidationFailed: a client that sends a byte a minute holds no connection."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -182,7 +181,7 @@ def decode(body: bytes) -> SubmitRequest:
 
 
 def _with_given(text: str, body: bytes, path: str) -> str:
-    """The text of msgspec, and what the body has at the path; without, where the path leads to no single value."""
+    """Return msgspec's text with the value at the path; without it, where the path leads to no single value."""
     try:
         value = _any_decoder.decode(body)
         for name in path.split(".") if path else []:
@@ -235,8 +234,8 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
 
 
 async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
-    """The task, with the result of one of its project that made the same, where that is still stored."""
-    earlier = await movieq.store.made_before(new.fingerprint)
+    """Return the task, with the result of an identical earlier task of its project, where that is still stored."""
+    earlier = await movieq.queries.reusable(new.fingerprint)
     if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
     result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days
@@ -249,19 +248,18 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     except (StorageFault, TimeoutError) as error:
         log.warning("storage_away", problem=str(error) or type(error).__name__)
         return new
-    cms = payload.configured(movieq.settings)
     return msgspec.structs.replace(
         new,
         made=earlier.task_id,
         made_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
         made_prefix=media.key.rpartition("/")[0],
         made_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
-        made_cms=cms.address if cms else "",
+        made_cms=movieq.cms.address if movieq.cms else "",
     )
 
 
 def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: float) -> Receipt:
-    """The receipt, the same to the byte for the same `from_s`, the Unix time from which on its `events_url` is good."""
+    """Return the receipt: the same bytes for the same `from_s`, the Unix time from which its `events_url` is valid."""
     return Receipt(
         accepted.task_id,
         TaskStatus.QUEUED,

@@ -1,4 +1,4 @@
-"""Who works: a row for each child of each worker."""
+"""The workers: a row for each engine process of each worker."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from starlette.responses import Response
 from movieq.api.auth import caller
 from movieq.api.query import only_query
 from movieq.api.state import answered, api
-from movieq.queue.store import Store
+from movieq.queue.queries import Queries
 from movieq.settings import Grant, Scope
 from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.wire import WorkersAnswer
 
 
 async def status(request: Request) -> Response:
-    """`GET /workers/status`."""
-    store = api(request).store
+    """`GET /workers/status`: list the workers."""
+    queries = api(request).queries
     who = await caller(request, Scope.READ)
     only_query(request)
-    rows = await _visible(store, await store.workers(), who.grant)
+    rows = await _visible(queries, await queries.workers(), who.grant)
     active = sum(row.status in (WorkerState.BUSY, WorkerState.ACTIVE) for row in rows)
     mean = sum(row.gpu_utilization for row in rows) / len(rows) if rows else 0.0
     return answered(WorkersAnswer(rows, len(rows), active, mean))
 
 
-async def _visible(store: Store, rows: list[WorkerStatus], grant: Grant) -> list[WorkerStatus]:
-    """The rows, without the ids of tasks that the key may not see."""
+async def _visible(queries: Queries, rows: list[WorkerStatus], grant: Grant) -> list[WorkerStatus]:
+    """Return the rows, without the ids of tasks that the key may not see."""
     if grant.projects is None:
         return rows
     ids = [row.current_task_id for row in rows if row.current_task_id]
-    seen = {task.task_id for task in await store.tasks(ids) if grant.allows(task.project_id)}
+    seen = {task.task_id for task in await queries.tasks(ids) if grant.allows(task.project_id)}
     return [row if row.current_task_id in seen else msgspec.structs.replace(row, current_task_id=None) for row in rows]

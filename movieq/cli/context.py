@@ -13,7 +13,7 @@ import click
 import uvloop
 
 from movieq import logs
-from movieq.delivery import payload, webhooks
+from movieq.delivery import payload
 from movieq.errors import MovieqError, SettingsError
 from movieq.models import table as models
 from movieq.settings import Settings, load, unknown, variable
@@ -38,7 +38,6 @@ def read_settings() -> Settings:
     try:
         settings = load()
         models.load(settings.models)
-        webhooks.parse_secrets(settings.webhook_secret)
         payload.configured(settings)
     except SettingsError as error:
         refuse(error.message)
@@ -81,7 +80,7 @@ def open_client(url: str | None, key: str | None) -> Client:
     from movieq.client import Client
 
     settings = read_settings()
-    key = key or next(iter(settings.keys()), "") or _own_key()
+    key = key or next(iter(settings.api_keys), "") or _own_key()
     return Client(url or settings.public_url or LOCAL_URL, key, patience_s=PATIENCE_S)
 
 

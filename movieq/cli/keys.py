@@ -11,8 +11,8 @@ import click
 
 from movieq import checks
 from movieq.cli.context import read_settings, refuse, run_async
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.connection import connect
-from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, key_hash
 from movieq.tasks.wire import PROJECT_PATTERN
 
@@ -43,14 +43,14 @@ def keys_create(projects: tuple[str, ...], scopes: tuple[str, ...]) -> None:
     key = secrets.token_urlsafe(24)
     default = frozenset({Scope.READ, Scope.SUBMIT}) if projects else frozenset(Scope)
     grant = Grant(frozenset(projects) if projects else None, frozenset(map(Scope, scopes)) or default)
-    _with_store(lambda store: store.add_grant(key_hash(key), grant))
+    _with_api_keys(lambda api_keys: api_keys.add_grant(key_hash(key), grant))
     print(key)
 
 
 @keys.command("list")
 def keys_list() -> None:
     """List the keys by the start of their hash, with projects and scopes."""
-    for id, grant in _with_store(lambda store: store.grants()).items():
+    for id, grant in _with_api_keys(lambda api_keys: api_keys.grants()).items():
         projects = "all projects" if grant.projects is None else ", ".join(sorted(grant.projects))
         print(f"{id[:12]}  {projects}  {'+'.join(sorted(grant.scopes))}")
 
@@ -60,23 +60,22 @@ def keys_list() -> None:
 def keys_revoke(key_or_hash: str) -> None:
     """Revoke a key, given as itself or as the start of its hash. It stops working within five seconds."""
 
-    async def revoke(store: Store) -> bool:
-        found = [id for id in await store.grants() if id == key_hash(key_or_hash) or (len(key_or_hash) >= 8 and id.startswith(key_or_hash))]
-        return len(found) == 1 and await store.revoke(found[0])
+    async def revoke(api_keys: ApiKeys) -> bool:
+        found = [
+            id for id in await api_keys.grants() if id == key_hash(key_or_hash) or (len(key_or_hash) >= 8 and id.startswith(key_or_hash))
+        ]
+        return len(found) == 1 and await api_keys.revoke(found[0])
 
-    if not _with_store(revoke):
+    if not _with_api_keys(revoke):
         refuse("no key matches, or more than one does: see `movieq keys list`")
 
 
-def _with_store(work: Callable[[Store], Awaitable[T]]) -> T:
+def _with_api_keys(work: Callable[[ApiKeys], Awaitable[T]]) -> T:
     settings = read_settings()
 
     async def run() -> T:
         await checks.reached(settings)
-        store = Store(connect(settings.redis_url, patient=True), settings.key_prefix)
-        try:
-            return await work(store)
-        finally:
-            await store.aclose()
+        async with connect(settings.redis_url, patient=True, prefix=settings.key_prefix) as redis:
+            return await work(ApiKeys(redis))
 
     return run_async(run)

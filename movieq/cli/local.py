@@ -57,13 +57,11 @@ def _repair(folder: Path, apply: bool) -> None:
 
     async def run() -> int:
         await checks.reached(settings)
-        store, found = Store(connect(settings.redis_url, patient=True, prefix=settings.key_prefix), settings.key_prefix), 0
-        try:
-            async for each in inconsistencies(store, apply=apply):
+        found = 0
+        async with connect(settings.redis_url, patient=True, prefix=settings.key_prefix) as redis:
+            async for each in inconsistencies(Store(redis), apply=apply):
                 found += 1
                 click.echo(f"task {each.task_id} {printable(each.text)}" if each.task_id else printable(each.text))
-        finally:
-            await store.aclose()
         return found
 
     if (found := run_async(run)) == 0:

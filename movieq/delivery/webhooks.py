@@ -19,13 +19,9 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from movieq.errors import SettingsError
-
 TIMEOUT_S: Final = 15.0
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_RETRY_AFTER_S: Final = 24 * 3600.0
-MIN_SECRET_BYTES: Final = 16
-"""Standard Webhooks recommends 24 to 64 bytes; a secret of fewer than 16 can be guessed."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -40,25 +36,6 @@ class Outcome(msgspec.Struct, frozen=True):
     gone: bool
     retry_after_s: float | None
     problem: str
-
-
-def parse_secrets(text: str) -> tuple[str, ...]:
-    """Parse `MOVIEQ_WEBHOOK_SECRET`: no secret, one, or several separated by commas, newest first.
-
-    Raises SettingsError, which names a wrong secret by its position and never shows it.
-    """
-    secrets = tuple(part.strip() for part in text.split(",")) if text.strip() else ()
-    for position, secret in enumerate(secrets, 1):
-        try:
-            fits = secret.startswith("whsec_") and len(_key(secret)) >= MIN_SECRET_BYTES
-        except ValueError:  # not base64, or not ASCII
-            fits = False
-        if not fits:
-            raise SettingsError(
-                f"MOVIEQ_WEBHOOK_SECRET: secret {position} of {len(secrets)} must be whsec_ and the base64 of {MIN_SECRET_BYTES} or more "
-                'bytes; generate one with: echo "whsec_$(openssl rand -base64 32)"'
-            )
-    return secrets
 
 
 def headers(secrets: tuple[str, ...], delivery_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:

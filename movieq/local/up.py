@@ -71,7 +71,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
             environment[variable("queues")] = ",".join(Kind)  # its one worker serves them all
         if settings.storage == Settings().storage:
             environment.setdefault(variable("storage"), str(folder.resolve() / "media"))
-        environment[variable("public_url")] = settings.public_url.rstrip("/") or server.address(sock)
+        environment[variable("public_url")] = settings.public_url or server.address(sock)
         if settings.log_format is LogFormat.AUTO and sys.stderr.isatty():  # their logs pass through this process to a terminal
             environment[variable("log_format")] = LogFormat.CONSOLE
             environment.setdefault("FORCE_COLOR", "1")

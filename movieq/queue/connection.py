@@ -139,8 +139,29 @@ def _seen(answer: asyncio.Future[Any]) -> None:
         answer.exception()
 
 
-def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> ArqRedis:
-    """Return a client of the Redis at `url`, with arq's methods; it connects at the first command. `prefix` is the prefix of its keys.
+class Redis(ArqRedis):
+    """The Redis of an installation: a client with arq's methods, the one shared connection, and the names of keys and channels."""
+
+    def __init__(self, pool: BlockingConnectionPool, prefix: str) -> None:
+        self.key_names = keys(prefix, int(pool.connection_kwargs.get("db") or 0))
+        super().__init__(
+            pool,
+            job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
+            job_deserializer=msgspec.msgpack.decode,
+            default_queue_name=self.key_names["deliveries"],
+        )
+        settings = pool.connection_kwargs
+        self.shared = SharedConnection(pool, settings["retry"], settings["socket_timeout"], patience_s=pool.timeout or 0)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close every connection."""
+        await self.shared.aclose()
+        await super().aclose(close_connection_pool)
+        await self.connection_pool.disconnect()
+
+
+def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> Redis:
+    """Return a client of the Redis at `url`, which connects at the first command. `prefix` is the prefix of its keys.
 
     `patient` is for workers: commands are retried for five seconds, and a Redis with full memory still accepts their writes, which end
     tasks and so free memory. The API is not patient, so that its clients get a 503 within a second.
@@ -157,12 +178,7 @@ def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str =
         retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError, BusyLoadingError, OSError] if patient else [],
     )
     pool.connection_class = _cancellable(pool.connection_class)
-    return (_Unrefused if patient else ArqRedis)(
-        pool,
-        job_serializer=lambda job: msgspec.msgpack.encode(job, enc_hook=repr),
-        job_deserializer=msgspec.msgpack.decode,
-        default_queue_name=keys(prefix)["deliveries"],
-    )
+    return (_Unrefused if patient else Redis)(pool, prefix)
 
 
 _GROW: Final = frozenset({"HSET", "INCRBY", "PSETEX", "SADD", "SET", "SETEX", "ZADD", "ZINCRBY"})
@@ -180,8 +196,8 @@ class _UnrefusedPipeline(Pipeline):
         return super().execute_command(*_allowed(command), **options)
 
 
-class _Unrefused(ArqRedis):
-    """An arq client whose writes succeed when Redis's memory is full: deliveries are arq jobs, which start and end with plain writes."""
+class _Unrefused(Redis):
+    """A client whose writes succeed when Redis's memory is full: deliveries are arq jobs, which start and end with plain writes."""
 
     async def execute_command(self, *command: Any, **options: Any) -> Any:
         return await super().execute_command(*_allowed(command), **options)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped

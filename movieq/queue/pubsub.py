@@ -50,8 +50,8 @@ class Subscriber:
     """The pub/sub channels of a process. Messages arrive only while `run` is running."""
 
     def __init__(self, url: str, events: str = KEYS["events"]) -> None:
-        """`events` is a channel that is always subscribed, to keep an otherwise unused connection in pub/sub mode."""
-        self._events = events
+        """`events` is a channel that is always subscribed to, which keeps an otherwise unused connection in pub/sub mode."""
+        self.events = events
         pool: Any = ConnectionPool.from_url(
             url, socket_connect_timeout=CONFIRM_S, socket_timeout=None, retry=Retry(NoBackoff(), 0), health_check_interval=0
         )
@@ -88,7 +88,7 @@ class Subscriber:
             try:
                 async with asyncio.timeout(CONFIRM_S):
                     await connection.connect()
-                    await connection.send_command("SUBSCRIBE", self._events)
+                    await connection.send_command("SUBSCRIBE", self.events)
                 wait_s = RECONNECT_S[0]
                 self._untold = dict.fromkeys(self._channels)
                 self._news.set()

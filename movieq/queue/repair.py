@@ -32,7 +32,7 @@ class Inconsistency(msgspec.Struct, frozen=True):
 
 
 async def inconsistencies(store: Store, *, apply: bool) -> AsyncIterator[Inconsistency]:
-    """Yield each inconsistency, mended where `apply` is set. Raises redis's errors."""
+    """Yield each inconsistency, and repair it where `apply` is set. Raises redis's errors."""
     records = {TaskId(key.removeprefix(store.keys["task"])) async for key in _keys(store, store.keys["task"])}
     named: dict[TaskId, list[str]] = defaultdict(list)
     lists = [store.keys[name] for name in LISTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from redis.exceptions import NoScriptError
 
-from movieq.queue.connection import SharedConnection
+from movieq.queue.connection import Redis, SharedConnection
 
 _ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
 _REST = "..."
@@ -43,3 +44,20 @@ class Script:
             return await self._connection.call("EVALSHA", self._sha, 0, *arguments)
         except NoScriptError:  # a server that is new, or was started again
             return await self._connection.call("EVAL", self._source, 0, *arguments)
+
+    async def finish(self, rest: Sequence[str | int] = (), **args: str | int | float | bytes) -> Any:
+        """Call the script; where the caller is cancelled, wait until the call has ended before the cancel goes on."""
+        call = asyncio.ensure_future(self(rest, **args))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            await asyncio.wait({call})  # bounded by the client's own time limits
+            if not call.cancelled():
+                call.exception()
+            raise
+
+
+def load(redis: Redis, *names: str) -> dict[str, Script]:
+    """Return the scripts of these names, or every script where none is named."""
+    paths = sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))
+    return {path.stem: Script(redis.shared, path, redis.key_names) for path in paths if not names or path.stem in names}

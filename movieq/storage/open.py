@@ -13,11 +13,11 @@ from movieq.storage.folder import FolderStorage
 
 @asynccontextmanager
 async def opened(settings: Settings, public_url: str, signing_secrets: Sequence[bytes], *, patient: bool) -> AsyncIterator[Storage]:
-    """Yield the storage that the settings name. With `patient`, for workers, requests wait and retry longer. Raises SettingsError."""
-    if (bucket := settings.bucket()) is None:
-        yield FolderStorage(Path(settings.storage), public_url, signing_secrets)
+    """Open the storage that the settings name for the length of a block; `patient` is for workers. Raises SettingsError."""
+    if isinstance(settings.storage, Path):
+        yield FolderStorage(settings.storage, public_url, signing_secrets)
     else:
         from movieq.storage import s3  # slow to import, and not needed for a folder
 
-        async with s3.opened(bucket, patient=patient) as storage:
+        async with s3.opened(settings.storage, patient=patient) as storage:
             yield storage

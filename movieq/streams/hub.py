@@ -21,8 +21,8 @@ from redis import exceptions
 
 from movieq import logs
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.records import Logged, event_type
-from movieq.queue.store import Store
 from movieq.streams.sse import RETRY_MS, Id, chunk, frame, pair, retry
 from movieq.streams.watchers import COMMENT, LAST_EVENTS, STUCK_S, Event, Opening, Render, Source, Topic, Watcher, facts_of
 from movieq.tasks.states import EventType
@@ -43,8 +43,8 @@ log = logs.get()
 class Hub:
     """The event logs that this process follows, and their watchers. `run` must be running."""
 
-    def __init__(self, store: Store, subscriber: Subscriber, render: Render) -> None:
-        self._store = store
+    def __init__(self, queries: Queries, subscriber: Subscriber, render: Render) -> None:
+        self._queries = queries
         self._subscriber = subscriber
         self._render = render
         self._topics: dict[str, Topic] = {}
@@ -80,7 +80,7 @@ class Hub:
         if topic is None:
             topic = self._topics[source.log] = Topic(source)
             topic.channel = self._subscriber.listen(
-                self._store.keys["events"] + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
+                self._subscriber.events + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
             )
         topic.watchers.add(watcher)
         watcher.topic = topic
@@ -103,7 +103,7 @@ class Hub:
         topic.live.discard(watcher)
         if not topic.watchers and self._topics.get(topic.source.log) is topic:
             del self._topics[topic.source.log]
-            self._subscriber.leave(self._store.keys["events"] + topic.source.log)
+            self._subscriber.leave(self._subscriber.events + topic.source.log)
             if topic.recovering is not None:
                 topic.recovering.cancel()
 
@@ -263,7 +263,7 @@ class Hub:
     async def _log_after(self, topic: Topic, position: Id) -> list[Logged] | None:
         """Return the next entries; None while Redis is unavailable."""
         try:
-            return await self._store.log_after(topic.source.log, f"{position[0]}-{position[1]}", ENTRIES)
+            return await self._queries.log_after(topic.source.log, f"{position[0]}-{position[1]}", ENTRIES)
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
             return None
 

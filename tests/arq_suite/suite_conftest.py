@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError
 from movieq.local.embedded import Valkey, valkey
 from movieq.queue.connection import connect
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from workers.worker import Worker
 
@@ -50,6 +51,7 @@ class Plain(Worker):
         super().__init__(
             worker_id="suite",
             store=store,
+            queries=Queries(store.redis),
             subscriber=Subscriber(self.url),
             children=[],
             drain_s=1.0,

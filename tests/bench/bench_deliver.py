@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from movieq.queue.queries import Queries
 from movieq.settings import Bucket
 from movieq.storage import s3
 from movieq.tasks.states import TaskId
@@ -141,7 +142,9 @@ async def overlap(server: Seaweed, folder: Path) -> dict[str, float]:
             ]
             for task_id in ids:
                 assert (await api.ended(task_id))["attempt"] == 1
-            logs = [[msgspec.json.decode(entry.data) for entry in await made.store.log_after(task_id, None)] for task_id in ids]
+            logs = [
+                [msgspec.json.decode(entry.data) for entry in await Queries(made.store.redis).log_after(task_id, None)] for task_id in ids
+            ]
             begun = min(_at(event) for log in logs for event in log if event["type"] == "started")
             rendered = max(_at(event) for log in logs for event in log if event["stage"] == "upload" and event["type"] == "progress")
             if number > 1:

@@ -27,17 +27,17 @@ from movieq.models.table import Model
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.store import NewTask, Slot, Store
 from movieq.settings import LogFormat, LogLevel
 from movieq.storage.folder import FolderStorage
 from movieq.tasks import params
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Kind, TaskId, TaskStatus
-from tests.arrange import new_task
+from tests.arrange import new_task, parts
 from tests.bench.report import percentile, report
 from tests.engines import tiny
 from workers.execute import run_task
-from workers.running import Parts
 from workers.supervisor import Child
 from workers.worker import Worker
 
@@ -106,7 +106,7 @@ class Bench:
             ids = [(await store.submit(self.task(number, name))).task_id for number, name in enumerate(["tiny0", *names])]
             return await self._worked(worker, store, valkey.url, ids)
         finally:
-            await store.aclose()
+            await store.redis.aclose()
             valkey.stop()
 
     async def _worked(self, worker: type[Worker], store: Store, url: str, ids: list[TaskId]) -> Outcome:
@@ -126,6 +126,7 @@ class Bench:
                 worker(
                     worker_id="bench",
                     store=store,
+                    queries=Queries(store.redis),
                     subscriber=Subscriber(url),
                     children=[child],
                     drain_s=1.0,
@@ -135,7 +136,7 @@ class Bench:
                     redis_pool=store.redis,
                     job_serializer=store.redis.job_serializer,
                     job_deserializer=store.redis.job_deserializer,
-                    ctx={"parts": Parts(store, storage, fetcher, self.folder, self.table)},
+                    ctx={"parts": parts(store, storage, fetcher, self.folder, models=self.table)},
                 ).async_run()
             )
             waiting = asyncio.create_task(over.wait())
@@ -143,7 +144,7 @@ class Bench:
             for started in (waiting, working):
                 started.cancel()
             await asyncio.wait({working, waiting})
-        return self._outcome([await store.task(task_id) for task_id in ids], child)
+        return self._outcome([await Queries(store.redis).task(task_id) for task_id in ids], child)
 
     def _outcome(self, tasks: list[Any], child: Child) -> Outcome:
         assert all(task.status is TaskStatus.COMPLETED for task in tasks)

@@ -145,7 +145,7 @@ async def ours(server: Valkey, folder: Path) -> AsyncIterator[Served]:
             lambda path: KEYS["events"] + path.split("/")[4],
             lambda at_ns: f">{time.time_ns() // 1_000_000}\nprogress\n{DATA % at_ns}",
         )
-    await store.aclose()
+    await store.redis.aclose()
 
 
 @asynccontextmanager
@@ -168,7 +168,7 @@ async def sse_starlette(kind: str, server: Valkey) -> AsyncIterator[Served]:
             lambda path: path.partition("=")[2],
             lambda at_ns: DATA % at_ns,
         )
-    await store.aclose()
+    await store.redis.aclose()
 
 
 @asynccontextmanager

@@ -129,7 +129,7 @@ async def measure(redis_url: str, port: int, media: Path, environment: dict[str,
     finally:
         worker.send_signal(signal.SIGTERM)
         await asyncio.to_thread(worker.wait, 60)
-    await store.aclose()
+    await store.redis.aclose()
     return {
         "n": tasks,
         "left": ended + retired + orphans,

@@ -134,7 +134,7 @@ async def measure(redis_url: str, folder: str) -> tuple[float, float, list[float
             worker.wait(60)
     plain = await bare(url, BACKLOG)
     server.close()
-    await store.aclose()
+    await store.redis.aclose()
     return rate, plain, single[WARM_UP:]
 
 

@@ -12,6 +12,7 @@ import httpx_sse
 import pytest
 from playwright.async_api import Page
 
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.states import EventType, RunToken, TaskId
 from tests.arrange import result, running
@@ -107,7 +108,7 @@ async def through_a_death(made: Fleet, heard: Heard, open_at: Callable[[str], Aw
     await work(made.store, task_id, run, range(60, 80))
     await eventually(lambda: len(heard) >= 80)
     await made.store.complete(task_id, run, result())
-    return status["events_url"], [entry.id for entry in await made.store.log_after(task_id, None, 1000)]
+    return status["events_url"], [entry.id for entry in await Queries(made.store.redis).log_after(task_id, None, 1000)]
 
 
 async def test_a_client_of_another_library_misses_nothing_and_hears_nothing_twice_and_knows_the_end(made: Fleet, follow: Follow) -> None:

@@ -16,6 +16,8 @@ from aiohttp import web
 from playwright.async_api import Page
 
 from movieq import signing
+from movieq.queue.api_keys import ApiKeys
+from movieq.queue.queries import Queries
 from movieq.tasks.states import TaskId
 from tests.arrange import claim, new_task, result, running
 from tests.browser.conftest import NODE, ROOT, listens
@@ -141,7 +143,7 @@ async def test_a_failure_from_before_a_retry_is_not_the_end(made: Fleet, api: Se
 async def test_a_watch_that_continues_after_the_end_is_told_the_end(made: Fleet, api: Service, page: Page) -> None:
     task_id, run = await running(made.store)
     await made.store.complete(task_id, run, result())
-    last = (await made.store.log_after(task_id, None))[-1].id
+    last = (await Queries(made.store.redis).log_after(task_id, None))[-1].id
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, api.url, "watchTask", url, after=last)
     await watching.until("watching.closed")
@@ -198,7 +200,7 @@ async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made:
     await page.clock.install()
     if change == "expired":
         expires = int(time.time()) - 1
-        signature = signing.sign(await made.store.signing_secret(), "events", task_id, expires)
+        signature = signing.sign(await ApiKeys(made.store.redis).signing_secret(), "events", task_id, expires)
         url = f"{api.url}/api/v1/tasks/{task_id}/events?expires={expires}&signature={signature}"
     else:
         url = f"{await events_url(api, f'/tasks/{task_id}/status')}x"
@@ -217,7 +219,7 @@ async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made:
 async def test_a_task_that_is_not_there_any_more_is_told_as_such(made: Fleet, api: Service, page: Page) -> None:
     url = (await events_url(api, f"/tasks/{(await running(made.store))[0]}/status")).split("/api/")[0]
     gone, expires = TaskId("00000000-0000-4000-8000-000000000000"), int(time.time()) + 60
-    signature = signing.sign(await made.store.signing_secret(), "events", gone, expires)
+    signature = signing.sign(await ApiKeys(made.store.redis).signing_secret(), "events", gone, expires)
     watching = await watch(page, api.url, "watchTask", f"{url}/api/v1/tasks/{gone}/events?expires={expires}&signature={signature}")
     await watching.until("watching.closed")
     assert [refused["status"] for refused in await watching.told("onError")] == [404]

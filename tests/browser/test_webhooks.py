@@ -10,23 +10,22 @@ from pathlib import Path
 import aiohttp
 
 from movieq.queue.store import Store
-from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
-from tests.arrange import running
+from tests.arrange import delivery_parts, running
 from tests.browser.conftest import NODE
 from tests.programs import node
 from tests.service import receiver
-from workers.delivery import Outbox, deliver
+from workers.delivery import deliver
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(secret).decode() for secret in (b"old" * 8, b"new" * 8, b"other" * 8))
 
 
 async def test_the_official_npm_package_accepts_a_webhook_under_both_secrets_of_a_rotation_and_no_other(store: Store, folder: Path) -> None:
     async with receiver() as hook, aiohttp.ClientSession() as session:
-        outbox = Outbox(store, FolderStorage(folder, "http://127.0.0.1:1", (b"signs media",)), session, (NEW, OLD), Settings())
+        parts = delivery_parts(store, FolderStorage(folder, "http://127.0.0.1:1", (b"signs media",)), session, (NEW, OLD))
         task_id, run = await running(store, callback_url=hook.url, metadata='{"title": "Škoda 🎬"}'.encode())
         await store.fail(task_id, run, "it broke", "internal")
-        await deliver({"outbox": outbox, "job_id": f"{task_id}-1", "job_try": 1}, f"{task_id}-1")
+        await deliver({"delivery_parts": parts, "job_id": f"{task_id}-1", "job_try": 1}, f"{task_id}-1")
     ((headers, raw),) = hook.requests
     sent, body = {name.lower(): value for name, value in headers.items()}, raw.decode()
     given = [{"secret": secret, "headers": sent, "body": body} for secret in (OLD, NEW, OTHER)]

@@ -13,6 +13,7 @@ import aiohttp
 from redis.exceptions import RedisError
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.states import Kind, TaskId, TaskStatus
 from tests.arrange import new_task, raw
@@ -74,7 +75,7 @@ class Oddities:
 
     async def _poison(self) -> None:
         """A waiting task whose record cannot be read, or is wrong."""
-        tasks = await self.store.tasks(list(self.driver.accepted)[-50:])
+        tasks = await Queries(self.store.redis).tasks(list(self.driver.accepted)[-50:])
         waiting = [task for task in tasks if task.status is TaskStatus.QUEUED and task.task_id not in self.poisoned]
         if not waiting:
             return

@@ -27,7 +27,9 @@ from PIL import Image
 from redis.exceptions import RedisError
 
 from movieq.queue.connection import connect
+from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.entities import Task
@@ -179,7 +181,7 @@ async def all_ended(store: Store, accepted: Iterable[TaskId], patience_s: float)
     waiting = list(accepted)
     end = time.monotonic() + patience_s
     while waiting and time.monotonic() < end:
-        left = [task.task_id for task in await store.tasks(waiting) if not task.status.ended]
+        left = [task.task_id for task in await Queries(store.redis).tasks(waiting) if not task.status.ended]
         if len(left) < len(waiting):
             waiting, end = left, time.monotonic() + patience_s
         await asyncio.sleep(0.5)
@@ -197,7 +199,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
     for _, body in hook.requests:
         said = msgspec.json.decode(body)
         heard[said["task_id"]].add(said["status"])
-    tasks = {task.task_id: task for task in await store.tasks(list(driver.accepted))}
+    tasks = {task.task_id: task for task in await Queries(store.redis).tasks(list(driver.accepted))}
     states = Counter(task.status for task in tasks.values())
     found.completed, found.failed, found.cancelled = states[TaskStatus.COMPLETED], states[TaskStatus.FAILED], states[TaskStatus.CANCELLED]
     print("failed as", dict(Counter(task.error_code for task in tasks.values() if task.status is TaskStatus.FAILED)))
@@ -208,7 +210,11 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
             found.lost += 1
             found.named.append(f"lost: {task_id} {task and task.status} {task_id in poisoned and 'poisoned'}")
             continue
-        ends = [entry.type for entry in await store.log_after(task_id, None) if entry.type in ("completed", "failed", "cancelled")]
+        ends = [
+            entry.type
+            for entry in await Queries(store.redis).log_after(task_id, None)
+            if entry.type in ("completed", "failed", "cancelled")
+        ]
         if len(ends) != 1 or len(heard[task_id]) > 1:
             found.doubled += 1
             found.named.append(f"doubled: {task_id} ended {ends}, heard {heard[task_id]}")
@@ -227,7 +233,7 @@ async def check(store: Store, driver: Driver, hook: Receiver, media: Path, odd: 
     storage = FolderStorage(media, "http://unused", (b"unused",))
     for prefix, _ in await store.redis.zrange(KEYS["orphans"], 0, -1, withscores=True):
         await storage.delete_prefix(prefix.decode())
-        await store.forget_orphans([prefix.decode()])
+        await Files(store.redis).forget_orphans([prefix.decode()])
     files = {str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()}
     found.orphans = len(files - committed)
     found.named += [f"orphan: {file}" for file in sorted(files - committed)]
@@ -282,7 +288,7 @@ async def recovery_times(store: Store, driver: Driver) -> list[float]:
     times = []
     for at_s, held in driver.broken:
         for task_id in held:
-            entries = [entry for entry in await store.log_after(task_id, None) if entry.type is not EventType.PROGRESS]
+            entries = [entry for entry in await Queries(store.redis).log_after(task_id, None) if entry.type is not EventType.PROGRESS]
             after = [int(entry.id.partition("-")[0]) / 1000 for entry in entries if int(entry.id.partition("-")[0]) / 1000 > at_s]
             if after:
                 begun = max([at_s, *(back for back in driver.redis_back_s if at_s < back < after[0])])
@@ -329,7 +335,7 @@ async def chaos(folder: Path, tasks: int, per_second: float, seed: int) -> Findi
             print("kills", farm.kills)
             return findings
     finally:
-        await store.aclose()
+        await store.redis.aclose()
         farm.stop()
 
 

@@ -13,6 +13,7 @@ import pytest
 import movieq
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.states import TaskId
 from tests.chaos.farm import Farm
@@ -50,7 +51,7 @@ async def with_farm(farm: Farm, work: str, folder: Path) -> Findings:
                 await all_ended(store, driver.accepted, 60)
             return await check(store, driver, hook, folder / "media")
     finally:
-        await store.aclose()
+        await store.redis.aclose()
         farm.stop()
 
 
@@ -66,7 +67,7 @@ async def zombie(farm: Farm, store: Store, driver: Driver, callback: str) -> Non
     driver.accepted[task_id] = data
 
     async def has_begun() -> bool:
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         return task is not None and task.stage is not None
 
     await eventually(has_begun)

@@ -25,7 +25,7 @@ from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks.states import RunToken, TaskId, TaskStatus
-from tests.arrange import claim, result
+from tests.arrange import claim, result, settings_of
 from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBMIT, Client
 
 
@@ -63,7 +63,7 @@ async def served(settings: Settings, send_buffer: int | None = None, port: int =
 @pytest.fixture
 def settings(server: Valkey, folder: Path) -> Settings:
     """An installation with a key of each sort."""
-    return Settings(
+    return settings_of(
         redis_url=server.url,
         storage=str(folder / "media"),
         allow_private_urls="10.9.0.0/16",

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from tests.arrange import claim
 from tests.contract.client import ALL, BODY, Answer, Client
@@ -440,6 +441,6 @@ async def test_a_strange_host_changes_nothing(api: Client, host: bytes) -> None:
 async def test_text_of_any_language_reaches_the_worker(api: Client, tasks: Tasks, store: Store) -> None:
     text = "Ω≈ç√ 灯台 🎬 \u202e rtl \u0301 \x7f"
     task_id = await tasks.queued(project_id="other", task_data={"prompt": text}, metadata={"title": text})
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert task.metadata == {"title": text}

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from arq.connections import ArqRedis
 
+from movieq.queue.outbox import Outbox
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks.entities import DeliveryState
@@ -21,7 +22,7 @@ async def delivered(store: Store, project: str = "film") -> TaskId:
     """A task with a delivery to the CMS that was given up, and a webhook on its way."""
     task_id, run = await running(store, project=project, callback_url=URL)
     await store.complete(task_id, run, result(), "https://cms.example/api/media")
-    await store.delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "alt: This field is required.")
+    await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "alt: This field is required.")
     return task_id
 
 
@@ -63,7 +64,7 @@ async def test_deliveries_of_another_project_and_of_no_task_do_not_exist(api: Cl
 
 
 async def test_the_cms_may_be_called_back_wherever_it_is_and_nothing_beside_it(settings: Settings, redis: ArqRedis) -> None:
-    cms = msgspec.structs.replace(settings, payload_url="http://192.168.7.7:3000/api", payload_api_key="k", allow_private_urls="")
+    cms = msgspec.structs.replace(settings, payload_url="http://192.168.7.7:3000/api", payload_api_key="k", allow_private_urls=())
     async with served(cms) as api:
         assert (await api.submit(callback_url="http://192.168.7.7:3000/hooks/movieq")).status == 201
         for url in ("http://192.168.7.7:3001/hooks", "http://192.168.7.8:3000/hooks", "https://192.168.7.7/hooks"):
@@ -76,4 +77,7 @@ async def test_a_delivery_that_is_not_the_tasks_cannot_be_sent_again(api: Client
     own, other = await delivered(store), await delivered(store)
     answer = await api.post(f"/api/v1/tasks/{own}/deliveries/{name.format(own=own, other=other)}/resend", key=ADMIN)
     assert (answer.status, answer.error) == (404, "not_found")
-    assert [delivery.state for _, delivery, _ in await store.deliveries(other)] == [DeliveryState.FAILED, DeliveryState.PENDING]
+    assert [delivery.state for _, delivery, _ in await Outbox(store.redis).deliveries(other)] == [
+        DeliveryState.FAILED,
+        DeliveryState.PENDING,
+    ]

@@ -18,6 +18,7 @@ from movieq.local.embedded import Valkey, valkey
 from movieq.queue import pubsub
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.streams import hub as hub_module
@@ -38,7 +39,7 @@ PROGRESS = {
 
 async def log_of(store: Store, task_id: TaskId) -> list[str]:
     """The ids of a task's log."""
-    return [entry.id for entry in await store.log_after(task_id, None, 100_000)]
+    return [entry.id for entry in await Queries(store.redis).log_after(task_id, None, 100_000)]
 
 
 async def work(store: Store, task_id: TaskId, run: RunToken, steps: int = 10) -> None:
@@ -266,7 +267,7 @@ async def test_beyond_the_log_is_a_gap_and_then_a_snapshot(api: Client, ended: T
 
 async def test_ids_are_compared_as_numbers_and_not_as_texts(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
-    (entry,) = await store.log_after(task_id, None)
+    (entry,) = await Queries(store.redis).log_after(task_id, None)
     ms = int(entry.id.partition("-")[0]) + 5000
     for sequence in (9, 10):
         await raw(store).xadd(KEYS["log"] + task_id, {"type": "progress", "data": entry.data}, id=f"{ms}-{sequence}")
@@ -430,7 +431,7 @@ async def test_nothing_is_missed_or_doubled_by_clients_that_connect_while_events
             return await stream.rest()
 
     (first,) = await log_of(store, task_id)
-    watching = []
+    watching: list[asyncio.Task[list[Event]]] = []
     for step in range(1, 400):
         if step % 10 == 0:
             watching.append(asyncio.create_task(watch(first if len(watching) % 2 else None)))
@@ -492,7 +493,7 @@ async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store,
     monkeypatch.setattr(pubsub, "PING_S", 3600)
     monkeypatch.setattr(hub_module, "COMMENT_S", 0.05)
     # else the secret that is kept in Redis is asked for each second, streams or not
-    async with served(msgspec.structs.replace(settings, signing_secret="a-secret-of-this-test")) as api:
+    async with served(msgspec.structs.replace(settings, signing_secret=(b"a-secret-of-this-test",))) as api:
         task_id = await Tasks(api, store).queued()
         async with api.events(task_id) as one, api.events(task_id) as other:
             await one.next()
@@ -624,7 +625,7 @@ def own(folder: Path) -> Iterator[Valkey]:
 async def own_store(own: Valkey) -> AsyncIterator[Store]:
     made = Store(connect(own.url, patient=True))
     yield made
-    await made.aclose()
+    await made.redis.aclose()
 
 
 @pytest.mark.parametrize("away_s", [0, 1.5])

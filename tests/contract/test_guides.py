@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from standardwebhooks import Webhook
 
 from tests.documents import GUIDES, blocks, guide
-from tests.nginx import program
+from tests.programs import program
 from tests.service import Service, receiver, service
 
 MARK = "--- end of block ---"

@@ -80,7 +80,7 @@ async def test_a_worker_that_fell_silent_does_not_count(api: Client, tasks: Task
 
 async def test_it_is_degraded_where_the_storage_is_away(settings: Settings, store: Store, folder: Path) -> None:
     (folder / "no-folder").write_text("a file")
-    async with served(msgspec.structs.replace(settings, storage=str(folder / "no-folder"))) as api:
+    async with served(msgspec.structs.replace(settings, storage=folder / "no-folder")) as api:
         health = await api.get("/health")
         upload = await api.post("/api/v1/projects/film/uploads", data=b"fLaC" + bytes(100))
     assert (health.status, health.json["status"]) == (200, "degraded")

@@ -195,7 +195,7 @@ async def test_without_origins_in_the_settings_no_page_may_call(api: Client) -> 
 
 @pytest.fixture
 def with_origins(settings: Settings) -> Settings:
-    return msgspec.structs.replace(settings, cors_origins="https://app.example, https://other.example")
+    return msgspec.structs.replace(settings, cors_origins=("https://app.example", "https://other.example"))
 
 
 async def test_a_page_of_an_allowed_origin_may_submit(with_origins: Settings, store: Store) -> None:

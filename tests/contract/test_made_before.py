@@ -12,7 +12,10 @@ import movieq
 from movieq.api import tasks as tasks_module
 from movieq.models import table as models
 from movieq.models.table import Model
+from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks import params
@@ -70,7 +73,7 @@ async def test_no_worker_and_no_queue_hears_of_it(api: Client, tasks: Tasks, fol
     assert await raw(tasks.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 0
     assert await raw(tasks.store).zcard(KEYS["flows"] + Kind.CPU_INTENSIVE) == 0
     assert await raw(tasks.store).zscore(KEYS["deadlines"], receipt["task_id"]) is None
-    assert (await tasks.store.totals(None))[TaskStatus.COMPLETED] == 2
+    assert (await Queries(tasks.store.redis).totals(None))[TaskStatus.COMPLETED] == 2
     page = (await api.get("/api/v1/projects/film/tasks?status=completed")).json
     assert page["tasks"][0]["task_id"] == receipt["task_id"]
 
@@ -87,7 +90,7 @@ async def test_its_stream_its_project_and_its_webhook_tell_it_like_any_other(api
         ("snapshot", "completed"), ("started", "processing"), ("completed", "completed"),
     ]  # fmt: skip
     assert events[-1].data["result"]["metadata"]["cache"] == "hit"
-    ((_, delivery, _),) = await tasks.store.deliveries(status["task_id"])
+    ((_, delivery, _),) = await Outbox(tasks.store.redis).deliveries(status["task_id"])
     assert delivery.result is not None
     assert (delivery.status, delivery.metadata, delivery.result.metadata["cache"]) == (TaskStatus.COMPLETED, {"scene_id": "12"}, "hit")
 
@@ -194,7 +197,7 @@ async def test_the_same_idempotency_key_gives_the_same_receipt_of_it(api: Client
     await make(api, tasks, folder)
     answers = [await api.submit(task_data=DATA, headers={"Idempotency-Key": "take-1"}) for _ in range(2)]
     assert answers[0].body == answers[1].body
-    assert (await tasks.store.totals(None))[TaskStatus.COMPLETED] == 2
+    assert (await Queries(tasks.store.redis).totals(None))[TaskStatus.COMPLETED] == 2
 
 
 async def test_a_key_of_the_project_is_enough(api: Client, tasks: Tasks, folder: Path) -> None:
@@ -211,7 +214,7 @@ async def test_the_file_outlives_the_task_that_made_it(api: Client, tasks: Tasks
     again = await ask(api)
     await raw(tasks.store).zadd(KEYS["ended"], {first: 1})
     assert await tasks.store.sweep(3600) == (1, [])
-    assert await tasks.store.task(first) is None
+    assert await Queries(tasks.store.redis).task(first) is None
     assert (await api.get(again["result"]["media_url"], key=None)).body == FILE
     assert (await ask(api))["status"] == "completed", "the younger one is found in its place"
 
@@ -232,7 +235,7 @@ async def test_files_are_swept_by_the_age_of_the_last_task_that_has_them(api: Cl
     assert await tasks.store.retire(3600) == 0
     await raw(tasks.store).zadd(KEYS["media"], {prefix: 1})
     assert await tasks.store.retire(3600) == 1
-    assert await tasks.store.due_orphans() == [prefix.decode()]
+    assert await Files(tasks.store.redis).due_orphans() == [prefix.decode()]
     assert (await ask(api))["status"] == "queued", "files that are being deleted are given to nobody"
 
 
@@ -258,7 +261,7 @@ async def test_the_script_looks_once_more_itself(api: Client, tasks: Tasks, fold
         await tasks.store.retire(0)
     new = new_task("other" if gone == "project" else "film", fingerprint="f", made=first, made_result=b"{}", made_prefix=prefix.decode())
     await tasks.store.submit(new)
-    task = await tasks.store.task(new.task_id)
+    task = await Queries(tasks.store.redis).task(new.task_id)
     assert task is not None
     assert task.status is TaskStatus.QUEUED
 

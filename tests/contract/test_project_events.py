@@ -13,6 +13,7 @@ import pytest
 
 from movieq import signing
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.streams.watchers import Source
@@ -30,7 +31,7 @@ FILM_STREAM = "projects/film"
 
 async def log_of(store: Store) -> list[str]:
     """The ids of the project's log."""
-    return [entry.id for entry in await store.log_after(LOG, None, 100_000)]
+    return [entry.id for entry in await Queries(store.redis).log_after(LOG, None, 100_000)]
 
 
 async def began(stream: Stream) -> Any:
@@ -390,7 +391,7 @@ async def test_an_events_url_that_has_expired_says_so(api: Client, signed: str) 
 
 
 async def test_a_signing_secret_is_rotated_without_an_address_losing_its_worth(settings: Settings, store: Store) -> None:
-    async def urls(secrets: str, *old: str) -> list[str]:
+    async def urls(secrets: tuple[bytes, ...], *old: str) -> list[str]:
         async with served(msgspec.structs.replace(settings, signing_secret=secrets, public_url="http://movieq.example")) as api:
             tasks = Tasks(api, store)
             task_id = await tasks.completed()
@@ -405,14 +406,14 @@ async def test_a_signing_secret_is_rotated_without_an_address_losing_its_worth(s
             ]
 
     found: list[int] = []
-    old = await urls("an old secret of ours")
-    new = await urls("a new secret of ours, an old secret of ours", *old)
+    old = await urls((b"an old secret of ours",))
+    new = await urls((b"a new secret of ours", b"an old secret of ours"), *old)
     assert found == [200, 200, 404]  # the file was never there
     found.clear()
-    await urls("a new secret of ours", *new)
+    await urls((b"a new secret of ours",), *new)
     assert found == [200, 200, 404]
     found.clear()
-    await urls("a new secret of ours", *old)
+    await urls((b"a new secret of ours",), *old)
     assert found == [403, 403, 403]
 
 

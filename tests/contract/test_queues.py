@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import claim, later, new_task, raw, result, running
@@ -152,4 +153,4 @@ async def test_what_ended_long_ago_is_forgotten_with_every_trace_and_the_rest_st
     assert {key for key in left if key.startswith(KEYS["index"])} == {
         f"{KEYS['index']}film|{status}|{task_type}" for status in ("", "queued") for task_type in ("", "generate_image")
     }
-    assert await store.totals(None) == {**dict.fromkeys(STATES, 0), TaskStatus.QUEUED: 1}
+    assert await Queries(store.redis).totals(None) == {**dict.fromkeys(STATES, 0), TaskStatus.QUEUED: 1}

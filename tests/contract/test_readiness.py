@@ -58,7 +58,7 @@ async def test_without_a_live_worker_it_is_not_ready(api: Client, store: Store) 
 async def test_without_its_storage_it_is_not_ready_and_health_says_why(settings: Settings, store: Store, folder: Path) -> None:
     await beat(store)
     (folder / "no-folder").write_text("a file")
-    async with served(msgspec.structs.replace(settings, storage=str(folder / "no-folder"))) as api:
+    async with served(msgspec.structs.replace(settings, storage=folder / "no-folder")) as api:
         found = failed(await api.get(READY, key=None))
         told = (await api.get(HEALTH, key=None)).json
     assert found.keys() == {"storage"}

@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 from movieq.local.embedded import Valkey
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks.states import TaskId
@@ -179,14 +180,19 @@ async def test_a_wait_that_redis_leaves_is_answered_with_a_503(own: Valkey, away
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_read_is_cancelled_at_whatever_moment(store: Store, turns: int) -> None:
     task_id = (await store.submit(new_task())).task_id
-    for read in (store.log_after(task_id, None), store.log_state(task_id), store.tasks([task_id]), store.task(TaskId("x"))):
+    for read in (
+        Queries(store.redis).log_after(task_id, None),
+        Queries(store.redis).log_state(task_id),
+        Queries(store.redis).tasks([task_id]),
+        Queries(store.redis).task(TaskId("x")),
+    ):
         reading = asyncio.ensure_future(read)
         for _ in range(turns):
             await asyncio.sleep(0)
         cancelled = reading.cancel()
         await asyncio.wait({reading})
         assert reading.cancelled() == cancelled
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert task.task_id == task_id
 

@@ -49,7 +49,7 @@ async def test_two_processes_take_the_secret_of_a_redis_that_was_emptied(setting
 
 
 async def test_secrets_of_the_settings_are_nobody_elses_business(settings: Settings, store: Store) -> None:
-    async with served(msgspec.structs.replace(settings, signing_secret="a secret of the settings")) as api:
+    async with served(msgspec.structs.replace(settings, signing_secret=(b"a secret of the settings",))) as api:
         assert await raw(store).keys("*secret*") == [], "a process that followed the one in Redis would have made it by now"
         urls = await addresses(api, store)
         await raw(store).flushall()

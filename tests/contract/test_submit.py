@@ -15,6 +15,8 @@ from arq import ArqRedis
 from arq.jobs import Job
 
 from movieq.api import tasks
+from movieq.queue.api_keys import ApiKeys
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, Settings, key_hash
 from tests.arrange import raw
@@ -132,7 +134,7 @@ async def test_a_deadline_that_has_passed_fails_the_task(api: Client, tasks: Tas
 
 
 async def test_draft_is_always_the_animatic(api: Client, store: Store, tasks: Tasks) -> None:
-    task = await store.task(await tasks.queued(task_data={"prompt": "x", "draft": True, "model": "animatic"}))
+    task = await Queries(store.redis).task(await tasks.queued(task_data={"prompt": "x", "draft": True, "model": "animatic"}))
     assert task is not None
     assert (task.engine, task.kind) == ("animatic", "cpu_intensive")
 
@@ -166,7 +168,7 @@ async def test_the_receipt_stays_the_same_whatever_has_become_of_the_task(api: C
 
 
 async def test_a_burst_of_requests_opens_one_connection_to_redis_at_most(api: Client, redis: ArqRedis, store: Store) -> None:
-    await store.add_grant(key_hash("kept in Redis"), Grant(None, frozenset(Scope)))
+    await ApiKeys(store.redis).add_grant(key_hash("kept in Redis"), Grant(None, frozenset(Scope)))
     for _ in range(5):  # a machine that stands still for a second is answered 503, and the connection is made anew
         before = (await redis.info("stats"))["total_connections_received"]
         statuses = {answer.status for answer in await asyncio.gather(*(api.submit("kept in Redis") for _ in range(50)))}

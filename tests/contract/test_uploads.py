@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
 from movieq.queue.store import Store
 from movieq.settings import Settings
@@ -45,7 +46,8 @@ def sound() -> bytes:
 
 def stored(settings: Settings) -> list[Path]:
     """Every file in the storage."""
-    return [path for path in Path(settings.storage).rglob("*") if path.is_file()]
+    assert isinstance(settings.storage, Path)
+    return [path for path in settings.storage.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ async def test_an_upload_is_kept_for_seven_days(api: Client, store: Store) -> No
 
 async def test_an_upload_belongs_to_its_project(api: Client, store: Store) -> None:
     upload_id = (await api.post(UPLOADS, data=image("PNG"))).json["upload_id"]
-    upload = await store.upload(upload_id)
+    upload = await Files(store.redis).upload(upload_id)
     assert upload is not None
     assert upload.project_id == ProjectId("film")
 

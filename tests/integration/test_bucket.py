@@ -15,6 +15,7 @@ from PIL import Image
 
 from movieq.checks import Finding
 from movieq.local.doctor import examine
+from movieq.queue.queries import Queries
 from movieq.settings import Bucket, load
 from movieq.tasks.states import TaskId
 from tests.fleet import Fleet, Process, eventually
@@ -97,7 +98,7 @@ async def test_a_worker_that_is_killed_while_the_storage_is_down_costs_no_second
     status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 2)
     assert (await fetched(status["result"]["media_url"]))[2] == rendered
-    events = [msgspec.json.decode(each.data) for each in await made.store.log_after(task_id, None)]
+    events = [msgspec.json.decode(each.data) for each in await Queries(made.store.redis).log_after(task_id, None)]
     assert {event["stage"] for event in events if event["attempt"] == 2} <= {None, "upload"}
     assert '"child":null' in after.log.read_text()
     # the next task is made as ever

@@ -18,6 +18,7 @@ from movieq.errors import InvalidState, RunLost
 from movieq.local.embedded import Valkey
 from movieq.queue.connection import _cancellable, connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.states import TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
 from tests.arrange import claim as claimed
@@ -141,7 +142,7 @@ async def test_a_cancel_and_an_end_at_the_same_time_make_one_end(
         else:
             assert refused == [RunLost if task.status is TaskStatus.CANCELLED else InvalidState]
         winners[task.status] += 1
-    await other.aclose()
+    await other.redis.aclose()
     print(f"cancel and {end.__name__} at once: {dict(winners)}")
     assert len(winners) == (1 if end is requeue else 2)
     assert await raw(store).keys(KEYS["held"] + "*") == []
@@ -161,7 +162,7 @@ async def test_a_cancel_and_a_claim_at_the_same_time_leave_a_cancelled_task_that
         assert [entry.type for entry in await ends_of(store, task.task_id)] == ["cancelled"]
         assert len(await raw(store).keys(f"{KEYS['delivery']}{task.task_id}-*")) == 1
         before[was] += 1
-    await other.aclose()
+    await other.redis.aclose()
     assert len(before) == 2
     assert await raw(store).keys(KEYS["held"] + "*") == []
     assert await raw(store).keys(KEYS["running"] + "*") == []
@@ -282,14 +283,14 @@ async def no_more_than(store: Store, allowed: set[str], *task_ids: str) -> bool:
 
 
 async def found(store: Store, task_id: TaskId) -> Any:
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     return task
 
 
 async def ends_of(store: Store, task_id: str) -> list[Any]:
     """The terminal entries of a task's log."""
-    return [entry for entry in await store.log_after(TaskId(task_id), None) if entry.type in TERMINAL_EVENTS]
+    return [entry for entry in await Queries(store.redis).log_after(TaskId(task_id), None) if entry.type in TERMINAL_EVENTS]
 
 
 async def test_a_cancel_that_comes_as_the_connection_breaks_is_not_lost() -> None:

@@ -31,7 +31,7 @@ from movieq.local.embedded import Valkey, valkey
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.settings import Settings
-from tests.arrange import raw
+from tests.arrange import raw, settings_of
 from tests.certificates import tls
 from tests.fleet import Fleet, eventually, fleet, free_port
 from tests.integration.test_cli import marked, movieq
@@ -61,12 +61,12 @@ async def asked(own: Valkey) -> AsyncIterator[Any]:
         await client.config_set(name, value)
     await client.execute_command("ACL", "DELUSER", "movieq")
     await client.aclose()
-    await client.connection_pool.disconnect()
 
 
-def installation(own: Valkey, **fields: Any) -> Settings:
-    """The settings of an installation on this server."""
-    return Settings(**{"redis_url": own.url, "storage": str(own.folder / "media"), **fields})
+def installation(own: Valkey, redis_url: str = "", **texts: str) -> Settings:
+    """The settings of an installation on this server, or behind another url."""
+    found = settings_of(**{"storage": str(own.folder / "media"), **texts})
+    return msgspec.structs.replace(found, redis_url=redis_url or own.url)
 
 
 async def found(settings: Settings, process: str = "doctor") -> dict[str, Finding]:
@@ -201,7 +201,7 @@ async def test_a_redis_that_still_loads_is_named(folder: Path) -> None:
     with process_of_valkey(folder, "--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024") as url:
 
         async def named() -> bool:  # it answers between two keys only
-            (finding,) = await checks.server(Settings(redis_url=url, storage=str(folder / "media")), "doctor")
+            (finding,) = await checks.server(Settings(redis_url=url, storage=folder / "media"), "doctor")
             return finding.mark is Mark.BROKEN and "LOADING" in finding.text and "wait" in finding.text
 
         await eventually(named)

@@ -22,6 +22,7 @@ from PIL import Image
 from movieq import cli
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from tests.arrange import raw
 from tests.arrange import running as claimed
@@ -211,7 +212,7 @@ async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped
         code, out, err = await dead("drop", ids[0], ids[1])  # the first is one no longer
         assert (code, out) == (1, f"{ids[1]}: dropped\n")
         assert f"{ids[0]}: " in err
-        assert await made.store.dead_letters() == ([], 0)
+        assert await Queries(made.store.redis).dead_letters() == ([], 0)
         assert [(await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] for task_id in ids] == ["queued", "failed"]
         code, out, err = await dead("list")
         assert (code, out, err) == (0, "", "no dead letters\n")
@@ -241,7 +242,6 @@ async def test_doctor_finds_nothing_broken_in_a_good_installation(server: Valkey
         "Redis disk",
         "storage",
         "models",
-        "webhooks",
         "speech",
         "GPU",
         "PyAV",
@@ -257,7 +257,7 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
     (folder / "models.toml").write_text("[lamp]\nengine = 'candle'\n")
     code, out, _ = await movieq(
         "doctor", folder=folder, MOVIEQ_REDIS_URL="redis://127.0.0.1:1/0", MOVIEQ_STORAGE=str(folder / "file" / "media"),
-        MOVIEQ_MODELS="models.toml", MOVIEQ_WEBHOOK_SECRET="secret", MOVIEQ_DEVICES="cuda:9",
+        MOVIEQ_MODELS="models.toml", MOVIEQ_DEVICES="cuda:9",
         MOVIEQ_SPOOL=str(folder / "file" / "spool"), MOVIEQ_C2PA_REQUIRED="true",
     )  # fmt: skip
     assert code == 1
@@ -265,7 +265,6 @@ async def test_doctor_names_everything_that_is_broken(folder: Path) -> None:
         "Redis",
         "storage",
         "models",
-        "webhooks",
         "signatures",
         "devices",
         "spool",

@@ -36,6 +36,8 @@ from movieq.errors import (
 )
 from movieq.local.embedded import Valkey, valkey
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.entities import UPLOAD_BYTES, DeliveryKind, DeliveryState
 from movieq.tasks.states import EventType, Priority, RunToken, TaskId, TaskStatus
@@ -182,7 +184,7 @@ async def all_of(events: AsyncIterator[ClientEvent], within_s: float = 20) -> li
 
 async def logged(store: Store, task_id: TaskId) -> list[str]:
     """The ids of the task's log."""
-    return [entry.id for entry in await store.log_after(task_id, None)]
+    return [entry.id for entry in await Queries(store.redis).log_after(task_id, None)]
 
 
 # ── Operations ──
@@ -193,7 +195,7 @@ async def test_the_operations_answer_with_the_shapes_of_the_contract(client: Cli
     assert receipt.status is TaskStatus.QUEUED
     page = await client.tasks("film", status=TaskStatus.QUEUED, task_type="generate_image", limit=5)
     assert [row.task_id for row in page.tasks] == [receipt.task_id]
-    task = await store.task(receipt.task_id)
+    task = await Queries(store.redis).task(receipt.task_id)
     assert task is not None
     assert (task.priority, task.metadata) == (1, {"scene": 4})
     assert (await client.workers()).total_workers == 0
@@ -529,7 +531,7 @@ async def test_deliveries_are_listed_and_sent_again(client: Client, store: Store
     await client.cancel(receipt.task_id)
     (waiting,) = (await client.deliveries(receipt.task_id)).deliveries
     assert (waiting.kind, waiting.type, waiting.state) == (DeliveryKind.WEBHOOK, "task.cancelled", DeliveryState.PENDING)
-    await store.delivered(waiting.delivery_id, DeliveryState.FAILED, 10, 500, "answered 500")
+    await Outbox(store.redis).delivered(waiting.delivery_id, DeliveryState.FAILED, 10, 500, "answered 500")
     again = await client.resend(receipt.task_id, waiting.delivery_id)
     assert (again.delivery_id, again.state, again.tries) == (waiting.delivery_id, DeliveryState.PENDING, 0)
     with pytest.raises(NotFound, match="no delivery"):

@@ -11,6 +11,7 @@ import pytest
 
 from movieq.queue import store as store_module
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId
 from tests.arrange import claim, later, new_task, now_ms, raw, result, running
@@ -32,10 +33,10 @@ class Clock:
 
 async def cost(store: Store, task_id: TaskId) -> tuple[float, float, float]:
     """GPU seconds of the task, of its project and of all projects."""
-    task, project = await store.task(task_id), await store.project(PROJECT)
+    task, project = await Queries(store.redis).task(task_id), await Queries(store.redis).project(PROJECT)
     assert task is not None
     assert project is not None
-    return task.gpu_ms / 1000, project.gpu_seconds, await store.gpu_seconds(None)
+    return task.gpu_ms / 1000, project.gpu_seconds, await Queries(store.redis).gpu_seconds(None)
 
 
 async def say(store: Store, task_id: TaskId, run: RunToken, ms: float, share: float) -> None:
@@ -157,7 +158,13 @@ async def test_projects_are_counted_apart(store: Store) -> None:
         task_id, run = await running(store, project=project)
         await say(store, task_id, run, ms, 0)
         await store.complete(task_id, run, result())
-    assert [await store.gpu_seconds(projects) for projects in (["film"], ["other"], ["film", "other", "new"], [], None)] == [1, 2, 3, 0, 3]
+    assert [await Queries(store.redis).gpu_seconds(projects) for projects in (["film"], ["other"], ["film", "other", "new"], [], None)] == [
+        1,
+        2,
+        3,
+        0,
+        3,
+    ]
 
 
 async def test_with_its_last_task_a_project_is_forgotten_and_the_installations_sum_stays(store: Store) -> None:
@@ -166,8 +173,8 @@ async def test_with_its_last_task_a_project_is_forgotten_and_the_installations_s
     await store.complete(task_id, run, result())
     await later(store)
     await store.sweep(0)
-    assert await store.gpu_seconds(["film"]) == 0
-    assert await store.gpu_seconds(None) == 1
+    assert await Queries(store.redis).gpu_seconds(["film"]) == 0
+    assert await Queries(store.redis).gpu_seconds(None) == 1
 
 
 @pytest.mark.parametrize(("device", "counted"), [("cuda:0", True), ("cpu", False)])

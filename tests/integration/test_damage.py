@@ -12,6 +12,8 @@ import structlog
 
 from movieq.errors import InvalidState, NotFound, RunLost
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Slot, Store
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import STATES, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
@@ -79,28 +81,28 @@ async def all_verbs(store: Store) -> None:
         lambda: store.report(IDS["reaped"], reaped, 0.6, "generating_image"),
         lambda: store.preview(task, run, b"jpeg"),
         lambda: store.renew("w1", [], [(task, run), (IDS["reaped"], reaped)], has_gpu=True),
-        lambda: store.made_before("completed"),
-        *(lambda id=id: store.task(id) for id in IDS.values()),
-        *(lambda id=id: store.deliveries(id) for id in IDS.values()),
-        *(lambda id=id: store.log_after(id, None) for id in IDS.values()),
-        *(lambda id=id: store.task_data(id) for id in IDS.values()),
-        *(lambda s=s: store.page(ProjectId("film"), s, None, 1, 20) for s in [None, *STATES]),
-        lambda: store.project(ProjectId("film")),
-        lambda: store.active(ProjectId("film"), [], [], 100),
-        lambda: store.queues(),
-        lambda: store.queue_sizes(),
-        lambda: store.totals(None),
-        lambda: store.totals(["film"]),
-        lambda: store.dead_letters(),
-        lambda: store.workers(),
-        lambda: store.average_durations_s(),
+        lambda: Queries(store.redis).reusable("completed"),
+        *(lambda id=id: Queries(store.redis).task(id) for id in IDS.values()),
+        *(lambda id=id: Outbox(store.redis).deliveries(id) for id in IDS.values()),
+        *(lambda id=id: Queries(store.redis).log_after(id, None) for id in IDS.values()),
+        *(lambda id=id: Queries(store.redis).task_data(id) for id in IDS.values()),
+        *(lambda s=s: Queries(store.redis).page(ProjectId("film"), s, None, 1, 20) for s in [None, *STATES]),
+        lambda: Queries(store.redis).project(ProjectId("film")),
+        lambda: Queries(store.redis).active(ProjectId("film"), [], [], 100),
+        lambda: Queries(store.redis).queues(),
+        lambda: Queries(store.redis).queue_sizes(),
+        lambda: Queries(store.redis).totals(None),
+        lambda: Queries(store.redis).totals(["film"]),
+        lambda: Queries(store.redis).dead_letters(),
+        lambda: Queries(store.redis).workers(),
+        lambda: Queries(store.redis).average_durations_s(),
         lambda: store.claim("w2", f"n{next(_nonces)}", CPU * 2, host="here"),
         lambda: store.claim("w1", "first", CPU),
-        lambda: store.begin(f"{IDS['completed']}-1"),
-        lambda: store.delivered(f"{IDS['completed']}-1", DeliveryState.DELIVERED, 1, 200, "", "cms-id"),
-        lambda: store.begin(f"{IDS['completed']}-2"),
-        lambda: store.delivered(f"{IDS['completed']}-2", DeliveryState.FAILED, 1, 500, "no"),
-        lambda: store.resend(IDS["completed"], f"{IDS['completed']}-2"),
+        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-1"),
+        lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-1", DeliveryState.DELIVERED, 1, 200, "", "cms-id"),
+        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-2"),
+        lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-2", DeliveryState.FAILED, 1, 500, "no"),
+        lambda: Outbox(store.redis).resend(IDS["completed"], f"{IDS['completed']}-2"),
         *(lambda id=id: store.retry(id) for id in IDS.values()),
         *(lambda id=id: store.cancel(id) for id in (IDS["delayed"], IDS["failed"], IDS["batched"])),
         lambda: store.requeue(IDS["reaped"], reaped, Counts.TRIES, 3, 0, "it broke", "network"),
@@ -124,7 +126,7 @@ async def another_project_is_served(store: Store) -> None:
         for claimed in await claim(store, "w9"):
             if claimed.task.task_id == task.task_id:
                 await store.complete(task.task_id, claimed.run, result())
-                found = await store.task(task.task_id)
+                found = await Queries(store.redis).task(task.task_id)
                 assert found is not None
                 assert found.status is TaskStatus.COMPLETED
                 return
@@ -188,7 +190,7 @@ async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store, logge
     assert claimed.task.task_id == behind.task_id
     await store.tidy()
     assert sorted(dropped(logged)) == sorted(f"waiting {task.task_id}" for task in gone)
-    assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
+    assert await Queries(store.redis).queue_sizes() == dict.fromkeys(Kind, 0)
 
 
 async def test_what_a_dead_worker_held_is_forgotten_with_it_though_the_record_is_gone(store: Store) -> None:
@@ -211,7 +213,7 @@ async def test_a_task_whose_definition_is_gone_fails_and_says_what_to_do(store: 
     assert ended.status is TaskStatus.FAILED
     assert ended.error == "the parameters of this task are no longer in Redis: submit it again"
     assert ended.retryable is False
-    assert [entry.type for entry in await store.log_after(task.task_id, None)] == [EventType.FAILED]
+    assert [entry.type for entry in await Queries(store.redis).log_after(task.task_id, None)] == [EventType.FAILED]
 
 
 async def test_a_queue_without_its_shares_is_served_all_the_same(store: Store) -> None:
@@ -244,7 +246,7 @@ def dropped(logged: list[MutableMapping[str, Any]]) -> list[str]:
 
 
 async def found(store: Store, task_id: TaskId) -> Any:
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     return task
 

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import GENERATE_VIDEO, Kind, TaskId
 from tests.arrange import new_task, raw
@@ -69,7 +70,7 @@ async def test_a_running_task_past_its_time_fails_and_its_slot_takes_the_next_on
     await the_next_completes(api)
     assert (status["status"], status["error_code"], status["retryable"]) == ("failed", "deadline_exceeded", False)
     assert status["error"] == ("ran for longer than the 1 s that its type may" if "max" in limit else "not finished by its deadline")
-    task = await made.store.task(TaskId(task_id))
+    task = await Queries(made.store.redis).task(TaskId(task_id))
     assert task is not None
     assert task.started_at_ms is not None
     assert task.ended_at_ms is not None

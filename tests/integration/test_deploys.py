@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.tasks.states import EventType, TaskId
 from tests.arrange import new_task, raw
 from tests.fleet import Fleet, Process, eventually
@@ -49,7 +50,9 @@ async def test_a_task_that_outlasts_many_deploys_completes_with_no_try_used_up(m
     status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", deploys + 1)
     assert await counted(made, task_id) == (0, 0, 0)
-    events_of = [entry.type for entry in await made.store.log_after(TaskId(task_id), None) if entry.type is not EventType.PROGRESS]
+    events_of = [
+        entry.type for entry in await Queries(made.store.redis).log_after(TaskId(task_id), None) if entry.type is not EventType.PROGRESS
+    ]
     assert events_of == [*[EventType.STARTED, EventType.RETRYING] * deploys, EventType.STARTED, EventType.COMPLETED]
     assert len(list((made.folder / "media").rglob("output.*"))) == 1
 

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.entities import WorkerStatus
 from movieq.tasks.states import Kind
@@ -45,7 +46,7 @@ async def row(store: Store, *, problem: bool) -> WorkerStatus:
     found: list[WorkerStatus] = []
 
     async def there() -> bool:
-        found[:] = [each for each in await store.workers() if (each.problem is not None) is problem]
+        found[:] = [each for each in await Queries(store.redis).workers() if (each.problem is not None) is problem]
         return bool(found)
 
     await eventually(there)
@@ -78,7 +79,7 @@ async def test_after_three_tasks_failed_in_a_row_the_device_takes_nothing_before
         assert worker.said("device_problem_over") == 1
         assert (await row(made.store, problem=False)).queues
         for task_id in tried:
-            for entry in await made.store.log_after(task_id, None):
+            for entry in await Queries(made.store.redis).log_after(task_id, None):
                 assert b"RuntimeError" not in entry.data
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, Counts, NewTask, Slot, Store
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import new_task, raw, result
@@ -42,9 +43,9 @@ async def ids(store: Store, *slots: Slot, **options: Any) -> list[TaskId]:
 async def test_a_task_whose_model_is_loaded_goes_first_within_its_project(store: Store) -> None:
     flux, other, sdxl = await submitted(store, gpu_task("flux"), gpu_task("flux"), gpu_task("sdxl"))
     assert await ids(store, SDXL) == [sdxl]
-    assert await store.passed_over() == 1
+    assert await Queries(store.redis).passed_over() == 1
     assert await ids(store, SDXL, SDXL) == [flux, other], "there is no other for it"
-    assert await store.passed_over() == 1
+    assert await Queries(store.redis).passed_over() == 1
 
 
 async def test_another_project_does_not_wait_for_a_model_that_is_loaded(store: Store) -> None:

@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.states import TaskId
 from tests.arrange import claim, new_task, raw
@@ -95,7 +96,7 @@ async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(fold
         await made.worker(MOVIEQ_KEEP_TASKS_DAYS="0.00001", MOVIEQ_QUEUES="gpu_heavy")
 
         async def swept() -> bool:
-            return not await store.tasks(ended)
+            return not await Queries(store.redis).tasks(ended)
 
         await eventually(swept)
         assert not await refused(store, padding)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.entities import WorkerStatus
 from movieq.tasks.states import RunToken, TaskId, TaskStatus
@@ -49,7 +50,7 @@ def disk(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
 
 async def rows(store: Store, *, with_problem: bool) -> list[WorkerStatus]:
     """The workers that say that they have a problem, or those that say that they have none."""
-    return [row for row in await store.workers() if (row.problem is not None) is with_problem]
+    return [row for row in await Queries(store.redis).workers() if (row.problem is not None) is with_problem]
 
 
 async def healed(store: Store, count: int) -> None:
@@ -64,14 +65,14 @@ async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
     for task_id in task_ids:
 
         async def ended(task_id: str = task_id) -> bool:
-            task = await made.store.task(TaskId(task_id))
+            task = await Queries(made.store.redis).task(TaskId(task_id))
             return task is not None and task.status.ended
 
         await eventually(ended, 90)
-        task = await made.store.task(TaskId(task_id))
+        task = await Queries(made.store.redis).task(TaskId(task_id))
         assert task is not None
         assert task.status is TaskStatus.COMPLETED, (task.error, *[process.log.read_text()[-1500:] for process in made.processes])
-        logged = [entry.data for entry in await made.store.log_after(TaskId(task_id), None) if entry.type == "retrying"]
+        logged = [entry.data for entry in await Queries(made.store.redis).log_after(TaskId(task_id), None) if entry.type == "retrying"]
         assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"]), logged
 
 
@@ -129,7 +130,7 @@ async def problem_of(store: Store) -> list[WorkerStatus]:
 async def no_path_in_any_event(made: Fleet, task_ids: list[str]) -> bool:
     """Whether no client heard of a folder of this machine."""
     for task_id in task_ids:
-        for entry in await made.store.log_after(task_id, None):
+        for entry in await Queries(made.store.redis).log_after(task_id, None):
             assert str(made.folder).encode() not in entry.data, entry.data
             assert b"Errno" not in entry.data, entry.data
     return True
@@ -191,7 +192,7 @@ async def test_a_run_whose_folder_is_removed_while_it_works_costs_no_try(folder:
         for attempt in (1, 2, 3):
 
             async def drawing(attempt: int = attempt) -> bool:
-                task = await made.store.task(TaskId(task_id))
+                task = await Queries(made.store.redis).task(TaskId(task_id))
                 assert task is not None
                 assert not task.status.ended, (task.error, bad.log.read_text()[-3000:])
                 return (task.attempt, task.stage) == (attempt, "frames")
@@ -251,7 +252,9 @@ async def test_a_worker_whose_storage_refuses_its_files_says_so_and_takes_no_mor
         status, health = await api.call("GET", "/tasks/health")
         assert status == 200
         assert why in next(alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem")
-        waiting = [task for task in await made.store.tasks([TaskId(each) for each in task_ids]) if task.status is TaskStatus.QUEUED]
+        waiting = [
+            task for task in await Queries(made.store.redis).tasks([TaskId(each) for each in task_ids]) if task.status is TaskStatus.QUEUED
+        ]
         assert len(waiting) >= 16 - UPLOADS_MOST - 4  # those, and what was in hand when the fourth was refused
         await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
         await completed(made.store, [task.task_id for task in waiting])
@@ -290,7 +293,7 @@ async def pictures(api: Service, count: int) -> list[str]:
 
 async def completed(store: Store, task_ids: list[TaskId]) -> None:
     async def all_are() -> bool:
-        return all(task.status is TaskStatus.COMPLETED for task in await store.tasks(task_ids))
+        return all(task.status is TaskStatus.COMPLETED for task in await Queries(store.redis).tasks(task_ids))
 
     await eventually(all_are, 90)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, Counts, Slot, Store
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result, running
@@ -120,7 +121,7 @@ async def test_a_task_has_a_day_to_store_its_files_then_it_fails_and_a_retry_is_
     assert await score(store, "deadlines", task_id) - await now_ms(store) == pytest.approx(86_400_000, abs=2_000)
     await raw(store).zadd(KEYS["deadlines"], {task_id: 1})
     await store.tidy()
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert (task.status, task.error_code, task.retryable) == (TaskStatus.FAILED, "storage", True)
     assert (await store.retry(task_id)).queue_position == 1
@@ -210,7 +211,7 @@ async def test_folders_go_a_minute_after_the_commit_and_a_day_after_the_last_try
     async def left(age_s: float) -> set[str]:
         for path in folder.glob(f"{PREFIX}*"):
             os.utime(path, (time.time() - age_s,) * 2)
-        await kept.sweep(store)
+        await kept.sweep(Queries(store.redis))
         return {path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*")}
 
     lay()

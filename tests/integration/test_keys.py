@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from movieq.api import key_cache
-from movieq.api.key_cache import Keys
+from movieq.api.key_cache import KeyCache
 from movieq.local.embedded import Valkey
+from movieq.queue.api_keys import ApiKeys
 from movieq.queue.store import Store
 from movieq.settings import Grant, Scope, key_hash
 
@@ -29,7 +30,7 @@ async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
     monkeypatch.setattr(key_cache, "CACHE_S", 0)
     made = movieq(server, "create", "--project", "film", "--scope", "read")
     key = made.stdout.strip()
-    keys = Keys({}, store)
+    keys = KeyCache({}, ApiKeys(store.redis))
     assert await keys.grant(key_hash(key)) == Grant(frozenset({"film"}), frozenset({Scope.READ}))
     listed = movieq(server, "list").stdout
     assert listed.split() == [key_hash(key)[:12], "film", "read"]
@@ -41,4 +42,4 @@ async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
 async def test_a_project_that_is_none_is_refused(server: Valkey, store: Store) -> None:
     refused = movieq(server, "create", "--project", "a b")
     assert refused.returncode == 1
-    assert await store.grants() == {}
+    assert await ApiKeys(store.redis).grants() == {}

@@ -7,9 +7,10 @@ import itertools
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries, Stranded
 from movieq.queue.records import Able
 from movieq.queue.repair import inconsistencies
-from movieq.queue.store import Claimed, Counts, Slot, Store, Stranded
+from movieq.queue.store import Claimed, Counts, Slot, Store
 from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
@@ -69,16 +70,16 @@ async def test_the_oldest_is_passed_over_too_where_it_cannot_be_run(store: Store
 async def test_queues_and_places_count_what_waits_aside(store: Store) -> None:
     first, second = [await submitted(store, "palette", "palettes") for _ in range(2)]
     assert await claim(store, PLAIN) == []
-    (_, _, cpu) = await store.queues()
+    (_, _, cpu) = await Queries(store.redis).queues()
     assert (cpu.pending_count, cpu.priority_distribution["normal"]) == (2, 2)  # type: ignore[index]  # a StrEnum is its value
     assert cpu.oldest_waiting_seconds > 0
-    assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == 2
-    tasks = await store.tasks([first, second])
-    assert await store.positions(tasks) == [1, 2]
-    assert [await store.position(task) for task in tasks] == [1, 2]
+    assert (await Queries(store.redis).queue_sizes())[Kind.CPU_INTENSIVE] == 2
+    tasks = await Queries(store.redis).tasks([first, second])
+    assert await Queries(store.redis).positions(tasks) == [1, 2]
+    assert [await Queries(store.redis).position(task) for task in tasks] == [1, 2]
     await store.cancel(first)
     await store.cancel(second)
-    assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == 0
+    assert (await Queries(store.redis).queue_sizes())[Kind.CPU_INTENSIVE] == 0
     assert await raw(store).keys(KEYS["lanes"] + "*") == []
 
 
@@ -90,7 +91,7 @@ async def test_a_task_that_comes_back_waits_aside_again(store: Store) -> None:
     assert await claim(store, PLAIN) == []
     (claimed,) = await claim(store, PLUGGED, "w2")
     await store.complete(task_id, claimed.run, result())
-    (task,) = await store.tasks([task_id])
+    (task,) = await Queries(store.redis).tasks([task_id])
     assert task.status is TaskStatus.COMPLETED
 
 
@@ -108,11 +109,11 @@ async def test_what_no_live_worker_can_run_is_named(store: Store) -> None:
     await claim(store, PLAIN)
     for worker, able in (("plain", PLAIN), ("plugged", PLUGGED)):
         await store.renew(worker, [row(worker)], [], has_gpu=False, able=able)
-    assert await store.stranded([row("plain")]) == [Stranded("cpu_intensive", "palette", "palettes", 1)]
-    assert await store.stranded([row("plain"), row("plugged")]) == []
-    assert await store.stranded([row("plain"), row("one that says nothing")]) == []
+    assert await Queries(store.redis).stranded([row("plain")]) == [Stranded("cpu_intensive", "palette", "palettes", 1)]
+    assert await Queries(store.redis).stranded([row("plain"), row("plugged")]) == []
+    assert await Queries(store.redis).stranded([row("plain"), row("one that says nothing")]) == []
     await submitted(store)
-    assert [each.task_type for each in await store.stranded([])] == ["", "palette"]
+    assert [each.task_type for each in await Queries(store.redis).stranded([])] == ["", "palette"]
     await store.leave("plugged")
     assert await raw(store).hkeys(KEYS["able"]) == [b"plain"]
 
@@ -143,9 +144,9 @@ async def test_a_task_whose_model_is_damaged_waits_aside_and_is_counted_and_name
     task_id = await submitted(store)
     await raw(store).hset(KEYS["task"] + task_id, "model", b"\xff")
     assert await claim(store, PLAIN) == []
-    assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == 1
-    assert [queue.pending_count for queue in await store.queues()] == [0, 0, 1]
-    assert await store.stranded([]) == [Stranded("cpu_intensive", "generate_image", "\ufffd", 1)]
+    assert (await Queries(store.redis).queue_sizes())[Kind.CPU_INTENSIVE] == 1
+    assert [queue.pending_count for queue in await Queries(store.redis).queues()] == [0, 0, 1]
+    assert await Queries(store.redis).stranded([]) == [Stranded("cpu_intensive", "generate_image", "\ufffd", 1)]
 
 
 async def test_tasks_in_no_queue_are_counted_as_astray(store: Store) -> None:
@@ -154,16 +155,16 @@ async def test_tasks_in_no_queue_are_counted_as_astray(store: Store) -> None:
         await submitted(store, "palette", "palettes")
     (claimed,) = await claim(store, PLAIN, slots=2)
     await store.requeue(claimed.task.task_id, claimed.run, Counts.TRIES, 3, 60_000, "it broke", "network")
-    assert await store.astray() == 0
+    assert await Queries(store.redis).astray() == 0
     await raw(store).delete(KEYS["lanes"] + "cpu_intensive")
-    assert await store.astray() == 3
+    assert await Queries(store.redis).astray() == 3
     async for _ in inconsistencies(store, apply=True):
         pass
-    assert await store.astray() == 0
+    assert await Queries(store.redis).astray() == 0
     assert len(await claim(store, PLUGGED, "w2", slots=4)) == 3
 
 
 async def test_tasks_of_a_kind_that_this_version_does_not_know_are_named_too(store: Store) -> None:
     await store.submit(new_task(kind="gpu_tiny"))
-    assert await store.stranded([row("plain")]) == [Stranded("gpu_tiny", "", "", 1)]
-    assert await store.astray() == 0
+    assert await Queries(store.redis).stranded([row("plain")]) == [Stranded("gpu_tiny", "", "", 1)]
+    assert await Queries(store.redis).astray() == 0

@@ -15,6 +15,8 @@ from movieq.local.embedded import Valkey
 from movieq.queue import store as store_module
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.entities import Delivery, DeliveryState
 from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
@@ -140,33 +142,33 @@ async def write_check(store: Store) -> Any:
 
 async def begin(store: Store) -> Any:
     await store.complete(TASK, await begun(store), result(), CMS)
-    delivery = await store.begin(f"{TASK}-2")
+    delivery = await Outbox(store.redis).begin(f"{TASK}-2")
     return isinstance(delivery, Delivery) and delivery.state
 
 
 async def delivered(store: Store) -> Any:
     await store.complete(TASK, await begun(store), result(), CMS)
-    return await store.delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", 7)
+    return await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", 7)
 
 
 async def delivered_late(store: Store) -> Any:
     await begin(store)
-    return await store.delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", "seven")
+    return await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.DELIVERED, 1, 200, "", "seven")
 
 
 async def delivered_not_yet(store: Store) -> Any:
     await fail(store)
-    return await store.delivered(f"{TASK}-1", DeliveryState.PENDING, 1, 500, "answered 500")
+    return await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.PENDING, 1, 500, "answered 500")
 
 
 async def given_up(store: Store) -> Any:
     await fail(store)
-    return await store.delivered(f"{TASK}-1", DeliveryState.FAILED, 1, 410, "answered 410")
+    return await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.FAILED, 1, 410, "answered 410")
 
 
 async def resend(store: Store) -> Any:
     await given_up(store)
-    await store.resend(TASK, f"{TASK}-1")
+    await Outbox(store.redis).resend(TASK, f"{TASK}-1")
 
 
 async def repair(store: Store) -> Any:
@@ -217,7 +219,7 @@ async def test_redis_holds_the_same_whether_an_answer_was_lost_or_not(
         through = Store(connect(between.url, patient=True))
         between.swallow(script(through, name))
         again = await scene(through)
-        await through.aclose()
+        await through.redis.aclose()
     assert between.swallowed is not None
     assert await everything(store) == expected
     assert again == said
@@ -270,11 +272,11 @@ async def house(tmp_path: Path) -> AsyncIterator[tuple[Fleet, Proxy, Receiver]]:
 
 async def ended(store: Store, task_id: str) -> Any:
     async def over() -> bool:
-        task = await store.task(TaskId(task_id))
+        task = await Queries(store.redis).task(TaskId(task_id))
         return task is not None and task.status.ended
 
     await eventually(over)
-    return await store.task(TaskId(task_id))
+    return await Queries(store.redis).task(TaskId(task_id))
 
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}
@@ -324,9 +326,9 @@ async def test_a_hand_back_whose_answer_is_lost_is_one_hand_back(house: tuple[Fl
     assert await worker.ended() == 0
     assert between.swallowed is not None
     assert worker.said("run_lost") == 0
-    events = [entry.type for entry in await made.store.log_after(TaskId(task_id), None)]
+    events = [entry.type for entry in await Queries(made.store.redis).log_after(TaskId(task_id), None)]
     assert events.count(EventType.RETRYING) == 1
-    task = await made.store.task(TaskId(task_id))
+    task = await Queries(made.store.redis).task(TaskId(task_id))
     assert task is not None
     assert task.status is TaskStatus.QUEUED
     assert await raw(made.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 1

@@ -83,7 +83,7 @@ def simulate(server: Valkey, play: Callable[[Store], Awaitable[None]]) -> None:
         try:
             await play(store)
         finally:
-            await store.aclose()
+            await store.redis.aclose()
 
     asyncio.run(run())
 

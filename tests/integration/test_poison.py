@@ -14,6 +14,7 @@ import pytest
 from arq import cron, func
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.tasks.entities import Task
 from movieq.tasks.states import Kind, TaskId, TaskStatus
@@ -47,7 +48,7 @@ async def ended(store: Store, task_id: TaskId, within_s: float = 60) -> Task:
     found: list[Task] = []
 
     async def over() -> bool:
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         assert task is not None
         found[:] = [task]
         return task.status.ended
@@ -98,7 +99,7 @@ async def test_a_task_whose_model_is_not_here_waits_untouched_and_the_worker_doe
         for task_id in strange:
 
             async def waits(task_id: TaskId = task_id) -> bool:
-                task = await made.store.task(task_id)
+                task = await Queries(made.store.redis).task(task_id)
                 return task is not None and task.lane != "" and (task.status, task.attempt) == (TaskStatus.QUEUED, 0)
 
             await eventually(waits)
@@ -113,7 +114,7 @@ async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_e
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
         for task_id in odd:
             await eventually(partial(tried, made.store, task_id))
-            (said,) = [entry.data for entry in await made.store.log_after(task_id, None) if entry.type == "retrying"]
+            (said,) = [entry.data for entry in await Queries(made.store.redis).log_after(task_id, None) if entry.type == "retrying"]
             assert b"this worker cannot read task_data" in said
         assert worker.alive
 
@@ -152,18 +153,18 @@ async def ended_unread(store: Store, task_id: TaskId) -> Task:
         if await redis.zscore(KEYS["delayed"], task_id) is not None:
             await redis.zadd(KEYS["delayed"], {task_id: 1}, xx=True)
             await store.tidy()
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         return task is not None and task.status.ended
 
-    await eventually(over)
-    task = await store.task(task_id)
+    await eventually(over, 60)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     return task
 
 
 async def waits_s(store: Store, task_id: TaskId) -> list[float]:
     """The waits that its retries said."""
-    entries = [entry.data for entry in await store.log_after(task_id, None) if entry.type == "retrying"]
+    entries = [entry.data for entry in await Queries(store.redis).log_after(task_id, None) if entry.type == "retrying"]
     return [msgspec.json.decode(data)["retry_in"] for data in entries]
 
 
@@ -188,7 +189,7 @@ async def workers(store: Store) -> list[Any]:
     found: list[Any] = []
 
     async def there() -> bool:
-        found[:] = await store.workers()
+        found[:] = await Queries(store.redis).workers()
         return bool(found)
 
     await eventually(there)
@@ -216,6 +217,7 @@ async def books(store: Store) -> AsyncIterator[tuple[Worker, Child]]:
     worker = Worker(
         worker_id="w1",
         store=store,
+        queries=Queries(store.redis),
         subscriber=None,  # type: ignore[arg-type]  # it listens to nothing
         children=[child],
         drain_s=0.0,
@@ -243,7 +245,7 @@ async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_
         worker.tend()
         assert (child.groups, worker.runs) == ([], {})
         await worker._renew()
-    task = await store.task(claimed.task.task_id)
+    task = await Queries(store.redis).task(claimed.task.task_id)
     assert task is not None
     assert task.status is TaskStatus.QUEUED
 
@@ -409,7 +411,7 @@ async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Pa
             task_id = await api.submit("odd", {"odd": odd})
             await eventually(partial(tried, made.store, TaskId(task_id)))
             assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200  # it would be tried again
-            for entry in await made.store.log_after(task_id, None):
+            for entry in await Queries(made.store.redis).log_after(task_id, None):
                 assert b"Error" not in entry.data, entry.data
             ended = await api.ended(await api.submit("generate_image", SMALL))
             assert (ended["status"], ended["attempt"]) == ("completed", 1), odd
@@ -469,10 +471,9 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
 
     async def shown() -> bool:
         reporter.say("drawing", stage="work")
-        task = await store.task(claimed.task.task_id)
+        task = await Queries(store.redis).task(claimed.task.task_id)
         return task is not None and task.current_step == "drawing"
 
     async with reporter:
         await eventually(shown)
         assert [task.done() for task in reporter._tasks] == [False, False]
-    await odd.aclose()

@@ -13,6 +13,7 @@ from movieq.local.embedded import Valkey
 from movieq.queue.connection import connect
 from movieq.queue.keys import keys
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import load
 from movieq.tasks.states import Kind
@@ -23,7 +24,7 @@ SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "256x256"}
 
 
 async def test_two_prefixes_in_one_database_see_nothing_of_each_other(server: Valkey, store: Store) -> None:
-    other = Store(connect(server.url, patient=True, prefix="staging"), "staging")
+    other = Store(connect(server.url, patient=True, prefix="staging"))
     task = new_task()
     await other.submit(task)
     (claimed,) = await claim(other)
@@ -33,13 +34,13 @@ async def test_two_prefixes_in_one_database_see_nothing_of_each_other(server: Va
     assert {name.partition(":")[0] for name in names} == {"staging", "arq"}
     await other.submit(new_task())
     assert await claim(store) == []
-    assert await store.task(task.task_id) is None
-    await other.aclose()
+    assert await Queries(store.redis).task(task.task_id) is None
+    await other.redis.aclose()
 
 
 @pytest.mark.parametrize(("prefix", "database"), [("staging", 0), ("movieq", 1)])
 async def test_what_one_publishes_the_other_does_not_hear(server: Valkey, store: Store, prefix: str, database: int) -> None:
-    other = Store(connect(f"{server.url}?db={database}", patient=True, prefix=prefix), prefix)
+    other = Store(connect(f"{server.url}?db={database}", patient=True, prefix=prefix))
     await raw(other).flushdb()
     task = new_task()
     heard: dict[str, list[bytes]] = {"ours": [], "theirs": []}
@@ -58,7 +59,7 @@ async def test_what_one_publishes_the_other_does_not_hear(server: Valkey, store:
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await raw(other).flushdb()
-    await other.aclose()
+    await other.redis.aclose()
 
 
 async def test_two_installations_on_one_server_each_make_their_own(made: Fleet) -> None:

@@ -13,16 +13,17 @@ import pytest
 from movieq import credentials
 from movieq.fetch.download import Fetcher
 from movieq.fetch.guard import Guard
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.states import Kind, TaskStatus
-from tests.arrange import claim, new_task
+from tests.arrange import claim, new_task, parts
 from tests.certificates import HOLDER, Chain, chain
 from tests.service import Service, service
 from tests.unit.test_credentials import Read
 from workers.execute import run_task
 from workers.provenance import Provenance
-from workers.running import Parts, Running
+from workers.running import Running
 from workers.supervisor import Child
 
 CLIP = {"scene_description": "Marrakesh by night", "duration": 1, "fps": 12, "resolution": "128x72"}
@@ -85,11 +86,11 @@ async def test_where_signing_is_required_and_fails_the_task_fails_and_nothing_is
         await asyncio.wait_for(ready.wait(), 60)
         storage = FolderStorage(tmp_path / "media", "http://127.0.0.1", (b"secret",))
         (tmp_path / "spool").mkdir()
-        parts = Parts(store, storage, fetcher, tmp_path / "spool", provenance=Provenance(credentials=expired, required=True))
+        made = parts(store, storage, fetcher, tmp_path / "spool", provenance=Provenance(credentials=expired, required=True))
         running = Running(claimed, child, child.reserve([claimed.task.task_id]))
-        await run_task({"parts": parts, "running": running}, {"prompt": "a lamp", "resolution": "64x64"})
+        await run_task({"parts": made, "running": running}, {"prompt": "a lamp", "resolution": "64x64"})
         keeping.cancel()
-    task = await store.task(claimed.task.task_id)
+    task = await Queries(store.redis).task(claimed.task.task_id)
     assert task is not None
     assert (task.status, task.error_code, task.retryable) == (TaskStatus.FAILED, "unsigned", False)
     assert "cannot be signed" in (task.error or "")

@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.tasks.states import EventType, TaskId
 from tests.arrange import raw
 from tests.fleet import Fleet, Process, eventually, fleet
@@ -87,12 +88,12 @@ async def all_ended_once(made: Fleet, api: Service, worker: Process, task_ids: l
     for task_id in task_ids:
         status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 1), (status, worker.log.read_text()[-2000:])
-        log = await made.store.log_after(TaskId(task_id), None)
+        log = await Queries(made.store.redis).log_after(TaskId(task_id), None)
         types = [entry.type for entry in log]
         assert types.count(EventType.STARTED) == types.count(EventType.COMPLETED) == 1
         shown = [json.loads(entry.data)["progress"] for entry in log]
         assert shown == sorted(shown)
-    made_at_all = (await made.store.totals(None)).values()
+    made_at_all = (await Queries(made.store.redis).totals(None)).values()
     outputs = [path for path in (made.folder / "media").rglob("output.*") if path.is_file()]
     assert (sum(made_at_all), len(outputs)) == (len(task_ids), len(task_ids))
     assert worker.alive

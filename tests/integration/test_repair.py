@@ -11,6 +11,7 @@ import pytest
 
 from movieq.local.embedded import Valkey
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.repair import inconsistencies
 from movieq.queue.store import Store
 from movieq.tasks.states import Kind, TaskStatus
@@ -60,10 +61,10 @@ async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, na
         await raw(store).delete(KEYS["quiet"])
         for claimed in await claim(store):
             await store.complete(claimed.task.task_id, claimed.run, result())
-    states = [task.status for task in await store.tasks([task.task_id for task in tasks])]
+    states = [task.status for task in await Queries(store.redis).tasks([task.task_id for task in tasks])]
     assert set(states) == {TaskStatus.COMPLETED, TaskStatus.CANCELLED}
     assert await raw(store).zcard(KEYS["deliveries"]) == 3
-    assert await store.queue_sizes() == dict.fromkeys(Kind, 0)
+    assert await Queries(store.redis).queue_sizes() == dict.fromkeys(Kind, 0)
 
 
 async def test_counters_are_counted_again(store: Store) -> None:

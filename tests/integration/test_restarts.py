@@ -18,8 +18,9 @@ import pytest
 from movieq.api import app
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
-from movieq.settings import Settings
+from tests.arrange import settings_of
 from tests.fleet import KEY, Fleet, eventually, fleet, free_port
 from tests.nginx import nginx
 from tests.service import Service
@@ -78,7 +79,7 @@ async def test_nginx_answers_every_request_while_two_api_processes_restart_in_tu
                 load.over = True
         assert load.answers.keys() <= {200, 201}, load.answers
         assert load.answers.total() >= REQUESTS
-        page = await made.store.project(SUBMIT["project_id"])  # type: ignore[arg-type]
+        page = await Queries(made.store.redis).project(SUBMIT["project_id"])  # type: ignore[arg-type]
         assert page is not None
         assert sum(page.tasks.values()) == len(load.accepted) == len(set(load.accepted)), "each was accepted once"
 
@@ -112,7 +113,7 @@ async def test_a_request_over_an_idle_connection_is_answered_after_new_ones_are_
     monkeypatch.setattr(serving, "LAST_REQUESTS_S", 30.0)
     sock = serving.listen("127.0.0.1", 0)
     url = serving.address(sock)
-    settings = Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY)
+    settings = settings_of(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY)
     api = serving._Server(app.create(settings, url), url)
     serves = asyncio.create_task(api.serve([sock]))
     async with AsyncExitStack() as stack:

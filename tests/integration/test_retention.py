@@ -12,7 +12,9 @@ import msgspec
 import pytest
 import structlog
 
+from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Bucket, Settings
 from movieq.storage import s3
@@ -35,7 +37,7 @@ def storage(folder: Path) -> Storage:
 @pytest.fixture
 def retention(store: Store, storage: Storage) -> Retention:
     """That of a worker which keeps nothing that has ended."""
-    return Retention("w1", store, storage, OVER)
+    return Retention("w1", store, Files(store.redis), storage, OVER)
 
 
 async def completed(store: Store, storage: Storage, folder: Path, number: int) -> TaskId:
@@ -82,15 +84,15 @@ async def test_nothing_goes_that_is_younger_than_the_settings_say_and_nothing_wh
 ) -> None:
     task_id = await completed(store, storage, folder, 1)
     for settings in (Settings(keep_tasks_days=1, keep_media_days=1), Settings(keep_tasks_days=0, keep_media_days=0)):
-        await Retention("w1", store, storage, settings).round()
-    assert await store.task(task_id) is not None
+        await Retention("w1", store, Files(store.redis), storage, settings).round()
+    assert await Queries(store.redis).task(task_id) is not None
     assert files(folder) == ["output.jpg"]
 
 
 async def test_committed_files_that_are_listed_as_orphans_stay(store: Store, storage: Storage, folder: Path) -> None:
     await completed(store, storage, folder, 1)
     await raw(store).zadd(KEYS["orphans"], {"projects/film/image/1/run": 1})
-    await Retention("w1", store, storage, Settings()).round()
+    await Retention("w1", store, Files(store.redis), storage, Settings()).round()
     assert files(folder) == ["output.jpg"]
     assert await left(store, "orphans") == []
 
@@ -123,14 +125,14 @@ async def test_what_cannot_be_deleted_is_passed_over_logged_once_and_tried_again
 
 async def test_a_storage_that_is_away_stops_no_tasks_and_is_left_alone_for_a_while(store: Store, folder: Path) -> None:
     (folder / "media").write_bytes(b"")  # no folder
-    away = Retention("w1", store, FolderStorage(folder / "media", "http://127.0.0.1:1", (b"",)), OVER)
+    away = Retention("w1", store, Files(store.redis), FolderStorage(folder / "media", "http://127.0.0.1:1", (b"",)), OVER)
     task_id, run = await running(store)
     await store.fail(task_id, run, "it broke", "internal")
     await raw(store).zadd(KEYS["orphans"], {f"uploads/film/{number}": number for number in range(3 * FILES_AT_ONCE)})
     with structlog.testing.capture_logs() as logged:
         for _ in range(3):
             await away.round()
-    assert await store.task(task_id) is None
+    assert await Queries(store.redis).task(task_id) is None
     assert await raw(store).zcard(KEYS["orphans"]) == 3 * FILES_AT_ONCE
     assert [line["count"] for line in logged if line["event"] == "files_not_deleted"] == [FILES_AT_ONCE]
 
@@ -139,7 +141,7 @@ async def test_files_go_from_a_bucket_too(store: Store, bucket: Bucket, folder: 
     async with s3.opened(bucket, patient=True) as storage:
         for number in range(20):
             await orphan(store, storage, folder, f"uploads/film/{number}")
-        await Retention("w1", store, storage, OVER).round()
+        await Retention("w1", store, Files(store.redis), storage, OVER).round()
         assert await left(store, "orphans") == []
         assert [await storage.size(f"uploads/film/{number}/output.jpg") for number in range(20)] == [None] * 20
 
@@ -183,7 +185,7 @@ async def test_a_task_that_is_listed_as_ended_and_is_not_stays(store: Store, ret
     waiting = (await store.submit(new_task())).task_id
     await raw(store).zadd(KEYS["ended"], {waiting: 1})
     await retention.round()
-    assert await store.task(waiting) is not None
+    assert await Queries(store.redis).task(waiting) is not None
     assert await left(store, "ended") == []
 
 
@@ -218,7 +220,7 @@ async def gone(store: Store, key: str) -> bool:
 @pytest.fixture
 async def several(store: Store, storage: Storage) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Three workers that sweep."""
-    made = [asyncio.create_task(Retention(f"w{number}", store, storage, OVER).run()) for number in range(3)]
+    made = [asyncio.create_task(Retention(f"w{number}", store, Files(store.redis), storage, OVER).run()) for number in range(3)]
     yield made
     for each in made:
         each.cancel()
@@ -241,9 +243,9 @@ async def test_what_becomes_due_goes_without_a_restart_though_one_worker_has_gon
 async def test_retention_that_was_shortened_is_that_of_the_next_round(store: Store, storage: Storage, folder: Path) -> None:
     await completed(store, storage, folder, 1)
     month = Settings(keep_tasks_days=30, keep_media_days=30)
-    await Retention("old", store, storage, month).round()
+    await Retention("old", store, Files(store.redis), storage, month).round()
     assert files(folder) == ["output.jpg"]
-    new = Retention("new", store, storage, msgspec.structs.replace(month, keep_tasks_days=1e-9, keep_media_days=1e-9))
+    new = Retention("new", store, Files(store.redis), storage, msgspec.structs.replace(month, keep_tasks_days=1e-9, keep_media_days=1e-9))
     await new.round()
     await new.round()
     assert files(folder) == []

@@ -421,7 +421,7 @@ def test_a_setting_of_the_bucket_that_is_wrong_or_missing_is_named(folder: Path,
         "MOVIEQ_R2_ACCESS_KEY_ID": "id",
         "MOVIEQ_R2_SECRET_ACCESS_KEY": "hidden",
     }
-    found = load(good, folder / "none").bucket()
+    found = load(good, folder / "none").storage
     assert found == Bucket("film", "a/b/", "https://x.r2.cloudflarestorage.com", "id", "hidden")
     with pytest.raises(SettingsError, match=said) as raised:
         load({**good, **changed}, folder / "none")

@@ -14,8 +14,11 @@ from arq.jobs import Job
 from redis.exceptions import OutOfMemoryError
 
 from movieq.errors import IdempotencyMismatch, InvalidState, QueueFull, RequestError, RunLost
+from movieq.local.embedded import Valkey
 from movieq.queue import store as store_module
+from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.tasks.states import STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from tests.arrange import CPU, claim, contents, later, new_task, raw, result, running
@@ -84,7 +87,7 @@ async def test_a_verb_leads_where_the_table_says_and_changes_nothing_elsewhere(s
     if target is None:
         assert await raw(store).hgetall(KEYS["task"] + task_id) == before
     else:
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         assert task is not None
         assert task.status is target
         await holds_together(store, task_id, target)
@@ -164,7 +167,7 @@ async def test_faults_use_up_the_tries_and_the_last_one_fails_the_task(store: St
         (claimed,) = await claim(store)
         run = claimed.run
     assert await store.requeue(task_id, run, Counts.TRIES, 3, 0, "no network", "network") is TaskStatus.FAILED
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert (task.attempt, task.error_code, task.retryable) == (3, "network", True)
 
@@ -197,7 +200,7 @@ async def test_after_a_retry_attempts_count_on_and_the_log_goes_on(store: Store)
     (claimed,) = await claim(store)
     assert claimed.task.attempt == 2
     assert await raw(store).ttl(KEYS["log"] + task_id) == -1
-    assert [entry.type for entry in await store.log_after(task_id, None)] == ["started", "failed", "queued", "started"]
+    assert [entry.type for entry in await Queries(store.redis).log_after(task_id, None)] == ["started", "failed", "queued", "started"]
 
 
 async def test_a_delayed_retry_is_claimed_only_when_it_is_due(store: Store) -> None:
@@ -236,16 +239,16 @@ async def test_a_task_whose_workers_fall_silent_waits_longer_each_time_and_is_a_
         await store.report(task_id, claimed.run, 0.1, "rendering_video", stage="frames")
         await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
         assert (await store.tidy()).reaped == 1
-        waits.append(msgspec.json.decode((await store.log_after(task_id, None, 1000))[-1].data).get("retry_in"))
+        waits.append(msgspec.json.decode((await Queries(store.redis).log_after(task_id, None, 1000))[-1].data).get("retry_in"))
         if waits[-1]:
             assert await claim(store) == []
             await raw(store).zadd(KEYS["delayed"], {task_id: 1})
             await store.tidy()
     assert waits == [0, 10, *[30] * 7, None]
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert (task.status, task.error_code, task.retryable) == (TaskStatus.FAILED, "worker_lost", True)
-    (letter,), total = await store.dead_letters()
+    (letter,), total = await Queries(store.redis).dead_letters()
     assert (letter.task_id, letter.last_stage, total) == (task_id, "frames", 1)
     await store.retry(task_id)
     assert await raw(store).hget(KEYS["task"] + task_id, "silences") == b"0"
@@ -290,7 +293,7 @@ async def test_missed_deadlines_fail_a_waiting_and_a_running_task(store: Store) 
     await later(store)
     assert (await store.tidy()).past_deadline == 2
     for task_id in (late.task_id, run_out):
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         assert task is not None
         assert (task.status, task.error_code) == (TaskStatus.FAILED, "deadline_exceeded")
         await holds_together(store, task_id, TaskStatus.FAILED)
@@ -384,11 +387,11 @@ async def test_progress_never_falls_and_is_logged_in_steps_of_half_a_percent(sto
     for step in range(1, 1000):
         await store.report(task_id, run, step / 1000, "generating_image", stage="render", step=step, steps=1000)
     await store.report(task_id, run, 0.1, "generating_image")
-    logged = [entry for entry in await store.log_after(task_id, None) if entry.type is EventType.PROGRESS]
+    logged = [entry for entry in await Queries(store.redis).log_after(task_id, None) if entry.type is EventType.PROGRESS]
     assert 190 <= len(logged) <= 200
     values = [msgspec.json.decode(entry.data)["progress"] for entry in logged]
     assert values == sorted(values)
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert task.progress == 0.999
 
@@ -396,10 +399,10 @@ async def test_progress_never_falls_and_is_logged_in_steps_of_half_a_percent(sto
 async def test_a_result_passes_through_unchanged(store: Store) -> None:
     task_id, run = await running(store, callback_url="http://127.0.0.1:1/", metadata=b'{"list":[],"n":12345678901234567}')
     await store.complete(task_id, run, result())
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert task.result == result()
-    entries = await store.log_after(task_id, None)
+    entries = await Queries(store.redis).log_after(task_id, None)
     assert msgspec.json.decode(entries[-1].data)["result"]["metadata"] == result().metadata
     facts = await raw(store).hgetall(f"{KEYS['delivery']}{task_id}-1")
     assert facts[b"metadata"] == b'{"list":[],"n":12345678901234567}'
@@ -462,9 +465,9 @@ async def commands(store: Store) -> int:
 
 async def page_cost(store: Store, project: str) -> tuple[int, dict[str, Any]]:
     """Commands for the first page, and which they were."""
-    await store.page(ProjectId(project), None, None, 1, 10)
+    await Queries(store.redis).page(ProjectId(project), None, None, 1, 10)
     await raw(store).config_resetstat()
-    tasks, _ = await store.page(ProjectId(project), TaskStatus.QUEUED, None, 1, 10)
+    tasks, _ = await Queries(store.redis).page(ProjectId(project), TaskStatus.QUEUED, None, 1, 10)
     assert len(tasks) == 10
     return await commands(store), await raw(store).info("commandstats")
 
@@ -486,7 +489,7 @@ async def test_a_project_page_costs_the_same_with_ten_and_with_very_many_tasks(s
         loop, times = asyncio.get_running_loop(), []
         for _ in range(200):
             begun = loop.time()
-            await store.page(ProjectId(project), TaskStatus.QUEUED, None, offset, 10)
+            await Queries(store.redis).page(ProjectId(project), TaskStatus.QUEUED, None, offset, 10)
             times.append(loop.time() - begun)
         return sorted(times)[20]
 
@@ -536,16 +539,16 @@ async def test_refused_states_say_what_the_state_is(store: Store) -> None:
         await store.retry(task_id)
 
 
-async def test_a_cancel_of_the_caller_does_not_stop_a_verb_half_way(store: Store) -> None:
+async def test_a_cancel_of_the_caller_does_not_stop_a_verb_half_way(store: Store, server: Valkey) -> None:
     task_id = (await store.submit(new_task())).task_id
-    other = Store(store.redis)  # which has its connection yet to open
+    other = Store(connect(server.url, patient=True))  # which has its connection yet to open
     call = asyncio.create_task(other.claim("w1", "nonce", CPU))
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await other.aclose()
-    task = await store.task(task_id)
+    await other.redis.aclose()
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert task.status is TaskStatus.PROCESSING
 

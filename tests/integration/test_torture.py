@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from redis.exceptions import RedisError
 
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.streams.watchers import Source
 from movieq.tasks.states import ProjectId
@@ -146,7 +147,10 @@ async def test_clients_that_come_and_go_hear_the_whole_log_once_through_every_de
                 await asyncio.sleep(0.1)
             over.set()
             await asyncio.gather(killing, *working)
-            logs = {source.log: [entry.id for entry in await made.store.log_after(source.log, None, 10_000)] for source in sources}
+            logs = {
+                source.log: [entry.id for entry in await Queries(made.store.redis).log_after(source.log, None, 10_000)]
+                for source in sources
+            }
             for reader, source in readers:
                 reader.last = logs[source.log][-1]
     assert [reader.odd for reader, _ in readers if reader.odd] == []

@@ -14,7 +14,9 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
@@ -45,7 +47,7 @@ async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_c
         status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 2)
         committed = await found(made.store, task_id)
-        log = await made.store.log_after(task_id, None)
+        log = await Queries(made.store.redis).log_after(task_id, None)
         files = {path: path.read_bytes() for path in stored(made) if str(committed.run) in path.parts}
         assert {path.stem for path in files} == {"output"}
         await raw(made.store).delete(KEYS["orphans"])  # as if they had been deleted already
@@ -57,7 +59,7 @@ async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_c
         if not only(made, files):
             await eventually(lambda: has_orphans(made.store))
         assert await found(made.store, task_id) == committed
-        assert await made.store.log_after(task_id, None) == log
+        assert await Queries(made.store.redis).log_after(task_id, None) == log
         for _ in range(4):  # both go on working
             assert (await api.ended(await api.submit("generate_image", SMALL, project="next")))["status"] == "completed"
         assert zombie.alive
@@ -73,10 +75,10 @@ async def test_what_a_zombie_stores_after_its_orphans_were_deleted_is_listed_ane
     task_id, run = claimed.task.task_id, claimed.run
     await store.report(task_id, run, 0.95, "uploading_result", prefix="projects/film/image/t/kept")
     await store.complete(task_id, run, result())
-    await store.add_orphan("projects/film/image/t/kept")
-    await store.add_orphan("projects/film/image/t/zombie")
+    await Files(store.redis).add_orphan("projects/film/image/t/kept")
+    await Files(store.redis).add_orphan("projects/film/image/t/zombie")
     await raw(store).zadd(KEYS["orphans"], dict.fromkeys(await raw(store).zrange(KEYS["orphans"], 0, -1), 1))
-    assert await store.due_orphans() == ["projects/film/image/t/zombie"]
+    assert await Files(store.redis).due_orphans() == ["projects/film/image/t/zombie"]
     assert await raw(store).zrange(KEYS["orphans"], 0, -1) == [b"projects/film/image/t/zombie"]
 
 
@@ -214,7 +216,7 @@ async def test_a_task_that_kills_its_engine_every_time_becomes_a_dead_letter(mad
     (letter,) = answer["dead_letters"]
     assert (letter["task_id"], letter["exit_code"], letter["last_stage"], letter["attempt"]) == (task_id, -9, "frames", 3)
     assert letter["task_data"] == {**LONG, "seed": 7}
-    (same,), total = await made.store.dead_letters()
+    (same,), total = await Queries(made.store.redis).dead_letters()
     assert (same.task_id, total) == (task_id, 1)
     # the next task is fine
     assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
@@ -230,14 +232,14 @@ async def test_a_task_that_this_worker_has_no_function_for_ends_no_worker(made: 
 
 
 async def has_retried(store: Store, task_id: TaskId) -> bool:
-    return any(entry.type is EventType.RETRYING for entry in await store.log_after(task_id, None))
+    return any(entry.type is EventType.RETRYING for entry in await Queries(store.redis).log_after(task_id, None))
 
 
 # ── Arranging ──
 
 
 async def found(store: Store, task_id: TaskId) -> Any:
-    task = await store.task(task_id)
+    task = await Queries(store.redis).task(task_id)
     assert task is not None
     return task
 
@@ -264,11 +266,11 @@ async def sweep_at_once(made: Fleet) -> None:
     if orphans:
         await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
     storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", (b"",))
-    retention = Retention("test", made.store, storage, Settings())
+    retention = Retention("test", made.store, Files(made.store.redis), storage, Settings())
 
     async def swept() -> bool:
         await retention.round()  # nothing, while a worker has the turn
-        return not await made.store.due_orphans()
+        return not await Files(made.store.redis).due_orphans()
 
     await eventually(swept)
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from movieq.delivery.payload import ANSWER_S, Payload, configured
 from movieq.fetch.guard import Guard
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
@@ -22,9 +24,9 @@ from movieq.tasks.entities import Delivery, Task
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import GENERATE_VIDEO, TaskId, TaskType
-from tests.arrange import running
+from tests.arrange import delivery_parts, running
 from tests.payload.server import PayloadServer, payload_server
-from workers.delivery import Outbox, deliver
+from workers.delivery import DeliveryParts, deliver
 
 METADATA: Final = {
     "engine": "diffusers",
@@ -78,17 +80,19 @@ class Desk:
         return task_id
 
     @asynccontextmanager
-    async def outbox(self, server: PayloadServer, url: str = "", answer_s: float = ANSWER_S, **settings: Any) -> AsyncIterator[Outbox]:
-        """An outbox of a worker that knows this CMS, at another address where one is given."""
+    async def parts(
+        self, server: PayloadServer, url: str = "", answer_s: float = ANSWER_S, **settings: Any
+    ) -> AsyncIterator[DeliveryParts]:
+        """What deliveries of a worker work with that knows this CMS, at another address where one is given."""
         read = Settings(**{"payload_url": url or server.url, "payload_api_key": server.key, **settings})
         cms = configured(read)
         assert cms is not None
         async with Guard(origins=read.own_origins()).session() as session:
-            yield Outbox(self.store, self.storage, session, (), read, self.spool, Payload(cms, session, answer_s=answer_s))
+            yield delivery_parts(self.store, self.storage, session, spool=self.spool, cms=Payload(cms, session, answer_s=answer_s))
 
     async def task(self, task_id: TaskId) -> Task:
         """The task as it is."""
-        task = await self.store.task(task_id)
+        task = await Queries(self.store.redis).task(task_id)
         assert task is not None
         return task
 
@@ -100,7 +104,7 @@ class Desk:
 
     async def delivery(self, task_id: TaskId, number: int = 1) -> Delivery:
         """A delivery of the task as it is."""
-        found = {id: delivery for id, delivery, _ in await self.store.deliveries(task_id)}
+        found = {id: delivery for id, delivery, _ in await Outbox(self.store.redis).deliveries(task_id)}
         return found[f"{task_id}-{number}"]
 
 
@@ -110,11 +114,11 @@ def desk(store: Store, folder: Path) -> Desk:
     return Desk(store, folder)
 
 
-async def tried(outbox: Outbox, task_id: TaskId, number: int = 1) -> float | None:
+async def tried(parts: DeliveryParts, task_id: TaskId, number: int = 1) -> float | None:
     """A delivery has been tried, as arq would: how long it is to wait for the next try, None where there is none."""
     delivery_id = f"{task_id}-{number}"
     try:
-        await deliver({"outbox": outbox, "job_id": delivery_id, "job_try": 1}, delivery_id)
+        await deliver({"delivery_parts": parts, "job_id": delivery_id, "job_try": 1}, delivery_id)
     except Retry as again:
         return (again.defer_score or 0) / 1000
     return None

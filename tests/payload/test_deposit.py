@@ -13,6 +13,8 @@ from aiohttp import web
 from movieq.delivery.payload import configured, target
 from movieq.errors import SettingsError
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
+from movieq.queue.queries import Queries
 from movieq.settings import PayloadMode, Settings
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import GENERATE_IMAGE, PROCESS_AUDIO, RENDER_ANIMATION, EventType, TaskStatus, TaskType
@@ -27,8 +29,8 @@ from workers.delivery import BUSY_S, DEPOSITS, SCHEDULE_S, TRIES
 async def test_a_result_becomes_a_document_that_says_what_it_is(desk: Desk, cms: PayloadServer) -> None:
     body = clip()
     task_id = await desk.completed(cms, body)
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     (document,) = cms.documents(task_id)
     assert cms.file(document) == body
     assert document["filename"] == f"video_segment-{task_id}.mp4"
@@ -66,21 +68,21 @@ async def test_every_task_type_has_its_media_type_and_an_alt_text(
     desk: Desk, cms: PayloadServer, task_type: TaskType, body: bytes, task_data: dict[str, Any], alt: str, media_type: str
 ) -> None:
     task_id = await desk.completed(cms, body, task_type, task_data=task_data)
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     (document,) = cms.documents(task_id)
     assert (document["alt"], document["mediaType"]) == (alt, media_type)
 
 
 async def test_the_id_is_an_event_of_the_task_and_of_its_project_and_the_log_still_ends(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms) as outbox:
-        await tried(outbox, task_id)
-    *_, completed, updated = await desk.store.log_after(task_id, None)
+    async with desk.parts(cms) as parts:
+        await tried(parts, task_id)
+    *_, completed, updated = await Queries(desk.store.redis).log_after(task_id, None)
     assert (completed.type, updated.type) == (EventType.COMPLETED, EventType.UPDATED)
     said = msgspec.json.decode(updated.data)
     assert (said["status"], said["result"]["payload_media_id"]) == ("completed", await desk.media_id(task_id))
-    assert (await desk.store.log_after(f"project:{cms.project}", None))[-1].type is EventType.UPDATED
+    assert (await Queries(desk.store.redis).log_after(f"project:{cms.project}", None))[-1].type is EventType.UPDATED
     assert (await desk.task(task_id)).last_event_id == updated.id
     assert 0 < await raw(desk.store).ttl(KEYS["log"] + task_id) <= 86400
 
@@ -89,11 +91,11 @@ async def test_a_log_that_has_expired_does_not_come_back(desk: Desk, cms: Payloa
     task_id = await desk.completed(cms)
     before = (await desk.task(task_id)).last_event_id
     await raw(desk.store).delete(KEYS["log"] + task_id)
-    async with desk.outbox(cms) as outbox:
-        await tried(outbox, task_id)
+    async with desk.parts(cms) as parts:
+        await tried(parts, task_id)
     assert not await raw(desk.store).exists(KEYS["log"] + task_id)
     assert (await desk.task(task_id)).last_event_id == before  # that of its end: who has heard it hears no more
-    assert (await desk.store.log_after(f"project:{cms.project}", None))[-1].type is EventType.UPDATED
+    assert (await Queries(desk.store.redis).log_after(f"project:{cms.project}", None))[-1].type is EventType.UPDATED
     assert await desk.media_id(task_id) is not None
 
 
@@ -102,8 +104,8 @@ async def test_the_document_that_the_metadata_name_points_at_the_result(desk: De
     for field in ("clip", "takes.first"):
         metadata = {"payload": {"collection": "scenes", "id": scene, "field": field}}
         task_id = await desk.completed(cms, metadata=msgspec.json.encode(metadata))
-        async with desk.outbox(cms) as outbox:
-            assert await tried(outbox, task_id) is None
+        async with desk.parts(cms) as parts:
+            assert await tried(parts, task_id) is None
         document = cms.call("GET", f"/scenes/{scene}?depth=0")
         assert {"clip": document["clip"], "takes.first": document["takes"]["first"]}[field] == await desk.media_id(task_id)
         assert (document["title"], document["takes"]["note"]) == ("12", "keep")
@@ -123,8 +125,8 @@ async def test_a_document_that_is_not_there_costs_its_pointer_and_not_the_result
     desk: Desk, cms: PayloadServer, named: Any, problem: str
 ) -> None:
     task_id = await desk.completed(cms, metadata=msgspec.json.encode({"payload": named}))
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     delivery = await desk.delivery(task_id)
     assert (delivery.state, delivery.tries) == (DeliveryState.FAILED, 1)
     assert problem in (delivery.last_problem or "")
@@ -134,8 +136,8 @@ async def test_a_document_that_is_not_there_costs_its_pointer_and_not_the_result
 async def test_names_and_values_are_those_of_the_operator(desk: Desk, cms: PayloadServer) -> None:
     mapping = f"project:lighthouse={cms.project}, alt=generationMetadata.promptUsed, generationMetadata.promptUsed=alt, technicalData="
     task_id = await desk.completed(cms, task_data={"prompt": "p" * 200}, project="lighthouse")
-    async with desk.outbox(cms, payload_fields=mapping) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms, payload_fields=mapping) as parts:
+        assert await tried(parts, task_id) is None
     (document,) = cms.documents(task_id)
     assert document["project"] == cms.project
     assert (len(document["alt"]), len(document["generationMetadata"]["promptUsed"])) == (200, 120)
@@ -150,21 +152,21 @@ async def test_a_collection_without_files_gets_a_document_with_the_address(desk:
         "payload_fields": f"{mapping}, generationMetadata=, technicalData=",
     }
     task_id = await desk.completed(cms, project="lighthouse")
-    async with desk.outbox(cms, **settings) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms, **settings) as parts:
+        assert await tried(parts, task_id) is None
         (document,) = cms.documents(task_id, "clips", "task")
         assert document["address"].startswith(f"http://127.0.0.1:1/media/projects/lighthouse/video/{task_id}/")
         assert (document["title"], document["film"], document["kind"]) == ("The keeper lights the lamp", "lighthouse", "moving")
         assert await desk.media_id(task_id) == document["id"]
-        await desk.store.resend(task_id, f"{task_id}-1")
-        assert await tried(outbox, task_id) is None
+        await Outbox(desk.store.redis).resend(task_id, f"{task_id}-1")
+        assert await tried(parts, task_id) is None
     assert len(cms.documents(task_id, "clips", "task")) == 1
 
 
 async def test_a_400_for_a_field_stops_the_tries_and_names_it(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms, project="lighthouse")
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     delivery = await desk.delivery(task_id)
     assert (delivery.state, delivery.tries, delivery.last_status) == (DeliveryState.FAILED, 1, 400)
     assert "project: " in (delivery.last_problem or "")
@@ -174,14 +176,14 @@ async def test_a_400_for_a_field_stops_the_tries_and_names_it(desk: Desk, cms: P
 
 async def test_a_wrong_key_is_named_and_tried_until_it_is_right(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms, payload_api_key="not-the-key") as outbox:
-        assert await tried(outbox, task_id) is not None
+    async with desk.parts(cms, payload_api_key="not-the-key") as parts:
+        assert await tried(parts, task_id) is not None
     delivery = await desk.delivery(task_id)
     assert (delivery.state, delivery.last_status) == (DeliveryState.PENDING, 403)
     assert "MOVIEQ_PAYLOAD_API_KEY" in (delivery.last_problem or "")
     assert "not-the-key" not in (delivery.last_problem or "")
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     assert len(cms.documents(task_id)) == 1
 
 
@@ -195,8 +197,8 @@ def narrow() -> Iterator[PayloadServer]:
 @pytest.mark.parametrize("megabytes", [21, 60])
 async def test_a_file_beyond_the_limits_of_payload_names_its_two_settings(desk: Desk, narrow: PayloadServer, megabytes: int) -> None:
     task_id = await desk.completed(narrow, clip(megabytes * 1024 * 1024))
-    async with desk.outbox(narrow) as outbox:
-        assert await tried(outbox, task_id) is not None  # the limit may be raised
+    async with desk.parts(narrow) as parts:
+        assert await tried(parts, task_id) is not None  # the limit may be raised
     problem = (await desk.delivery(task_id)).last_problem or ""
     assert "upload.limits.fileSize" in problem
     assert "upload.requestSizeLimit" in problem
@@ -215,10 +217,10 @@ async def test_an_upload_says_its_length_and_takes_no_memory(desk: Desk, cms: Pa
 
     file = desk.spool / "long.mp4"
     file.write_bytes(clip(80_000_000))
-    async with serving({"/api/media": taking}, "POST") as url, desk.outbox(cms, f"{url}/api") as outbox:
-        assert outbox.cms is not None
+    async with serving({"/api/media": taking}, "POST") as url, desk.parts(cms, f"{url}/api") as parts:
+        assert parts.cms is not None
         tracemalloc.start()
-        await outbox.cms.create({"alt": "x"}, file, "a.mp4", "video/mp4")
+        await parts.cms.create({"alt": "x"}, file, "a.mp4", "video/mp4")
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     ((headers, size),) = heard
@@ -232,13 +234,13 @@ async def test_a_document_whose_file_did_not_arrive_whole_is_made_anew(desk: Des
     task_id = await desk.completed(cms)
     short = desk.spool / "short"
     short.write_bytes(clip(500))
-    async with desk.outbox(cms) as outbox:
-        assert outbox.cms is not None
+    async with desk.parts(cms) as parts:
+        assert parts.cms is not None
         fields = {"alt": "x", "project": cms.project, "mediaType": "video_segment", "generationMetadata": {"taskId": task_id}}
-        await outbox.cms.create(fields, short, "a.mp4", "video/mp4")
-        assert await tried(outbox, task_id) is not None
+        await parts.cms.create(fields, short, "a.mp4", "video/mp4")
+        assert await tried(parts, task_id) is not None
         assert "500 of 100000 bytes" in ((await desk.delivery(task_id)).last_problem or "")
-        assert await tried(outbox, task_id) is None
+        assert await tried(parts, task_id) is None
     (document,) = cms.documents(task_id)
     assert document["filesize"] == 100_000
 
@@ -246,8 +248,8 @@ async def test_a_document_whose_file_did_not_arrive_whole_is_made_anew(desk: Des
 async def test_a_cms_that_is_down_is_tried_for_more_than_a_day_and_then_given_up(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms)
     waits = []
-    async with desk.outbox(cms, "http://127.0.0.1:9/api") as outbox:
-        while (wait := await tried(outbox, task_id)) is not None:
+    async with desk.parts(cms, "http://127.0.0.1:9/api") as parts:
+        while (wait := await tried(parts, task_id)) is not None:
             waits.append(wait)
     expected = [*SCHEDULE_S[1:], *[SCHEDULE_S[-1]] * (TRIES - len(SCHEDULE_S))]
     assert waits == pytest.approx(expected, rel=0.101)
@@ -257,23 +259,23 @@ async def test_a_cms_that_is_down_is_tried_for_more_than_a_day_and_then_given_up
     assert (delivery.state, delivery.tries) == (DeliveryState.FAILED, TRIES)
     task = await desk.task(task_id)
     assert task.status is TaskStatus.COMPLETED  # a CMS that is down delays the document, never the task
-    await desk.store.resend(task_id, f"{task_id}-1")
-    async with desk.outbox(cms) as outbox:
-        assert await tried(outbox, task_id) is None
+    await Outbox(desk.store.redis).resend(task_id, f"{task_id}-1")
+    async with desk.parts(cms) as parts:
+        assert await tried(parts, task_id) is None
     assert await desk.media_id(task_id) == cms.documents(task_id)[0]["id"]
 
 
 async def test_a_cms_that_hangs_keeps_places_free_for_webhooks(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms) as outbox:
+    async with desk.parts(cms) as parts:
         for _ in range(DEPOSITS):
-            await outbox.deposits.acquire()
-        wait = await tried(outbox, task_id)
+            await parts.deposits.acquire()
+        wait = await tried(parts, task_id)
         assert wait is not None
         assert BUSY_S[0] <= wait <= BUSY_S[1]
         assert (await desk.delivery(task_id)).tries == 0
-        outbox.deposits.release()
-        assert await tried(outbox, task_id) is None
+        parts.deposits.release()
+        assert await tried(parts, task_id) is None
     assert DEPOSITS < DELIVERIES
 
 
@@ -289,8 +291,8 @@ async def test_what_answers_and_is_no_payload_is_named(desk: Desk, cms: PayloadS
 
     for handler, words, least_s in ((page, "not a PayloadCMS", 0), (moved, "redirects are not followed", 0), (busy, "answered 503", 77)):
         task_id = await desk.completed(cms)
-        async with serving({"/api/media": handler}) as url, desk.outbox(cms, f"{url}/api") as outbox:
-            wait = await tried(outbox, task_id)
+        async with serving({"/api/media": handler}) as url, desk.parts(cms, f"{url}/api") as parts:
+            wait = await tried(parts, task_id)
         assert wait is not None
         assert wait >= least_s
         assert words in ((await desk.delivery(task_id)).last_problem or "")

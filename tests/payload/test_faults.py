@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import aiohttp
 import pytest
 
+from movieq.queue.outbox import Outbox
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import TaskId
 from tests.fleet import eventually
@@ -16,7 +17,7 @@ from tests.payload.conftest import Desk, tried
 from tests.payload.relay import Relay, relay
 from tests.payload.server import PayloadServer
 from tests.service import fetched
-from workers.delivery import DOUBT_S, Outbox
+from workers.delivery import DOUBT_S, DeliveryParts
 
 Fault = Callable[[Relay, PayloadServer], None]
 
@@ -36,10 +37,10 @@ def recovered(cms: PayloadServer) -> None:
         cms.start()
 
 
-async def delivered(outbox: Outbox, task_id: TaskId, cms: PayloadServer) -> None:
+async def delivered(parts: DeliveryParts, task_id: TaskId, cms: PayloadServer) -> None:
     """Try the delivery, without its waits, until nothing of it is left to do."""
     for _ in range(30):
-        wait_s = await tried(outbox, task_id)
+        wait_s = await tried(parts, task_id)
         if wait_s is None:
             return
         if wait_s == DOUBT_S:
@@ -82,23 +83,23 @@ async def test_a_fault_of_the_cms_in_an_upload_costs_a_try_and_makes_no_second_d
     desk: Desk, cms: PayloadServer, cut: Relay, name: str
 ) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms, cut.url, answer_s=1) as outbox:
+    async with desk.parts(cms, cut.url, answer_s=1) as parts:
         FAULTS[name](cut, cms)
-        assert await tried(outbox, task_id) is not None
+        assert await tried(parts, task_id) is not None
         assert cut.struck.is_set()
         assert await desk.media_id(task_id) is None
         recovered(cms)
-        await delivered(outbox, task_id, cms)
+        await delivered(parts, task_id, cms)
     await only_one(desk, cms, task_id)
 
 
 async def test_a_document_that_is_there_is_found_and_not_made_again(desk: Desk, cms: PayloadServer, cut: Relay) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms, cut.url) as outbox:
+    async with desk.parts(cms, cut.url) as parts:
         cut.at_answer()
-        assert await tried(outbox, task_id) is not None
+        assert await tried(parts, task_id) is not None
         (first,) = cms.documents(task_id)
-        assert await tried(outbox, task_id) == DOUBT_S
+        assert await tried(parts, task_id) == DOUBT_S
         assert [document["id"] for document in cms.documents(task_id)] == [first["id"]]
 
 
@@ -107,8 +108,8 @@ async def test_a_worker_that_dies_in_an_upload_leaves_it_to_the_next_which_makes
     desk: Desk, cms: PayloadServer, cut: Relay, after_bytes: int | None
 ) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms, cut.url) as outbox:
-        trying = asyncio.create_task(tried(outbox, task_id))
+    async with desk.parts(cms, cut.url) as parts:
+        trying = asyncio.create_task(tried(parts, task_id))
         if after_bytes is None:
             cut.at_answer(trying.cancel)
         else:
@@ -116,20 +117,20 @@ async def test_a_worker_that_dies_in_an_upload_leaves_it_to_the_next_which_makes
         with pytest.raises(asyncio.CancelledError):
             await trying
         assert cut.struck.is_set()
-        await delivered(outbox, task_id, cms)
+        await delivered(parts, task_id, cms)
     await only_one(desk, cms, task_id)
 
 
 async def test_an_upload_that_arrives_after_it_was_given_up_is_removed_again(desk: Desk, cms: PayloadServer, cut: Relay) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms, cut.url, answer_s=0.5) as outbox:
+    async with desk.parts(cms, cut.url, answer_s=0.5) as parts:
         late = cut.hold()
-        assert await tried(outbox, task_id) is not None
-        assert await tried(outbox, task_id) == DOUBT_S
+        assert await tried(parts, task_id) is not None
+        assert await tried(parts, task_id) == DOUBT_S
         kept = await desk.media_id(task_id)
         late.set()
         await eventually(lambda: len(cms.documents(task_id)) == 2)
-        assert await tried(outbox, task_id) is None
+        assert await tried(parts, task_id) is None
     await only_one(desk, cms, task_id)
     assert await desk.media_id(task_id) == kept
     assert not (await desk.delivery(task_id)).doubt
@@ -137,7 +138,7 @@ async def test_an_upload_that_arrives_after_it_was_given_up_is_removed_again(des
 
 async def test_two_workers_that_hold_the_same_delivery_leave_one_document(desk: Desk, cms: PayloadServer) -> None:
     task_id = await desk.completed(cms)
-    async with desk.outbox(cms) as one, desk.outbox(cms) as other:
+    async with desk.parts(cms) as one, desk.parts(cms) as other:
         await asyncio.gather(tried(one, task_id), tried(other, task_id))
         await delivered(one, task_id, cms)
     await only_one(desk, cms, task_id)
@@ -147,11 +148,11 @@ async def test_after_an_hour_of_kills_and_stops_every_document_is_there_and_none
     tasks = [await desk.completed(cms) for _ in range(12)]
     done: set[TaskId] = set()
 
-    async def persistent(outbox: Outbox, task_id: TaskId) -> None:
+    async def persistent(parts: DeliveryParts, task_id: TaskId) -> None:
         while True:
-            wait_s = await tried(outbox, task_id)
+            wait_s = await tried(parts, task_id)
             if (await desk.delivery(task_id)).state is DeliveryState.FAILED:  # ten tries are soon used up without their waits
-                await desk.store.resend(task_id, f"{task_id}-1")
+                await Outbox(desk.store.redis).resend(task_id, f"{task_id}-1")
             elif wait_s is None:
                 break
             if wait_s == DOUBT_S:
@@ -160,9 +161,9 @@ async def test_after_an_hour_of_kills_and_stops_every_document_is_there_and_none
                 await asyncio.sleep(random.uniform(0.05, 0.3))  # the pause before the next try
         done.add(task_id)
 
-    async with desk.outbox(cms, cut.url, answer_s=3) as outbox, asyncio.TaskGroup() as group:
+    async with desk.parts(cms, cut.url, answer_s=3) as parts, asyncio.TaskGroup() as group:
         for task_id in tasks:
-            group.create_task(persistent(outbox, task_id))
+            group.create_task(persistent(parts, task_id))
         for strike in (cms.freeze, cms.kill, cms.freeze, cms.kill):
             cut.struck.clear()
             cut.at_upload(strike, random.choice([0, 50_000]))

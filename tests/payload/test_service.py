@@ -137,7 +137,7 @@ async def test_after_kill_9_of_the_worker_in_an_upload_the_next_one_brings_the_r
         task_id = await made(up, cms)
         (worker,) = up.find("worker")
         port = urlsplit(cms.url).port
-        await eventually(lambda: any(each.raddr and each.raddr.port == port for each in worker.net_connections()))
+        await eventually(lambda: any(bool(each.raddr) and each.raddr.port == port for each in worker.net_connections()))
         os.kill(worker.pid, signal.SIGKILL)
     finally:
         cms.thaw()

@@ -20,6 +20,7 @@ from arq.connections import ArqRedis
 from movieq.local.demo import sheet
 from movieq.local.embedded import Valkey
 from movieq.settings import Settings
+from tests.arrange import settings_of
 from tests.contract.conftest import served
 from tests.fleet import KEY, Fleet, fleet, free_port
 from tests.programs import node
@@ -194,7 +195,7 @@ class Movieq:
 @pytest.fixture
 def settings(server: Valkey, redis: ArqRedis, folder: Path) -> Settings:
     """An installation on an empty Valkey."""
-    return Settings(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY, allow_private_urls="127.0.0.0/8")
+    return settings_of(redis_url=server.url, storage=str(folder / "media"), api_keys=KEY, allow_private_urls="127.0.0.0/8")
 
 
 @pytest.fixture

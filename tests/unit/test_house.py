@@ -190,9 +190,9 @@ def described() -> dict[str, tuple[str, str]]:
     """Every setting: its default as text, and its sentence."""
     found = {}
     for field in msgspec.structs.fields(Settings):
-        info = msgspec.inspect.type_info(field.type)
-        sentence = info.extra_json_schema["description"] if isinstance(info, msgspec.inspect.Metadata) and info.extra_json_schema else ""
-        found[variable(field.name)] = (str(field.default), sentence)
+        sentence = next(each.description for each in field.type.__metadata__ if isinstance(each, msgspec.Meta))
+        # a list is empty unless it is set
+        found[variable(field.name)] = ("" if field.default in ((), msgspec.NODEFAULT) else str(field.default), str(sentence))
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import math
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -50,7 +52,7 @@ def test_an_env_file_that_is_not_utf_8_is_refused_with_the_cure(env_file: Path, 
 def test_an_env_file_may_begin_with_the_mark_that_editors_on_windows_write(env_file: Path) -> None:
     env_file.write_bytes(codecs.BOM_UTF8 + "MOVIEQ_STORAGE=/srv/föhn\r\nMOVIEQ_CPU_SLOTS=3\r\n".encode())
     found = taken(env_file)
-    assert (found.storage, found.cpu_slots) == ("/srv/föhn", 3)
+    assert (found.storage, found.cpu_slots) == (Path("/srv/föhn"), 3)
     assert settings.unknown({}, env_file) == {}
 
 
@@ -143,10 +145,47 @@ def test_a_short_signing_secret_is_refused_and_never_shown(env_file: Path, secre
 
 
 def test_signing_secrets_of_sixteen_characters_are_taken(env_file: Path) -> None:
-    assert taken(env_file, signing_secret="0123456789abcdef, fedcba9876543210").signing_secrets() == (
+    assert taken(env_file, signing_secret="0123456789abcdef, fedcba9876543210").signing_secret == (
         b"0123456789abcdef",
         b"fedcba9876543210",
     )
+
+
+def webhook_secret(size: int = 32) -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(size)).decode()
+
+
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_webhook_secrets_are_read_in_their_order(env_file: Path, size: int) -> None:
+    one, other = webhook_secret(size), webhook_secret(size)
+    assert taken(env_file, webhook_secret=f" {one} , {other}\n").webhook_secret == (one, other)
+    assert taken(env_file, webhook_secret=one).webhook_secret == (one,)
+    assert taken(env_file, webhook_secret="  ").webhook_secret == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "hunter2hunter2hunter2hunter2",
+        "whsec_",
+        "whsec_hunter2",
+        "whsec_hünter",
+        webhook_secret(15),
+        webhook_secret()[6:],
+        webhook_secret()[:-3] + "!!=",
+        webhook_secret(33)[:-1],
+    ],
+    ids=["no prefix", "nothing", "too short for base64", "not ASCII", "too few bytes", "prefix cut off", "not base64", "cut off"],
+)
+def test_a_wrong_webhook_secret_is_named_by_its_place_and_not_shown(env_file: Path, wrong: str) -> None:
+    with pytest.raises(SettingsError, match="MOVIEQ_WEBHOOK_SECRET: secret 2 of 2") as raised:
+        load({"MOVIEQ_WEBHOOK_SECRET": f"{webhook_secret()},{wrong}"}, env_file)
+    assert wrong.removeprefix("whsec_")[:5] not in raised.value.message.replace("whsec_$(", "") or wrong == "whsec_"
+
+
+def test_a_comma_too_many_is_a_wrong_webhook_secret(env_file: Path) -> None:
+    with pytest.raises(SettingsError, match="secret 2 of 2"):
+        load({"MOVIEQ_WEBHOOK_SECRET": f"{webhook_secret()},"}, env_file)
 
 
 # ── Origins ──
@@ -182,7 +221,7 @@ def test_an_origin_that_no_browser_sends_is_refused_with_the_one_that_it_does(en
 
 @pytest.mark.parametrize("origins", ["*", "https://app.example, http://localhost:3000", "http://[::1]:3000", "capacitor://localhost"])
 def test_an_origin_as_browsers_send_it_is_taken(env_file: Path, origins: str) -> None:
-    assert taken(env_file, cors_origins=origins).origins() == origins.split(", ")
+    assert taken(env_file, cors_origins=origins).cors_origins == tuple(origins.split(", "))
 
 
 # ── Addresses ──

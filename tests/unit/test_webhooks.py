@@ -21,8 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from movieq.delivery.webhooks import MAX_ANSWER_BYTES, Outcome, headers, parse_secrets, retry_after_s, send
-from movieq.errors import SettingsError
+from movieq.delivery.webhooks import MAX_ANSWER_BYTES, Outcome, headers, retry_after_s, send
 
 BODY = '{"type": "task.completed", "text": "Škoda"}'.encode()
 
@@ -56,39 +55,6 @@ def test_the_platforms_signature_is_under_the_whole_text_of_the_first_secret() -
 
 def test_without_a_secret_nothing_is_signed() -> None:
     assert headers((), "dlv_1", 1_800_000_000, BODY) == {"webhook-id": "dlv_1", "webhook-timestamp": "1800000000"}
-
-
-@pytest.mark.parametrize("size", [16, 24, 64])
-def test_secrets_are_read_in_their_order(size: int) -> None:
-    one, other = secret(size), secret(size)
-    assert parse_secrets(f" {one} , {other}\n") == (one, other)
-    assert parse_secrets(one) == (one,)
-    assert parse_secrets("") == parse_secrets("  ") == ()
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "hunter2hunter2hunter2hunter2",
-        "whsec_",
-        "whsec_hunter2",
-        "whsec_hünter",
-        secret(15),
-        secret()[6:],
-        secret()[:-3] + "!!=",
-        secret(33)[:-1],
-    ],
-    ids=["no prefix", "nothing", "too short for base64", "not ASCII", "too few bytes", "prefix cut off", "not base64", "cut off"],
-)
-def test_a_wrong_secret_is_named_by_its_place_and_not_shown(wrong: str) -> None:
-    with pytest.raises(SettingsError, match="MOVIEQ_WEBHOOK_SECRET: secret 2 of 2") as raised:
-        parse_secrets(f"{secret()},{wrong}")
-    assert wrong.removeprefix("whsec_")[:5] not in raised.value.message.replace("whsec_$(", "") or wrong == "whsec_"
-
-
-def test_a_comma_too_many_is_a_wrong_secret() -> None:
-    with pytest.raises(SettingsError, match="secret 2 of 2"):
-        parse_secrets(f"{secret()},")
 
 
 # Sending

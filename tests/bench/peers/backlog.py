@@ -17,6 +17,7 @@ import msgspec
 
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.queries import Queries
 from movieq.queue.store import NewTask, Store
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
 from tests import arrange
@@ -44,7 +45,7 @@ class Filler:
 
     def __init__(self, store: Store) -> None:
         self._redis: Any = store.redis
-        script = store._scripts["submit"]
+        script = store.scripts["submit"]
         self._args = script.args
         shebang, _, source = script._source.partition("\n")
         # the whole script becomes a function of its arguments: it reads ARGV, here a parameter
@@ -77,7 +78,7 @@ def _argument(new: NewTask, name: str) -> Any:
 async def opened(stack: AsyncExitStack, url: str, database: int) -> Store:
     """A store in a database of its own."""
     store = Store(connect(f"{url}?db={database}", patient=True, max_connections=4))
-    stack.push_async_callback(store.aclose)
+    stack.push_async_callback(store.redis.aclose)
     return store
 
 
@@ -143,7 +144,7 @@ async def claims(url: str, backlogs: list[Backlog], count: int) -> tuple[dict[st
                 "seconds": time.perf_counter() - begun_s,
                 "bytes": (await used_bytes(store.redis) - before_bytes) / backlog.waiting,
             }
-            assert (await store.queue_sizes())[Kind.CPU_INTENSIVE] == backlog.waiting
+            assert (await Queries(store.redis).queue_sizes())[Kind.CPU_INTENSIVE] == backlog.waiting
         taken_us: list[list[float]] = [[] for _ in backlogs]
         served_us: list[list[float]] = [[] for _ in backlogs]
         for _ in range(count):
@@ -181,7 +182,7 @@ async def finished_bytes(url: str, count: int) -> tuple[float, int, float]:
             await store.complete(task_id, run, ours.RESULT)
         after = await used_bytes(redis)
         assert task_id is not None
-        task = await store.task(task_id)
+        task = await Queries(store.redis).task(task_id)
         assert task is not None
         assert task.status is TaskStatus.COMPLETED
         log = KEYS["log"] + task_id

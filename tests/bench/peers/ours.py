@@ -30,16 +30,18 @@ from movieq.fetch.guard import Guard
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.pubsub import Subscriber
+from movieq.queue.queries import Queries
 from movieq.queue.store import NewTask, Store
 from movieq.settings import LogFormat, LogLevel
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Kind, TaskId
 from tests import arrange
+from tests.arrange import parts
 from tests.bench.peers import peer
 from workers.execute import run_task
 from workers.protocol import Done, Run
-from workers.running import Parts, Running
+from workers.running import Running
 from workers.slots import Group
 from workers.supervisor import Child, Progress
 from workers.worker import Worker
@@ -60,7 +62,7 @@ async def opened(order: peer.Order) -> AsyncIterator[Store]:
     """A store."""
     store = Store(connect(order.url, patient=True))
     yield store
-    await store.aclose()
+    await store.redis.aclose()
 
 
 @asynccontextmanager
@@ -105,6 +107,7 @@ def worker(order: peer.Order, store: Store, children: list[Child], function: Any
     return Worker(
         worker_id=f"bench-{os.getpid()}",
         store=store,
+        queries=Queries(store.redis),
         subscriber=Subscriber(order.url),
         children=children,
         drain_s=1.0,
@@ -148,8 +151,8 @@ async def through_child(order: peer.Order) -> None:
             await store.submit(task(kwargs=PICTURE))
         with tempfile.TemporaryDirectory() as folder:
             async with Fetcher(Guard(())) as fetcher:
-                parts = Parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", (b"secret",)), fetcher, Path(folder))
-                working = asyncio.create_task(worker(order, store, [child], counted, {"parts": parts}).async_run())
+                made = parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", (b"secret",)), fetcher, Path(folder))
+                working = asyncio.create_task(worker(order, store, [child], counted, {"parts": made}).async_run())
                 waiting = asyncio.create_task(ended.wait())
                 await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)  # the worker first, where it broke
                 pings_ms = [await ping(child) for _ in range(PINGS)] if ended.is_set() else []

@@ -1,0 +1,78 @@
+"""The outbox: deliveries that the scripts which finish a task write, as they are tried, recorded and sent again."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from movieq.errors import NotFound
+from movieq.queue.connection import Redis
+from movieq.queue.keys import DELIVERY_KEPT_S
+from movieq.queue.records import awaited, decode_delivery, execute_tolerantly, pairs
+from movieq.queue.scripts import load
+from movieq.tasks.entities import Delivery, DeliveryState
+from movieq.tasks.states import TaskId
+
+
+class Outbox:
+    """The deliveries of an installation. A call can be repeated after a lost answer."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._keys = redis.key_names
+        self._scripts = load(redis, "begin", "delivered", "resend")
+
+    async def begin(self, delivery_id: str) -> Delivery | Literal["wait"] | None:
+        """Return a delivery that is to be tried, and freeze its facts.
+
+        Return "wait" for a webhook while an earlier one of the same task is pending; None where the delivery does not exist, or was swept.
+        """
+        answer = await self._scripts["begin"].finish(delivery_id=delivery_id)
+        return "wait" if answer == [b"wait"] else decode_delivery(delivery_id, pairs(answer))
+
+    async def delivered(
+        self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str, media_id: str | int | None = None
+    ) -> str | int | None:
+        """Record the outcome of a try, and make what waited for it due. Return the CMS's id that the task's result has now."""
+        answer = await self._scripts["delivered"].finish(
+            delivery_id=delivery_id,
+            state=state,
+            tries=tries,
+            status="" if status is None else status,
+            problem=problem,
+            media_id="" if media_id is None else msgspec.json.encode(media_id),
+        )
+        return msgspec.json.decode(answer, type=str | int) if answer else None
+
+    async def resend(self, task_id: TaskId, delivery_id: str) -> None:
+        """Send the delivery again now, with a new budget of tries. Raises NotFound."""
+        if await self._scripts["resend"].finish(task_id=task_id, delivery_id=delivery_id) == b"unknown":
+            raise NotFound(f"task {task_id} has no delivery {delivery_id}")
+
+    async def doubt(self, delivery_id: str, doubt: bool, media_id: str | int | None = None) -> None:
+        """Record whether the CMS may hold a document whose creation was not answered, and the id of the one that is known."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            if media_id is not None:
+                pipe.hset(self._keys["delivery"] + delivery_id, "media_id", msgspec.json.encode(media_id).decode())
+            if doubt:
+                pipe.hset(self._keys["delivery"] + delivery_id, "doubt", "1")
+            else:
+                pipe.hdel(self._keys["delivery"] + delivery_id, "doubt")
+            pipe.expire(self._keys["delivery"] + delivery_id, DELIVERY_KEPT_S)
+            await pipe.execute()
+
+    async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, float | None]]:
+        """Return the deliveries of a task, the oldest first: id, facts, and when the next try is due (ms)."""
+        stored = await awaited(self._redis.hget(self._keys["task"] + task_id, "deliveries")) or b""
+        count = int(stored) if stored.isdigit() and len(stored) < 5 else 0  # else it is damaged
+        ids = [f"{task_id}-{number}" for number in range(1, count + 1)]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for delivery_id in ids:
+                pipe.hgetall(self._keys["delivery"] + delivery_id)
+            hashes = [found or {} for found in await execute_tolerantly(pipe)]
+            for delivery_id, fields in zip(ids, hashes, strict=True):
+                pipe.zscore(self._keys["deliveries"], fields.get(b"job", delivery_id))
+            due = await pipe.execute()
+        found = zip(ids, map(decode_delivery, ids, hashes), due, strict=True)
+        return [(id, delivery, at_ms) for id, delivery, at_ms in found if delivery is not None]
