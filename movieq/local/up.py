@@ -16,7 +16,8 @@ from typing import Final
 from movieq import checks, credentials, logs
 from movieq.api import server
 from movieq.errors import SettingsError
-from movieq.local.embedded import Valkey, leashed
+from movieq.local.embedded import Valkey
+from movieq.pdeathsig import end_with_parent
 from movieq.settings import Settings, variable
 from movieq.tasks.states import Kind
 
@@ -92,7 +93,7 @@ async def _keep(name: str, command: list[str], environment: dict[str, str], stop
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for `up`, which stops them in order
-            preexec_fn=leashed,
+            preexec_fn=end_with_parent,
         )
         assert process.stdout is not None
         try:

@@ -24,6 +24,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, R
 from redis.typing import EncodableT
 
 from movieq.queue.keys import keys
+from movieq.queue.refusals import REDIS_AWAY
 
 
 class SharedConnection:
@@ -115,7 +116,7 @@ class SharedConnection:
                         waiting.set_result(answer)
                 if isinstance(answer, ReadOnlyError):  # no longer the primary: a new connection may lead to the one that is
                     raise ConnectionError(str(answer))
-        except (RedisError, OSError) as error:
+        except REDIS_AWAY as error:
             await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
 
     async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:

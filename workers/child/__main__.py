@@ -31,9 +31,9 @@ import msgspec
 from movieq import plugins
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
 from movieq.models.table import ENGINES
+from movieq.pdeathsig import end_with_parent
 from movieq.tasks.entities import ModelSwaps
 from workers import protocol
-from workers.child import pdeathsig
 from workers.child.job import Finish, Flag, Made, Take, TakeCancelled, broken
 from workers.faults import PLACE, device_problem, host_problem, said
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
@@ -227,7 +227,7 @@ def private_pipe() -> tuple[BinaryIO, BinaryIO]:
 
 
 def main() -> None:
-    pdeathsig.hold()
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m workers.child", description="The process of one device; started by the worker.")
