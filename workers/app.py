@@ -30,7 +30,7 @@ from movieq.storage.open import opened
 from movieq.tasks.states import Kind, TaskType
 from workers.delivery import HELD_S, Outbox, deliver
 from workers.execute import run_task
-from workers.finished import Kept
+from workers.finished import FinishedFiles
 from workers.host import Host
 from workers.provenance import Provenance
 from workers.retention import DAY_S, Retention
@@ -63,8 +63,8 @@ async def serve(settings: Settings) -> None:
             assembly.signing_secrets(settings, store) as signing_secrets,
             opened(settings, settings.public_url, signing_secrets, patient=True) as storage,
         ):
-            kept = Kept(folder.parent)
-            machine = Host(folder, len(children))
+            finished = FinishedFiles(folder.parent)
+            host = Host(folder, len(children))
             places = (folder.parent, *(() if settings.bucket() else (Path(settings.storage).absolute(),)))
             for child in children:
                 child.spool = folder
@@ -75,9 +75,9 @@ async def serve(settings: Settings) -> None:
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
-                kept=kept,
+                finished=finished,
                 able=Able(tuple(TaskType), tuple(table)),
-                machine=machine,
+                host=host,
                 retention=Retention(worker_id, store, storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in TaskType),
@@ -90,7 +90,7 @@ async def serve(settings: Settings) -> None:
                 job_serializer=redis.job_serializer,
                 job_deserializer=redis.job_deserializer,
                 ctx={
-                    "parts": Parts(store, storage, fetcher, folder, table, provenance, kept, cms.address if cms else "", machine, places),
+                    "parts": Parts(store, storage, fetcher, folder, table, provenance, finished, cms.address if cms else "", host, places),
                     "outbox": Outbox(store, storage, session, settings_secrets, settings, folder, Payload(cms, session) if cms else None),
                 },
             )

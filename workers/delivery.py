@@ -22,12 +22,12 @@ import aiohttp
 import msgspec
 from arq import Retry
 from arq.constants import in_progress_key_prefix
-from redis.exceptions import RedisError
 
 from movieq import logs
 from movieq.delivery import payload, webhooks
 from movieq.delivery.payload import Document, Payload
 from movieq.errors import CmsFault, StorageFault
+from movieq.queue.refusals import REDIS_AWAY
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage.base import Storage
@@ -35,7 +35,7 @@ from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
 from movieq.tasks.results import MEDIA_URL_S, utc
 from movieq.tasks.states import TaskStatus, TaskType
 from movieq.tasks.wire import Webhook
-from workers.host import cancel_all
+from workers.concurrency import beside
 
 TRIES: Final = 10
 SCHEDULE_S: Final = (0.0, 5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
@@ -91,7 +91,7 @@ async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
             await _deliver(outbox, delivery_id)
     except (Retry, asyncio.CancelledError):
         raise
-    except (RedisError, OSError, TimeoutError) as error:
+    except REDIS_AWAY as error:
         # to arq any other exception is the end of the job, and the delivery would be lost
         log.warning("deliver_interrupted", delivery_id=delivery_id, problem=str(error) or type(error).__name__)
         raise Retry(defer=INTERRUPTED_S) from error
@@ -154,14 +154,11 @@ async def _held(store: Store, job_id: str) -> AsyncIterator[None]:
     async def hold() -> None:
         while True:
             await asyncio.sleep(HELD_S / 3)
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*REDIS_AWAY):
                 await store.redis.pexpire(in_progress_key_prefix + job_id, int(HELD_S * 1000))
 
-    holding = asyncio.create_task(hold())
-    try:
+    async with beside(hold=hold()):
         yield
-    finally:
-        await cancel_all([holding])
 
 
 # ── Webhooks ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -195,7 +195,7 @@ async def test_a_child_that_dies_before_it_serves_is_started_again_and_never_end
     monkeypatch.setattr("workers.supervisor.sys", SimpleNamespace(executable=str(broken)))
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     ready = asyncio.Event()
-    keeping = asyncio.create_task(child.keep(ready.set))
+    keeping = asyncio.create_task(child.supervise(ready.set))
     await asyncio.sleep(1)
     assert not ready.is_set()
     assert not keeping.done()

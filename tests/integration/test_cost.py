@@ -160,13 +160,13 @@ async def test_a_worker_counts_while_its_child_has_a_gpu(store: Store, device: s
     await store.submit(new_task())
     (claimed,) = await claim(store)
     child = Child("gpu0", (Kind.GPU_HEAVY,), device, step_timeout_s=1)
-    held = Running(claimed, child, child.reserve([claimed.task.task_id]))
+    held = Running(claimed, child, child.slots.reserve([claimed.task.task_id]))
     assert held.gpu is None, "its inputs are fetched first"
-    held.take_gpu(0.5)
+    held.use_gpu(0.5)
     await asyncio.sleep(0.1)
-    held.take_gpu(1.0)
+    held.use_gpu(1.0)
     await asyncio.sleep(0.1)
-    held.take_gpu(0.0)
+    held.use_gpu(0.0)
     await asyncio.sleep(0.1)
     if counted:
         assert held.gpu is not None
