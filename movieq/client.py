@@ -33,6 +33,7 @@ from movieq import __version__
 from movieq.backoff import Backoff
 from movieq.delivery import webhooks
 from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
+from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.logs import without_query
 from movieq.tasks import values
 from movieq.tasks.entities import UPLOAD_BYTES, ProcessingProgress
@@ -443,14 +444,14 @@ def _translated(method: str, name: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    match error:
-        case aiohttp.ClientConnectorDNSError():
+    match http_fault(error):
+        case HttpFault.HOST:
             return "there is no host of this name"
-        case aiohttp.ClientSSLError():
+        case HttpFault.TLS:
             return "the certificate or the TLS handshake was not accepted"
-        case aiohttp.ClientConnectorError():
-            return error.os_error.strerror or "it cannot be reached"
-        case TimeoutError():
+        case HttpFault.CONNECT:
+            return reason(error) or "it cannot be reached"
+        case HttpFault.TIMEOUT:
             return "it took too long"
     return str(error) or type(error).__name__
 
