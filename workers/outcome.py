@@ -91,7 +91,7 @@ def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = Non
         case HostFault():
             return _host_at_fault(error.message, task, device=error.device)
         case Unable():
-            log.warning("unable", problem=error.message)
+            log.warning("task_unsupported", problem=error.message)
             return Requeued(error.message, error.code, delay_ms=retry_delay_ms(task.attempt))  # perhaps no worker has it yet
         case Unreadable():
             return unreadable(error.message, task)

@@ -1,8 +1,8 @@
-"""Deletes what is over: tasks that ended long ago, files of old results, old uploads, and what runs stored without committing it.
+"""Delete what is past its retention: old finished tasks, files of old results, old uploads, and files that runs stored but never committed.
 
 Every worker runs this, and one at a time has the turn, for a few seconds. It deletes in small batches while anything is due, and rests
-after each for longer than that took Redis, so that nobody waits. What cannot be deleted stops nothing else: it is passed over, logged once,
-and tried again later. A full memory refuses none of it. The settings of the worker that has the turn count.
+after each batch for longer than the batch took Redis, so that nobody waits. What cannot be deleted is skipped, logged once and tried again
+later. A Redis whose memory is full accepts all of it. The settings of the worker that has the turn count.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DAY_S: Final = 86400
 LOOK_S: Final = 1.0
 """Between two rounds."""
 ROUND_S: Final = 10.0
-"""After so long a worker gives its turn back, even where more is due."""
+"""How long a worker keeps its turn, even where more is due."""
 TURN_MS: Final = 30_000
-"""After so long the turn of a worker that died is over."""
+"""After so long the turn of a worker that died ends."""
 REST: Final = 2.0
 """The pause after a batch in Redis, as a multiple of the time that the batch took."""
 TASKS_AT_ONCE: Final = 25
@@ -45,7 +45,7 @@ log = logs.get()
 
 
 class Retention:
-    """What a worker deletes, and when. `run` goes on until it is cancelled."""
+    """The part of a worker that deletes. `run` goes on until it is cancelled."""
 
     def __init__(self, worker_id: str, store: Store, storage: Storage, settings: Settings) -> None:
         self._worker_id = worker_id
@@ -152,7 +152,7 @@ class Retention:
                 try:
                     checked_key(prefix)
                 except ValueError:
-                    log.error("no_such_files", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
+                    log.error("prefix_invalid", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
                     gone.append(prefix)
                     continue
                 try:

@@ -506,7 +506,7 @@ def _sendable(request: Run) -> bytes:
     try:
         return encoded_run(request)
     except Unsendable as error:
-        log.warning("unsendable", problem=str(error.__cause__ or error))
+        log.warning("task_unsendable", problem=str(error.__cause__ or error))
         raise InvalidInput(f"task_data or metadata cannot be passed to the engine: {error}") from None
 
 

@@ -368,7 +368,7 @@ class Worker(ArqWorker):
                     if running.child and running.group is running.child.slots.late():
                         running.stop(Stop.OVERDUE)
             except Exception:
-                log.exception("tend_failed")
+                log.exception("run_check_failed")
             try:
                 await self._renew()
             except Exception as error:
