@@ -9,9 +9,10 @@ import socket
 import sys
 import urllib.request
 
-from movieq.contracts import WorkerState
+from movieq.queue.connection import connect
+from movieq.queue.store import Store
 from movieq.settings import load
-from movieq.store import Store, connect
+from movieq.tasks.entities import WorkerState
 
 WAIT_S = 5
 

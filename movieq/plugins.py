@@ -17,26 +17,12 @@ from typing import Any, Final
 import msgspec
 
 from movieq.errors import SettingsError
-from movieq.models import table as models
-from movieq.tasks import params
-from movieq.tasks.params import Params
+from movieq.tasks.registry import LONGEST_S, REGISTRY, TaskSpec
 from movieq.tasks.states import TaskType
 
 GROUP: Final = "movieq.plugins"
 
-LONGEST_S: Final = 300 * 60
-"""What no task may take longer than."""
 _NAME: Final = re.compile("[a-z][a-z0-9_]{0,63}")
-
-
-class NewTaskType(msgspec.Struct, frozen=True, kw_only=True):
-    """A task type. `params` says what its task_data may hold; its docstring, `name: what becomes of what`, is shown to clients."""
-
-    params: type[Params]
-    max_duration_s: int = 30 * 60
-    folder: str = "other"
-    """Where in the storage its results lie."""
-    media_type: str = "file"
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +32,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     say by which engine a type is made, in which queue it waits and how long it takes.
     """
 
-    task_types: dict[str, NewTaskType] = {}
+    task_types: dict[str, TaskSpec] = {}
     engines: dict[str, str] = {}
     models: dict[str, dict[str, Any]] = {}
 
@@ -71,11 +57,10 @@ def _add(name: str, plugin: Plugin) -> None:
     for each in (*plugin.task_types, *plugin.engines, *places):
         if not _NAME.fullmatch(each):
             raise SettingsError(f"the plug-in {name}: {each!r} is no name: {_NAME.pattern} is expected")
-    for each, new in plugin.task_types.items():
-        if params.PARAMS.get(TaskType.add(each), new.params) is not new.params:
+    for each, spec in plugin.task_types.items():
+        known = REGISTRY.tasks.get(TaskType(each))
+        if known is not None and known.params is not spec.params:
             raise SettingsError(f"the plug-in {name}: there is a task type {each} already")
-        params.PARAMS[TaskType(each)] = new.params
-        params.MAX_DURATION_S[TaskType(each)] = min(new.max_duration_s, LONGEST_S)
-        params.PRODUCTS[TaskType(each)] = new.folder, new.media_type
-    models.ENGINES.update(plugin.engines)
-    models.EXTRA[name] = plugin.models
+        REGISTRY.tasks[TaskType(each)] = msgspec.structs.replace(spec, max_duration_s=min(spec.max_duration_s, LONGEST_S))
+    REGISTRY.engines.update(plugin.engines)
+    REGISTRY.models[name] = plugin.models

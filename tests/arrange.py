@@ -11,7 +11,7 @@ import msgspec
 
 from movieq.queue.store import Claimed, NewTask, Slot, Store
 from movieq.tasks.results import StoredMedia, StoredResult
-from movieq.tasks.states import PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId
 from workers.protocol import Done, Run
 from workers.supervisor import Child, Progress
 
@@ -49,7 +49,7 @@ def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask
     defaults: dict[str, Any] = {
         "task_id": TaskId(str(uuid.uuid4())),
         "project_id": ProjectId(project),
-        "task_type": TaskType.GENERATE_IMAGE,
+        "task_type": GENERATE_IMAGE,
         "kind": Kind.CPU_INTENSIVE,
         "engine": "animatic",
         "model": "animatic",

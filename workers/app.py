@@ -27,7 +27,8 @@ from movieq.queue.records import Able
 from movieq.queue.store import Store
 from movieq.settings import Settings, variable
 from movieq.storage.open import opened
-from movieq.tasks.states import Kind, TaskType
+from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import Kind
 from workers.delivery import HELD_S, Outbox, deliver
 from workers.execute import run_task
 from workers.finished import FinishedFiles
@@ -76,11 +77,11 @@ async def serve(settings: Settings) -> None:
                 drain_s=settings.drain_s,
                 weights=settings.weights(),
                 finished=finished,
-                able=Able(tuple(TaskType), tuple(table)),
+                able=Able(tuple(REGISTRY.tasks), tuple(table)),
                 host=host,
                 retention=Retention(worker_id, store, storage, settings),
                 functions=[
-                    *(func(run_task, name=task_type) for task_type in TaskType),
+                    *(func(run_task, name=task_type) for task_type in REGISTRY.tasks),
                     # its own limits are shorter: what arq cuts off, it would not begin again
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],

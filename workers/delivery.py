@@ -33,7 +33,7 @@ from movieq.settings import Settings
 from movieq.storage.base import Storage
 from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
 from movieq.tasks.results import MEDIA_URL_S, utc
-from movieq.tasks.states import TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_VIDEO, RENDER_ANIMATION, TaskStatus
 from movieq.tasks.wire import Webhook
 from workers.concurrency import beside
 
@@ -175,7 +175,7 @@ def webhook(delivery: Delivery, storage: Storage) -> Webhook:
     """Return the body of a webhook."""
     result = None if delivery.result is None else storage.result(delivery.result, int(time.time()) + MEDIA_URL_S)
     status, ended_at = delivery.status, utc(delivery.ended_at_ms)
-    is_video = delivery.task_type in (TaskType.GENERATE_VIDEO, TaskType.RENDER_ANIMATION)
+    is_video = delivery.task_type in (GENERATE_VIDEO, RENDER_ANIMATION)
     return Webhook(
         type=f"task.{delivery.type}",
         timestamp=utc(delivery.at_ms),

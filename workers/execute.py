@@ -30,6 +30,7 @@ from movieq.models import table as models
 from movieq.tasks import params
 from movieq.tasks.entities import Task
 from movieq.tasks.params import Params
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import TaskStatus, TaskType
 from workers.concurrency import uninterrupted
@@ -124,7 +125,7 @@ def _stopped(reason: Stop | None) -> Outcome:
 
 def check_able(parts: Parts, task: Task) -> None:
     """Raise Unable where this worker lacks the engine or the model of the task."""
-    if task.engine not in models.ENGINES:
+    if task.engine not in REGISTRY.engines:
         raise Unable(f"this worker has no engine {task.engine}: the task waits for one that has", EngineUnavailable.code)
     if task.engine != models.ANIMATIC and task.model not in parts.models:
         raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
@@ -132,10 +133,10 @@ def check_able(parts: Parts, task: Task) -> None:
 
 def _parsed(task: Task, task_data: Any) -> Params:
     """Return the parameters of the task. Raises Unable, or Unreadable where a worker of another version may be able to read them."""
-    if task.task_type not in params.PARAMS:
+    if (spec := REGISTRY.tasks.get(TaskType(task.task_type))) is None:
         raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
     try:
-        return params.convert(TaskType(task.task_type), task_data)
+        return params.convert(spec.params, task_data)
     except (msgspec.ValidationError, AttributeError) as error:
         place = str(error).partition(" - at `$")[2].removesuffix("`")
         log.warning("params_unread", problem=str(error))
@@ -195,8 +196,8 @@ def _request(parts: Parts, running: Running, parsed: Params, task_data: dict[str
 async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredResult:
     """Store the files and return the result; try for as long as the run holds its lease. Raises what only another run can mend."""
     task, done = running.task, finished.done
-    folder, media_type = params.PRODUCTS[TaskType(task.task_type)]
-    prefix = f"projects/{task.project_id}/{folder}/{task.task_id}/{running.run}"
+    spec = REGISTRY.tasks[TaskType(task.task_type)]
+    prefix = f"projects/{task.project_id}/{spec.folder}/{task.task_id}/{running.run}"
     await insist(
         lambda: parts.store.report(
             task.task_id,
@@ -222,7 +223,7 @@ async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredR
     poster_key, _ = keys.get("poster", (None, 0))
     media = StoredMedia(
         key=key,
-        media_type=media_type,
+        media_type=spec.media_type,
         content_type=output.content_type,
         size_bytes=size_bytes,
         poster_key=poster_key,

@@ -27,7 +27,7 @@ from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError,
 from movieq.models import table as models
 from movieq.settings import PREFIX
 from movieq.tasks.entities import ModelSwaps
-from movieq.tasks.states import Kind, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, Kind
 from workers.concurrency import uninterrupted
 from workers.faults import HostFault
 from workers.protocol import (
@@ -460,7 +460,7 @@ class Child:
         """Have the new child render a small picture before it gets anything else. Raises OSError where it cannot."""
         with tempfile.TemporaryDirectory(dir=self.spool, prefix="self-test-") as folder:
             params = {"prompt": "a self-test", "resolution": "64x64"}
-            run = Run(SELF_TEST, SELF_TEST, SELF_TEST, TaskType.GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
+            run = Run(SELF_TEST, SELF_TEST, SELF_TEST, GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
             self._send(frame(run))
             async with asyncio.timeout(EXAMINE_S):
                 while isinstance(answer := await self._receive(stdout), Progress):

@@ -33,6 +33,7 @@ from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
 from movieq.streams.watchers import Facts, Opening, SocketWatcher, Source
 from movieq.tasks.entities import Task
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
 HAND_OVER: Final = "movieq.hand_over"
@@ -80,7 +81,7 @@ class ProjectEvents:
             project_id = _signed_project(movieq, request) if _signed(request) else (await project_of(request, KeyScope.READ))[0]
             only_query(request, "after", "task_type", "status", "expires", "signature")
             after = _resume_point(request)
-            wanted = _Wanted(query_choices(request, "task_type", TaskType), query_choices(request, "status", STATES))
+            wanted = _Wanted(query_choices(request, "task_type", REGISTRY.tasks), query_choices(request, "status", STATES))
             if await movieq.store.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
         source = Source.of_project(project_id)

@@ -20,7 +20,7 @@ from movieq.models import table as models
 from movieq.models.table import Engine
 from movieq.queue.refusals import REDIS_AWAY
 from movieq.settings import Scope
-from movieq.tasks.params import MAX_DURATION_S, PARAMS
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import EngineChoice, Kind
 from movieq.tasks.wire import CheckName, HealthAnswer, LiveAnswer, ReadyAnswer, TaskTypeAnswer, TaskTypesAnswer
 
@@ -67,16 +67,16 @@ async def task_types(request: Request) -> Response:
     only_query(request)
     gpu = movieq.settings.engine is EngineChoice.DIFFUSERS or (movieq.settings.engine is EngineChoice.AUTO and await movieq.had_gpu())
     answers = []
-    for task_type, cls in PARAMS.items():
+    for task_type, spec in REGISTRY.tasks.items():
         default = models.default(movieq.models, Engine.DIFFUSERS, task_type) if gpu else None
         answers.append(
             TaskTypeAnswer(
                 task_type,
-                (cls.__doc__ or "").partition(": ")[2],
+                spec.description,
                 [name for name, model in movieq.models.items() if task_type in model.tasks],
                 default or next((name for name, model in movieq.models.items() if task_type in model.tasks), None),
-                MAX_DURATION_S[task_type],
-                _inlined(msgspec.json.schema(cls)),
+                spec.max_duration_s,
+                _inlined(msgspec.json.schema(spec.params)),
             )
         )
     return answered(TaskTypesAnswer(answers))

@@ -13,7 +13,7 @@ import movieq as package
 from movieq.api.state import answered, api
 from movieq.tasks import states as c
 from movieq.tasks.entities import ProcessingProgress
-from movieq.tasks.params import PARAMS
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.wire import (
     CancelAnswer,
     DeadLettersAnswer,
@@ -60,7 +60,7 @@ class Operation(msgspec.Struct, frozen=True):
 
 _PAGE: Final[dict[str, dict[str, Any]]] = {
     "status": {"type": "string", "enum": [*c.TaskStatus]},
-    "task_type": {"type": "string", "enum": [*PARAMS]},
+    "task_type": {"type": "string", "enum": [*REGISTRY.tasks]},
     "page": {"type": "integer", "minimum": 1, "default": 1},
     "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
 }
@@ -134,7 +134,8 @@ async def openapi(request: Request) -> Response:
 @cache
 def document(public_url: str) -> dict[str, Any]:
     """The whole API as OpenAPI 3.1."""
-    structs: set[type[msgspec.Struct]] = {ErrorAnswer, ProcessingProgress, ProjectSnapshot, Snapshot, Webhook, *PARAMS.values()}
+    structs: set[type[msgspec.Struct]] = {ErrorAnswer, ProcessingProgress, ProjectSnapshot, Snapshot, Webhook}
+    structs |= {spec.params for spec in REGISTRY.tasks.values()}
     structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}
     ordered = sorted(structs, key=lambda struct: struct.__name__)
     refs, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")

@@ -19,8 +19,9 @@ from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.fetch import download
 from movieq.settings import Scope
 from movieq.tasks.entities import UPLOAD_BYTES, Upload
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import utc
-from movieq.tasks.states import STATES, TaskType
+from movieq.tasks.states import STATES
 from movieq.tasks.wire import Pagination, TaskPage, TaskRow, UploadAnswer
 
 UPLOAD_S: Final = 300.0
@@ -44,7 +45,7 @@ async def tasks(request: Request) -> Response:
     project_id, _ = await project_of(request, Scope.READ)
     only_query(request, "status", "task_type", "page", "limit")
     page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
-    status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", TaskType)
+    status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", REGISTRY.tasks)
     found, total = await movieq.store.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [

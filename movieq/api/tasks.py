@@ -32,7 +32,7 @@ from movieq.streams.sse import START, pair
 from movieq.streams.watchers import EndWatcher, Opening, Source
 from movieq.tasks import params, values
 from movieq.tasks.entities import Task
-from movieq.tasks.params import MAX_DURATION_S
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredResult, utc
 from movieq.tasks.states import PRIORITY_BIAS_MS, ProjectId, TaskId, TaskStatus, TaskType
 from movieq.tasks.wire import CancelAnswer, Deadline, Receipt, SubmitRequest
@@ -194,11 +194,10 @@ def _with_given(text: str, body: bytes, path: str) -> str:
 
 async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None) -> NewTask:
     """The task to store, everything about it checked. Raises ValidationFailed."""
-    try:
-        task_type = TaskType(submitted.task_type)
-    except ValueError:
-        raise ValidationFailed(f"task_type: one of {', '.join(TaskType)} is allowed, got {submitted.task_type[:80]!r}") from None
-    parsed, unread = params.parse(task_type, submitted.task_data)
+    task_type = TaskType(submitted.task_type)
+    if (spec := REGISTRY.tasks.get(task_type)) is None:
+        raise ValidationFailed(f"task_type: one of {', '.join(REGISTRY.tasks)} is allowed, got {submitted.task_type[:80]!r}")
+    parsed, unread = params.parse(spec.params, submitted.task_data)
     name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
     model = movieq.models[name]
     batch, batch_rows = models.batch(name, model, parsed)
@@ -217,7 +216,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         kwargs=msgspec.msgpack.encode({"task_data": submitted.task_data}),
         metadata=_metadata(submitted.metadata),
         estimate_ms=int(model.tasks[task_type] * 1000),
-        max_ms=MAX_DURATION_S[task_type] * 1000,
+        max_ms=spec.max_duration_s * 1000,
         batch=batch,
         batch_rows=batch_rows,
         callback_url=_callback(movieq, submitted.callback_url),

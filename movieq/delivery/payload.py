@@ -26,6 +26,7 @@ from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.settings import PayloadMode, Settings
 from movieq.tasks import params
 from movieq.tasks.entities import Delivery
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia
 from movieq.tasks.states import TaskId, TaskType
 
@@ -466,8 +467,8 @@ def _id(text: str) -> Id:
 
 def _description(task_type: str, task_data: Mapping[str, Any]) -> str:
     try:
-        return params.convert(TaskType(task_type), dict(task_data)).description.strip()
-    except (ValueError, msgspec.ValidationError):  # of another version, or gone
+        return params.convert(REGISTRY.tasks[TaskType(task_type)].params, dict(task_data)).description.strip()
+    except (KeyError, msgspec.ValidationError):  # of another version, or gone
         return ""
 
 

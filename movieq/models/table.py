@@ -1,4 +1,4 @@
-"""The model table: which models there are, what each makes, in which queue its tasks wait. Knows no torch."""
+"""The model table: which models there are, which task types each renders, and in which queue their tasks wait. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from msgspec import Meta
 import movieq
 from movieq.errors import SettingsError, ValidationFailed
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams, frames, size
-from movieq.tasks.states import EngineChoice, Kind, TaskType
+from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import PROCESS_AUDIO, EngineChoice, Kind, TaskType
 
 ANIMATIC: Final = "animatic"
 IMMUTABLE: Final = ("upload:", "task:", "data:")
-"""How references begin behind which there is always the same file."""
-ENGINES: Final[dict[str, str]] = {"animatic": "workers.child.animatic.engine", "diffusers": "workers.child.diffusion.engine"}
-"""Engine -> the module with its `make`, for the child to import; plug-ins add theirs."""
+"""Prefixes of references that always lead to the same file."""
 PREVIEW_VAE: Final = "preview_vae"
-"""A component that only previews are decoded by, an AutoencoderTiny: sharper than the map of colours that is fitted to every VAE."""
-EXTRA: Final[dict[str, dict[str, Any]]] = {}
-"""Entries of plug-ins, as they would stand in the file."""
+"""Name of the component that only decodes previews, an AutoencoderTiny: sharper than the colour map that is fitted to every VAE."""
 
 
 class Engine(StrEnum):
-    """What runs a model."""
+    """The engines of movieq."""
 
     ANIMATIC = "animatic"
     DIFFUSERS = "diffusers"
 
 
 class Dtype(StrEnum):
-    """Of the weights while they work. A CPU has float32 alone: half precision is slower there, and some of it missing."""
+    """Number formats of weights. On a CPU it is always float32: half precision is slower there, and some operations lack it."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -43,52 +40,52 @@ class Dtype(StrEnum):
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where weights come from: a repository of the hub at a commit, or a folder of this machine (its path, without a revision)."""
+    """The source of weights: a repository of the hub at a commit, or a folder of this machine (its path, without a revision)."""
 
     repository: Annotated[str, Meta(min_length=1)]
     revision: Annotated[str, Meta(pattern="^[0-9a-f]{40}$")] | None = None
     subfolder: str = ""
     cls: str = ""
-    """The class that loads a component; for a pipeline it is the entry's own."""
+    """Class that loads a component. A pipeline uses the `pipeline` of its entry."""
     variant: str | None = None
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a task that does not say is made with."""
+    """Values for parameters that a task leaves out."""
 
     steps: Annotated[int, Meta(ge=1)] | None = None
     guidance: Annotated[float, Meta(ge=0)] | None = None
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
-    """How far the result may leave an image that is only a reference."""
+    """How far the result may differ from a reference image."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a model can make at all; `sides` and `frame_step`, `frame_first`: sides are multiples of it, frames are n * step + first."""
+    """What a model can render. Widths and heights are multiples of `sides`; frame counts are n * `frame_step` + `frame_first`."""
 
     sides: Annotated[int, Meta(ge=1)] = 8
     pixels: tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]] = (1, 4_000_000)
-    """The fewest and the most pixels of a picture that come out well."""
+    """Fewest and most pixels of a picture that give good results."""
     frame_step: Annotated[int, Meta(ge=1)] = 1
     frame_first: Annotated[int, Meta(ge=0)] = 0
     frames: Annotated[int, Meta(ge=1)] = 1
-    """The most of one window."""
+    """Most frames of one window."""
     fps: Annotated[float, Meta(gt=0)] = 24.0
-    """What its movement was trained at."""
+    """Frame rate of its training."""
     seconds: Annotated[float, Meta(gt=0)] | None = None
-    """The longest sound."""
+    """Longest sound."""
     batch: list[tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=2, le=16)]]] = []
-    """Up to how many pixels of a picture how many are made at once: [[262144, 8], [589824, 4]]."""
+    """Largest batch by picture size, as [pixels, pictures]: [[262144, 8], [589824, 4]]."""
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of the table. `tasks` maps what it can make to the seconds that this takes by default.
+    """An entry of the table. `tasks` maps the task types that it renders to their default estimates, in seconds.
 
-    Of what needs weights, `pipeline` is the class for a task without images and `image_pipeline` that for one with images, where it has
-    one; both share their weights. `call` goes to every call of the pipeline as it stands.
+    For models with weights, `pipeline` is the class for tasks without images and `image_pipeline` the one for tasks with images; both
+    share their weights. `call` holds further arguments of every pipeline call.
     """
 
     engine: str
-    """`animatic`, `diffusers`, or one that a plug-in brings."""
+    """`animatic`, `diffusers`, or an engine of a plug-in."""
     kind: Kind
     tasks: dict[TaskType, Annotated[float, Meta(gt=0)]]
     weights: Weights | None = None
@@ -97,27 +94,30 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_pipeline: str | None = None
     dtype: Dtype = Dtype.FLOAT32
     scheduler: dict[str, Any] = {}
-    """`cls` names the class, the rest changes its configuration."""
+    """`cls` is the class, the rest overrides its configuration."""
     call: dict[str, Any] = {}
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     first_block_cache: Annotated[float, Meta(gt=0)] | None = None
-    """A threshold: steps whose first block changes less than this are skipped. Faster, and not the same picture."""
+    """Threshold: steps whose first block changes less than this are skipped. That is faster and changes the picture."""
     languages: list[str] = []
-    """What a speaking model speaks; the first subtags of BCP 47."""
+    """Languages of a speech model, as first subtags of BCP 47."""
     voices: bool = False
-    """Whether it speaks with the voice of a sample."""
+    """Whether it can imitate the voice of a sample."""
     gpu_memory_gb: Annotated[float, Meta(ge=0)] = 0.0
     licence: str = ""
     verified: bool = False
-    """Whether a run on a GPU has loaded it."""
+    """Whether it has been loaded on a GPU."""
 
 
 def load(path: str = "") -> dict[str, Model]:
-    """The table: the shipped entries, those of plug-ins, over them those of the file at `path`. Raises SettingsError naming the entry."""
+    """Return the table: shipped entries, those of plug-ins, and those of the file at `path`; later ones replace earlier ones.
+
+    Raises SettingsError, which names the faulty entry.
+    """
     shipped = Path(__file__).with_name("models.toml")
     table = _read(str(shipped), shipped)
-    for name, entries in EXTRA.items():
+    for name, entries in REGISTRY.models.items():
         table |= _checked(name, entries)
     return table | _read(f"MOVIEQ_MODELS: {path}", Path(path)) if path else table
 
@@ -143,9 +143,11 @@ def _checked(name: str, entries: dict[str, Any]) -> dict[str, Model]:
 
 
 def _problem(model: Model) -> str | None:
-    """What makes an entry useless, though each field is well formed."""
-    if model.engine not in ENGINES:
-        return f"engine {model.engine!r} is not there; there are: {', '.join(ENGINES)}"
+    """Return what is wrong with an entry whose fields are each valid; None if nothing is."""
+    if unknown := sorted(model.tasks.keys() - REGISTRY.tasks.keys()):
+        return f"tasks: unknown task type {unknown[0]}; known: {', '.join(REGISTRY.tasks)}"
+    if model.engine not in REGISTRY.engines:
+        return f"unknown engine {model.engine!r}; known: {', '.join(REGISTRY.engines)}"
     if model.engine != Engine.DIFFUSERS:
         return None
     if model.weights is None:
@@ -154,16 +156,16 @@ def _problem(model: Model) -> str | None:
         return "pipeline or image_pipeline is needed: a class of diffusers or transformers"
     for weights in (model.weights, *model.components.values()):
         if weights.revision is None and not Path(weights.repository).is_absolute():
-            return f"{weights.repository}: name the revision, a commit of 40 hex digits, or a folder by its whole path"
+            return f"{weights.repository}: set revision to a commit of 40 hex digits, or repository to the absolute path of a folder"
     if model.limits.batch and model.first_block_cache is not None:
         return "limits.batch: not together with first_block_cache, which decides over a whole batch"
     if model.limits.pixels[0] > model.limits.pixels[1]:
-        return f"limits.pixels: the fewest come first, got {list(model.limits.pixels)}"
+        return f"limits.pixels: [fewest, most] is expected, got {list(model.limits.pixels)}"
     return None
 
 
 def makes(model: Model, task_type: TaskType, params: Params) -> bool:
-    """Whether the model can make this task: a line wants one that speaks, and a sound one that does not."""
+    """Whether the model can render this task. Dialogue needs a speech model, sound needs another."""
     if task_type not in model.tasks:
         return False
     if model.engine == Engine.DIFFUSERS and isinstance(params, AudioParams):
@@ -172,7 +174,7 @@ def makes(model: Model, task_type: TaskType, params: Params) -> bool:
 
 
 def default(table: dict[str, Model], engine: Engine, task_type: TaskType, params: Params | None = None) -> str | None:
-    """The first model of the table by which the engine makes this task, or tasks of this type."""
+    """Return the first model of the engine that renders this task, or this task type if there are no parameters; None if there is none."""
     for name, model in table.items():
         if model.engine == engine and (task_type in model.tasks if params is None else makes(model, task_type, params)):
             return name
@@ -180,28 +182,28 @@ def default(table: dict[str, Model], engine: Engine, task_type: TaskType, params
 
 
 def sound(table: dict[str, Model]) -> tuple[str, Model] | None:
-    """What makes the sound under a picture: the default for sound without speech."""
-    name = default(table, Engine.DIFFUSERS, TaskType.PROCESS_AUDIO, AudioParams())
+    """Return the model that renders the sound of a clip, with its name: the default for sound without speech."""
+    name = default(table, Engine.DIFFUSERS, PROCESS_AUDIO, AudioParams())
     return None if name is None else (name, table[name])
 
 
 def resolve(table: dict[str, Model], choice: EngineChoice, had_gpu: bool, task_type: TaskType, params: Params) -> str:
-    """The model that makes this task: draft, else `model`, else the default of the installation. Raises ValidationFailed."""
+    """Return the model for this task: the animatic for a draft, else `model`, else the default. Raises ValidationFailed."""
     if params.draft:
         if task_type not in table[ANIMATIC].tasks:
-            raise ValidationFailed(f"task_data.draft: there is no animatic of {task_type}; leave draft out")
+            raise ValidationFailed(f"task_data.draft: {task_type} has no animatic; leave draft out")
         return ANIMATIC
     if params.model is not None:
         fitting = [name for name, model in table.items() if makes(model, task_type, params)]
         if params.model not in fitting:
-            message = f"{params.model!r} cannot be used for {_called(task_type, params)}; there are: {', '.join(fitting)}"
+            message = f"{params.model!r} cannot be used for {_called(task_type, params)}; use one of: {', '.join(fitting)}"
             raise ValidationFailed(f"task_data.model: {message}", errors=(("task_data.model", message),))
         return params.model
     if choice is EngineChoice.DIFFUSERS or (choice is EngineChoice.AUTO and had_gpu):
         name = default(table, Engine.DIFFUSERS, task_type, params)
         if name is None and choice is EngineChoice.DIFFUSERS:
             raise ValidationFailed(
-                f"task_type: MOVIEQ_ENGINE is diffusers, and no model of the table makes {_called(task_type, params)}; "
+                f"task_type: MOVIEQ_ENGINE is diffusers, and no model of the table renders {_called(task_type, params)}; "
                 "add one, or send draft"
             )
         if name is not None:
@@ -209,7 +211,7 @@ def resolve(table: dict[str, Model], choice: EngineChoice, had_gpu: bool, task_t
     for name in (ANIMATIC, *table):
         if makes(table[name], task_type, params) and table[name].engine != Engine.DIFFUSERS:
             return name
-    raise ValidationFailed(f"task_type: no model of the table makes {_called(task_type, params)} without being named; name one as model")
+    raise ValidationFailed(f"task_type: {_called(task_type, params)} has no default model here; set task_data.model")
 
 
 def _called(task_type: TaskType, params: Params) -> str:
@@ -219,10 +221,10 @@ def _called(task_type: TaskType, params: Params) -> str:
 
 
 def batch(name: str, model: Model, params: Params) -> tuple[str, int]:
-    """The key of the tasks that can be made with this one in one call of the model, and how many at most; "" and 1 where none can.
+    """Return the key of the tasks that can share a call of the model with this one, and how many can; "" and 1 if none can.
 
-    All that a call has one value for is in the key: pictures of one size, from words alone, by as many steps and as much guidance. Never
-    with a cache that skips steps: it decides over the whole batch, and a row would differ.
+    The key has everything for which a call takes one value: size, steps, guidance. Only pictures from text alone are batched, and never
+    with a step cache: it decides for the whole batch, so that a picture would depend on its neighbours.
     """
     if not isinstance(params, ImageParams) or params.references or model.engine != Engine.DIFFUSERS or model.first_block_cache is not None:
         return "", 1
@@ -236,9 +238,10 @@ def batch(name: str, model: Model, params: Params) -> tuple[str, int]:
 def fingerprint(
     project: str, table: dict[str, Model], name: str, task_type: TaskType, params: Params, task_data: dict[str, Any], *options: Any
 ) -> str | None:
-    """Names what a task makes: two of one project with the same make the same. `options`: what else of this installation its files hang on.
+    """Return a hash of everything that determines the result: tasks of one project with equal hashes have equal results.
 
-    None where they need not: without a seed, with references or weights that can change, by an engine of a plug-in.
+    `options` are settings on which the files depend. None if results can differ: without a seed, with references or weights that can
+    change, or by an engine of a plug-in.
     """
     if params.seed is None:
         return None
@@ -260,7 +263,7 @@ def _weights(model: Model) -> list[Weights]:
 
 
 def shape(model: str, task_type: TaskType, params: Params) -> str:
-    """Names the tasks that take about as long as this one."""
+    """Return a key that is equal for tasks which take about equally long."""
     match params:
         case VideoParams() | AnimationParams():
             return f"{task_type}|{model}|{params.resolution}|{frames(params)}|{params.steps}"

@@ -1,7 +1,7 @@
-"""Weights on this machine: where they lie, whether they are what their revision says, and how they come here. Knows no torch.
+"""Weights on this machine: find, verify and download them. Imports no torch.
 
-A folder is taken as it is. What comes from the hub lies in the hub's own cache (`HF_HOME`), where other tools find it too; `pull` writes
-beside it what it has checked, and nothing is loaded that it did not write down. When a file has changed since, it is hashed again.
+A local folder is used without checks. Downloads lie in the cache of the hub (`HF_HOME`), where other tools find them too. `pull` records
+what it has verified next to them, and only recorded files are loaded. A file that has changed since is hashed again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from movieq.errors import ModelUnavailable
 from movieq.models.table import Model, Weights
 
 _READ: Final = (".json", ".txt", ".model", ".jinja")
-"""What a pipeline reads beside its weights. No pickle, and no code."""
+"""Endings of the other files that a pipeline reads: no pickle, no code."""
 
 
 class _Checked(msgspec.Struct, frozen=True):
-    """A file as it was when its hash was right; `hash` is the hub's: SHA-256 of a large file, git's SHA-1 of a blob of a small one."""
+    """A verified file. `hash` is that of the hub: SHA-256 of a large file, git's blob SHA-1 of a small one."""
 
     size: int
     mtime_ns: int
@@ -30,36 +30,34 @@ class _Checked(msgspec.Struct, frozen=True):
 
 
 def sources(model: Model) -> list[Weights]:
-    """Everything that a model is made of."""
+    """Return all weights of a model."""
     return [each for each in (model.weights, *model.components.values()) if each is not None]
 
 
 def find(weights: Weights) -> Path:
-    """The folder of the weights, every file of which is what it should be. Raises ModelUnavailable saying what to do."""
+    """Return the folder of the weights after verifying its files. Raises ModelUnavailable, which says what to do."""
     if weights.revision is None:
         folder = Path(weights.repository)
         if not folder.is_dir():
-            raise ModelUnavailable(f"there is no folder {folder} on this worker's machine")
+            raise ModelUnavailable(f"the folder {folder} does not exist on this worker's machine")
         return folder
     folder, checked = _snapshot(weights), _stamp(weights)
     if not checked.is_file():
-        raise ModelUnavailable(f"{weights.repository} is not on this worker's machine, or was not checked: run `movieq models pull`")
+        raise ModelUnavailable(f"{weights.repository} is not on this worker's machine, or not verified: run `movieq models pull`")
     known = _read(checked)
     for name, before in known.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != before.size:
-            raise ModelUnavailable(f"{weights.repository}: {name} is missing or cut off: run `movieq models pull`")
+            raise ModelUnavailable(f"{weights.repository}: {name} is missing or incomplete: run `movieq models pull`")
         if file.stat().st_mtime_ns != before.mtime_ns and hashed(file, before.hash) != before.hash:
-            raise ModelUnavailable(
-                f"{weights.repository}: {name} is not what revision {weights.revision[:12]} says: run `movieq models pull`"
-            )
+            raise ModelUnavailable(f"{weights.repository}: {name} differs from revision {weights.revision[:12]}: run `movieq models pull`")
     return folder
 
 
 def beside(weights: Weights, name: str) -> Path | None:
-    """Where something of this name that was learnt from the weights is kept: a new place when they change. Its folder may not be there yet.
+    """Return the path of a cache file derived from the weights: another path when they change. Its folder may not exist yet.
 
-    With what `pull` wrote; for a folder, which is taken as it is, in the user's cache. None where the user has none.
+    It is next to the record of `pull`, or in the user's cache for a local folder. None if the user has no home folder.
     """
     if weights.revision is not None:
         return _stamp(weights).with_suffix(f".{name}")
@@ -73,7 +71,7 @@ def beside(weights: Weights, name: str) -> Path | None:
 
 
 def begun(weights: Weights) -> bool:
-    """Whether these weights have been pulled to this machine, whatever has become of them since; a folder always counts as that."""
+    """Whether these weights were ever pulled to this machine. Always true for a local folder."""
     return weights.revision is None or _stamp(weights).is_file()
 
 
@@ -86,19 +84,19 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 def listing(weights: Weights) -> list[Wanted]:
-    """What is to be had of a repository, asked of the hub. Raises ModelUnavailable."""
+    """Return the files of a repository that a model needs, as the hub lists them. Raises ModelUnavailable."""
     from huggingface_hub import HfApi
 
     try:
         info: Any = HfApi().model_info(weights.repository, revision=weights.revision, files_metadata=True, timeout=30)
     except Exception as error:  # of its HTTP client, which changes from version to version
-        raise ModelUnavailable(f"{weights.repository}: the hub cannot be asked: {error}") from None
+        raise ModelUnavailable(f"{weights.repository}: the hub did not answer: {error}") from None
     files = [Wanted(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings]
     return list(needed(weights, files))
 
 
 def needed(weights: Weights, files: list[Wanted]) -> Iterator[Wanted]:
-    """Of all files of a repository those that are loaded: no other variant, no second copy of the whole as one file, no pickle."""
+    """Yield the files that are loaded: no other variant, no second copy of the model in a single file, no pickle."""
     pipeline = any(file.name == "model_index.json" for file in files) and not weights.subfolder
     for file in files:
         folder, _, name = file.name.rpartition("/")
@@ -111,7 +109,7 @@ def needed(weights: Weights, files: list[Wanted]) -> Iterator[Wanted]:
 
 
 def _variant(name: str) -> str:
-    """ "fp16" of model.fp16.safetensors and of model.fp16-00001-of-00002.safetensors; "" of one without."""
+    """Return "fp16" for model.fp16.safetensors and model.fp16-00001-of-00002.safetensors; "" for a file without a variant."""
     middle = name.removesuffix(".safetensors").partition(".")[2]
     return middle.partition("-")[0]
 
@@ -126,9 +124,9 @@ def _best(variant: str | None, folder: str, files: list[Wanted]) -> str:
 
 
 def pull(weights: Weights) -> int:
-    """Every file of the weights is here, whole, and what the revision says: how many bytes. Goes on with what was begun before.
+    """Download and verify every file of the weights; return their bytes. Continues an interrupted download.
 
-    Raises ModelUnavailable where the hub cannot be reached, or sends something else.
+    Raises ModelUnavailable if the hub cannot be reached, or sends something else.
     """
     from huggingface_hub import hf_hub_download
 
@@ -140,12 +138,12 @@ def pull(weights: Weights) -> int:
         try:
             path = Path(hf_hub_download(weights.repository, file.name, revision=weights.revision))
         except Exception as error:
-            raise ModelUnavailable(f"{weights.repository}: {file.name}: {error}; what has come is kept, pull again to go on") from None
+            raise ModelUnavailable(f"{weights.repository}: {file.name}: {error}; run `movieq models pull` again to continue") from None
         if (is_now := hashed(path, file.hash)) != file.hash:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
             raise ModelUnavailable(
-                f"{weights.repository}: {file.name} came with the hash {is_now}, and not {file.hash}: it was thrown away"
+                f"{weights.repository}: {file.name} arrived with the hash {is_now} instead of {file.hash}, and was deleted"
             )
         known[file.name] = _Checked(path.stat().st_size, path.stat().st_mtime_ns, file.hash)
     checked = _stamp(weights)
@@ -155,7 +153,7 @@ def pull(weights: Weights) -> int:
 
 
 def hashed(path: Path, like: str) -> str:
-    """The hash of a file, of the kind that this one is."""
+    """Return the hash of a file, by the same algorithm as the hash `like`."""
     if len(like) == 64:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,6 +59,7 @@ from movieq.tasks.entities import (
     WorkerState,
     WorkerStatus,
 )
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredResult, utc
 from movieq.tasks.states import STATES, Kind, Priority, ProjectId, RunToken, TaskId, TaskStatus, TaskType
 
@@ -622,14 +623,14 @@ class Store:
             for project in projects:
                 for status in STATES:
                     pipe.zcard(f"{self.keys['index']}{project}|{status}|")
-            for number, count in enumerate(await pipe.execute()):
-                sums[STATES[number % len(STATES)]] += count
+            for position, count in enumerate(await pipe.execute()):
+                sums[STATES[position % len(STATES)]] += count
         return sums
 
     async def average_durations_s(self) -> dict[TaskType, float]:
         """How long completed tasks of each type took, on average over all that ever completed."""
         sums = {text(key): number(value) for key, value in pairs(await self._connection.call("HGETALL", self.keys["sums"])).items()}
-        return {each: sums.get(f"{each} ms", 0) / sums[f"{each} tasks"] / 1000 for each in TaskType if sums.get(f"{each} tasks")}
+        return {each: sums.get(f"{each} ms", 0) / sums[f"{each} tasks"] / 1000 for each in REGISTRY.tasks if sums.get(f"{each} tasks")}
 
     async def gpu_seconds(self, projects: Collection[str] | None) -> float:
         """What runs that ended had of GPUs: those of these projects, or all for None."""

@@ -1,4 +1,4 @@
-"""The records of a task and of what belongs to it, as the store returns them.
+"""The records that the queue returns: tasks, projects, queues, workers, uploads and deliveries.
 
 Times are milliseconds since the epoch by the clock of Redis and carry `_ms`.
 """
@@ -21,11 +21,11 @@ UPLOAD_BYTES: Final = 25 * 1024 * 1024
 _MOST: Final = 10**15
 Whole = Annotated[int, Meta(ge=-_MOST, le=_MOST)]
 Real = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
-"""Numbers of a record. Those beyond, infinite ones and NaN are damage, to the scripts too."""
+"""Numbers in a record. Larger ones, infinite ones and NaN count as damage, in the Lua scripts too."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as the store holds it. Absent fields of the hash take the defaults."""
+    """A task as the store holds it. Fields that the hash lacks have their defaults."""
 
     task_id: TaskId
     project_id: ProjectId
@@ -40,7 +40,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     estimate_ms: Whole
     max_ms: Whole
     lane: str = ""
-    """The lane that it waits in; '' for its kind's own."""
+    """The lane in which it waits; empty for the main lane of its kind."""
     batch: str = ""
     attempt: Whole = 0
     run: RunToken | None = None
@@ -65,7 +65,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Project(msgspec.Struct, frozen=True):
-    """A project, known since its first task. `gpu_seconds`: what all its runs that ended had of GPUs."""
+    """A project, which exists from its first task on. `gpu_seconds` is the sum over its ended runs."""
 
     project_id: ProjectId
     created_at: datetime
@@ -74,7 +74,7 @@ class Project(msgspec.Struct, frozen=True):
 
 
 class TaskQueue(msgspec.Struct, frozen=True):
-    """A queue as operators and autoscalers see it."""
+    """The state of a queue, for operators and autoscalers."""
 
     queue_name: Kind
     pending_count: int
@@ -85,7 +85,7 @@ class TaskQueue(msgspec.Struct, frozen=True):
 
 
 class WorkerState(StrEnum):
-    """`busy`: running; `active`: running and taking more; `offline`: not heard of for 15 s."""
+    """`busy`: runs tasks; `active`: runs tasks and has room for more; `offline`: sent no heartbeat for 15 s."""
 
     BUSY = "busy"
     ACTIVE = "active"
@@ -94,20 +94,20 @@ class WorkerState(StrEnum):
 
 
 class ModelSwaps(msgspec.Struct, frozen=True, kw_only=True):
-    """How often models came and went since an engine's process began."""
+    """How often models were loaded and unloaded since the engine process started."""
 
     loads: int = 0
-    """From the disk."""
+    """Loads from disk."""
     returns: int = 0
-    """From the host's memory."""
+    """Loads from host memory."""
     parkings: int = 0
-    """Into the host's memory."""
+    """Moves to host memory."""
     drops: int = 0
-    """Out of memory."""
+    """Removals from memory."""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One child of a worker: a GPU, or the host's CPU."""
+    """One engine process of a worker, for a GPU or for the CPU."""
 
     worker_id: str
     worker_type: Annotated[str, Meta(description="gpu_heavy, gpu_medium or cpu_intensive; newer versions may have others")]
@@ -123,23 +123,23 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None
     power: float | None
     idle_gap: float | None = None
-    """Seconds that the device waited between two tasks, where the second was there: the median of the last thousand."""
+    """Seconds for which the device was idle between two tasks while the second was waiting: median of the last thousand."""
     models: list[str]
     models_parked: list[str] = []
     model_swaps: ModelSwaps = ModelSwaps()
     host: str
     version: str
     problem: str | None = None
-    """What is wrong with the machine or the device: until that is over it takes no tasks. None while nothing is wrong."""
+    """What is wrong with the machine or the device. The worker takes no tasks until this is None."""
 
     @property
     def live(self) -> bool:
-        """Whether it was heard from lately."""
+        """Whether the worker sent a heartbeat recently."""
         return self.status != WorkerState.OFFLINE
 
 
 class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """The data of an event. Terminal ones carry `result`, or `error` and `error_code`."""
+    """The data of an event. Terminal events have `result`, or `error` and `error_code`."""
 
     task_id: TaskId
     project_id: ProjectId
@@ -160,7 +160,7 @@ class ProcessingProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Upload(msgspec.Struct, frozen=True):
-    """An upload as Redis holds it."""
+    """The record of an upload."""
 
     project_id: ProjectId
     key: str
@@ -169,14 +169,14 @@ class Upload(msgspec.Struct, frozen=True):
 
 
 class DeliveryKind(StrEnum):
-    """Whom a delivery is for: the task's `callback_url`, or the CMS."""
+    """The receiver of a delivery: the task's `callback_url`, or the CMS."""
 
     WEBHOOK = "webhook"
     PAYLOAD = "payload"
 
 
 class DeliveryState(StrEnum):
-    """`failed`: the receiver refused for good, or every try was used up."""
+    """`failed`: the receiver refused it permanently, or all tries failed."""
 
     PENDING = "pending"
     DELIVERED = "delivered"
@@ -184,9 +184,9 @@ class DeliveryState(StrEnum):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry of the outbox: the facts as they were frozen when the task ended, and how far the delivery is.
+    """An entry of the outbox: the state of the task when it ended, and the progress of the delivery.
 
-    Of one for the CMS: `media_id` is the document that was made, `doubt` says that a try may have made another that nobody heard of.
+    For the CMS: `media_id` is the document that was created; `doubt` says that a try may have created another without getting its answer.
     """
 
     kind: DeliveryKind = DeliveryKind.WEBHOOK
@@ -212,7 +212,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """A task that was given up because its worker or its engine died with it too often."""
+    """A task that failed because its worker or engine process died too often while running it."""
 
     task_id: TaskId
     project_id: ProjectId

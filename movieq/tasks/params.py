@@ -1,6 +1,6 @@
-"""`task_data` of each task type: its fields, their limits, and what a task of these parameters costs.
+"""The `task_data` of each task type: its fields and their limits.
 
-Known fields are checked here; unknown ones are kept, go to the engine as they came and are named in the receipt's `warnings`.
+Known fields are validated here. Unknown ones are passed to the engine unchanged and listed in the receipt's `warnings`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import msgspec
 from msgspec import Meta
 
 from movieq.errors import ValidationFailed
-from movieq.tasks.states import TaskType
 
 MAX_PIXELS: Final = 4_000_000_000
-"""Width x height x frames of one task."""
+"""Largest width x height x frames of one task."""
 
 LANGUAGES: Final = frozenset(
     """
@@ -28,11 +27,11 @@ LANGUAGES: Final = frozenset(
     qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
     """.split()
 )
-"""Primary language subtags (BCP 47) that can be spoken."""
+"""The languages that can be spoken, as primary language subtags (BCP 47)."""
 
 
 class ImageFormat(StrEnum):
-    """Of `generate_image`; the extension of jpeg is jpg."""
+    """The formats of `generate_image`. Files of jpeg end with .jpg."""
 
     JPEG = "jpeg"
     PNG = "png"
@@ -40,7 +39,7 @@ class ImageFormat(StrEnum):
 
 
 class AudioFormat(StrEnum):
-    """Of `process_audio`."""
+    """The formats of `process_audio`."""
 
     MP3 = "mp3"
     WAV = "wav"
@@ -58,7 +57,7 @@ Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | 
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
-    """What every task type takes."""
+    """The fields that every task type has."""
 
     prompt: Text | None = None
     negative_prompt: Text | None = None
@@ -72,12 +71,12 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def description(self) -> str:
-        """The text that says what to make; empty where only images say it."""
+        """Return the text that describes the result; empty if only images do."""
         return self.prompt or ""
 
     @property
     def references(self) -> list[str]:
-        """Every reference that the engine will need, each once, in order."""
+        """Return the references to inputs, each once, in order."""
         return []
 
 
@@ -166,60 +165,37 @@ class AnimationParams(Params, frozen=True, kw_only=True):
         return list(dict.fromkeys(self.reference_images))
 
 
-PARAMS: Final[dict[TaskType, type[Params]]] = {
-    TaskType.GENERATE_VIDEO: VideoParams,
-    TaskType.GENERATE_IMAGE: ImageParams,
-    TaskType.PROCESS_AUDIO: AudioParams,
-    TaskType.RENDER_ANIMATION: AnimationParams,
-}
-
 SAMPLE_RATES: Final = (8000, 16000, 22050, 24000, 44100, 48000)
 
-MAX_DURATION_S: Final[dict[TaskType, int]] = {
-    TaskType.GENERATE_VIDEO: 300 * 60,
-    TaskType.GENERATE_IMAGE: 30 * 60,
-    TaskType.PROCESS_AUDIO: 30 * 60,
-    TaskType.RENDER_ANIMATION: 300 * 60,
-}
-"""The longest that one run of a task may take."""
 
-PRODUCTS: Final[dict[TaskType, tuple[str, str]]] = {
-    TaskType.GENERATE_VIDEO: ("video", "video_segment"),
-    TaskType.GENERATE_IMAGE: ("image", "character_design"),
-    TaskType.PROCESS_AUDIO: ("audio", "dialogue_audio"),
-    TaskType.RENDER_ANIMATION: ("video", "video_segment"),
-}
-"""Folder of the storage and `media_type` of what each task type makes."""
+def parse(cls: type[Params], task_data: dict[str, Any]) -> tuple[Params, list[str]]:
+    """Return the validated parameters, and the unknown keys of `task_data`.
 
-
-def parse(task_type: TaskType, task_data: dict[str, Any]) -> tuple[Params, list[str]]:
-    """The parameters, checked, and the keys of `task_data` that nothing reads.
-
-    Raises ValidationFailed naming each field that is wrong, what was given and what is allowed.
+    Raises ValidationFailed, which names each wrong field, its value and what is allowed.
     """
     try:
-        params = convert(task_type, task_data)
+        params = convert(cls, task_data)
     except msgspec.ValidationError:
-        raise refused(_problems(task_type, task_data)) from None
-    if errors := list(_inconsistent(task_type, params)):
+        raise refused(_problems(cls, task_data)) from None
+    if errors := list(_inconsistent(params)):
         raise refused(errors)
-    return params, sorted(task_data.keys() - set(PARAMS[task_type].__struct_fields__))
+    return params, sorted(task_data.keys() - set(cls.__struct_fields__))
 
 
-def convert(task_type: TaskType, task_data: dict[str, Any]) -> Params:
-    """The parameters of task_data that `parse` has let through; null means absent."""
-    return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, PARAMS[task_type])
+def convert(cls: type[Params], task_data: dict[str, Any]) -> Params:
+    """Return the parameters of `task_data` that `parse` has accepted before; null means absent."""
+    return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, cls)
 
 
 def size(resolution: str) -> tuple[int, int]:
-    """Width and height in pixels of "1920x1080"."""
+    """Return width and height in pixels of a resolution such as "1920x1080"."""
     width, height = resolution.split("x")
     return int(width), int(height)
 
 
 @lru_cache(maxsize=256)
 def frame_rate(fps: float | str) -> Fraction:
-    """Frames a second, exact: 24, 23.976 (which film people mean as 24000/1001) or "24000/1001"."""
+    """Return the exact frames per second for 24, "24000/1001", or 23.976, which stands for 24000/1001."""
     if isinstance(fps, str):
         return Fraction(fps)
     for whole in (24, 30, 48, 60):
@@ -229,7 +205,7 @@ def frame_rate(fps: float | str) -> Fraction:
 
 
 def frames(params: VideoParams | AnimationParams) -> int:
-    """How many frames the clip has."""
+    """Return the number of frames of the clip."""
     return _frames(params.duration, params.fps)
 
 
@@ -238,23 +214,23 @@ def _frames(duration: float, fps: float | str) -> int:
     return max(1, round(Fraction(duration) * frame_rate(fps)))
 
 
-def _problems(task_type: TaskType, task_data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every field that is wrong, where `convert` names the first alone."""
+def _problems(cls: type[Params], task_data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return every wrong field with its problem; msgspec itself stops at the first."""
     errors: list[tuple[str, str]] = []
-    for field in msgspec.structs.fields(PARAMS[task_type]):
+    for field in msgspec.structs.fields(cls):
         value = task_data.get(field.encode_name)
         if value is not None:
             try:
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
                 errors.append(_problem(field.encode_name, value, str(error)))
-        elif field.required:  # of a plug-in's: ours have none
-            errors.append((f"task_data.{field.encode_name}", "it is needed"))
+        elif field.required:  # only plug-ins have required fields
+            errors.append((f"task_data.{field.encode_name}", "required"))
     return errors
 
 
 def given(text: str, value: object) -> str:
-    """The text of msgspec, and after it what was given instead: the beginning of its JSON."""
+    """Return the text of msgspec with the given value after it, as JSON of at most 80 characters."""
     shown = msgspec.json.encode(value).decode() if not isinstance(value, float) or math.isfinite(value) else str(value)
     return f"{text}{'' if ', got ' in text else ', got'} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
@@ -265,13 +241,13 @@ def _problem(key: str, value: object, message: str) -> tuple[str, str]:
 
 
 def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
-    """Return the error for wrong values, given as pairs of path and message."""
+    """Return the error for wrong values, which are pairs of path and message."""
     path, message = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))
 
 
-def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
+def _inconsistent(params: Params) -> list[tuple[str, str]]:
     errors: list[tuple[str, str]] = []
     if not params.description.strip():
         if isinstance(params, AudioParams):
@@ -304,7 +280,7 @@ def _inconsistent(task_type: TaskType, params: Params) -> list[tuple[str, str]]:
 
 
 def _texts(params: Params) -> Iterator[tuple[str, str]]:
-    """Every text of the parameters, those in lists too, and the field that it is in."""
+    """Yield the field and the text of every text in the parameters, also of those in lists."""
     for name in params.__struct_fields__:
         value = getattr(params, name)
         for each in value if isinstance(value, list) else (value,):

@@ -1,4 +1,4 @@
-"""What a completed task has produced: files by their storage keys in Redis, by signed urls for clients."""
+"""The result of a completed task: with storage keys as Redis holds it, with signed URLs as clients get it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import msgspec
 from msgspec import Meta
 
 MEDIA_URL_S: Final = 7 * 24 * 3600
-"""How long signed urls are good."""
+"""How long signed URLs of files are valid, in seconds."""
 
 
 _SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
 KEY_PATTERN: Final = rf"^{_SEGMENT}(/{_SEGMENT})*(?!\n)$"
-"""Of the keys of files. No segment begins with a dot: neither "." nor "..", and no key can meet a temporary file."""
+"""Storage keys. No segment starts with a dot: that excludes "." and "..", and the names of temporary files."""
 MAX_KEY_CHARS: Final = 1024
 
 StorageKey = Annotated[str, Meta(pattern=KEY_PATTERN, max_length=MAX_KEY_CHARS)]
 
 
 class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A file of a result as it lies in Redis: by its key, since urls are signed when they are read."""
+    """A file of a result, by its storage key: URLs are signed when the result is read."""
 
     key: StorageKey
     media_type: str
@@ -34,7 +34,7 @@ class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StoredResult(msgspec.Struct, frozen=True):
-    """What `complete` commits; `media[0]` is the result itself."""
+    """A result as `complete` commits it. `media[0]` is the result itself."""
 
     media: Annotated[list[StoredMedia], Meta(min_length=1)]
     metadata: dict[str, Any]
@@ -42,7 +42,7 @@ class StoredResult(msgspec.Struct, frozen=True):
 
 
 class MediaResult(msgspec.Struct, frozen=True):
-    """A file of a result. `url` can be opened as it stands for at least a day."""
+    """A file of a result for clients. `url` needs no key and is valid for at least a day."""
 
     url: str
     media_type: str
@@ -55,7 +55,7 @@ class MediaResult(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What a completed task made."""
+    """The result of a completed task for clients."""
 
     media_url: str
     payload_media_id: str | int | None
@@ -64,9 +64,9 @@ class Result(msgspec.Struct, frozen=True):
 
 
 _LAST_MS: Final = 253_402_300_799_000
-"""The last second of the year 9999."""
+"""The last second of the year 9999, in milliseconds."""
 
 
 def utc(ms: float) -> datetime:
-    """Return milliseconds since the epoch as a time of the contract: the nearest from 1970 to 9999, since a damaged record may say any."""
+    """Return milliseconds since the epoch as a datetime in UTC, limited to the years 1970 to 9999: a damaged record may hold any number."""
     return datetime.fromtimestamp(int(min(max(ms, 0), _LAST_MS)) / 1000, UTC)

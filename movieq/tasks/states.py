@@ -1,4 +1,4 @@
-"""The states of a task, the verbs between them, and the names that go with them: task types, queues, priorities, events, engines."""
+"""The states of a task, the verbs that change them, and the names of task types, queues, priorities, events and engines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import Final, NewType
 TaskId = NewType("TaskId", str)
 ProjectId = NewType("ProjectId", str)
 RunToken = NewType("RunToken", str)
-"""Names one run of one task: random, given by the claim, carried by every write of the run (the fence)."""
+"""Identifies one run of one task. The claim generates it at random, and every write of the run carries it (fencing)."""
+
+TaskType = NewType("TaskType", str)
+"""The name of a task type: one of those below, or one of a plug-in. `movieq.tasks.registry` describes each."""
+GENERATE_VIDEO: Final = TaskType("generate_video")
+GENERATE_IMAGE: Final = TaskType("generate_image")
+PROCESS_AUDIO: Final = TaskType("process_audio")
+RENDER_ANIMATION: Final = TaskType("render_animation")
 
 
 class TaskStatus(StrEnum):
-    """Where a task is."""
+    """The states of a task."""
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -21,20 +28,20 @@ class TaskStatus(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
-    """The state of a record that this version cannot read: a newer one wrote it, or it is damaged. It is never stored."""
+    """Shown for a record that this version cannot read, because it is damaged or a newer version wrote it. It is never stored."""
 
     @property
     def ended(self) -> bool:
-        """Nothing more happens by itself."""
+        """Whether the task has ended: only a retry changes its state again."""
         return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 STATES: Final = (TaskStatus.QUEUED, TaskStatus.PROCESSING, TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
-"""The states that a task can be in."""
+"""The states that are stored."""
 
 
 class Verb(StrEnum):
-    """The state changes. Each is one Lua script and one method of `Store` of its name."""
+    """The state changes. Each has a Lua script and a method of `Store` of the same name."""
 
     SUBMIT = "submit"
     CLAIM = "claim"
@@ -57,11 +64,11 @@ TRANSITIONS: Final[Mapping[tuple[TaskStatus | None, Verb], TaskStatus]] = {
     (TaskStatus.PROCESSING, Verb.CANCEL): TaskStatus.CANCELLED,
     (TaskStatus.FAILED, Verb.RETRY): TaskStatus.QUEUED,
 }
-"""Every allowed (state, verb) and where it leads. What is not here is refused, or, said again by the same run, answered as before."""
+"""The next state for every allowed (state, verb). Any other pair is refused, or answered as before if the same run repeats its verb."""
 
 
 class Kind(StrEnum):
-    """A queue, by what its tasks need of a machine."""
+    """The queues, named for the machine that their tasks need."""
 
     GPU_HEAVY = "gpu_heavy"
     GPU_MEDIUM = "gpu_medium"
@@ -69,7 +76,7 @@ class Kind(StrEnum):
 
 
 class Priority(StrEnum):
-    """Names of the priorities 1, 2 and 3."""
+    """The names of the priorities 1, 2 and 3."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -77,11 +84,11 @@ class Priority(StrEnum):
 
 
 PRIORITY_BIAS_MS: Final = {1: 2 * 3_600_000, 2: 3_600_000, 3: 0}
-"""How much earlier than created a task stands in its queue: priority with ageing, a low task passes a high one after two hours."""
+"""How much earlier than its creation a task counts as queued, so that priority ages: after two hours a low task precedes a new high one."""
 
 
 class EventType(StrEnum):
-    """Names of the events of a stream. Those of `LOGGED_EVENTS` are in the log and carry an id."""
+    """The events of a stream. Those that are in the event log carry an id."""
 
     STARTED = "started"
     QUEUED = "queued"
@@ -103,32 +110,8 @@ PREFIX_PATTERN: Final = r"[a-z][a-z0-9_-]{0,31}"
 
 
 class EngineChoice(StrEnum):
-    """Which engine makes what names no model: `auto` takes diffusers where the installation has had a GPU worker in the last 30 days."""
+    """Which engine renders tasks that name no model. `auto`: diffusers if a GPU worker was seen in 30 days, else animatic."""
 
     AUTO = "auto"
     DIFFUSERS = "diffusers"
     ANIMATIC = "animatic"
-
-
-class TaskType(StrEnum):
-    """What can be asked for: these, and what plug-ins add (`movieq.plugins`)."""
-
-    GENERATE_VIDEO = "generate_video"
-    GENERATE_IMAGE = "generate_image"
-    PROCESS_AUDIO = "process_audio"
-    RENDER_ANIMATION = "render_animation"
-
-    @classmethod
-    def _missing_(cls, value: object) -> TaskType | None:
-        member = cls._value2member_map_.get(value)  # decoders that were made before a plug-in came ask here
-        return member if isinstance(member, TaskType) else None
-
-    @classmethod
-    def add(cls, value: str) -> TaskType:
-        """The member of this value, which is there from now on."""
-        if value not in cls._value2member_map_:
-            member = str.__new__(cls, value)
-            member._name_, member._value_ = value, value
-            cls._member_map_[value] = cls._value2member_map_[value] = member
-            cls._member_names_.append(value)
-        return cls(value)

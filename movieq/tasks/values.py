@@ -1,7 +1,7 @@
-"""Which JSON values are accepted: those that everything behind the API can carry.
+"""The limits of JSON values in a request.
 
-JSON allows numbers of any size and any depth of nesting. Workers and their children get msgpack, whose whole numbers have 64 bits, and
-readers of nested lists recurse. A value that they could not carry is refused with its path.
+JSON allows numbers of any size and any depth of nesting. Workers and engine processes receive msgpack, whose integers have 64 bits, and
+whose decoders recurse into nested lists. A value beyond these limits is refused with its path.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from movieq.errors import ValidationFailed
 from movieq.tasks.params import refused
 
 ELEMENTS: Final = 20_000
-"""How many values a body may have, lists and objects included. Reading so many blocks the event loop for under 10 ms; 350,000, for 160."""
+"""Most values of a body, lists and objects included. Decoding so many blocks the event loop for under 10 ms; 350,000 for 160 ms."""
 NESTING: Final = 64
-"""How many levels of lists and objects a body may have, itself included. Python's own limit depends on the stack: what can be read here
+"""Most levels of lists and objects of a body, itself included. Python's own limit depends on the stack, so a value that can be decoded here
 could fail elsewhere."""
 LEAST: Final = -(2**63)
 MOST: Final = 2**64 - 1
 
 SLOW: Final = 200
-"""How many numbers with an exponent, or twenties of digits, msgspec reads in a body: some cost it 0.03 ms each. Python reads more of them,
-in 0.002 ms each, ..."""
+"""Most slow numbers that msgspec decodes: those with an exponent, or with twenty digits or more, take it up to 0.03 ms each. A body with
+more of them is decoded by Python's float, in 0.002 ms each, ..."""
 MOST_SLOW: Final = 5_000
-"""... and beyond these a body is refused."""
+"""... and one with more than these is refused."""
 NUMBER_CHARACTERS: Final = 100
-"""How long a number may be where there are so many."""
+"""Longest number in such a body."""
 
 FAULTS: Final = 5
-"""How many wrong values an answer names."""
+"""Most wrong values that an error names."""
 PATH_CHARACTERS: Final = 100
 _FLAT: Final = bytes.maketrans(b"123456789E", b"000000000e")
 
 
 def check(**fields: Any) -> None:
-    """Raise ValidationFailed naming the values in the fields that msgpack, or a reader of it, cannot carry."""
+    """Raise ValidationFailed, which names the values that msgpack or its decoders cannot handle."""
     try:
         msgspec.msgpack.encode(fields)
         if not _deeper(fields, NESTING):
@@ -51,7 +51,7 @@ def check(**fields: Any) -> None:
 
 
 def faults(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the path and the problem of the first values in the fields that are numbers out of range, or nested too deeply."""
+    """Return path and problem of the first values that are numbers out of range, or nested too deeply."""
     return [*islice(_faults(fields), FAULTS)]
 
 
@@ -94,7 +94,7 @@ def _outside_of_texts(body: bytes) -> bytes:
 
 
 def fraction(text: str) -> float:
-    """Return the number of this text. Raises ValueError for one that is too large or too long."""
+    """Return the number in this text. Raises ValueError if it is too large or too long."""
     if len(text) > NUMBER_CHARACTERS:
         raise ValueError(f"numbers of up to {NUMBER_CHARACTERS} characters are allowed, where there are over {SLOW} with an exponent")
     number = float(text)
@@ -104,7 +104,7 @@ def fraction(text: str) -> float:
 
 
 def faults_of(body: bytes) -> list[tuple[str, str]]:
-    """Return the same for JSON that could not be read because of a number in it; empty where something else is wrong."""
+    """Return path and problem of the numbers because of which JSON could not be decoded; empty if something else is wrong."""
     try:
         value = json.loads(body, parse_int=lambda digits: int(digits[:40]))
     except (ValueError, RecursionError):
@@ -113,18 +113,18 @@ def faults_of(body: bytes) -> list[tuple[str, str]]:
 
 
 def check_elements(body: bytes) -> None:
-    """Raise ValidationFailed for a body of too many values. It counts the separators between them, outside of strings."""
+    """Raise ValidationFailed for a body with too many values. Counts the separators outside of strings."""
     if sum(map(body.count, (b",", b"[", b"{"))) <= ELEMENTS:
         return
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    texts = plain.count(b'"') // 2  # each is a value or a name
+    texts = plain.count(b'"') // 2  # each string is a value or a name
     if texts <= 2 * ELEMENTS and sum(map(b"".join(plain.split(b'"')[::2]).count, (b",", b"[", b"{"))) <= ELEMENTS:
         return
     raise ValidationFailed(f"the body has too many values: at most {ELEMENTS} are allowed, lists and objects included")
 
 
 def _deeper(value: object, levels: int) -> bool:
-    """Whether lists and objects in it are nested more than `levels` deep."""
+    """Whether lists and objects in the value are nested more than `levels` deep."""
     level: list[Any] = [value]
     for _ in range(levels):
         inner = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
@@ -135,7 +135,7 @@ def _deeper(value: object, levels: int) -> bool:
 
 
 def _path(place: Any) -> str:
-    """Return the path, such as `metadata.a.b[3]`, of a place: (the place around it, key or index)."""
+    """Return the path, such as `metadata.a.b[3]`, of a place: a pair of the place around it and a key or index."""
     parts: list[str] = []
     while place:
         place, key = place

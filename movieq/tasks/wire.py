@@ -20,7 +20,7 @@ PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}(?!\n)$"  # Python's $ also matc
 
 
 class Deadline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Past `start_by` an unstarted task fails, past `finish_by` any."""
+    """A task that has not started by `start_by`, or not finished by `finish_by`, fails."""
 
     start_by: Annotated[datetime, Meta(tz=True)] | None = None
     finish_by: Annotated[datetime, Meta(tz=True)] | None = None
@@ -39,7 +39,7 @@ class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """The task is accepted: from here on it is never lost."""
+    """The answer to a submit: the task is accepted, and will not be lost."""
 
     task_id: TaskId
     status: TaskStatus
@@ -53,9 +53,9 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class TaskState(msgspec.Struct, frozen=True):
-    """The status of a task; the `snapshot` of its stream has `last_event_id` besides.
+    """The status of a task. The `snapshot` of its stream has `last_event_id` as well.
 
-    `gpu_seconds`: how long its runs had a GPU, a batch's time shared among its tasks; 0 on a CPU.
+    `gpu_seconds`: GPU time of its runs; the time of a batch is divided among its tasks. 0 on a CPU.
     """
 
     task_id: TaskId
@@ -80,21 +80,21 @@ class TaskState(msgspec.Struct, frozen=True):
 
 
 class Snapshot(TaskState, frozen=True):
-    """The status that begins a stream; events up to `last_event_id` are history."""
+    """The first event of a task's stream: its status, including all events up to `last_event_id`."""
 
     last_event_id: str | None
 
 
 class ProjectState(Project, frozen=True):
-    """A project as clients see it; the `snapshot` of its stream has more."""
+    """A project. The `snapshot` of its stream has more."""
 
     events_url: str
 
 
 class ProjectSnapshot(ProjectState, frozen=True):
-    """What begins the stream of a project; events up to `last_event_id` are in it.
+    """The first event of a project's stream, including all events up to `last_event_id`.
 
-    `active`: the tasks that run, and then those that wait, the oldest first, at most a hundred that the filters of the stream let through.
+    `active`: running tasks, then queued ones, oldest first: at most a hundred that match the filters of the stream.
     """
 
     active: list[TaskState]
@@ -102,7 +102,7 @@ class ProjectSnapshot(ProjectState, frozen=True):
 
 
 class CancelAnswer(msgspec.Struct, frozen=True):
-    """The task is cancelled; said again, the same."""
+    """The answer to a cancel. A repeated cancel gets the same answer."""
 
     task_id: TaskId
     status: TaskStatus
@@ -112,7 +112,7 @@ class CancelAnswer(msgspec.Struct, frozen=True):
 
 
 class TaskRow(msgspec.Struct, frozen=True):
-    """A line of a project's page."""
+    """A task in a project's task list."""
 
     task_id: TaskId
     task_type: str
@@ -124,7 +124,7 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class Pagination(msgspec.Struct, frozen=True):
-    """Where in the list a page is; pages count from 1."""
+    """The position of a page in the list. Pages count from 1."""
 
     page: int
     limit: int
@@ -133,14 +133,14 @@ class Pagination(msgspec.Struct, frozen=True):
 
 
 class TaskPage(msgspec.Struct, frozen=True):
-    """A page of a project's tasks, newest first."""
+    """A page of a project's task list, newest first."""
 
     tasks: list[TaskRow]
     pagination: Pagination
 
 
 class WorkersAnswer(msgspec.Struct, frozen=True):
-    """Every child of every worker heard of in the last five minutes."""
+    """The engine processes of all workers that sent a heartbeat in the last five minutes."""
 
     workers: list[WorkerStatus]
     total_workers: int
@@ -149,9 +149,9 @@ class WorkersAnswer(msgspec.Struct, frozen=True):
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
-    """`degraded`: tasks wait that no live worker can run, Redis refuses writes, or storage cannot be used; `unhealthy`: Redis is away.
+    """`degraded`: no live worker can run some waiting tasks, Redis refuses writes, or the storage is unusable. `unhealthy`: no Redis.
 
-    `problems` says which of these it is, and what to do.
+    `problems` says what is wrong and what to do.
     """
 
     status: str
@@ -165,7 +165,7 @@ class HealthAnswer(msgspec.Struct, frozen=True):
 
 
 class LiveAnswer(msgspec.Struct, frozen=True):
-    """The process answers; nothing else was checked."""
+    """The answer while the process is alive. Nothing else is checked."""
 
     status: str
     timestamp: datetime
@@ -174,7 +174,7 @@ class LiveAnswer(msgspec.Struct, frozen=True):
 
 
 class CheckName(StrEnum):
-    """What must work for a task to be accepted and run."""
+    """What has to work before a task can be accepted and run."""
 
     REDIS = "redis"
     STORAGE = "storage"
@@ -182,7 +182,7 @@ class CheckName(StrEnum):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """Whether one of them worked within the last second. `message` says what is wrong and what to do; it is empty where nothing is."""
+    """The result of a check, at most a second old. `message` says what is wrong and what to do; it is empty if nothing is wrong."""
 
     name: CheckName
     ok: bool
@@ -190,7 +190,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ReadyAnswer(msgspec.Struct, frozen=True):
-    """`ready`, or `not_ready` where a check failed."""
+    """`ready`, or `not_ready` if a check failed."""
 
     status: str
     timestamp: datetime
@@ -199,7 +199,7 @@ class ReadyAnswer(msgspec.Struct, frozen=True):
 
 
 class UploadAnswer(msgspec.Struct, frozen=True):
-    """The bytes are kept for seven days; `url` stands for them in task_data of the same project."""
+    """An upload, stored for seven days. Use `url` as a reference in the task_data of tasks of the same project."""
 
     upload_id: str
     url: str
@@ -208,7 +208,7 @@ class UploadAnswer(msgspec.Struct, frozen=True):
 
 
 class DeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a delivery is. `url` is without its query; `next_try_at` is null once it was delivered or given up."""
+    """The state of a delivery. `url` is shown without its query; `next_try_at` is null once it was delivered or has failed."""
 
     delivery_id: str
     kind: Annotated[str, Meta(description="webhook or payload; newer versions may have others")]
@@ -223,13 +223,13 @@ class DeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeliveriesAnswer(msgspec.Struct, frozen=True):
-    """What of a task was told to the world, or is to be, the oldest first."""
+    """A task's webhook and CMS deliveries, sent and pending, oldest first."""
 
     deliveries: list[DeliveryAnswer]
 
 
 class DeadLettersAnswer(msgspec.Struct, frozen=True):
-    """The dead letters, latest first."""
+    """The dead letters, newest first."""
 
     dead_letters: list[DeadLetter]
     total: int
@@ -242,10 +242,10 @@ class QueuesAnswer(msgspec.Struct, frozen=True):
 
 
 class MetricsAnswer(msgspec.Struct, frozen=True):
-    """Over every task that is kept and that the key may see; rates in percent of those that ended, durations in seconds.
+    """Totals over all stored tasks that the key may see. Rates are percentages of the ended tasks, durations are in seconds.
 
-    `gpu_seconds`: what runs that ended had of GPUs, also those of tasks that are kept no more. `passed_over`: how often a task went before
-    an older one of its project because its model was loaded.
+    `gpu_seconds`: GPU time of all ended runs, also of deleted tasks. `passed_over`: how often a task was claimed before an older one of
+    its project because its model was loaded.
     """
 
     total_tasks: int
@@ -259,21 +259,21 @@ class MetricsAnswer(msgspec.Struct, frozen=True):
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """Something that an operator should look at."""
+    """A problem that an operator should look at."""
 
     code: str
     message: str
 
 
 class TasksHealthAnswer(msgspec.Struct, frozen=True):
-    """`healthy`, or `degraded` where there are alerts."""
+    """`healthy`, or `degraded` if there are alerts."""
 
     status: str
     alerts: list[Alert]
 
 
 class TaskTypeAnswer(msgspec.Struct, frozen=True):
-    """A task type that can be submitted here: the JSON Schema of its task_data, its models, its longest run in seconds."""
+    """A task type of this installation: its models, its longest run in seconds, and the JSON Schema of its task_data."""
 
     task_type: TaskType
     description: str
@@ -284,13 +284,13 @@ class TaskTypeAnswer(msgspec.Struct, frozen=True):
 
 
 class TaskTypesAnswer(msgspec.Struct, frozen=True):
-    """Every task type of this installation."""
+    """The task types of this installation."""
 
     task_types: list[TaskTypeAnswer]
 
 
 class FieldError(msgspec.Struct, frozen=True):
-    """One of several things that are wrong."""
+    """One of the faults in a request."""
 
     path: str
     message: str
@@ -307,7 +307,7 @@ class ErrorAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The body that is posted to `callback_url`. `taskId`, `event`, `data`, `scene_id` and `video_url` say the same to older receivers."""
+    """The body of a webhook. `taskId`, `event`, `data`, `scene_id` and `video_url` repeat fields for older receivers."""
 
     type: str
     timestamp: datetime

@@ -31,7 +31,8 @@ from movieq.queue.store import NewTask, Slot, Store
 from movieq.settings import LogFormat, LogLevel
 from movieq.storage.folder import FolderStorage
 from movieq.tasks import params
-from movieq.tasks.states import Kind, TaskId, TaskStatus, TaskType
+from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import Kind, TaskId, TaskStatus
 from tests.arrange import new_task
 from tests.bench.report import percentile, report
 from tests.engines import tiny
@@ -92,7 +93,7 @@ class Bench:
     def task(self, number: int, model: str) -> NewTask:
         """A picture."""
         data: dict[str, Any] = {"prompt": f"lamp {number}", "resolution": f"{SIDE}x{SIDE}"}
-        key, rows = models.batch(model, self.table[model], params.convert(TaskType.GENERATE_IMAGE, data))
+        key, rows = models.batch(model, self.table[model], params.convert(params.ImageParams, data))
         kwargs = msgspec.msgpack.encode({"task_data": data})
         return new_task("film", engine="diffusers", model=model, shape=model, kwargs=kwargs, batch=key, batch_rows=rows)
 
@@ -129,7 +130,7 @@ class Bench:
                     children=[child],
                     drain_s=1.0,
                     weights={},
-                    functions=[func(counted, name=task_type) for task_type in TaskType],
+                    functions=[func(counted, name=task_type) for task_type in REGISTRY.tasks],
                     queue_name=KEYS["deliveries"],
                     redis_pool=store.redis,
                     job_serializer=store.redis.job_serializer,

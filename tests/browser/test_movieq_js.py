@@ -92,8 +92,8 @@ async def test_a_task_is_followed_to_its_end_and_its_end_is_told_once(made: Flee
     assert await watching.told("onError", "onGap") == []
 
 
-async def test_the_page_of_the_readme_follows_a_task(made: Fleet, api: Service, page: Page) -> None:
-    (script,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+async def test_the_page_of_the_guide_follows_a_task(made: Fleet, api: Service, page: Page) -> None:
+    (script,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "movieq/web/docs/events.md").read_text(), re.MULTILINE | re.DOTALL)
     task_id, run = await running(made.store)
     await page.evaluate(
         """(events_url) => {

@@ -17,8 +17,9 @@ from movieq.queue.keys import KEYS
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks import params
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
-from movieq.tasks.states import Kind, TaskId, TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, GENERATE_VIDEO, Kind, TaskId, TaskStatus, TaskType
 from tests.arrange import new_task, raw
 from tests.contract.client import FILM, Client
 from tests.contract.conftest import Tasks, served
@@ -276,11 +277,11 @@ def model(**changes: Any) -> Model:
     return msgspec.convert({**fields, **changes}, Model)
 
 
-def named(entry: Model, task_type: TaskType = TaskType.GENERATE_IMAGE, sound: Model | None = None, **data: Any) -> str | None:
+def named(entry: Model, task_type: TaskType = GENERATE_IMAGE, sound: Model | None = None, **data: Any) -> str | None:
     """The fingerprint of a task by this model, in a table with it and what makes sound."""
     task_data = {**DATA, **data}
     table = {"model": entry, **({"noise": sound} if sound else {})}
-    return models.fingerprint("film", table, "model", task_type, params.convert(task_type, task_data), task_data)
+    return models.fingerprint("film", table, "model", task_type, params.convert(REGISTRY.tasks[task_type].params, task_data), task_data)
 
 
 def test_another_revision_or_entry_or_version_makes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +309,6 @@ def test_sound_under_a_picture_counts_where_there_is_some() -> None:
     noise, other = (
         model(tasks={"process_audio": 1.0}, weights={"repository": "team/noise", "revision": revision}) for revision in ("a" * 40, "b" * 40)
     )
-    assert named(model(), TaskType.GENERATE_VIDEO, noise) == named(model(), TaskType.GENERATE_VIDEO, other)
-    heard = [named(model(), TaskType.GENERATE_VIDEO, sound, audio_cues=["sea"]) for sound in (noise, other)]
+    assert named(model(), GENERATE_VIDEO, noise) == named(model(), GENERATE_VIDEO, other)
+    heard = [named(model(), GENERATE_VIDEO, sound, audio_cues=["sea"]) for sound in (noise, other)]
     assert heard[0] != heard[1]

@@ -18,8 +18,9 @@ ENGINE = """
 import re
 from pathlib import Path
 from PIL import Image
-from movieq.params import Params
-from movieq.plugins import NewTaskType, Plugin
+from movieq.tasks.params import Params
+from movieq.plugins import Plugin
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made
 from workers.protocol import Produced, Stage
 
@@ -48,7 +49,7 @@ def make(take):
     return Made((Produced(str(path), "output", "image/png", 64, 64),), {})
 
 plugin = Plugin(
-    task_types={"fault": NewTaskType(params=FaultParams)},
+    task_types={"fault": TaskSpec(params=FaultParams)},
     engines={"faults": "faults"},
     models={"faults": {"engine": "faults", "kind": "cpu_intensive", "tasks": {"fault": 1}}},
 )
@@ -97,4 +98,4 @@ async def test_a_child_whose_cuda_broke_ends_by_itself_and_the_next_one_makes_it
 async def test_a_field_that_a_plug_in_needs_is_named_where_it_is_missing(running: Service) -> None:
     body = {"project_id": "film", "task_type": "fault", "task_data": {"fault": "none"}}
     status, answer = await running.call("POST", "/tasks/submit", json=body)
-    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "it is needed"}])
+    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "required"}])

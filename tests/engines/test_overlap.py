@@ -21,8 +21,9 @@ from tests.service import Service, service, serving
 ENGINE = '''
 import time
 from PIL import Image
-from movieq.params import Params
-from movieq.plugins import NewTaskType, Plugin
+from movieq.tasks.params import Params
+from movieq.plugins import Plugin
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made
 from workers.protocol import Produced, Stage
 
@@ -58,7 +59,7 @@ def spend(take, stage, seconds):
         return Made((Produced(str(path), "output", "image/png", 64, 64),), {})
 
 plugin = Plugin(
-    task_types={"timed": NewTaskType(params=TimedParams)},
+    task_types={"timed": TaskSpec(params=TimedParams)},
     engines={"timed": "timed"},
     models={"timed": {"engine": "timed", "kind": "cpu_intensive", "tasks": {"timed": 1}}},
 )

@@ -81,10 +81,10 @@ async def test_its_parameters_are_checked_as_those_of_any_type(running: Service)
         ("raise RuntimeError('out of paint')", "cannot be loaded: RuntimeError: out of paint"),
         ("plugin = 3", "is no movieq.plugins.Plugin"),
         ("from movieq.plugins import Plugin\nplugin = Plugin(engines={'Not A Name': 'x'})", "'Not A Name' is no name"),
-        ("from movieq.plugins import *\nfrom movieq.params import *\n"
-         "plugin = Plugin(task_types={'generate_image': NewTaskType(params=VideoParams)})", "there is a task type generate_image already"),
+        ("from movieq.plugins import *\nfrom movieq.tasks.params import *\n"
+         "plugin = Plugin(task_types={'generate_image': TaskSpec(params=VideoParams)})", "there is a task type generate_image already"),
         ("from movieq.plugins import Plugin\nplugin = Plugin(models={'x': {'engine': 'candle', 'kind': 'gpu_heavy', 'tasks': {}}})",
-         "x: engine 'candle' is not there"),
+         "x: unknown engine 'candle'"),
     ],
 )  # fmt: skip
 async def test_a_plug_in_that_cannot_be_used_is_named_at_the_start(folder: Path, module: str, said: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from movieq.tasks.params import convert
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import TaskType
 from workers.child.diffusion.prompts import prompt
 
@@ -29,4 +30,4 @@ from workers.child.diffusion.prompts import prompt
     ],
 )  # fmt: skip
 def test_fields_become_sentences_in_an_order_that_never_changes(task_type: str, task_data: dict[str, Any], text: str) -> None:
-    assert prompt(convert(TaskType(task_type), task_data)) == text
+    assert prompt(convert(REGISTRY.tasks[TaskType(task_type)].params, task_data)) == text

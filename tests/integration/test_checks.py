@@ -37,7 +37,7 @@ from tests.fleet import Fleet, eventually, fleet, free_port
 from tests.integration.test_cli import marked, movieq
 from tests.service import receiver
 
-README = (Path(package.__file__).parents[1] / "README.md").read_text()
+GUIDE = (Path(package.__file__).parent / "web/docs/operating.md").read_text()
 PASSWORD = "a-password-of-the-tests"
 
 
@@ -75,8 +75,8 @@ async def found(settings: Settings, process: str = "doctor") -> dict[str, Findin
 
 
 def acl_line() -> list[str]:
-    """The line of README for a user who may only do what movieq does."""
-    line = re.search(r"^ACL SETUSER movieq on >PASSWORD (.*)$", README.replace("\\\n", ""), re.MULTILINE)
+    """The line of the operating guide for a user who may only do what movieq does."""
+    line = re.search(r"^ACL SETUSER movieq on >PASSWORD (.*)$", GUIDE.replace("\\\n", ""), re.MULTILINE)
     assert line is not None
     return ["ACL", "SETUSER", "movieq", "on", f">{PASSWORD}", *line[1].split()]
 

@@ -355,7 +355,8 @@ def test_a_batch_too_long_for_one_frame_goes_run_by_run() -> None:
 
 ODD = """
 from movieq.tasks.params import Params
-from movieq.plugins import NewTaskType, Plugin
+from movieq.plugins import Plugin
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made
 from workers.protocol import Note, Produced, Stage
 from PIL import Image
@@ -387,7 +388,7 @@ def make(take):
     return Made((Produced(str(path), "output", "image/png", width, 64),), {} if metadata is None else {"odd": metadata})
 
 plugin = Plugin(
-    task_types={"odd": NewTaskType(params=OddParams)},
+    task_types={"odd": TaskSpec(params=OddParams)},
     engines={"odd": "odd"},
     models={"odd": {"engine": "odd", "kind": "cpu_intensive", "tasks": {"odd": 1}}},
 )

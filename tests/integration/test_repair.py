@@ -90,10 +90,10 @@ async def test_the_command_lists_and_then_mends(store: Store, server: Valkey, tm
     looked = movieq(tmp_path, server, "--repair")
     assert (looked.returncode, looked.stdout) == (
         1,
-        f"task {task.task_id} is in only one of the two lists of its queue\n1 inconsistency; to mend: movieq doctor --repair --apply\n",
+        f"task {task.task_id} is in only one of the two lists of its queue\n1 inconsistency; to repair: movieq doctor --repair --apply\n",
     )
     mended = movieq(tmp_path, server, "--repair", "--apply")
-    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "1 inconsistency mended")
+    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "1 inconsistency repaired")
     assert movieq(tmp_path, server, "--repair").stdout == "records and lists agree\n"
     assert [each.task.task_id for each in await claim(store)] == [task.task_id]
     assert "--apply needs --repair" in movieq(tmp_path, server, "--apply").stderr

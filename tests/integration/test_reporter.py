@@ -12,7 +12,7 @@ from movieq.fetch.download import Fetcher
 from movieq.fetch.guard import Guard
 from movieq.queue.store import Store
 from movieq.storage.folder import FolderStorage
-from movieq.tasks.states import Kind, TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_VIDEO, Kind, TaskStatus
 from tests.arrange import claim, new_task
 from workers.eta import Eta
 from workers.execute import run_task
@@ -38,7 +38,7 @@ class OddEta(Eta):
 
 
 async def test_a_message_that_cannot_be_understood_is_logged_and_skipped_and_the_run_goes_on(store: Store, tmp_path: Path) -> None:
-    await store.submit(new_task(task_type=TaskType.GENERATE_VIDEO))
+    await store.submit(new_task(task_type=GENERATE_VIDEO))
     (claimed,) = await claim(store)
     task_id = claimed.task.task_id
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)

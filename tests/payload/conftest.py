@@ -19,9 +19,9 @@ from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.entities import Delivery, Task
-from movieq.tasks.params import PRODUCTS
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
-from movieq.tasks.states import TaskId, TaskType
+from movieq.tasks.states import GENERATE_VIDEO, TaskId, TaskType
 from tests.arrange import running
 from tests.payload.server import PayloadServer, payload_server
 from workers.delivery import Outbox, deliver
@@ -55,11 +55,12 @@ class Desk:
         self.spool = folder
 
     async def completed(
-        self, server: PayloadServer, body: bytes | None = None, task_type: TaskType = TaskType.GENERATE_VIDEO, **fields: Any
+        self, server: PayloadServer, body: bytes | None = None, task_type: TaskType = GENERATE_VIDEO, **fields: Any
     ) -> TaskId:
         """A task that has completed with this file; its first delivery is the one to the CMS."""
         task_data = fields.pop("task_data", {"scene_description": "The keeper lights the lamp"})
-        kind, media_type = PRODUCTS[task_type]
+        spec = REGISTRY.tasks[task_type]
+        kind, media_type = spec.folder, spec.media_type
         suffix, content_type = CONTENT_TYPES[kind]
         fields = {
             "project": str(server.project),

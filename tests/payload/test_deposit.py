@@ -15,7 +15,7 @@ from movieq.errors import SettingsError
 from movieq.queue.keys import KEYS
 from movieq.settings import PayloadMode, Settings
 from movieq.tasks.entities import DeliveryState
-from movieq.tasks.states import EventType, TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, PROCESS_AUDIO, RENDER_ANIMATION, EventType, TaskStatus, TaskType
 from tests.arrange import raw
 from tests.payload.conftest import Desk, clip, still, tried
 from tests.payload.server import PayloadServer, payload_server
@@ -56,10 +56,10 @@ async def test_a_result_becomes_a_document_that_says_what_it_is(desk: Desk, cms:
 @pytest.mark.parametrize(
     ("task_type", "body", "task_data", "alt", "media_type"),
     [
-        (TaskType.GENERATE_IMAGE, still(), {"character_description": "x" * 300}, "x" * 120, "character_design"),
-        (TaskType.GENERATE_IMAGE, still(), {"reference_images": ["upload:1"]}, "character design", "character_design"),
-        (TaskType.RENDER_ANIMATION, clip(), {"prompt": "a gull"}, "a gull", "video_segment"),
-        (TaskType.PROCESS_AUDIO, b"RIFF\x24\0\0\0WAVEfmt " + bytes(28), {"text": "Who is there?"}, "Who is there?", "audio_clip"),
+        (GENERATE_IMAGE, still(), {"character_description": "x" * 300}, "x" * 120, "character_design"),
+        (GENERATE_IMAGE, still(), {"reference_images": ["upload:1"]}, "character design", "character_design"),
+        (RENDER_ANIMATION, clip(), {"prompt": "a gull"}, "a gull", "video_segment"),
+        (PROCESS_AUDIO, b"RIFF\x24\0\0\0WAVEfmt " + bytes(28), {"text": "Who is there?"}, "Who is there?", "audio_clip"),
     ],
 )
 async def test_every_task_type_has_its_media_type_and_an_alt_text(

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from movieq.models.table import ENGINES
+from movieq.tasks.registry import REGISTRY
 from workers import protocol
 from workers.child import __main__ as child_main
 from workers.child.job import STEP_INTERVAL_S, Flag, Made, Take
@@ -283,7 +283,7 @@ def engine_that(act: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType(name)
     module.make = act  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(ENGINES, name, name)
+    monkeypatch.setitem(REGISTRY.engines, name, name)
 
 
 def test_running_out_of_memory_may_pass_and_says_so(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:

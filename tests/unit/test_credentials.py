@@ -20,7 +20,7 @@ from movieq.credentials import Claim, Credentials
 from movieq.errors import SettingsError, Unsigned
 from movieq.local import doctor
 from movieq.tasks.entities import Task
-from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, Kind, ProjectId, TaskId, TaskStatus
 from tests.certificates import HOLDER, Chain, chain
 from tests.unit.test_tags import FORMATS, MODEL, PROMPT, REVISION, take, told, written
 from workers.child.media import metadata
@@ -208,7 +208,7 @@ def test_doctor_tries_the_certificate_and_says_how_long_it_holds(tmp_path: Path,
 
 def task(**fields: Any) -> Task:
     return Task(
-        task_id=TaskId("task-1"), project_id=ProjectId("film"), task_type=TaskType.GENERATE_IMAGE, kind=Kind.GPU_HEAVY, engine="diffusers",
+        task_id=TaskId("task-1"), project_id=ProjectId("film"), task_type=GENERATE_IMAGE, kind=Kind.GPU_HEAVY, engine="diffusers",
         model="some-model", shape="", status=TaskStatus.PROCESSING, priority=2, created_at_ms=0, estimate_ms=0, max_ms=0, **fields,
     )  # fmt: skip
 

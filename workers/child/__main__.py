@@ -30,9 +30,9 @@ import msgspec
 
 from movieq import plugins
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
-from movieq.models.table import ENGINES
 from movieq.pdeathsig import end_with_parent
 from movieq.tasks.entities import ModelSwaps
+from movieq.tasks.registry import REGISTRY
 from workers import protocol
 from workers.child.job import Finish, Flag, Made, Take, TakeCancelled, broken
 from workers.faults import PLACE, device_problem, host_problem, said
@@ -199,9 +199,9 @@ def put_by() -> tuple[tuple[str, ...], ModelSwaps]:
 
 def engine(name: str, function: str = "make") -> Any:
     """A function of the engine, imported when first asked for. Raises EngineUnavailable where this child has no such engine."""
-    if name not in ENGINES:
-        raise EngineUnavailable(f"engine {name!r} is not in this child; it has {', '.join(ENGINES)}")
-    return getattr(importlib.import_module(ENGINES[name]), function)
+    if name not in REGISTRY.engines:
+        raise EngineUnavailable(f"engine {name!r} is not in this child; it has {', '.join(REGISTRY.engines)}")
+    return getattr(importlib.import_module(REGISTRY.engines[name]), function)
 
 
 def fit(device: str) -> None:

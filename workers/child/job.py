@@ -19,6 +19,7 @@ import msgspec
 
 from movieq.errors import InputUnavailable, causes
 from movieq.tasks.params import Params, convert
+from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import TaskType
 from workers.faults import without_paths
 from workers.protocol import FromChild, Note, Plan, Preview, Produced, Rows, Run, Stage, Step
@@ -71,7 +72,7 @@ class Take:
     def __init__(self, run: Run, send: Callable[[FromChild], None], cancelled: Flag, device: str = "cpu") -> None:
         self.run = run
         self.device = device
-        self.params: Params = convert(TaskType(run.task_type), run.params)
+        self.params: Params = convert(REGISTRY.tasks[TaskType(run.task_type)].params, run.params)
         self.seed = run.seed
         self.out_dir = Path(run.out_dir)
         self.warnings: list[str] = []

@@ -28,7 +28,7 @@ from movieq.local.terminal import End, follow
 from movieq.pdeathsig import end_with_parent
 from movieq.settings import PREFIX, variable
 from movieq.tasks.results import Result
-from movieq.tasks.states import TaskStatus, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, GENERATE_VIDEO, PROCESS_AUDIO, TaskStatus, TaskType
 from movieq.tasks.wire import Receipt
 
 START_S: Final = 30.0
@@ -82,9 +82,9 @@ def pieces(storyboard: list[str]) -> list[Piece]:
     }
     voice = {"text": LINE, "language": "en", "emotion": "calm", "pace": "measured"}
     return [
-        Piece("clip", TaskType.GENERATE_VIDEO, clip),
-        Piece("picture", TaskType.GENERATE_IMAGE, picture),
-        Piece("voice", TaskType.PROCESS_AUDIO, voice),
+        Piece("clip", GENERATE_VIDEO, clip),
+        Piece("picture", GENERATE_IMAGE, picture),
+        Piece("voice", PROCESS_AUDIO, voice),
     ]
 
 
@@ -124,7 +124,7 @@ async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[
     made, missing = [], ""
     for receipt, piece in zip(receipts, wanted, strict=True):
         end = ends[receipt.task_id]
-        if piece.task_type is TaskType.PROCESS_AUDIO and end.error_code == EngineUnavailable.code:
+        if piece.task_type is PROCESS_AUDIO and end.error_code == EngineUnavailable.code:
             missing = end.error or end.error_code
         else:
             result = _result(piece, end)

@@ -33,7 +33,8 @@ from movieq.queue.pubsub import Subscriber
 from movieq.queue.store import NewTask, Store
 from movieq.settings import LogFormat, LogLevel
 from movieq.storage.folder import FolderStorage
-from movieq.tasks.states import Kind, TaskId, TaskType
+from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import Kind, TaskId
 from tests import arrange
 from tests.bench.peers import peer
 from workers.execute import run_task
@@ -103,7 +104,7 @@ def worker(order: peer.Order, store: Store, children: list[Child], function: Any
         children=children,
         drain_s=1.0,
         weights={},
-        functions=[func(function, name=task_type) for task_type in TaskType],
+        functions=[func(function, name=task_type) for task_type in REGISTRY.tasks],
         queue_name=KEYS["deliveries"],
         redis_pool=store.redis,
         job_serializer=store.redis.job_serializer,

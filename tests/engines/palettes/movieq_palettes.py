@@ -6,8 +6,9 @@ from typing import Annotated
 from msgspec import Meta
 from PIL import Image
 
-from movieq.plugins import NewTaskType, Plugin
+from movieq.plugins import Plugin
 from movieq.tasks.params import Params
+from movieq.tasks.registry import TaskSpec
 from workers.child.job import Made, Take
 from workers.child.media import metadata
 from workers.protocol import Produced, Stage
@@ -33,7 +34,7 @@ def make(take: Take) -> Made:
 
 
 plugin = Plugin(
-    task_types={"make_palette": NewTaskType(params=PaletteParams, folder="palettes", media_type="palette")},
+    task_types={"make_palette": TaskSpec(params=PaletteParams, folder="palettes", media_type="palette")},
     engines={"palettes": "movieq_palettes"},
     models={"palettes": {"engine": "palettes", "kind": "cpu_intensive", "tasks": {"make_palette": 1}}},
 )

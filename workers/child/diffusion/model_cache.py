@@ -12,7 +12,7 @@ from movieq.errors import ModelUnavailable, OutOfMemory
 from movieq.models import weights
 from movieq.models.table import PREVIEW_VAE, Dtype, Model, Weights
 from movieq.tasks.entities import ModelSwaps
-from movieq.tasks.states import TaskType
+from movieq.tasks.states import PROCESS_AUDIO
 from workers.child.diffusion import eviction, previews
 from workers.child.diffusion.loaded import Loaded
 from workers.child.job import Take
@@ -148,7 +148,7 @@ def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
 def _eye(entry: Model, pipe: Any, tiny: Any) -> previews.Eye | None:
     """What reads previews off the latents of a model that makes pictures, where anything can."""
     source = entry.components.get("vae", entry.weights)
-    if set(entry.tasks) == {TaskType.PROCESS_AUDIO} or source is None or getattr(pipe, "vae", None) is None:
+    if set(entry.tasks) == {PROCESS_AUDIO} or source is None or getattr(pipe, "vae", None) is None:
         return None
     learnt = previews.learnt(pipe.vae, weights.beside(source, "colours.json"))
     return previews.Eye(learnt, tiny) if learnt is not None else None

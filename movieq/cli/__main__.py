@@ -1,0 +1,5 @@
+"""`python -m movieq.cli`."""
+
+from movieq.cli import main
+
+main()
