@@ -37,7 +37,7 @@ async def beside(**parts: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         await cancel_all(tasks)
 
 
-def _log_death(task: asyncio.Task[None]) -> None:
+def _log_death(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("part_died", part=task.get_name(), exc_info=error)
 

@@ -186,7 +186,7 @@ class Worker(ArqWorker):
         while not self._draining.is_set():
             self._wake.clear()
             try:
-                await self._claim(runs)
+                await self.claim(runs)
                 async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
                     await self._poll_iteration()
                 if self.burst and await self._burst_over():
@@ -236,7 +236,7 @@ class Worker(ArqWorker):
         except ResponseError as error:
             if not _DAMAGED.search(str(error)):
                 raise
-            log.warning("job_repaired", job_id=job_id, problem=str(error))
+            log.warning("job_mended", job_id=job_id, problem=str(error))
             definition = serialize_job("deliver", (job_id.partition(".")[0],), {}, None, score, serializer=self.job_serializer)
             await self.pool.set(job_key_prefix + job_id, definition)
             await self.pool.delete(retry_key_prefix + job_id, in_progress_key_prefix + job_id)
@@ -246,9 +246,10 @@ class Worker(ArqWorker):
         if self._full:  # more may be due than there was room for
             self._wake.set()
 
-    async def _claim(self, runs: asyncio.TaskGroup) -> None:
+    async def claim(self, runs: asyncio.TaskGroup) -> None:
+        """Claim a task for each slot, and start the runs in `runs`."""
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
-            await self._renew()  # what is still ours must not be claimed anew
+            await self.renew()  # what is still ours must not be claimed anew
         if self._draining.is_set():
             return
         async with self._leases:
@@ -292,7 +293,7 @@ class Worker(ArqWorker):
                 requeuing = self._requeue(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
                 runs.create_task(requeuing)
             elif self._finished and claimed.task.attempt > 1 and (finished := self._finished.find(claimed.task.task_id)) is not None:
-                self._start(runs, Running(claimed, finished=finished))
+                self.start(runs, Running(claimed, finished=finished))
             else:
                 to_render.append(claimed)
         if not to_render:
@@ -306,11 +307,12 @@ class Worker(ArqWorker):
         child = min(able, key=lambda child: (not child.slots.free, task.model not in child.models))
         group = child.slots.reserve([claimed.task.task_id for claimed in to_render], task.model, task.batch)
         for claimed in to_render:
-            self._start(runs, Running(claimed, child, group))
+            self.start(runs, Running(claimed, child, group))
         if child.slots.soon:
             self._wake.set()
 
-    def _start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+    def start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+        """Start a run in `runs`; when it ends its slot is free."""
         claimed = running.claimed
         self.runs[claimed.run] = running
         running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
@@ -370,7 +372,7 @@ class Worker(ArqWorker):
             except Exception:
                 log.exception("run_check_failed")
             try:
-                await self._renew()
+                await self.renew()
             except Exception as error:
                 log_failure("renew_failed", error)
                 await asyncio.sleep(AWAY_S)
@@ -418,7 +420,8 @@ class Worker(ArqWorker):
                     self._readings[device] = reading
             await asyncio.sleep(RENEW_S)
 
-    async def _renew(self) -> None:
+    async def renew(self) -> None:
+        """Renew the leases of all runs; stop those that are lost, and requeue tasks that this worker holds without running them."""
         try:
             self._heartbeat = self.rows()
         except Exception:  # too many open files, say: the leases are renewed all the same

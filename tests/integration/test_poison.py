@@ -242,7 +242,7 @@ async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_
         assert child.slots.groups == [group], "it may be about to be tidied by itself"
         worker.tend()
         assert (child.slots.groups, worker.runs) == ([], {})
-        await worker._renew()
+        await worker.renew()
     task = await store.task(claimed.task.task_id)
     assert task is not None
     assert task.status is TaskStatus.QUEUED
@@ -267,7 +267,7 @@ async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_a
         worker.functions = {"generate_image": func(broke, name="generate_image")}
         group = child.slots.reserve([claimed.task.task_id])
         async with asyncio.TaskGroup() as runs:
-            worker._start(runs, Running(claimed, child, group))
+            worker.start(runs, Running(claimed, child, group))
         assert (child.slots.groups, worker.runs) == ([], {})
     assert await raw(store).hget(KEYS["task"] + claimed.task.task_id, "tries") == b"1"
 
@@ -300,7 +300,7 @@ async def test_one_claimed_task_that_cannot_be_begun_is_given_back_as_a_try_and_
             slots.bad = tasks[1].task_id
         worker.functions = {"generate_image": func(begins, name="generate_image")}
         async with asyncio.TaskGroup() as runs:
-            await worker._claim(runs)
+            await worker.claim(runs)
         assert sorted(begun) == sorted([tasks[0].task_id, tasks[2].task_id])
         assert worker.runs == {}
         assert all(child.slots.groups == [] for child in worker.children)
