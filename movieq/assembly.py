@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
-from redis.exceptions import RedisError
 
 from movieq import logs
 from movieq.delivery import payload
@@ -27,6 +26,7 @@ from movieq.queue.files import Files
 from movieq.queue.outbox import Outbox
 from movieq.queue.pubsub import Subscriber
 from movieq.queue.queries import Queries
+from movieq.queue.refusals import REDIS_AWAY
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage import open as storages
@@ -60,7 +60,7 @@ class Installation(msgspec.Struct, kw_only=True):
         """Take over a new signing secret of Redis, until cancelled; return at once where the settings have one."""
         while not self.settings.signing_secret:
             await asyncio.sleep(REFRESH_S)
-            with contextlib.suppress(RedisError, OSError, TimeoutError):  # others log that Redis is away
+            with contextlib.suppress(*REDIS_AWAY):  # others log that Redis is away
                 if (secret := await self.api_keys.signing_secret()) != self.signing_secrets[0]:
                     log.warning("signing_secret_changed", hint="Redis lost the old secret: urls that it signed are refused")
                     self.signing_secrets[:] = [secret]

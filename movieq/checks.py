@@ -31,7 +31,6 @@ from redis.exceptions import (
     BusyLoadingError,
     InvalidResponse,
     NoPermissionError,
-    RedisError,
     ResponseError,
 )
 
@@ -39,7 +38,7 @@ from movieq import logs, settings
 from movieq.errors import SettingsError, causes
 from movieq.queue.connection import Redis, connect
 from movieq.queue.keys import CHANNELS, keys
-from movieq.queue.refusals import Refusal, is_fault, refusal
+from movieq.queue.refusals import REDIS_AWAY, Refusal, is_fault, refusal
 from movieq.settings import Bucket, Settings, variable
 
 CHECK_S: Final = 10.0
@@ -221,7 +220,7 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
             async with asyncio.timeout(CHECK_S):
                 await client.ping()
             return
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_AWAY as error:
             if isinstance(error, ResponseError) and not is_fault(error):
                 return  # it answers, and refuses for now: `server` says why
             lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in causes(error))
@@ -337,7 +336,7 @@ async def server(read: Settings, process: str) -> list[Finding]:
             found = [_answers(info), await _eviction(client, info, allowed=read.allow_eviction), await _persistence(client, info)]
             found += [await _writes(read, client, info), *await _rights(read, client), await _clock(client)]
             return found if process == "up" else [*found, *await _same(read, process, client)]
-    except (RedisError, OSError, TimeoutError) as error:
+    except REDIS_AWAY as error:
         return [Finding(Mark.BROKEN, "Redis", f"{variable('redis_url')}: {await trouble(error, read.redis_url)}")]
     finally:
         await client.aclose()

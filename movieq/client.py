@@ -30,8 +30,10 @@ import msgspec
 from yarl import URL
 
 from movieq import __version__
+from movieq.backoff import Backoff
 from movieq.delivery import webhooks
 from movieq.errors import Internal, PayloadTooLarge, RequestError, SettingsError, Unavailable, ValidationFailed
+from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.logs import without_query
 from movieq.tasks import values
 from movieq.tasks.entities import UPLOAD_BYTES, ProcessingProgress
@@ -394,17 +396,15 @@ class _Waits:
     def __init__(self, patience_s: float, shortest_s: float, longest_s: float) -> None:
         self._end = 0.0
         self._patience_s = patience_s
-        self._next_s = shortest_s
-        self._longest_s = longest_s
+        self._backoff = Backoff(shortest_s, longest_s)
 
     async def next(self, problem: RequestError) -> None:
         """Sleep until the next try. Raises the problem if another try cannot help or would come too late."""
         now = time.monotonic()
         self._end = self._end or now + self._patience_s
-        wait_s = max(self._next_s * random.uniform(1, 1.25), problem.retry_after_s or 0)  # noqa: S311  # spreads load, hides nothing
+        wait_s = max(self._backoff.next_s() * random.uniform(1, 1.25), problem.retry_after_s or 0)  # noqa: S311  # spreads load, hides nothing
         if not problem.retryable or now + wait_s > self._end:
             raise problem
-        self._next_s = min(self._next_s * 2, self._longest_s)
         await asyncio.sleep(wait_s)
 
 
@@ -449,14 +449,14 @@ def _translated(method: str, name: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    match error:
-        case aiohttp.ClientConnectorDNSError():
+    match http_fault(error):
+        case HttpFault.HOST:
             return "unknown host name"
-        case aiohttp.ClientSSLError():
+        case HttpFault.TLS:
             return "the certificate or the TLS handshake was not accepted"
-        case aiohttp.ClientConnectorError():
-            return error.os_error.strerror or "the connection failed"
-        case TimeoutError():
+        case HttpFault.CONNECT:
+            return reason(error) or "the connection failed"
+        case HttpFault.TIMEOUT:
             return "no answer in time"
     return str(error) or type(error).__name__
 

@@ -111,11 +111,11 @@ def delivery_parts(
 
 async def ran(child: Child, request: Run, on_message: Callable[[Progress], None] = lambda message: None) -> Done:
     """What a child made of a run that has it for itself."""
-    group = child.reserve([TaskId(request.task_id)])
+    group = child.slots.reserve([TaskId(request.task_id)])
     try:
         return await child.run(request, on_message, group)
     finally:
-        child.leave(group, request.run)
+        child.slots.leave(group, request.run)
 
 
 async def running(store: Store, worker: str = "w1", **fields: Any) -> tuple[TaskId, RunToken]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from aiobotocore.session import AioSession
 
-from movieq.local.embedded import leashed
+from movieq.pdeathsig import end_with_parent
 
 KEY_ID = "AKIAMOVIEQTEST000001"
 SECRET = "movieq-test-secret-key-0123456789abcdef"
@@ -54,7 +54,7 @@ class Seaweed:
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=data, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HOME": str(data)}, preexec_fn=leashed
+                command, cwd=data, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HOME": str(data)}, preexec_fn=end_with_parent
             )
         end = time.monotonic() + START_S
         while time.monotonic() < end:

@@ -25,7 +25,7 @@ from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Kind
 from workers.delivery import HELD_S, DeliveryParts, deliver
 from workers.execute import run_task
-from workers.finished import Kept
+from workers.finished import FinishedFiles
 from workers.host import Host
 from workers.provenance import Provenance
 from workers.retention import DAY_S, Retention
@@ -53,7 +53,7 @@ async def serve(settings: Settings) -> None:
             Fetcher(found.guard) as fetcher,
             found.guard.session() as session,
         ):
-            kept, machine = Kept(folder.parent), Host(folder, len(children))
+            finished, host = FinishedFiles(folder.parent), Host(folder, len(children))
             parts = Parts(
                 found.store,
                 found.queries,
@@ -63,9 +63,9 @@ async def serve(settings: Settings) -> None:
                 folder,
                 found.models,
                 provenance,
-                kept,
+                finished,
                 found.cms.address if found.cms else "",
-                machine,
+                host,
                 (folder.parent, *((settings.storage.absolute(),) if isinstance(settings.storage, Path) else ())),
             )
             cms = Payload(found.cms, session) if found.cms else None
@@ -77,9 +77,9 @@ async def serve(settings: Settings) -> None:
                 children=children,
                 drain_s=settings.drain_s,
                 weights=settings.project_weights,
-                kept=kept,
+                finished=finished,
                 able=Able(tuple(REGISTRY.tasks), tuple(found.models)),
-                machine=machine,
+                host=host,
                 retention=Retention(worker_id, found.store, found.files, found.storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in REGISTRY.tasks),

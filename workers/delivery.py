@@ -1,9 +1,9 @@
-"""The outbox: plain arq jobs that tell the world how a task ended: the CMS gets its result, `callback_url` a webhook.
+"""Deliver how a task ended: plain arq jobs that write its result to the CMS and send a webhook to `callback_url`.
 
-The script that ended the task froze the facts; here they become a body or a document, with addresses signed at the time of sending, and go
-out until the receiver takes them: ten tries over a day and a half. At least once: the job of a worker that dies is another's after half a
-minute. The CMS has one document for each task all the same: a try looks for one before it makes one, and where a try may have made one that
-nobody heard of (its answer was lost), what is double is removed a minute later.
+The script that finished the task stored the facts in the outbox; here they become a body or a document, with URLs signed at the time of
+sending, and go out until the receiver accepts them: ten tries over a day and a half. Delivery is at least once: another worker
+takes over the job of one that died after half a minute. The CMS has one document for each task all the same: a try looks for one before it
+creates one, and where the answer to a try was lost, so that it may have created a second one, doubles are removed a minute later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import aiohttp
 import msgspec
 from arq import Retry
 from arq.constants import in_progress_key_prefix
-from redis.exceptions import RedisError
 
 from movieq import logs
 from movieq.delivery import payload, webhooks
@@ -31,29 +30,30 @@ from movieq.errors import CmsFault, StorageFault
 from movieq.queue.connection import Redis
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
+from movieq.queue.refusals import REDIS_AWAY
 from movieq.storage.base import Storage
 from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
 from movieq.tasks.results import MEDIA_URL_S, utc
 from movieq.tasks.states import GENERATE_VIDEO, RENDER_ANIMATION, TaskStatus
 from movieq.tasks.wire import Webhook
-from workers.host import cancel_all
+from workers.concurrency import beside
 
 TRIES: Final = 10
 SCHEDULE_S: Final = (0.0, 5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
-"""Before each try, from the one before; the last one again for those beyond."""
+"""The wait before each try, counted from the one before; the last one repeats."""
 JITTER: Final = 0.1
-"""By how much of itself a wait varies, so that what a receiver missed together does not come back together."""
+"""By how much of itself a wait varies, so that deliveries that failed together do not come back together."""
 INTERRUPTED_S: Final = 5.0
 TURN_S: Final = 30.0
-"""How often a webhook looks whether the one before it, of the same task, is through; its end makes this one due anyway."""
+"""How often a webhook checks whether the one before it, of the same task, has ended; that end makes this one due anyway."""
 DOUBT_S: Final = 60.0
-"""What a CMS that hung is given to end what it still has in hand, before what is double is removed."""
+"""How long a CMS that hung has to finish what it is still doing, before doubles are removed."""
 DEPOSITS: Final = 8
-"""Uploads to the CMS that a worker has in hand at once: the rest of its places is for webhooks, also while a CMS hangs."""
+"""How many uploads to the CMS a worker has in progress: its other places are for webhooks, also while a CMS hangs."""
 BUSY_S: Final = 3.0, 9.0
-"""After how long a delivery to the CMS that found no place comes again."""
+"""Shortest and longest wait of a delivery to the CMS that found no place."""
 HELD_S: Final = 30.0
-"""For so long the job of a worker that died is left alone."""
+"""How long the job of a worker that died is left alone."""
 
 log = logs.get()
 _EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}
@@ -73,8 +73,8 @@ class DeliveryParts(msgspec.Struct, frozen=True):
     deposits: asyncio.Semaphore = msgspec.field(default_factory=lambda: asyncio.Semaphore(DEPOSITS))
 
 
-class _Tried(msgspec.Struct, frozen=True):
-    """What came of a try. `final`: another cannot help. `doubt`: the CMS may have more than the one document of `media_id`."""
+class _Attempt(msgspec.Struct, frozen=True):
+    """The outcome of a try. `final`: another cannot help. `doubt`: the CMS may have other documents than that of `media_id`."""
 
     ok: bool
     final: bool = False
@@ -86,14 +86,14 @@ class _Tried(msgspec.Struct, frozen=True):
 
 
 async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
-    """The arq function of a delivery: the receiver has it, or refused it for good, or arq is asked to come again."""
+    """Try a delivery: the arq function of deliveries. Raises Retry where it is to be tried again."""
     parts: DeliveryParts = ctx["delivery_parts"]
     try:
         async with _held(parts.redis, ctx["job_id"]):
             await _deliver(parts, delivery_id)
     except (Retry, asyncio.CancelledError):
         raise
-    except (RedisError, OSError, TimeoutError) as error:
+    except REDIS_AWAY as error:
         # to arq any other exception is the end of the job, and the delivery would be lost
         log.warning("deliver_interrupted", delivery_id=delivery_id, problem=str(error) or type(error).__name__)
         raise Retry(defer=INTERRUPTED_S) from error
@@ -103,7 +103,7 @@ async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
 
 
 def wait_s(tries: int) -> float:
-    """The wait after so many tries."""
+    """Return the wait after so many tries."""
     return SCHEDULE_S[min(tries, len(SCHEDULE_S) - 1)] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # spreads load, hides nothing
 
 
@@ -128,13 +128,13 @@ async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
         await _note(parts, delivery_id, delivery, tried)
 
 
-async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, tried: _Tried) -> None:
+async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, tried: _Attempt) -> None:
     tries = delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
     facts = {"delivery_id": delivery_id, "kind": delivery.kind, "url": logs.without_query(delivery.url), "tries": tries}
     over = not tried.ok and (tried.final or tries >= TRIES)
     state = DeliveryState.DELIVERED if tried.ok else DeliveryState.FAILED if over else DeliveryState.PENDING
-    made = None if state is DeliveryState.PENDING else tried.media_id  # else a document is still to be pointed at it
-    known = await parts.outbox.delivered(delivery_id, state, tries, tried.status, tried.problem, made)
+    media_id = None if state is DeliveryState.PENDING else tried.media_id  # else a document is still to be pointed at it
+    known = await parts.outbox.delivered(delivery_id, state, tries, tried.status, tried.problem, media_id)
     match state:
         case DeliveryState.DELIVERED:
             log.info("deliver", **facts, status=tried.status)
@@ -144,40 +144,37 @@ async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, trie
             again_s = max(wait_s(tries), tried.retry_after_s)
             log.warning("deliver_again", **facts, problem=tried.problem, again_in_s=round(again_s, 1))
             raise Retry(defer=again_s)
-    if tried.doubt or (made is not None and known not in (None, made)):  # or another worker was faster with the same delivery
+    if tried.doubt or (media_id is not None and known not in (None, media_id)):  # or another worker was faster with the same delivery
         await parts.outbox.doubt(delivery_id, True)
         raise Retry(defer=DOUBT_S)
 
 
 @asynccontextmanager
 async def _held(redis: Redis, job_id: str) -> AsyncIterator[None]:
-    """No other worker takes the job, for as long as the block runs and half a minute after this worker died in it."""
+    """Keep the job from other workers while the block runs, and for half a minute after this worker died in it."""
 
     async def hold() -> None:
         while True:
             await asyncio.sleep(HELD_S / 3)
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*REDIS_AWAY):
                 await redis.pexpire(in_progress_key_prefix + job_id, int(HELD_S * 1000))
 
-    holding = asyncio.create_task(hold())
-    try:
+    async with beside(hold=hold()):
         yield
-    finally:
-        await cancel_all([holding])
 
 
 # ── Webhooks ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _send(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Tried:
+async def _send(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Attempt:
     body = msgspec.json.encode(webhook(delivery, parts.storage))
     headers = webhooks.headers(parts.secrets, delivery_id, int(time.time()), body)
     outcome = await webhooks.send(parts.session, delivery.url, body, headers)
-    return _Tried(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)
+    return _Attempt(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)
 
 
 def webhook(delivery: Delivery, storage: Storage) -> Webhook:
-    """The body of a delivery."""
+    """Return the body of a webhook."""
     result = None if delivery.result is None else storage.result(delivery.result, int(time.time()) + MEDIA_URL_S)
     status, ended_at = delivery.status, utc(delivery.ended_at_ms)
     is_video = delivery.task_type in (GENERATE_VIDEO, RENDER_ANIMATION)
@@ -207,8 +204,8 @@ def webhook(delivery: Delivery, storage: Storage) -> Webhook:
 # ── The CMS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Tried:
-    """The CMS has a document of the result, and the one that the task's metadata name points at it."""
+async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Attempt:
+    """Write a document of the result to the CMS, and point the document that the task's metadata name at it."""
     media_id, doubt = delivery.media_id, delivery.doubt
     try:
         if parts.cms is None:
@@ -223,20 +220,20 @@ async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -
             await parts.cms.point(target, media_id)
     except CmsFault as fault:
         wait = webhooks.retry_after_s(fault.retry_after, time.time()) if fault.retry_after else None
-        return _Tried(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
+        return _Attempt(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
     except StorageFault as fault:
         log.warning("result_not_read", delivery_id=delivery_id, problem=fault.message)  # the message names folders of this machine
-        return _Tried(False, problem="the result cannot be read from the storage just now")
-    return _Tried(True, status=200, media_id=media_id, doubt=doubt)
+        return _Attempt(False, problem="the result cannot be read from the storage just now")
+    return _Attempt(True, status=200, media_id=media_id, doubt=doubt)
 
 
 async def _check_size(cms: Payload, document: Document, delivery: Delivery) -> None:
-    """Raises CmsFault where the CMS did not keep all of the file; then it has none."""
+    """Remove a document whose file the CMS did not store whole, and raise CmsFault."""
     assert delivery.result is not None
     media = delivery.result.media[0]
     if cms.takes_files and not document.whole(media):
         await cms.remove(document.id)
-        raise CmsFault(f"the CMS kept {document.filesize} of {media.size_bytes} bytes: see its log, and the disk of its `staticDir`")
+        raise CmsFault(f"the CMS stored {document.filesize} of {media.size_bytes} bytes: see its log, and the disk of its `staticDir`")
 
 
 async def _create(parts: DeliveryParts, cms: Payload, delivery_id: str, delivery: Delivery) -> Document:
@@ -256,19 +253,19 @@ async def _create(parts: DeliveryParts, cms: Payload, delivery_id: str, delivery
             return await cms.create(fields, file, name, media.content_type)
         except CmsFault as fault:
             if fault.status is not None and fault.status < 500 and not delivery.doubt:
-                await parts.outbox.doubt(delivery_id, False)  # it said no: there is none
+                await parts.outbox.doubt(delivery_id, False)  # it refused: there is none
             raise
 
 
 async def _remove_doubles(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> None:
-    """Of the documents that tries with a lost answer have made, only the one is left that the task's result names."""
+    """Remove the documents that tries with a lost answer have created, except the one that the task's result names."""
     task = await parts.queries.task(delivery.task_id)
-    kept = task.result.payload_media_id if task is not None and task.result is not None else None
-    if parts.cms is None or kept is None:
+    named = task.result.payload_media_id if task is not None and task.result is not None else None
+    if parts.cms is None or named is None:
         return
     try:
         for document in await parts.cms.find(delivery.task_id):
-            if document.id != kept:
+            if document.id != named:
                 await parts.cms.remove(document.id)
                 log.info("double_removed", delivery_id=delivery_id, media_id=document.id)
     except CmsFault as fault:

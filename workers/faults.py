@@ -1,6 +1,6 @@
-"""Whether an exception is the fault of the task or of this machine, and what clients may read of it.
+"""Whether an exception is the fault of the task or of this machine, and its text for clients.
 
-Used on both sides of the pipe. The log has the whole error; what clients read names no path and no class.
+Used on both sides of the pipe. The log has the whole error; the text for clients names no path and no class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finished files that are not stored yet, in folders beside the spools: they outlive their worker, and the next run of the task finds them.
 
-A folder appears whole, by a rename, with a manifest that names its files; a power cut cannot have damaged what it names. It goes a minute
-after its task was committed (a failover of Redis can lose that), and a day after the last try to store it.
+A folder appears whole, by a rename, with a manifest that names its files; a power cut cannot have damaged what it names. It is removed a
+minute after its task was committed (a failover of Redis can lose the commit), and a day after the last try to store its files.
 """
 
 from __future__ import annotations
@@ -26,35 +26,38 @@ from workers.spool import FOLDER
 
 PREFIX: Final = "movieq-made-"
 MANIFEST: Final = "made.msgpack"
-KEPT_S: Final = 24 * 3600.0
+UNSTORED_S: Final = 24 * 3600.0
+"""How long a folder stays after the last try to store its files."""
 COMMITTED_S: Final = 60.0
+"""How long a folder stays once its task is completed or cancelled."""
 SWEEP_S: Final = 30.0
+"""Between two sweeps."""
 
 log = logs.get()
 
 
-class Made(msgspec.Struct, frozen=True):
-    """What an engine made of a task. `folder` outlives the worker, or is None where nothing could be kept."""
+class Finished(msgspec.Struct, frozen=True):
+    """What an engine rendered for a task. `folder` outlives the worker; None where the files are still in the run's own folder."""
 
     done: Done
     folder: Path | None = None
 
 
 class _Manifest(msgspec.Struct, frozen=True):
-    """`done` with paths inside the folder, and the size of each file in bytes."""
+    """`done` with paths relative to the folder, and the size of each file in bytes."""
 
     done: Done
     sizes: tuple[int, ...]
 
 
-class Kept:
+class FinishedFiles:
     """The folders of this user under `parent`, whichever worker made them."""
 
     def __init__(self, parent: Path) -> None:
         self._parent = parent
 
-    def keep(self, task_id: TaskId, run: RunToken, out_dir: Path, done: Done) -> Made:
-        """The files of `out_dir` lie in a folder that outlives this worker; they stay where they are where that cannot be had."""
+    def save(self, task_id: TaskId, run: RunToken, out_dir: Path, done: Done) -> Finished:
+        """Move the files of `out_dir` to a folder that outlives this worker; where that fails they stay where they are."""
         folder = self._parent / f"{PREFIX}{task_id}.{run}"
         try:
             named = _moved(done, lambda path: path.relative_to(out_dir))
@@ -65,16 +68,16 @@ class Kept:
             out_dir.chmod(0o700)
             out_dir.rename(folder)
         except (OSError, ValueError) as error:
-            log.warning("not_kept", problem=str(error))
-            return Made(done)
-        return Made(_moved(named, folder.joinpath), folder)
+            log.warning("finished_files_not_saved", problem=str(error))
+            return Finished(done)
+        return Finished(_moved(named, folder.joinpath), folder)
 
-    def find(self, task_id: TaskId) -> Made | None:
-        """What an earlier run of the task made here; None where there is nothing whole."""
+    def find(self, task_id: TaskId) -> Finished | None:
+        """Return what an earlier run of the task has finished here; None where there is nothing whole."""
         try:
             folders = list(self._parent.glob(f"{PREFIX}{task_id}.*"))
         except OSError as error:
-            log.warning("kept_unread", problem=str(error))
+            log.warning("finished_files_unread", problem=str(error))
             return None
         for folder in folders:
             if not _ours(folder):
@@ -83,19 +86,19 @@ class Kept:
                 manifest = msgspec.msgpack.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
                 done = _moved(manifest.done, folder.joinpath)
                 if manifest.sizes == tuple(Path(each.path).stat().st_size for each in done.files):
-                    return Made(done, folder)
+                    return Finished(done, folder)
             except (OSError, msgspec.MsgspecError) as error:
-                log.warning("kept_is_broken", folder=str(folder), problem=str(error))
+                log.warning("finished_files_damaged", folder=str(folder), problem=str(error))
         return None
 
-    def touch(self, made: Made) -> None:
-        """The folder's day begins anew."""
-        if made.folder is not None:
+    def touch(self, finished: Finished) -> None:
+        """Start the folder's day again."""
+        if finished.folder is not None:
             with contextlib.suppress(OSError):
-                os.utime(made.folder)
+                os.utime(finished.folder)
 
     async def sweep(self, queries: Queries, committed_s: float = COMMITTED_S) -> None:
-        """Folders whose time is over are gone."""
+        """Remove the folders whose time is over."""
         if not (ages := await asyncio.to_thread(self._ages_s)):
             return
         tasks_of = {folder: TaskId(folder.name.removeprefix(PREFIX).partition(".")[0]) for folder in ages}
@@ -103,9 +106,9 @@ class Kept:
         for folder, age_s in ages.items():
             # one that this Redis does not know may be another installation's
             over = states.get(tasks_of[folder]) in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)
-            if age_s >= (committed_s if over else KEPT_S):
+            if age_s >= (committed_s if over else UNSTORED_S):
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-                log.info("kept_removed", folder=str(folder))
+                log.info("finished_files_removed", folder=str(folder))
 
     def _ages_s(self) -> dict[Path, float]:
         ages = {}
@@ -121,7 +124,7 @@ def _moved(done: Done, where: Callable[[Path], Path]) -> Done:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether it is a folder, no link, and this user's: in a temporary folder anybody can lay anything."""
+    """Whether this is a folder, not a link, and this user's: anybody can put anything into a temporary folder."""
     try:
         fd = os.open(folder, FOLDER)
     except OSError:

@@ -1,4 +1,4 @@
-"""Reads the state of this machine's GPUs with NVIDIA's own library (NVML), without CUDA. `movieq.checks.devices` says which there are."""
+"""Read the state of this machine's GPUs with NVIDIA's library NVML, without CUDA. `movieq.checks.devices` lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logs.get()
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """Of one GPU, at a moment; None where it does not tell."""
+    """The state of one GPU at a moment; None where the card does not report a value."""
 
     utilization: float
     """0 to 1."""
@@ -26,7 +26,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 def read(device: str) -> Reading | None:
-    """How the GPU "cuda:N" is; None where that cannot be read."""
+    """Return the state of the GPU "cuda:N"; None where it cannot be read."""
     library = nvml()
     if library is None:
         return None
@@ -37,16 +37,16 @@ def read(device: str) -> Reading | None:
             library.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
             int(memory.used),
             int(memory.total),
-            _told(lambda: float(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))),
-            _told(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1000),
+            _reported(lambda: float(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))),
+            _reported(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1000),
         )
     except Exception as error:  # a GPU that has fallen off the bus, say: the worker goes on
         log.warning("gpu_unread", device=device, problem=f"{type(error).__name__}: {error}")
         return None
 
 
-def _told(ask: Any) -> float | None:
-    """Some cards do not tell everything."""
+def _reported(ask: Any) -> float | None:
+    """Return what a card reports; some do not report everything."""
     try:
         return float(ask())
     except Exception:

@@ -1,4 +1,4 @@
-"""The machine that a worker runs on: while it cannot work, or store what it made, the worker takes no tasks and says why.
+"""The machine that a worker runs on: while it cannot work, or store finished files, the worker takes no tasks and shows the reason.
 
 Its disk and its open files are examined until they are in order. The storage is tried by the runs that wait for it.
 """
@@ -11,35 +11,35 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from movieq import logs
+from movieq.backoff import Backoff
 from movieq.tasks.states import RunToken
 from workers import spool
+from workers.concurrency import set_within
 from workers.faults import HOST, host_problem, said
 
 FLOOR_BYTES: Final = 32 * 1024 * 1024
 """With less free space than this, no task is taken."""
 SAMPLE_BYTES: Final = 1024 * 1024
-"""How much an examination writes."""
+"""How much an examination writes and reads again."""
 SAMPLE_FILES: Final = 16
-"""So many files must be there to be opened at once."""
+"""So many files a machine in order can open beside those that it has open."""
 EXAMINE_S: Final = 2.0, 30.0
 """Shortest and longest wait before a machine at fault is examined again; the first run that ends well resets it."""
 LOOK_S: Final = 5.0
 """Between two checks of the free space and the open files of a machine that is in order."""
-
 UPLOADS_MOST: Final = 4
 """So many runs, for each child, may wait for a storage that refuses their files before no task is taken."""
 
-CANCEL_AGAIN_S: Final = 0.5
 log = logs.get()
 
 
 class Host:
-    """Whether this machine can work. It recovers only while `keep` runs."""
+    """What is wrong with this machine, if anything. It recovers only while `monitor` runs."""
 
     def __init__(self, folder: Path, children: int = 1) -> None:
         self._fault: str | None = None
@@ -47,7 +47,7 @@ class Host:
         self._uploads_most = UPLOADS_MOST * children
         self._refused: dict[RunToken, str] = {}
         self._blamed = asyncio.Event()
-        self._wait_s = EXAMINE_S[0]
+        self._backoff = Backoff(*EXAMINE_S)
 
     @property
     def problem(self) -> str | None:
@@ -56,7 +56,7 @@ class Host:
 
     @property
     def can_store(self) -> bool:
-        """Whether finished files can be taken on: the state of the disk does not keep them from the storage."""
+        """Whether runs that only store finished files can be claimed: the state of the disk does not matter to them."""
         return self._storage_problem is None and self._fault != HOST[errno.EMFILE]
 
     @property
@@ -88,9 +88,9 @@ class Host:
 
     def proven(self) -> None:
         """Note that a run ended well: the next fault is a new one."""
-        self._wait_s = EXAMINE_S[0]
+        self._backoff.reset()
 
-    async def keep(self, on_room: Callable[[], None]) -> None:
+    async def monitor(self, on_room: Callable[[], None]) -> None:
         """Examine a machine at fault until it is in order, then call `on_room`; watch the free space and open files of one in order."""
         while True:
             if self._fault is None:
@@ -99,10 +99,9 @@ class Host:
                 else:
                     await set_within(self._blamed, LOOK_S)
                 continue
-            await asyncio.sleep(self._wait_s)
-            self._wait_s = min(self._wait_s * 2, EXAMINE_S[1])
+            await asyncio.sleep(self._backoff.next_s())
             if (problem := await asyncio.to_thread(examine, self._folder)) is not None:
-                log.warning("worker_problem_lasts", problem=problem, again_in_s=self._wait_s)
+                log.warning("worker_problem_lasts", problem=problem)
                 self._fault = problem
                 continue
             log.info("worker_problem_over", was=self._fault)
@@ -143,24 +142,3 @@ def _look(folder: Path) -> str | None:
 
 def _problem(error: OSError, folder: Path) -> str:
     return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
-
-
-async def set_within(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set, or the time is over."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass
-
-
-async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait until they have ended. A cancel that a library swallows is said again: else this would wait for ever."""
-    left = set(tasks)
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # of a task that nobody waits for any more

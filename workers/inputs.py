@@ -12,7 +12,7 @@ from workers.running import Parts
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
-    """Every reference of the parameters as a local file, each fetched once. Raises InputUnavailable, InvalidInput naming the reference."""
+    """Fetch each reference of the parameters; return the local file of each. Raises InputUnavailable or InvalidInput, which name it."""
     kinds = (download.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (download.Kind.IMAGE,)
     found: dict[str, str] = {}
     for number, reference in enumerate(parsed.references):
@@ -21,7 +21,7 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
         if scheme == "upload":
             await _uploaded(parts, project_id, reference, rest, dest)
         elif scheme == "task":
-            await _made_before(parts, project_id, task_id, reference, rest, dest)
+            await _result_of(parts, project_id, task_id, reference, rest, dest)
         else:
             await parts.fetcher.fetch(reference, dest, kinds)
         found[reference] = str(dest)
@@ -34,7 +34,7 @@ async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_
         raise InputUnavailable(f"{reference}: this project has no such upload (uploads are kept for seven days)")
 
 
-async def _made_before(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
+async def _result_of(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
     if other_id == task_id:
         raise InputUnavailable(f"{reference}: a task cannot use its own result")
     other = await parts.queries.task(TaskId(other_id))

@@ -1,9 +1,9 @@
-"""What a worker and its child say to each other over two pipes.
+"""The messages between a worker and its child, over two pipes.
 
-A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child answers
+A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child sends
 `Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s, `Note`s and `Preview`s, and exactly one of `Done`, `Failed` and
-`Cancelled`. `Free` comes before, where the next run may begin while the rest of this one is done on the CPU.
-End of file on the child's input tells it to end at once; on its output, that the child is dead.
+`Cancelled`. `Free` comes before that, where the next run may start while the rest of this one is done on the CPU.
+End of file on the child's input makes it end at once; on its output it means that the child is dead.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from movieq.tasks.entities import ModelSwaps
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 EXIT_UNFIT = 78
-"""Of a child that cannot work here at all (EX_CONFIG of sysexits.h): its standard error says why, and another would fare no better."""
+"""Exit code of a child that cannot work here at all (EX_CONFIG of sysexits.h). Its standard error has the reason."""
 EXIT_BROKEN = 70
-"""Of a child whose device is beyond repair for this process: the next one starts afresh."""
+"""Exit code of a child whose device is beyond repair for this process: the next process may use it."""
 HEADER = struct.Struct(">I")
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
-    """Do this task. `inputs` maps each reference in `params` (a url, `upload:ID`, ...) to the local file it was fetched to.
+    """Render this task. `inputs` maps each reference in `params` (a url, `upload:ID`, ...) to the local file it was fetched to.
 
-    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one. `entry` is that of `model` in the worker's table,
-    `sound` the name and the entry of what makes sound under a picture; None where the table has none.
+    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one. `entry` is that of `model` in the worker's
+    table, `sound` the name and the entry of the model that makes sound for a picture; None where the table has none.
     """
 
     run: str
@@ -46,36 +46,36 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     entry: Model | None = None
     sound: tuple[str, Model] | None = None
     file_tags: bool = True
-    """Whether its files say by which prompt, seed and model they were made."""
+    """Whether its files name the prompt, seed and model that they were rendered with."""
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch"):
-    """Do these tasks in one call of their model: of one batch key, so that they differ in their texts and seeds alone."""
+    """Render these tasks in one call of their model. They have one batch key: they differ in their texts and seeds alone."""
 
     runs: tuple[Run, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop this run between two steps and answer `Cancelled`. A run that is not, or no longer, running is no error."""
+    """Stop this run between two steps and answer `Cancelled`. A run that does not run, or no longer, is no error."""
 
     run: str
 
 
 class Watched(msgspec.Struct, frozen=True, tag="watched"):
-    """Somebody watches this run, or nobody does any more: it is worth while to show previews. Of a run that is over it is no error."""
+    """The run has watchers now, or none any more: previews are for them. A run that has ended is no error."""
 
     run: str
     watched: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The child takes runs. `device` is "cpu" or "cuda:0"."""
+    """The child accepts runs. `device` is "cpu" or "cuda:N"."""
 
     pid: int
     device: str
     device_name: str
     models: tuple[str, ...] = ()
-    """Those in memory."""
+    """Those loaded."""
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -94,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """`step` of `steps` of `stage` are done. Sent when work was done, at most 20 times a second, and always for the last of a stage."""
+    """`step` of `steps` of `stage` are done. Sent at most 20 times a second, and always for the last step of a stage."""
 
     run: str
     stage: str
@@ -103,14 +103,14 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 class Note(msgspec.Struct, frozen=True, tag="note"):
-    """Something that whoever reads the log of the task should know, a fall-back, say."""
+    """A line for the task's log: a fall-back, for example."""
 
     run: str
     text: str
 
 
 class Free(msgspec.Struct, frozen=True, tag="free"):
-    """The device was needed for `device_s`, after it had nothing to do for `idle_s`; what is left of the run is done beside the next."""
+    """The run used the device for `device_s`, which was idle for `idle_s` before; the rest of the run is done beside the next one."""
 
     run: str
     device_s: float
@@ -118,14 +118,14 @@ class Free(msgspec.Struct, frozen=True, tag="free"):
 
 
 class Rows(msgspec.Struct, frozen=True, tag="rows"):
-    """The memory suffices for so many rows of the run's batch key at once, and not for more."""
+    """The memory has room for so many runs of the run's batch key in one call, and for no more."""
 
     run: str
     rows: int
 
 
 class Preview(msgspec.Struct, frozen=True, tag="preview"):
-    """A JPEG of at most 10 kB of what is being made."""
+    """A JPEG of the picture in progress, at most 10 kB."""
 
     run: str
     jpeg: bytes
@@ -143,17 +143,17 @@ class Produced(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The run made these files; `metadata` goes into the result as it stands (duration, resolution, fps, format, seed, ...)."""
+    """The run rendered these files; `metadata` goes into the result unchanged (duration, resolution, fps, format, seed, ...)."""
 
     run: str
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
     models: tuple[str, ...] = ()
-    """Those on the device now, the one used last at the end."""
+    """Those loaded now, the one used last at the end."""
     models_parked: tuple[str, ...] = ()
-    """Those that wait in the host's memory."""
+    """Those offloaded to the host's memory."""
     model_swaps: ModelSwaps = ModelSwaps()
-    """Since the child began."""
+    """Since the child started."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -164,13 +164,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     traceback: str = ""
     broken: bool = False
-    """Whether the child ends now, since whatever it would do next would fail too."""
+    """Whether the child ends now, since its next run would fail too."""
     problem: str = ""
-    """What is wrong with this machine or, where `broken`, with the device, where these and not the run are at fault; else empty."""
+    """What is wrong with this machine, or where `broken` with the device; empty where the run is at fault."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
-    """The run stopped because it was told to; nothing of it is left in the child."""
+    """The run stopped as asked; nothing of it is left in the child."""
 
     run: str
 
@@ -184,11 +184,11 @@ from_child_decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder
 
 
 class Unsendable(ValueError):
-    """A message cannot go over the pipe; says why."""
+    """A message cannot go over the pipe; the text has the reason."""
 
 
 class _Batch(msgspec.Struct, frozen=True, tag="batch"):
-    """A Batch of runs that are encoded already."""
+    """A Batch of encoded runs."""
 
     runs: tuple[msgspec.Raw, ...]
 
@@ -234,7 +234,7 @@ def framed(runs: Sequence[bytes]) -> bytes:
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The body of the next frame of a blocking stream; None at its end. Raises ValueError on a frame over `MAX_FRAME_BYTES`."""
+    """Return the body of the next frame of a blocking stream; None at its end. Raises ValueError on a frame over `MAX_FRAME_BYTES`."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None

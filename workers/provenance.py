@@ -1,4 +1,4 @@
-"""What a result says of its origin: tags that the engine writes, and Content Credentials that are signed here, once the file is whole."""
+"""The origin of a result: tags that the engine writes, and Content Credentials that are signed here once the file is whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logs.get()
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """What the settings say of it: whether files tell how they were made, who signs them, and whether nothing unsigned may be published."""
+    """The settings of origin: whether files carry tags, who signs them, and whether unsigned files may be published."""
 
     tags: bool = True
     credentials: Credentials | None = None
@@ -27,15 +27,15 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) -> Done:
-    """What the run made, each file signed, and in its metadata by whom.
+    """Return the output with each file signed, and the signer in its metadata.
 
-    Where that cannot be, it says so in its warnings, or raises Unsigned where nothing unsigned may be published. A cancelled caller goes at
-    once; the thread that signs ends with the file at hand.
+    Where a file cannot be signed, a warning in the metadata says so; raises Unsigned where unsigned files must not be published. A
+    cancelled caller leaves at once; the thread that signs ends after the current file.
     """
     credentials = provenance.credentials
     if credentials is None:
         return done
-    source = str(done.metadata.get("digital_source_type", "trainedAlgorithmicMedia"))  # of an engine that does not say: the most cautious
+    source = str(done.metadata.get("digital_source_type", "trainedAlgorithmicMedia"))  # an engine that names none gets the most cautious
     agent, version = "movieq", None
     details: dict[str, Any] = {"task_id": task.task_id, "task_type": task.task_type}
     if provenance.tags:
@@ -49,7 +49,7 @@ async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) ->
     except Unsigned as fault:
         if provenance.required:
             raise
-        log.warning("unsigned", problem=fault.message)
+        log.warning("result_unsigned", problem=fault.message)
         return _with(done, warnings=[*done.metadata.get("warnings", []), without_paths(fault.message)])
     return _with(done, signed_by=credentials.name)
 

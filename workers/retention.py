@@ -1,8 +1,8 @@
-"""Deletes what is over: tasks that ended long ago, files of old results, old uploads, and what runs stored without committing it.
+"""Delete what is past its retention: old finished tasks, files of old results, old uploads, and files that runs stored but never committed.
 
 Every worker runs this, and one at a time has the turn, for a few seconds. It deletes in small batches while anything is due, and rests
-after each for longer than that took Redis, so that nobody waits. What cannot be deleted stops nothing else: it is passed over, logged once,
-and tried again later. A full memory refuses none of it. The settings of the worker that has the turn count.
+after each batch for longer than the batch took Redis, so that nobody waits. What cannot be deleted is skipped, logged once and tried again
+later. A Redis whose memory is full accepts all of it. The settings of the worker that has the turn count.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from redis.exceptions import RedisError
-
 from movieq import logs
 from movieq.queue.files import Files
-from movieq.queue.refusals import is_fault
+from movieq.queue.refusals import REDIS_AWAY, is_fault
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.storage.base import Storage, checked_key
@@ -27,9 +25,9 @@ DAY_S: Final = 86400
 LOOK_S: Final = 1.0
 """Between two rounds."""
 ROUND_S: Final = 10.0
-"""After so long a worker gives its turn back, even where more is due."""
+"""How long a worker keeps its turn, even where more is due."""
 TURN_MS: Final = 30_000
-"""After so long the turn of a worker that died is over."""
+"""After so long the turn of a worker that died ends."""
 REST: Final = 2.0
 """The pause after a batch in Redis, as a multiple of the time that the batch took."""
 TASKS_AT_ONCE: Final = 25
@@ -48,7 +46,7 @@ log = logs.get()
 
 
 class Retention:
-    """What a worker deletes, and when. `run` goes on until it is cancelled."""
+    """The part of a worker that deletes. `run` goes on until it is cancelled."""
 
     def __init__(self, worker_id: str, store: Store, files: Files, storage: Storage, settings: Settings) -> None:
         self._worker_id = worker_id
@@ -67,8 +65,8 @@ class Retention:
         while True:
             try:
                 await self.round()
-            except (RedisError, OSError) as error:
-                if isinstance(error, RedisError) and is_fault(error):  # else it is away, which the renewal of leases logs
+            except REDIS_AWAY as error:
+                if is_fault(error):  # else it is away, which the renewal of leases logs
                     log.exception("sweep_failed", what="turn")
             await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
@@ -85,7 +83,7 @@ class Retention:
                     group.create_task(self._guarded("results", self._retire_results, end_s))
                 group.create_task(self._guarded("files", self._delete_files, end_s))
         finally:
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*REDIS_AWAY):
                 await self._store.take_turn(self._worker_id, 0)
 
     async def _guarded(self, what: str, work: Callable[[float], Awaitable[None]], end_s: float) -> None:
@@ -95,7 +93,7 @@ class Retention:
         try:
             await work(end_s)
         except Exception as error:
-            away = isinstance(error, (RedisError, OSError))
+            away = isinstance(error, REDIS_AWAY)
             log.error("sweep_failed", what=what, problem=str(error) or type(error).__name__, exc_info=not away)
             self._not_before[what] = time.monotonic() + FAULT_S
 
@@ -156,7 +154,7 @@ class Retention:
                 try:
                     checked_key(prefix)
                 except ValueError:
-                    log.error("no_such_files", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
+                    log.error("prefix_invalid", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
                     gone.append(prefix)
                     continue
                 try:

@@ -1,9 +1,10 @@
-"""A run of a task in this worker, and what it uses."""
+"""A run of a task in this worker, and what it works with."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -16,8 +17,8 @@ from movieq.queue.store import Claimed, Store
 from movieq.storage.base import Storage
 from movieq.tasks.entities import Task
 from movieq.tasks.states import RunToken
-from workers.eta import Pace
-from workers.finished import Kept, Made
+from workers.eta import Eta
+from workers.finished import Finished, FinishedFiles
 from workers.host import Host
 from workers.provenance import Provenance
 from workers.slots import Group
@@ -25,7 +26,7 @@ from workers.supervisor import Child
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """What a run works with."""
+    """What every run of a worker works with."""
 
     store: Store
     queries: Queries
@@ -35,7 +36,7 @@ class Parts(msgspec.Struct, frozen=True):
     spool: Path
     models: dict[str, Model] = {}
     provenance: Provenance = Provenance()
-    kept: Kept | None = None
+    finished: FinishedFiles | None = None
     """Where finished files outlive this worker; None where they need not."""
     cms: str = ""
     """Address of the collection that results go into; empty where there is no CMS."""
@@ -45,62 +46,85 @@ class Parts(msgspec.Struct, frozen=True):
     """Folders that no error for clients may name."""
 
 
-class Running:
-    """A run in hand: of a child, with a group there. `stop` notes the reason before anything is cancelled.
+class Stop(StrEnum):
+    """Why a run is stopped before its end."""
 
-    Of a task whose files an earlier run has made there is only their storing left: it has `made` in place of a child.
+    CANCELLED = "cancelled"
+    """Its task was cancelled, or missed its deadline."""
+    LOST = "lost"
+    """Its task is another run's."""
+    DRAIN = "drain"
+    """Its worker stops."""
+    OVERDUE = "overdue"
+    """The run before it on its device takes longer than expected."""
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the run still holds its task, and requeues it."""
+        return self in (Stop.DRAIN, Stop.OVERDUE)
+
+
+class Running:
+    """A run in progress: on a child, as one of a group there. `stop` notes the reason before anything is cancelled.
+
+    Where an earlier run has rendered the files, and this one is to store them, it has `finished` in place of a child.
     """
 
-    def __init__(self, claimed: Claimed, child: Child | None = None, group: Group | None = None, made: Made | None = None) -> None:
+    def __init__(self, claimed: Claimed, child: Child | None = None, group: Group | None = None, finished: Finished | None = None) -> None:
         self.claimed = claimed
         self.task: Task = claimed.task
         self.run: RunToken = claimed.run
         self.child = child
         self.group = group
-        """Those that are made with it at once, and its place on the child's device."""
-        self.made = made
+        """The runs that the child renders in the same call, and their place on its device."""
+        self.finished = finished
         self.asyncio_task: asyncio.Task[None] | None = None
-        self.reason: str | None = None
+        self.stop_reason: Stop | None = None
         self.abandoned = False
         self.started = False
+        """Whether its asyncio task has taken its first step."""
+        self.spool: Path | None = None
+        """Its folder, once it has one."""
         self.prefix: str | None = None
         """Where in the storage its files are, once there may be some."""
-        self.begun_s = time.monotonic()
-        self.pace = Pace(0.0 if made else self.task.estimate_ms / 1000)
+        self.started_s = time.monotonic()
+        self.rendered_ms = 0
+        """How long fetching and rendering took; 0 until then, and where an earlier run did it."""
+        self.eta = Eta(0.0 if finished else self.task.estimate_ms / 1000)
         self._gpu: tuple[float, float, float] | None = None
-        """What it had of a GPU, in ms, until when (s), and how much of one it has since."""
+        """The GPU time that it had, in ms, until when (s), and which share of a GPU it has had since."""
         if group is not None:
-            group.remaining_s = self.pace.remaining_s
+            group.remaining_s = self.eta.remaining_s
 
-    def stop(self, reason: str) -> None:
-        """The run ends soon: "cancelled" and "lost" write nothing, "drain" and "late" give the task back uncounted."""
-        if self.reason is None and self.asyncio_task is not None:
-            self.reason = reason
-            if self.started:  # a task that is cancelled before its first step never comes to give anything back
+    def stop(self, reason: Stop) -> None:
+        """Cancel the run for this reason, unless it is being stopped already."""
+        if self.stop_reason is None and self.asyncio_task is not None:
+            self.stop_reason = reason
+            if self.started:  # an asyncio task that is cancelled before its first step never comes to requeue anything
                 self.asyncio_task.cancel()
 
     def abandon(self) -> None:
-        """The run ends now, even if Redis cannot be told: its lease will be over."""
+        """End the run now, even if its outcome cannot be reported: its lease will expire."""
         self.abandoned = True
-        self.stop("drain")
+        self.stop(Stop.DRAIN)
         if self.asyncio_task is not None and self.started:
             self.asyncio_task.cancel()
 
-    def take_gpu(self, share: float) -> None:
-        """From now on the run has this share of its child's GPU; nothing is counted on a CPU."""
+    def use_gpu(self, share: float) -> None:
+        """Note that the run has this share of its child's GPU from now on; on a CPU nothing is counted."""
         if self.child is not None and self.child.device != "cpu":
-            spent_ms, _ = self.gpu or (0.0, 0.0)
-            self._gpu = spent_ms, time.monotonic(), share
+            used_ms, _ = self.gpu or (0.0, 0.0)
+            self._gpu = used_ms, time.monotonic(), share
 
     @property
     def gpu(self) -> tuple[float, float] | None:
-        """What the run has had of a GPU so far, in ms, and the share of one that it has; None where it had none."""
+        """The GPU time that the run has had so far, in ms, and the share of a GPU that it has; None where it had none."""
         if self._gpu is None:
             return None
-        spent_ms, since_s, share = self._gpu
-        return spent_ms + (time.monotonic() - since_s) * 1000 * share, share
+        used_ms, since_s, share = self._gpu
+        return used_ms + (time.monotonic() - since_s) * 1000 * share, share
 
     def free_slot(self) -> None:
-        """The device can be another's, where those of its group have left too."""
+        """Give up its place on the device, which is another group's once all runs of this group have."""
         if self.child is not None and self.group is not None:
-            self.child.leave(self.group, self.run)
+            self.child.slots.leave(self.group, self.run)

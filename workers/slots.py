@@ -1,4 +1,4 @@
-"""The slot of a device: which tasks have it, and which may be sent ahead."""
+"""The slots of a device: which runs have it, and which may be claimed to come next."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from movieq.tasks.states import TaskId
 from workers.protocol import framed
 
 AHEAD_S: Final = 2.0
-"""A child whose run ends in so short a time is given the next one, so that its inputs are there when the device is free."""
+"""A run is claimed ahead while the one before it has no longer than this left, so that its inputs are there when the device is free."""
 AHEAD_MOST_S: Final = 10.0
-"""What has waited for so long is given back: what it waited for takes longer than it looked."""
+"""A run that has waited so long for its device is requeued: the one before it takes longer than expected."""
 
 
 class Group:
-    """Runs that were claimed for one call of a child, mostly one: from the claim until the device needs nothing more of them."""
+    """Runs that were claimed for one call of a child, mostly one: from the claim until they no longer need the device."""
 
     def __init__(self, task_ids: Sequence[TaskId], model: str, batch: str) -> None:
         self.task_ids = tuple(task_ids)
@@ -26,24 +26,24 @@ class Group:
         self.batch = batch
         self.since_s = time.monotonic()
         self.remaining_s: Callable[[], float] = lambda: math.inf
-        """Until its end, as it looks now."""
-        self.begun = asyncio.Event()
-        """The child has it."""
+        """Returns the seconds until its end, as far as is known now."""
+        self.started = asyncio.Event()
+        """Set once the child has it."""
         self.overdue = False
-        """It takes longer than it looked: nothing more is claimed to come after it."""
+        """Whether it takes longer than expected: nothing more is claimed to come after it."""
         self.waited = False
-        """It was there already when the device became free."""
+        """Whether it was there before the device became free."""
         self._missing = len(task_ids)
         self._left: set[str] = set()
         self._requests: dict[str, bytes] = {}
 
-    def come(self, run: str, request: bytes) -> None:
-        """A row, with its encoded request, is ready to be made."""
+    def add(self, run: str, request: bytes) -> None:
+        """Add the encoded request of a run that is ready to be rendered."""
         self._missing -= 1
         self._requests[run] = request
 
-    def leave(self, run: str) -> bool:
-        """A row is over, whether it came or not; true where it was the last. Said again it changes nothing."""
+    def remove(self, run: str) -> bool:
+        """Remove a run, whether it was added or not; return whether it was the last one. Removing it again changes nothing."""
         if run not in self._left:
             self._left.add(run)
             if self._requests.pop(run, None) is None:
@@ -51,5 +51,93 @@ class Group:
         return not self._missing and not self._requests
 
     def frames(self) -> bytes | None:
-        """What the child is sent, once no row is missing."""
+        """Return what the child is sent; None until every run was added or removed, or where all were removed."""
         return None if self._missing or not self._requests else framed(list(self._requests.values()))
+
+
+class Slots:
+    """The two slots of a device: one for the group that is on it, one for the group that comes next.
+
+    `send` passes frames to the child. A group is put on the device once that is free and open, and all runs of the group are ready.
+    """
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        self._open = False
+        self._free_since_s = time.monotonic()
+        self.groups: list[Group] = []
+        self.on_device: Group | None = None
+        self.on_room: Callable[[], None] = lambda: None
+        """Called whenever a slot becomes free."""
+
+    @property
+    def free(self) -> bool:
+        """Whether a run can start now."""
+        return self._open and not self.groups
+
+    @property
+    def soon(self) -> bool:
+        """Whether a run that is claimed now can start in a moment: its inputs are fetched while the one before it ends."""
+        return self._open and len(self.groups) == 1 and not self.groups[0].overdue and self.groups[0].remaining_s() < AHEAD_S
+
+    @property
+    def task_id(self) -> TaskId | None:
+        """The task that is on the device or about to be; of a batch the first."""
+        group = self.on_device or (self.groups[0] if self.groups else None)
+        return group.task_ids[0] if group else None
+
+    def open(self) -> None:
+        """Let groups onto the device: the child serves."""
+        self._open = True
+        self.advance()
+        self.on_room()
+
+    def close(self) -> None:
+        """Let no more groups onto the device: there is no child, or it is not to be trusted."""
+        self._open = False
+
+    def reserve(self, task_ids: Sequence[TaskId], model: str = "", batch: str = "") -> Group:
+        """Return a new group, with a slot, for tasks of a model that are claimed together."""
+        group = Group(task_ids, model, batch)
+        self.groups.append(group)
+        return group
+
+    def add(self, group: Group, run: str, request: bytes) -> None:
+        """Add a run that is ready to its group, which may be complete now."""
+        group.add(run, request)
+        self.advance()
+
+    def leave(self, group: Group, run: str) -> None:
+        """Remove a run that no longer needs the device, or never got so far; the slot is free once all runs of the group have left."""
+        if group.remove(run):
+            self.release(group)
+        else:
+            self.advance()
+
+    def release(self, group: Group) -> None:
+        """Free the slot of the group."""
+        if group in self.groups:
+            self.groups.remove(group)
+            if self.on_device is group:
+                self.on_device, self._free_since_s = None, time.monotonic()
+            self.advance()
+            self.on_room()
+
+    def late(self) -> Group | None:
+        """Return the group that has waited longer than it was claimed for, and is to be requeued; mark the one on the device as overdue."""
+        if len(self.groups) < 2 or time.monotonic() - self.groups[1].since_s < AHEAD_MOST_S or self.groups[1].started.is_set():
+            return None
+        self.groups[0].overdue = True
+        return self.groups[1]
+
+    def advance(self) -> None:
+        """Put the oldest complete group on the device, where that is open and free."""
+        if not self._open or self.on_device is not None:
+            return
+        for group in self.groups:
+            if not group.started.is_set() and (frames := group.frames()) is not None:
+                self.on_device = group
+                group.waited = group.since_s < self._free_since_s
+                group.started.set()
+                self._send(frames)
+                return

@@ -1,6 +1,6 @@
-"""The folder that a worker works in. It goes with its worker; where that was killed, with the next worker that starts.
+"""The folder that a worker works in. It is removed with its worker; where that was killed, by the next worker that starts.
 
-Which worker lives is known by a lock on the folder, which the kernel takes back however its holder ends. (systemd-tmpfiles heeds it too.)
+A lock on the folder shows that its worker lives: the kernel releases it however its holder ends. (systemd-tmpfiles respects it too.)
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from movieq import logs
 
 PREFIX: Final = "movieq-spool-"
 FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-"""How a folder is opened: in a temporary folder anybody can lay a link to anywhere."""
+"""How a folder is opened: in a temporary folder anybody can put a link to anywhere."""
 
 log = logs.get()
 
 
 @contextmanager
 def spool(parent: Path | None = None) -> Iterator[Path]:
-    """A folder under `parent`, else under the system's temporary folder, for the length of a block. Those of dead workers are gone."""
+    """Yield a new folder under `parent`, else under the system's temporary folder, for a block. Folders of dead workers are removed."""
     parent = parent or Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(parent)
-    folder, lock = _made(parent)
+    folder, lock = _new_folder(parent)
     try:
         yield folder
     finally:
@@ -48,8 +48,8 @@ def mend(folder: Path) -> None:
         fcntl.flock(os.open(folder, FOLDER), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock says that its worker lives
 
 
-def _made(parent: Path) -> tuple[Path, int]:
-    """A new folder, and the lock on it."""
+def _new_folder(parent: Path) -> tuple[Path, int]:
+    """Return a new folder, and the lock on it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:
@@ -58,7 +58,7 @@ def _made(parent: Path) -> tuple[Path, int]:
             continue
         with contextlib.suppress(OSError):  # a file system without such locks: nobody else gets one either, and the folder is left alone
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else a worker that starts beside this one was quicker, and took it for a dead one's
+        if folder.exists():  # else a worker that starts at the same moment took it for a dead one's
             return folder, lock
         os.close(lock)
 

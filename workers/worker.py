@@ -1,6 +1,6 @@
 """The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
 
-For tasks the claim brings what arq would fetch, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
+A claim brings what arq would fetch for a task, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
 registered functions stay. Deliveries are plain jobs of a plain arq queue, polled and finished by arq's own code.
 """
 
@@ -40,27 +40,30 @@ from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from workers import gpus
-from workers.execute import BROKE, UNREADABLE_LIMIT, refuse_task
-from workers.finished import SWEEP_S, Kept
-from workers.host import Host, set_within
+from workers.concurrency import first, set_within
+from workers.execute import refuse_task
+from workers.finished import SWEEP_S, FinishedFiles
+from workers.host import Host
+from workers.outcome import BROKE, UNREADABLE_LIMIT
 from workers.retention import Retention
 from workers.retry import unreadable_delay_ms
-from workers.running import Running
+from workers.running import Running, Stop
 from workers.supervisor import CANCEL_GRACE_S, Child, ChildUnfit
 
 POLL_S: Final = 1.0
-"""The safety net under the wake."""
+"""How often it polls, in case a wake is missed."""
 POLL_MOST_S: Final = 5.0
+"""How long a poll for deliveries may take."""
 AWAY_S: Final = 0.5
 """Between two tries to renew while Redis is away, beside the patience of each."""
 LAST_S: Final = CANCEL_GRACE_S + 1.5
-"""How long after the drain runs have to be handed back: first an engine that does not listen has its grace."""
+"""How long runs have after the drain to be requeued: an engine that does not stop has its grace first."""
 GONE_S: Final = 10.0
-"""How long after the drain a worker is gone, whatever Redis, its engines and its disk do. Its runs have `LAST_S` of it, ..."""
+"""How long after the drain a worker has ended, whatever Redis, its engines and its disk do. Its runs have `LAST_S` of it, ..."""
 LETTING_GO_S: Final = 0.4
-"""... what was cancelled has this to end, twice, ..."""
+"""... cancelled asyncio tasks have this to end, twice, ..."""
 GOODBYE_S: Final = 1.0
-"""... and Redis has this to hear that the worker leaves."""
+"""... and telling Redis that the worker leaves may take this."""
 AGAIN_S: Final = 1.0
 """How long a part of the worker that broke waits before it starts again."""
 
@@ -68,7 +71,7 @@ UNREADABLE: Final = "its record in Redis cannot be read by this version of movie
 UNREADABLE_PARAMETERS: Final = "its parameters in Redis cannot be read"
 
 _DAMAGED: Final = re.compile("WRONGTYPE|not an integer")
-"""How Redis answers a command for a key that holds something else."""
+"""Redis's errors for a key that holds a value of another type."""
 
 log = logs.get()
 
@@ -86,9 +89,9 @@ class Worker(ArqWorker):
         children: list[Child],
         drain_s: float,
         weights: Mapping[str, float],
-        kept: Kept | None = None,
+        finished: FinishedFiles | None = None,
         able: Able | None = None,
-        machine: Host | None = None,
+        host: Host | None = None,
         retention: Retention | None = None,
         **arq: Any,
     ) -> None:
@@ -101,11 +104,11 @@ class Worker(ArqWorker):
         self._subscriber = subscriber
         self._drain_s = drain_s
         self._weights = msgspec.json.encode(weights)
-        self._kept = kept
+        self._finished = finished
         self._able = able
         self._retention = retention
-        self._host = socket.gethostname() if kept else ""
-        self._machine = machine
+        self._host = host
+        self._hostname = socket.gethostname()
         self._memory_total = int(psutil.virtual_memory().total)
         self._stale: set[RunToken | int] = set()
         """Runs, and groups by their id, that had no running asyncio task at the last `tend`."""
@@ -117,7 +120,7 @@ class Worker(ArqWorker):
         """Whether one of its engines has served."""
         self._full = False
         self._doubt = asyncio.Event()
-        """Set where Redis was away, or this process stood still: leases are renewed at once, and before anything is claimed."""
+        """Set where Redis was away, or this process stood still: leases are renewed at once, before anything is claimed."""
         self._renewed_s = time.monotonic()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -127,30 +130,28 @@ class Worker(ArqWorker):
         self._leases = asyncio.Lock()
 
     async def main(self) -> None:
-        """Works until a signal asks it to end, and what it holds is finished or handed back."""
+        """Work until a signal asks it to end; then finish or requeue what it holds."""
         self.ctx["redis"] = self.pool
         if self.on_startup:
             await self.on_startup(self.ctx)
         log.info("worker_started", worker=self.worker_id, queues=self._kinds(), children=[child.name for child in self.children])
         async with asyncio.TaskGroup() as group:
-            serving = [
-                group.create_task(_unending("subscriber", self._subscriber.run)),
-                group.create_task(_unending("listen", self._listen)),
-                group.create_task(_unending("keep", self._keep)),
-                group.create_task(_unending("read_gpus", self._read_gpus)),
-                group.create_task(_unending("sweep_kept", self._sweep_kept)),
-                *([group.create_task(_unending("retention", self._retention.run))] if self._retention else []),
-                *(group.create_task(_unending(child.name, partial(child.keep, self._on_room, self._on_unfit))) for child in self.children),
-            ]
-            if self._machine is not None:
-                serving.append(group.create_task(_unending("machine", partial(self._machine.keep, self._wake.set))))
+            parts: dict[str, Callable[[], Awaitable[None]]] = {
+                "subscriber": self._subscriber.run,
+                "listen": self._listen,
+                "hold_leases": self._hold_leases,
+                "read_gpus": self._read_gpus,
+                "sweep_finished": self._sweep_finished,
+                **{child.name: partial(child.supervise, self._on_room, self._on_unfit) for child in self.children},
+            }
+            if self._retention is not None:
+                parts["retention"] = self._retention.run
+            if self._host is not None:
+                parts["host"] = partial(self._host.monitor, self._wake.set)
+            serving = [group.create_task(_unending(name, part), name=name) for name, part in parts.items()]
             async with asyncio.TaskGroup() as runs:
                 working = runs.create_task(self._work(runs))
-                draining = asyncio.create_task(self._draining.wait())
-                try:
-                    await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    draining.cancel()
+                await first(asyncio.wait({working}), self._draining.wait())
                 await self._drain(working)
             await _let_go(serving)
         log.info("worker_ended", worker=self.worker_id)
@@ -164,12 +165,12 @@ class Worker(ArqWorker):
         self._wake.set()
 
     def _on_unfit(self) -> None:
-        """Raise ChildUnfit where every child of this worker says that it cannot work, and none ever has."""
+        """Raise ChildUnfit where every child of this worker reports that it cannot work, and none ever has."""
         if all(child.unfit is not None and not child.served for child in self.children):
             raise ChildUnfit(str(self.children[0].unfit))
 
     def handle_sig(self, signum: signal.Signals) -> None:
-        """The first signal drains, the second hands everything back at once."""
+        """Drain at the first signal, requeue everything at once at the second."""
         log.info("drain", signal=signal.Signals(signum).name, runs=len(self.runs), seconds=self._drain_s)
         if self._draining.is_set():
             self._hurry.set()
@@ -179,26 +180,26 @@ class Worker(ArqWorker):
         self._wake.set()
 
     async def close(self) -> None:
-        """Leaves, and closes what arq opened."""
+        """Leave the list of workers, and close what arq opened."""
         try:
             async with asyncio.timeout(GOODBYE_S):
                 await self.store.leave(self.worker_id)
                 await self.pool.delete(self.health_check_key)
-                if self._kept:
-                    await self._kept.sweep(self._queries, committed_s=0)
+                if self._finished:
+                    await self._finished.sweep(self._queries, committed_s=0)
         except Exception as error:
             log_failure("leave_failed", error)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.store.redis.aclose()
 
-    # ── Taking work ──
+    # ── Claiming ──
 
     async def _work(self, runs: asyncio.TaskGroup) -> None:
         while not self._draining.is_set():
             self._wake.clear()
             try:
-                await self._claim(runs)
+                await self.claim(runs)
                 async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
                     await self._poll_iteration()
                 if self.burst and await self._burst_over():
@@ -216,9 +217,9 @@ class Worker(ArqWorker):
         return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """As arq's, which starts one after the other and asks about those that run here too: four trips to Redis for each.
+        """Start jobs as arq does, but at once and without asking about those that run here already: arq makes four round trips for each.
 
-        A job that Redis did not let it start does not count as one that runs. An entry that is no text is dropped.
+        A job that Redis did not let it start does not count as one that runs. An entry that is not text is dropped.
         """
         due = []
         for job_id in job_ids:
@@ -242,7 +243,7 @@ class Worker(ArqWorker):
             raise
 
     async def run_job(self, job_id: str, score: int) -> None:
-        """As arq's; where the keys of the job are damaged they are written again, since its name tells them, and it is due as before."""
+        """Run a job as arq does. Where its keys are damaged, write them again, as its name tells them; it is due as before."""
         try:
             await super().run_job(job_id, score)
         except ResponseError as error:
@@ -258,78 +259,79 @@ class Worker(ArqWorker):
         if self._full:  # more may be due than there was room for
             self._wake.set()
 
-    async def _claim(self, runs: asyncio.TaskGroup) -> None:
+    async def claim(self, runs: asyncio.TaskGroup) -> None:
+        """Claim a task for each slot, and start the runs in `runs`."""
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
-            await self._renew()  # what is still ours must not be claimed anew
+            await self.renew()  # what is still ours must not be claimed anew
         if self._draining.is_set():
             return
         async with self._leases:
             self._nonce = self._nonce or secrets.token_hex(8)
             rows = {key: most for child in self.children for key, most in child.rows.items()}
-            host = self._host if self._machine is None or self._machine.can_store else ""  # whose finished files are to be stored
-            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, host, self._able)
+            storing = self._hostname if self._finished and (self._host is None or self._host.can_store) else ""
+            claimed = await self.store.claim(self.worker_id, self._nonce, self._slots(), self._weights, rows, storing, self._able)
             self._nonce = None
             for slot, together in itertools.groupby(claimed, key=lambda each: each.slot):
                 for each in [list(together)] if slot >= 0 else [[one] for one in together]:
                     try:
-                        self._begin(runs, each)
+                        self._start_group(runs, each)
                     except Exception:
-                        log.exception("begin_broke", task_ids=[one.task.task_id for one in each])
+                        log.exception("start_failed", task_ids=[one.task.task_id for one in each])
                         for one in each:
                             if one.run not in self.runs:
-                                runs.create_task(self._hand_back(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
+                                runs.create_task(self._requeue(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
 
     def _slots(self) -> list[Slot]:
-        """Where a task can go now, or in a moment."""
+        """Return where a task can run now, or in a moment."""
         found = [
-            Slot(child.kinds, tuple(name for name in child.models_then if name != models.ANIMATIC), child.free)
-            for child in self.children
-            if (child.free or child.soon) and self._problem(child) is None
+            Slot(child.kinds, tuple(name for name in child.models_next if name != models.ANIMATIC), child.slots.free)
+            for child in self._available()
         ]
-        return [Slot(("deliveries",)), *found]  # there are no tasks of this kind: an ended task wakes whoever is idle for it
+        return [Slot(("deliveries",)), *found]  # no task has this kind: with it the end of a task wakes an idle worker for its deliveries
+
+    def _available(self) -> list[Child]:
+        """Return the children that can be given a task."""
+        return [child for child in self.children if (child.slots.free or child.slots.soon) and self._problem(child) is None]
 
     def _problem(self, child: Child) -> str | None:
         """Return why the child takes no tasks; None while it does."""
-        return (self._machine.problem if self._machine else None) or child.problem
+        return (self._host.problem if self._host else None) or child.problem
 
-    def _begin(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
-        """The tasks run: at once where a child is free, else when it will be; without one where their files have been made here."""
-        to_make = []
+    def _start_group(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
+        """Start runs that were claimed together: now or as soon as a child is free, or without one where their files are finished here."""
+        to_render = []
         for claimed in together:
             if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
                 delay_ms = unreadable_delay_ms(claimed.task.attempt)
-                handing_back = self._hand_back(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
-                runs.create_task(handing_back)
-            elif self._kept and claimed.task.attempt > 1 and (made := self._kept.find(claimed.task.task_id)) is not None:
-                self._start(runs, Running(claimed, made=made))
+                requeuing = self._requeue(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
+                runs.create_task(requeuing)
+            elif self._finished and claimed.task.attempt > 1 and (finished := self._finished.find(claimed.task.task_id)) is not None:
+                self.start(runs, Running(claimed, finished=finished))
             else:
-                to_make.append(claimed)
-        if not to_make:
+                to_render.append(claimed)
+        if not to_render:
             return
-        task = to_make[0].task
-        able = [
-            child
-            for child in self.children
-            if (child.free or child.soon) and task.kind in child.kinds and self._problem(child) is None and not self._draining.is_set()
-        ]
+        task = to_render[0].task
+        able = [] if self._draining.is_set() else [child for child in self._available() if task.kind in child.kinds]
         if not able:
-            for claimed in to_make:
-                runs.create_task(self._hand_back(claimed.task.task_id, claimed.run))
+            for claimed in to_render:
+                runs.create_task(self._requeue(claimed.task.task_id, claimed.run))
             return
-        child = min(able, key=lambda child: (not child.free, task.model not in child.models))
-        group = child.reserve([claimed.task.task_id for claimed in to_make], task.model, task.batch)
-        for claimed in to_make:
-            self._start(runs, Running(claimed, child, group))
-        if child.soon:
+        child = min(able, key=lambda child: (not child.slots.free, task.model not in child.models))
+        group = child.slots.reserve([claimed.task.task_id for claimed in to_render], task.model, task.batch)
+        for claimed in to_render:
+            self.start(runs, Running(claimed, child, group))
+        if child.slots.soon:
             self._wake.set()
 
-    def _start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+    def start(self, runs: asyncio.TaskGroup, running: Running) -> None:
+        """Start a run in `runs`; when it ends its slot is free."""
         claimed = running.claimed
         self.runs[claimed.run] = running
         running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
-        running.asyncio_task.add_done_callback(lambda _: self._over(running))  # even where it never began
+        running.asyncio_task.add_done_callback(lambda _: self._forget(running))  # even where it never started
 
-    def _over(self, running: Running) -> None:
+    def _forget(self, running: Running) -> None:
         """Forget the run, and free its slot."""
         self.runs.pop(running.run, None)
         running.free_slot()
@@ -348,13 +350,13 @@ class Worker(ArqWorker):
                     coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
             except Exception as error:
                 log.error("job_unread", task_id=claimed.task.task_id, problem=f"{type(error).__name__}: {error}")
-                coroutine = refuse_task(context, UNREADABLE_PARAMETERS, unreadable=True)
+                coroutine = refuse_task(context, UNREADABLE_PARAMETERS, damaged=True)
             await coroutine
         except Exception:
             log.exception("run_broke", task_id=claimed.task.task_id)
-            await self._hand_back(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES, TRIES_LIMIT)
+            await self._requeue(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES, TRIES_LIMIT)
 
-    async def _hand_back(
+    async def _requeue(
         self,
         task_id: TaskId,
         run: RunToken,
@@ -363,27 +365,27 @@ class Worker(ArqWorker):
         limit: int = 0,
         delay_ms: int = 0,
     ) -> None:
-        """Gives back a task that was claimed and is not run: its claim's answer was lost, or its child died meanwhile."""
+        """Requeue a task that was claimed and does not run: the answer to its claim was lost, or its child died meanwhile."""
         try:
             await self.store.requeue(task_id, run, counts, limit, delay_ms, why, "internal" if limit else "worker_lost")
         except RunLost:
             pass
         except Exception as error:
-            log_failure("hand_back_failed", error)  # the next renewal names it again
+            log_failure("requeue_failed", error)  # the next renewal names the task again
 
-    # ── Keeping it ──
+    # ── Leases ──
 
-    async def _keep(self) -> None:
+    async def _hold_leases(self) -> None:
         while True:
             try:
                 self.tend()
                 for running in self.runs.values():
-                    if running.child and running.group is running.child.late():
-                        running.stop("late")
+                    if running.child and running.group is running.child.slots.late():
+                        running.stop(Stop.OVERDUE)
             except Exception:
-                log.exception("tend_failed")
+                log.exception("run_check_failed")
             try:
-                await self._renew()
+                await self.renew()
             except Exception as error:
                 log_failure("renew_failed", error)
                 await asyncio.sleep(AWAY_S)
@@ -395,9 +397,9 @@ class Worker(ArqWorker):
             await set_within(self._doubt, RENEW_S)
 
     def tend(self) -> None:
-        """Free runs, and groups in slots, that have had no running asyncio task since this was last called.
+        """Drop runs, and groups in slots, that have had no running asyncio task since this was last called.
 
-        Their tasks are missing from the next renewal, and so are handed back.
+        Their tasks are missing from the next renewal, and so are requeued.
         """
         found: set[RunToken | int] = set()
         for run, running in list(self.runs.items()):
@@ -405,33 +407,34 @@ class Worker(ArqWorker):
                 found.add(run)
                 if run in self._stale:
                     log.error("run_without_task", task_id=running.task.task_id, run=run)
-                    self._over(running)
+                    self._forget(running)
         run_groups = {id(running.group) for running in self.runs.values()}
         for child in self.children:
-            for group in [group for group in child.groups if id(group) not in run_groups]:
+            for group in [group for group in child.slots.groups if id(group) not in run_groups]:
                 found.add(id(group))
                 if id(group) in self._stale:
                     log.error("slot_without_run", child=child.name, task_ids=group.task_ids)
-                    child.drop(group)
+                    child.slots.release(group)
         self._stale = found
 
-    async def _sweep_kept(self) -> None:
-        while self._kept is not None:
+    async def _sweep_finished(self) -> None:
+        while self._finished is not None:
             try:
-                await self._kept.sweep(self._queries)
+                await self._finished.sweep(self._queries)
             except Exception as error:
-                log_failure("sweep_kept_failed", error)
+                log_failure("sweep_finished_failed", error)
             await asyncio.sleep(SWEEP_S)
 
     async def _read_gpus(self) -> None:
-        """Read the state of the GPUs, apart from the renewals: a driver that hangs must not cost the leases."""
+        """Read the state of the GPUs apart from the renewals: a driver that hangs must not cost the leases."""
         while devices := [child.device for child in self.children if child.device != "cpu"]:
             for device in devices:
                 if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
                     self._readings[device] = reading
             await asyncio.sleep(RENEW_S)
 
-    async def _renew(self) -> None:
+    async def renew(self) -> None:
+        """Renew the leases of all runs; stop those that are lost, and requeue tasks that this worker holds without running them."""
         try:
             self._heartbeat = self.rows()
         except Exception:  # too many open files, say: the leases are renewed all the same
@@ -451,16 +454,16 @@ class Worker(ArqWorker):
                 raise
             self._renewed_s = time.monotonic()
             if self._nonce is not None and not self._draining.is_set():
-                forgotten = []  # of a claim whose answer was lost: it is said again, and answers them
+                forgotten = []  # of a claim whose answer was lost: it is repeated, and its answer names them
         for _, run in lost:
             if run in self.runs:
-                self.runs[run].stop("lost")
+                self.runs[run].stop(Stop.LOST)
         for task_id, run in forgotten:
             log.warning("forgotten_task", task_id=task_id)
-            await self._hand_back(task_id, run)
+            await self._requeue(task_id, run)
 
     async def _listen(self) -> None:
-        """Subscribes to the worker's own channel; the subscriber keeps it over every new connection."""
+        """Subscribe to the worker's own channel; the subscriber does so again over every new connection."""
         channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt)
         with suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
             await channel.wait()
@@ -475,12 +478,12 @@ class Worker(ArqWorker):
                 self._wake.set()
             case ["cancel", _, run]:
                 if (running := self.runs.get(RunToken(run))) is not None:
-                    running.stop("cancelled")
+                    running.stop(Stop.CANCELLED)
             case _:  # of a newer version, or not from movieq
-                log.warning("unknown_message", said=message[:100].decode(errors="replace"))
+                log.warning("unknown_message", text=message[:100].decode(errors="replace"))
 
     def rows(self) -> list[WorkerStatus]:
-        """This worker's rows in the workers' status: one for each child."""
+        """Return this worker's rows in the list of workers: one for each child."""
         taking = not self._draining.is_set()
         rows = []
         for child in self.children:
@@ -489,8 +492,8 @@ class Worker(ArqWorker):
                 WorkerStatus(
                     worker_id=f"{self.worker_id}/{child.name}",
                     worker_type=min(child.kinds, key=list(Kind).index),
-                    status=WorkerState.BUSY if child.task_id else WorkerState.IDLE,
-                    current_task_id=child.task_id,
+                    status=WorkerState.BUSY if child.slots.task_id else WorkerState.IDLE,
+                    current_task_id=child.slots.task_id,
                     gpu_utilization=gpu.utilization if gpu else 0.0,
                     memory_usage=gpu.memory_used if gpu else child.memory_bytes(),
                     tasks_completed=child.tasks_completed,
@@ -505,25 +508,25 @@ class Worker(ArqWorker):
                     models_parked=child.models_parked,
                     model_swaps=child.model_swaps,
                     idle_gap=statistics.median(child.idle_s) if child.idle_s else None,
-                    host=socket.gethostname(),
+                    host=self._hostname,
                     version=movieq.__version__,
                 )
             )
         return rows
 
-    # ── Ending ──
+    # ── Draining ──
 
     async def _drain(self, working: asyncio.Task[None]) -> None:
-        """Hands back at once what cannot end within the grace, waits for the rest, then hands back what is left.
+        """Requeue at once what cannot end within the grace, wait for the rest, then requeue what is left.
 
-        A claim under way may end within the grace; what it brings is handed back.
+        A claim in flight may end within the grace; what it brings is requeued.
         """
         for running in list(self.runs.values()):
-            if running.made is None and running.pace.remaining_s() > self._drain_s:
-                running.stop("drain")
+            if running.finished is None and running.eta.remaining_s() > self._drain_s:
+                running.stop(Stop.DRAIN)
         await self._ended_within(self._drain_s, unless=self._hurry)
         for running in list(self.runs.values()):
-            running.stop("drain")
+            running.stop(Stop.DRAIN)
         for job in self.tasks.values():
             job.cancel()
         await self._ended_within(LAST_S)
@@ -532,23 +535,18 @@ class Worker(ArqWorker):
         await _let_go([working, *(running.asyncio_task for running in self.runs.values() if running.asyncio_task), *self.tasks.values()])
 
     async def _ended_within(self, seconds: float, unless: asyncio.Event | None = None) -> None:
+        """Wait until all runs and jobs have ended, the time is over, or the event is set."""
         tasks: set[asyncio.Task[Any]] = {running.asyncio_task for running in self.runs.values() if running.asyncio_task}
         tasks.update(self.tasks.values())
-        called_off = asyncio.create_task((unless or asyncio.Event()).wait())
-        ended = asyncio.create_task(asyncio.wait(tasks)) if tasks else called_off
-        try:
-            if tasks:
-                await asyncio.wait({called_off, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            called_off.cancel()
-            ended.cancel()
+        if tasks:
+            await first(asyncio.wait(tasks), (unless or asyncio.Event()).wait(), within_s=seconds)
 
     def _kinds(self) -> list[Kind]:
         return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
 
 
 async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """Run a part of the worker until it returns or is cancelled; start it again where it breaks. Raises ChildUnfit."""
+    """Run a part of the worker until it returns or is cancelled; start it again where it fails. Raises ChildUnfit."""
     while True:
         try:
             await part()
@@ -556,12 +554,12 @@ async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
         except ChildUnfit:
             raise
         except Exception as error:
-            log_failure("part_broke", error, part=name)
+            log_failure("part_failed", error, part=name)
         await asyncio.sleep(AGAIN_S)
 
 
 async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait for them, but not for ever. One that must still send its last word to Redis needs the second cancel."""
+    """Cancel the tasks and wait for them, but not for ever. One that is still reporting its outcome to Redis needs the second cancel."""
     for _ in range(2):
         if not (left := {task for task in tasks if not task.done()}):
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 
 import msgspec
-from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +18,7 @@ from movieq.api.readiness import AWAY
 from movieq.api.state import answered, api, now
 from movieq.models import table as models
 from movieq.models.table import Engine
+from movieq.queue.refusals import REDIS_AWAY
 from movieq.settings import Scope
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import EngineChoice, Kind
@@ -45,7 +45,7 @@ async def health(request: Request) -> Response:
     try:
         workers = [row for row in await movieq.queries.workers() if row.live]
         sizes, stranded = await movieq.queries.queue_sizes(), await movieq.queries.stranded(workers)
-    except (RedisError, OSError):
+    except REDIS_AWAY:
         away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])
         return answered(away, 503, {"Retry-After": "2"})
     checks = await movieq.readiness.checks()

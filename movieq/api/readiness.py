@@ -6,12 +6,12 @@ import asyncio
 import time
 from typing import Final
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from movieq import logs
 from movieq.checks import NOEVICTION
 from movieq.queue.queries import Queries
-from movieq.queue.refusals import refusal
+from movieq.queue.refusals import REDIS_AWAY, refusal
 from movieq.queue.store import Store
 from movieq.storage.base import Storage
 from movieq.tasks.wire import Check, CheckName
@@ -66,7 +66,7 @@ class Readiness:
         try:
             async with asyncio.timeout(CHECK_S):
                 await self._store.check_write()
-        except (RedisError, OSError) as error:
+        except REDIS_AWAY as error:
             if (refused := refusal(error)) is not None:
                 return f"Redis refuses writes because {refused.reason}: {refused.cure}"
             if isinstance(error, ResponseError):
@@ -80,7 +80,7 @@ class Readiness:
         try:
             async with asyncio.timeout(CHECK_S):
                 memory = await self._queries.memory()
-        except (RedisError, OSError):
+        except REDIS_AWAY:
             return ""
         if memory is None or not memory.evicts:
             return ""
@@ -108,7 +108,7 @@ class Readiness:
         try:
             async with asyncio.timeout(CHECK_S):
                 living = [row for row in await self._queries.workers() if row.live]
-        except (RedisError, OSError):
+        except REDIS_AWAY:
             return "the workers are unknown while Redis cannot be used"
         if any(row.problem is None for row in living):
             return ""

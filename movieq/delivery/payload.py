@@ -22,6 +22,7 @@ import msgspec
 from yarl import URL
 
 from movieq.errors import CmsFault, SettingsError
+from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.settings import PayloadMode, Settings
 from movieq.tasks import params
 from movieq.tasks.entities import Delivery
@@ -423,15 +424,15 @@ def _fields(data: Any) -> list[tuple[str, str]]:
 
 
 def _fault(error: Exception) -> CmsFault:
-    """aiohttp's errors in our words."""
-    match error:
-        case aiohttp.ClientConnectorDNSError():
+    why = reason(error)
+    match http_fault(error):
+        case HttpFault.HOST:
             return CmsFault("the host of the CMS was not found")
-        case aiohttp.ClientSSLError():
+        case HttpFault.TLS:
             return CmsFault("the certificate of the CMS, or its TLS handshake, was not accepted")
-        case aiohttp.ClientConnectorError():
-            return CmsFault(f"the CMS cannot be reached: {error.os_error.strerror or 'refused'}")
-        case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError() | aiohttp.ClientPayloadError() | ConnectionError():
+        case HttpFault.CONNECT:
+            return CmsFault(f"the CMS cannot be reached: {why or 'refused'}")
+        case HttpFault.BROKE_OFF:
             return _BrokeOff("the connection to the CMS broke off")
         case _:
             return CmsFault(f"the CMS could not be asked ({type(error).__name__})")

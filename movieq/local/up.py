@@ -20,7 +20,8 @@ from typing import Final
 from movieq import checks, credentials, logs
 from movieq.api import server
 from movieq.errors import MovieqError, SettingsError
-from movieq.local.embedded import Valkey, leashed
+from movieq.local.embedded import Valkey
+from movieq.pdeathsig import end_with_parent
 from movieq.settings import LogFormat, Settings, variable
 from movieq.tasks.states import Kind
 
@@ -139,7 +140,7 @@ class _Process:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for `up`, which stops them in order
-            preexec_fn=leashed,
+            preexec_fn=end_with_parent,
         )
         assert process.stdout is not None
         assert process.stderr is not None

@@ -25,6 +25,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, R
 from redis.typing import EncodableT
 
 from movieq.queue.keys import keys
+from movieq.queue.refusals import REDIS_AWAY
 
 
 class SharedConnection:
@@ -116,7 +117,7 @@ class SharedConnection:
                         waiting.set_result(answer)
                 if isinstance(answer, ReadOnlyError):  # it is no longer the primary: a new connection may reach the new one
                     raise ConnectionError(str(answer))
-        except (RedisError, OSError) as error:
+        except REDIS_AWAY as error:
             await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
 
     async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:

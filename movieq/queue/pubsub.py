@@ -13,11 +13,12 @@ from typing import Any, Final
 from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from movieq import logs
+from movieq.backoff import Backoff
 from movieq.errors import first_of
 from movieq.queue.keys import KEYS
+from movieq.queue.refusals import REDIS_AWAY
 
 PING_S: Final = 15.0
 PONG_S: Final = 5.0
@@ -82,32 +83,25 @@ class Subscriber:
 
     async def run(self) -> None:
         """Read messages for ever, reconnecting after every error."""
-        wait_s = RECONNECT_S[0]
+        backoff = Backoff(*RECONNECT_S)
         while True:
             connection = self._make()
             try:
                 async with asyncio.timeout(CONFIRM_S):
                     await connection.connect()
                     await connection.send_command("SUBSCRIBE", self.events)
-                wait_s = RECONNECT_S[0]
+                backoff.reset()
                 self._untold = dict.fromkeys(self._channels)
                 self._news.set()
                 async with asyncio.TaskGroup() as group:
                     for part in (self._read, self._ask, self._doubt):
                         group.create_task(part(connection))
-            except* (
-                RedisError,
-                OSError,
-                TimeoutError,
-                TypeError,
-                ValueError,
-            ) as errors:  # the last two: the answer is not a pub/sub message
+            except* (*REDIS_AWAY, TypeError, ValueError) as errors:  # the last two: the answer is not a pub/sub message
                 first = first_of(errors)
                 log.warning("subscription_lost", problem=str(first) or type(first).__name__)
             finally:
                 await connection.disconnect(nowait=True)
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, RECONNECT_S[1])
+            await asyncio.sleep(backoff.next_s())
 
     async def _read(self, connection: Any) -> None:
         while True:

@@ -12,6 +12,11 @@ from movieq import logs
 
 log = logs.get()
 
+REDIS_AWAY: Final = (RedisError, OSError)
+"""What is raised where Redis is away, cannot be reached or does not answer in time (a TimeoutError is an OSError).
+
+A RedisError may also be a fault of ours or a refusal: see `is_fault` and `refusal`."""
+
 
 class Refusal(msgspec.Struct, frozen=True):
     """A temporary refusal: `reason` is a clause about Redis ("its memory is full"), `cure` what the operator can do."""

@@ -130,7 +130,7 @@ async def lag(over: asyncio.Event) -> list[float]:
 
 async def measure(folder: Path) -> None:
     bench = Bench(folder)
-    keeping = asyncio.create_task(bench.child.keep(bench.ready.set))
+    keeping = asyncio.create_task(bench.child.supervise(bench.ready.set))
     await bench.ready.wait()
     pipe = model_cache.library_class("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)

@@ -244,7 +244,7 @@ async def served(bench: Bench) -> dict[str, Any]:
     model_cache.evict_others("")
     child = Child("gpu0", (Kind.GPU_HEAVY,), bench.device, step_timeout_s=600)
     ready = asyncio.Event()
-    keeping = asyncio.create_task(child.keep(ready.set))
+    keeping = asyncio.create_task(child.supervise(ready.set))
     await ready.wait()
     await ran(child, bench.run(side))  # loads it
     begun = time.perf_counter()

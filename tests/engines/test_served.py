@@ -206,7 +206,7 @@ exit 3
     monkeypatch.setattr("workers.supervisor.sys", SimpleNamespace(executable=str(broken)))
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     ready = asyncio.Event()
-    keeping = asyncio.create_task(child.keep(ready.set))
+    keeping = asyncio.create_task(child.supervise(ready.set))
     await eventually((folder / "failed").exists, 60)
     assert not ready.is_set()
     assert not keeping.done()

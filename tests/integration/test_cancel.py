@@ -26,7 +26,7 @@ from tests.arrange import new_task, raw, result, running
 from tests.fleet import Fleet, Process, eventually
 from tests.proxy import Proxy, proxy, script
 from tests.service import Receiver, Service, receiver, serving
-from workers.host import cancel_all
+from workers.concurrency import cancel_all
 from workers.supervisor import CANCEL_GRACE_S
 
 SMALL: dict[str, Any] = {"prompt": "a lamp", "resolution": "64x64"}

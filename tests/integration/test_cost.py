@@ -184,9 +184,9 @@ async def test_a_worker_counts_while_its_child_has_a_gpu(store: Store, device: s
     await store.submit(new_task())
     (claimed,) = await claim(store)
     child = Child("gpu0", (Kind.GPU_HEAVY,), device, step_timeout_s=1)
-    held = Running(claimed, child, child.reserve([claimed.task.task_id]))
+    held = Running(claimed, child, child.slots.reserve([claimed.task.task_id]))
     assert held.gpu is None, "its inputs are fetched first"
     for share in (0.5, 1.0, 0.0):
-        held.take_gpu(share)
+        held.use_gpu(share)
         clock.now_s += 10
     assert held.gpu == ((15_000, 0) if counted else None)

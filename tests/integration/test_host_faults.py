@@ -322,7 +322,7 @@ async def test_a_machine_that_was_blamed_is_examined_until_it_passes(folder: Pat
     with spool(folder) as place:
         host = Host(place)
         host.blame("its disk is full")
-        keeping = asyncio.create_task(host.keep(room.set))
+        keeping = asyncio.create_task(host.monitor(room.set))
         try:
             assert host.problem == "its disk is full"
             await asyncio.wait_for(room.wait(), 60)

@@ -16,7 +16,7 @@ from movieq.queue.queries import Queries
 from movieq.queue.store import Claimed, Counts, Slot, Store
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result, running
-from workers.finished import MANIFEST, PREFIX, Kept
+from workers.finished import MANIFEST, PREFIX, FinishedFiles
 from workers.protocol import Done, Produced
 
 TASK, RUN = TaskId("0190-task"), RunToken("abc-1")
@@ -155,21 +155,21 @@ def out(folder: Path) -> tuple[Path, Done]:
 
 
 def test_what_is_kept_is_found_by_its_task_with_all_that_was_said_of_it(folder: Path) -> None:
-    kept = Kept(folder)
-    first = kept.keep(TASK, RUN, *out(folder))
+    finished_files = FinishedFiles(folder)
+    first = finished_files.save(TASK, RUN, *out(folder))
     assert not (folder / "spool" / "out").exists()
-    found = Kept(folder).find(TASK)
+    found = FinishedFiles(folder).find(TASK)
     assert found == first
     assert found is not None
     assert [Path(each.path).read_bytes() for each in found.done.files] == [b"clip", b"poster"]
     assert found.done.metadata == {"seed": 7}
-    assert kept.find(TaskId("0190")) is None
+    assert finished_files.find(TaskId("0190")) is None
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "manifest", "link"])
 def test_what_is_not_whole_or_not_ours_is_not_found(folder: Path, damage: str) -> None:
-    kept = Kept(folder)
-    place = kept.keep(TASK, RUN, *out(folder)).folder
+    finished_files = FinishedFiles(folder)
+    place = finished_files.save(TASK, RUN, *out(folder)).folder
     assert place is not None
     match damage:
         case "shorter":
@@ -181,17 +181,17 @@ def test_what_is_not_whole_or_not_ours_is_not_found(folder: Path, damage: str) -
         case "link":
             place.rename(folder / "elsewhere")
             place.symlink_to(folder / "elsewhere")
-    assert kept.find(TASK) is None
+    assert finished_files.find(TASK) is None
 
 
 def test_where_nothing_can_be_kept_the_run_goes_on_with_what_it_has(folder: Path) -> None:
     made, done = out(folder)
-    kept = Kept(folder / "no-such-folder").keep(TASK, RUN, made, done)
-    assert (kept.folder, kept.done) == (None, done)
+    finished = FinishedFiles(folder / "no-such-folder").save(TASK, RUN, made, done)
+    assert (finished.folder, finished.done) == (None, done)
 
 
 async def test_folders_go_a_minute_after_the_commit_and_a_day_after_the_last_try(store: Store, folder: Path) -> None:
-    kept = Kept(folder)
+    finished_files = FinishedFiles(folder)
     minute, day = 61, 86_401
     going = [new_task() for _ in range(4)]
     for task in going:
@@ -205,13 +205,13 @@ async def test_folders_go_a_minute_after_the_commit_and_a_day_after_the_last_try
     def lay() -> None:
         for task_id in (completed, cancelled, failed, processing, TASK):
             source, done = out(folder / task_id)
-            kept.keep(task_id, RUN, source, done)
+            finished_files.save(task_id, RUN, source, done)
             shutil.rmtree(folder / task_id)
 
     async def left(age_s: float) -> set[str]:
         for path in folder.glob(f"{PREFIX}*"):
             os.utime(path, (time.time() - age_s,) * 2)
-        await kept.sweep(Queries(store.redis))
+        await finished_files.sweep(Queries(store.redis))
         return {path.name.removeprefix(PREFIX).partition(".")[0] for path in folder.glob(f"{PREFIX}*")}
 
     lay()

@@ -22,10 +22,10 @@ from tests.arrange import claim, new_task, ran, raw
 from tests.engines.test_plugins import installed
 from tests.fleet import eventually, fleet, python_path
 from workers.protocol import MAX_FRAME_BYTES, Run, Unsendable, encoded_run, framed, to_child_decoder
-from workers.reporter import Reporter
+from workers.reporter import reporting
 from workers.retry import retry_delay_ms, unreadable_delay_ms
 from workers.running import Running
-from workers.slots import Group
+from workers.slots import Group, Slots
 from workers.supervisor import Child, Progress
 from workers.worker import Worker
 
@@ -238,13 +238,13 @@ async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_
     await store.submit(new_task())
     (claimed,) = await claim(store)
     async with books(store) as (worker, child):
-        group = child.reserve([claimed.task.task_id])
+        group = child.slots.reserve([claimed.task.task_id])
         worker.runs[claimed.run] = Running(claimed, child, group)
         worker.tend()
-        assert child.groups == [group], "it may be about to be tidied by itself"
+        assert child.slots.groups == [group], "it may be about to be tidied by itself"
         worker.tend()
-        assert (child.groups, worker.runs) == ([], {})
-        await worker._renew()
+        assert (child.slots.groups, worker.runs) == ([], {})
+        await worker.renew()
     task = await Queries(store.redis).task(claimed.task.task_id)
     assert task is not None
     assert task.status is TaskStatus.QUEUED
@@ -252,10 +252,10 @@ async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_
 
 async def test_a_slot_that_nobody_runs_in_is_free_again(store: Store) -> None:
     async with books(store) as (worker, child):
-        child.reserve([TaskId("gone")])
+        child.slots.reserve([TaskId("gone")])
         worker.tend()
         worker.tend()
-        assert child.groups == []
+        assert child.slots.groups == []
 
 
 async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_as_a_try(store: Store) -> None:
@@ -267,15 +267,15 @@ async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_a
             raise ValueError("nobody expected this")
 
         worker.functions = {"generate_image": func(broke, name="generate_image")}
-        group = child.reserve([claimed.task.task_id])
+        group = child.slots.reserve([claimed.task.task_id])
         async with asyncio.TaskGroup() as runs:
-            worker._start(runs, Running(claimed, child, group))
-        assert (child.groups, worker.runs) == ([], {})
+            worker.start(runs, Running(claimed, child, group))
+        assert (child.slots.groups, worker.runs) == ([], {})
     assert await raw(store).hget(KEYS["task"] + claimed.task.task_id, "tries") == b"1"
 
 
-class Free(Child):
-    """Always free, and at a loss what to do with one task."""
+class AlwaysFree(Slots):
+    """Slots that are free without a process, and raise for one task."""
 
     free = True
     bad = TaskId("")
@@ -296,16 +296,16 @@ async def test_one_claimed_task_that_cannot_be_begun_is_given_back_as_a_try_and_
         begun.append(ctx["job_id"])
 
     async with books(store) as (worker, _):
-        children = [Free(f"cpu{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(3)]
-        for child in children:
-            child.bad = tasks[1].task_id
-        worker.children = list(children)
+        worker.children = [Child(f"cpu{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(3)]
+        for child in worker.children:
+            child.slots = slots = AlwaysFree(lambda frames: None)
+            slots.bad = tasks[1].task_id
         worker.functions = {"generate_image": func(begins, name="generate_image")}
         async with asyncio.TaskGroup() as runs:
-            await worker._claim(runs)
+            await worker.claim(runs)
         assert sorted(begun) == sorted([tasks[0].task_id, tasks[2].task_id])
         assert worker.runs == {}
-        assert all(child.groups == [] for child in children)
+        assert all(child.slots.groups == [] for child in worker.children)
     assert await tried(store, tasks[1].task_id)
 
 
@@ -427,7 +427,7 @@ async def tried(store: Store, task_id: TaskId) -> bool:
 async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_the_next(folder: Path) -> None:
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     ready = asyncio.Event()
-    keeping = asyncio.create_task(child.keep(ready.set))
+    keeping = asyncio.create_task(child.supervise(ready.set))
 
     def order(name: str, task_type: str = "generate_image", **params: Any) -> Run:
         (folder / name).mkdir()
@@ -441,7 +441,7 @@ async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_
         pid = child.pid
         with pytest.raises(ValueError, match="nobody"):
             await ran(child, order("much work", "generate_video", duration=30, fps=60, resolution="640x360"), raises)
-        assert child.groups == []
+        assert child.slots.groups == []
         assert (await asyncio.wait_for(ran(child, order("second")), 60)).files
         assert child.pid == pid
     finally:
@@ -455,7 +455,7 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
     (claimed,) = await claim(store)
 
     class Odd(Store):
-        raised = 0
+        raised = asked = 0
 
         async def report(self, *args: Any, **named: Any) -> None:
             if self.raised < 2:
@@ -464,16 +464,16 @@ async def test_a_report_that_cannot_be_said_does_not_end_the_others(store: Store
             await super().report(*args, **named)
 
         async def watched(self, task_id: TaskId) -> bool:
+            self.asked += 1
             raise ValueError("nor this")
 
     odd = Odd(store.redis)
-    reporter = Reporter(odd, Running(claimed))
 
     async def shown() -> bool:
-        reporter.say("drawing", stage="work")
+        reporter.report("drawing", stage="work")
         task = await Queries(store.redis).task(claimed.task.task_id)
         return task is not None and task.current_step == "drawing"
 
-    async with reporter:
+    async with reporting(odd, Running(claimed)) as reporter:
         await eventually(shown)
-        assert [task.done() for task in reporter._tasks] == [False, False]
+        await eventually(lambda: odd.asked > 1)

@@ -120,7 +120,7 @@ async def test_what_cannot_be_deleted_is_passed_over_logged_once_and_tried_again
     failures = [line for line in logged if line["event"] == "files_not_deleted"]
     assert [line["count"] for line in failures] == [3]
     assert "Not a directory" in failures[0]["problem"]
-    assert len([line for line in logged if line["event"] == "no_such_files"]) == 2
+    assert len([line for line in logged if line["event"] == "prefix_invalid"]) == 2
 
 
 async def test_a_storage_that_is_away_stops_no_tasks_and_is_left_alone_for_a_while(store: Store, folder: Path) -> None:

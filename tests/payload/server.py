@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.request import Request, urlopen
 
-from movieq.local.embedded import leashed
+from movieq.pdeathsig import end_with_parent
 from tests.programs import node
 
 HERE: Final = Path(__file__).parent
@@ -39,7 +39,7 @@ class PayloadServer:
     def start(self) -> None:
         """It takes requests, at the same port as before."""
         self.process = subprocess.Popen(
-            ["node", "server.mjs"], cwd=HERE, env=self._environment, stdout=subprocess.PIPE, text=True, preexec_fn=leashed
+            ["node", "server.mjs"], cwd=HERE, env=self._environment, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:

@@ -20,7 +20,7 @@ from workers.child.media import ambience
 
 ROOT = Path(movieq.__file__).parents[1]
 ROOMS: list[set[str]] = [
-    {"errors"},
+    {"errors", "backoff", "pdeathsig"},
     {"tasks"},
     {"settings"},
     {"logs", "signing", "credentials"},
@@ -33,7 +33,7 @@ ROOMS: list[set[str]] = [
     {"cli"},
 ]
 """The rooms of movieq, and the worker's, from the ground up: each imports from those before its own line alone."""
-WINGS: list[set[str]] = [{"pdeathsig", "job"}, {"media"}, {"animatic", "diffusion"}, {"__main__"}]
+WINGS: list[set[str]] = [{"job"}, {"media"}, {"animatic", "diffusion"}, {"__main__"}]
 """The same of the engine process, workers/child."""
 LIBRARIES: dict[str, set[str]] = {
     "movieq/queue": {"arq", "redis", "hiredis"},

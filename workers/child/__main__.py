@@ -30,10 +30,10 @@ import msgspec
 
 from movieq import plugins
 from movieq.errors import EngineUnavailable, InternalFault, OutOfMemory, TaskFault
+from movieq.pdeathsig import end_with_parent
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.registry import REGISTRY
 from workers import protocol
-from workers.child import pdeathsig
 from workers.child.job import Finish, Flag, Job, JobCancelled, Output, device_is_broken
 from workers.faults import PLACE, device_problem, host_problem, said
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
@@ -44,7 +44,7 @@ Answer = Done | Failed | Cancelled
 
 
 def main() -> None:
-    pdeathsig.die_with_parent()
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m workers.child", description="The engine process of one device; started by the worker.")

@@ -23,8 +23,8 @@ from movieq import __version__
 from movieq.api import server
 from movieq.client import Client
 from movieq.errors import EngineUnavailable, MovieqError, SettingsError, Unavailable
-from movieq.local.embedded import leashed
 from movieq.local.terminal import End, follow
+from movieq.pdeathsig import end_with_parent
 from movieq.settings import PREFIX, variable
 from movieq.tasks.results import Result
 from movieq.tasks.states import GENERATE_IMAGE, GENERATE_VIDEO, PROCESS_AUDIO, TaskStatus, TaskType
@@ -203,7 +203,7 @@ async def _up(folder: Path, log: Path) -> AsyncIterator[tuple[str, asyncio.subpr
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             start_new_session=True,  # a Ctrl-C is for the demo, which then stops it
-            preexec_fn=leashed,
+            preexec_fn=end_with_parent,
         )  # fmt: skip
     assert process.stdout is not None
     try:

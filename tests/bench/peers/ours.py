@@ -75,15 +75,10 @@ async def producer(order: peer.Order) -> AsyncIterator[peer.Enqueue]:
 class Slot(Child):
     """A slot without a process."""
 
-    @property
-    def free(self) -> bool:
-        """Whether a run can begin now."""
-        return not self.groups
-
-    async def keep(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
+    async def supervise(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
         """It is ready at once."""
-        self._on_room = on_room
-        on_room()
+        self.slots.on_room = on_room
+        self.slots.open()
         await asyncio.Event().wait()
 
 
@@ -102,7 +97,7 @@ async def work(order: peer.Order, begun: peer.Tally) -> None:
 
 
 def worker(order: peer.Order, store: Store, children: list[Child], function: Any, ctx: dict[str, Any]) -> Worker:
-    """The real worker, as `workers.main.serve` makes it."""
+    """The real worker, as `workers.app.serve` makes it."""
     logs.configure(LogLevel.WARNING, LogFormat.JSON)
     return Worker(
         worker_id=f"bench-{os.getpid()}",

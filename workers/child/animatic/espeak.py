@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import os
 import selectors
+import signal
 import struct
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from movieq.errors import EngineUnavailable, InternalFault, InvalidInput
-from workers.child import pdeathsig
+from movieq.pdeathsig import end_with_parent
 
 LIMIT_S: Final = 120.0
 """5,000 characters take about 4 s; a text that takes longer than this hangs."""
@@ -211,7 +212,7 @@ def main(arguments: list[str]) -> int:
     """The process: voice, rate, pitch and range as arguments, the text on standard input, blocks of samples on standard output."""
     import espeakng_loader
 
-    pdeathsig.die_with_parent()
+    end_with_parent(signal.SIGKILL)
     voice, rate, pitch, span = arguments
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # espeak-ng prints warnings to standard output

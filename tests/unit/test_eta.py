@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.eta import FETCH_SHARE, UPLOAD_AT, Pace
+from workers.eta import FETCH_SHARE, UPLOAD_AT, Eta
 from workers.protocol import Stage
 
 
@@ -28,36 +28,36 @@ TIMES = {"load": [12.0], "denoise": [6.0, *[2.0] * 39], "encode": [0.5] * 20}
 def played(estimate_s: float) -> list[tuple[float, float, float]]:
     """After each step: progress, seconds that are left, and seconds that were thought to be."""
     clock = Clock()
-    pace = Pace(estimate_s, clock)
-    pace.plan((LOAD, DENOISE, ENCODE))
-    left_s, found = sum(map(sum, TIMES.values())), [(pace.progress, 106.0, pace.remaining_s())]
+    eta = Eta(estimate_s, clock)
+    eta.plan((LOAD, DENOISE, ENCODE))
+    left_s, found = sum(map(sum, TIMES.values())), [(eta.progress, 106.0, eta.remaining_s())]
     for name, times in TIMES.items():
         for step, seconds in enumerate(times, 1):
             clock.now_s += seconds
             left_s -= seconds
-            assert pace.step(name, step, len(times)) is not None
-            found.append((pace.progress, left_s, pace.remaining_s()))
+            assert eta.step(name, step, len(times)) is not None
+            found.append((eta.progress, left_s, eta.remaining_s()))
     return found
 
 
 def test_before_anything_is_done_the_estimate_counts() -> None:
     clock = Clock()
-    pace = Pace(60.0, clock)
-    assert pace.remaining_s() == 60
+    eta = Eta(60.0, clock)
+    assert eta.remaining_s() == 60
     clock.now_s += 20
-    assert pace.remaining_s() == 40
-    pace.plan((LOAD, DENOISE))
-    assert pace.remaining_s() == pytest.approx(60 * (1 - FETCH_SHARE))
+    assert eta.remaining_s() == 40
+    eta.plan((LOAD, DENOISE))
+    assert eta.remaining_s() == pytest.approx(60 * (1 - FETCH_SHARE))
 
 
 def test_an_estimate_that_was_too_short_never_says_that_nothing_is_left() -> None:
     clock = Clock()
-    pace = Pace(10.0, clock)
+    eta = Eta(10.0, clock)
     clock.now_s += 100
-    assert pace.remaining_s() > 0
-    pace.plan((LOAD, DENOISE, ENCODE))
+    assert eta.remaining_s() > 0
+    eta.plan((LOAD, DENOISE, ENCODE))
     clock.now_s += 100
-    assert pace.remaining_s() > 9
+    assert eta.remaining_s() > 9
 
 
 @pytest.mark.parametrize("estimate_s", [20.0, 106.0, 400.0])
@@ -82,15 +82,15 @@ def test_progress_is_weighted_over_the_stages_and_leaves_the_last_part_to_the_up
 
 
 def test_a_stage_that_is_over_or_was_not_announced_changes_nothing() -> None:
-    pace = Pace(10.0, Clock())
-    assert pace.step("denoise", 1, 2) is None
-    assert pace.plan(()) is None
-    pace.plan((LOAD, DENOISE))
-    pace.step("denoise", 1, 2)
-    progress = pace.progress
-    assert pace.step("load", 1, 1) is None
-    assert pace.step("mux", 1, 1) is None
-    assert pace.progress == progress
+    eta = Eta(10.0, Clock())
+    assert eta.step("denoise", 1, 2) is None
+    assert eta.plan(()) is None
+    eta.plan((LOAD, DENOISE))
+    eta.step("denoise", 1, 2)
+    progress = eta.progress
+    assert eta.step("load", 1, 1) is None
+    assert eta.step("mux", 1, 1) is None
+    assert eta.progress == progress
 
 
 @given(
@@ -98,11 +98,28 @@ def test_a_stage_that_is_over_or_was_not_announced_changes_nothing() -> None:
 )
 def test_whatever_an_engine_says_progress_never_falls_and_time_is_never_negative(said: list[tuple[str, int, int, float]]) -> None:
     clock = Clock()
-    pace = Pace(10.0, clock)
-    pace.plan((LOAD, DENOISE, ENCODE))
+    eta = Eta(10.0, clock)
+    eta.plan((LOAD, DENOISE, ENCODE))
     for name, step, steps, seconds in said:
-        before = pace.progress
+        before = eta.progress
         clock.now_s += seconds
-        pace.step(name, step, steps)
-        assert before <= pace.progress <= UPLOAD_AT + 1e-9
-        assert pace.remaining_s() >= 0
+        eta.step(name, step, steps)
+        assert before <= eta.progress <= UPLOAD_AT + 1e-9
+        assert eta.remaining_s() >= 0
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308, 1e308), (5e-324, 5e-324), (1e308, 5e-324), (float("inf"), 1.0), (-1.0, 0.0)])
+def test_whatever_weights_a_plug_in_announces_progress_and_remaining_time_are_numbers(weights: tuple[float, ...]) -> None:
+    clock = Clock()
+    eta = Eta(10.0, clock)
+    stages = tuple(Stage(f"stage{number}", "working", weight) for number, weight in enumerate(weights))
+    eta.plan(stages)
+    seen = [eta.progress]
+    for stage in stages:
+        for step in (1, 2):
+            clock.now_s += 1
+            assert eta.step(stage.name, step, 2) is not None
+            assert eta.remaining_ms() >= 0
+            seen.append(eta.progress)
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(UPLOAD_AT)
