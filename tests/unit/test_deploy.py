@@ -17,7 +17,7 @@ import yaml
 from movieq import __version__, settings
 from movieq.local.up import API_STOP_S, WORKER_STOP_S
 from tests import nginx
-from tests.fleet import fleet, free_port
+from tests.fleet import eventually, fleet, free_port
 from workers.worker import GONE_S
 
 ROOT: Final = Path(__file__).parents[2]
@@ -147,7 +147,11 @@ async def test_the_health_checks_say_whether_who_they_ask_serves(folder: Path) -
         await made.worker()
         assert [await healthy(each) for each in (live, ready, "worker")] == [True, True, True]
         made.valkey.stop()
-        assert [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
+
+        async def noticed() -> bool:  # the checks are reused for a second
+            return [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
+
+        await eventually(noticed)
 
 
 def test_the_image_of_the_api_is_restarted_for_nothing_that_a_restart_would_not_mend() -> None:
