@@ -622,8 +622,8 @@ class Store:
             for project in projects:
                 for status in STATES:
                     pipe.zcard(f"{self.keys['index']}{project}|{status}|")
-            for number, count in enumerate(await pipe.execute()):
-                sums[STATES[number % len(STATES)]] += count
+            for place, count in enumerate(await pipe.execute()):
+                sums[STATES[place % len(STATES)]] += count
         return sums
 
     async def average_durations_s(self) -> dict[TaskType, float]:
