@@ -532,6 +532,22 @@ def test_no_python_or_lua_spells_a_key_of_its_own() -> None:
             assert not re.search(r"""["'](movieq|arq):[a-z]""", path.read_text()), path
 
 
+async def test_a_new_run_has_none_of_the_fields_of_the_one_before(store: Store) -> None:
+    declared = (LUA / "includes/run_fields.lua").read_text().split("RUN_FIELDS = {")[1].split("\n}")[0]
+    fields = set(re.findall(r"'(\w+)'", declared))
+    assert len(fields) > 10
+    task_id, run = await running(store)
+    await raw(store).hset(KEYS["task"] + task_id, mapping={**dict.fromkeys(fields, "1"), "run": run, "gpu_before_ms": 1, "gpu_ms": 1})
+    await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "stopped", "worker_lost")
+    waiting = await store.task(task_id)
+    assert waiting is not None
+    assert (waiting.run, waiting.stage, waiting.step, waiting.steps, waiting.remaining_ms) == (None, None, None, None, None)
+    await raw(store).zadd(KEYS["offered"] + "1", {task_id: 1})
+    (again,) = await store.claim("w2", "another", [], host="1")
+    left = {each.decode() for each in await raw(store).hkeys(KEYS["task"] + task_id)} & fields
+    assert (left, again.run != run) == ({"run"}, True)
+
+
 async def test_refused_states_say_what_the_state_is(store: Store) -> None:
     task_id, run = await running(store)
     await store.complete(task_id, run, result())
