@@ -8,7 +8,9 @@ local function add_delivery(t, kind, url, event_type, delay_ms)
   local facts = {
     'kind', kind, 'type', event_type, 'status', t.status, 'url', url, 'at_ms', now, 'metadata', t.metadata or '{}', 'state', 'pending',
   }
-  for _, name in ipairs({'task_id', 'project_id', 'task_type', 'result', 'error', 'error_code', 'started_at_ms', 'ended_at_ms'}) do
+  for _, name in ipairs({
+    'task_id', 'project_id', 'task_type', 'result', 'payload_media_id', 'error', 'error_code', 'started_at_ms', 'ended_at_ms',
+  }) do
     if t[name] and (name ~= 'started_at_ms' or t.run) then -- of the last attempt, unless the task ended while it waited
       facts[#facts + 1] = name
       facts[#facts + 1] = t[name]
