@@ -18,7 +18,9 @@ local function sweep(task_id)
     redis.call('ZREM', index(t, status, t.task_type), task_id)
   end
   count(K.totals, t.status, -1)
-  if redis.call('EXISTS', index(t, '', '')) == 0 then
+  local lists = {} -- of the project: if one was lost, the others show that it has tasks
+  for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
+  if redis.call('EXISTS', unpack(lists)) == 0 then
     redis.call('ZREM', K.projects, t.project_id)
     redis.call('HDEL', K.spent .. t.kind, t.project_id)
     redis.call('HDEL', K.spent .. lane(t), t.project_id)
