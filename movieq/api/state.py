@@ -136,7 +136,10 @@ class Api(Installation, kw_only=True):
             return data
         try:
             event = _stored_event.decode(data)
-            result = self.storage.result(_stored_result.decode(event["result"]), self.media_expiry_s())
+            stored = _stored_result.decode(event["result"])
+            if (media_id := event.pop("payload_media_id", None)) is not None:  # else an older version wrote it into the result
+                stored = msgspec.structs.replace(stored, payload_media_id=msgspec.json.decode(media_id))
+            result = self.storage.result(stored, self.media_expiry_s())
         except (msgspec.MsgspecError, KeyError, RecursionError) as error:
             log.warning("event_unreadable", type=event_type, problem=str(error))
             return data

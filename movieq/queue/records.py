@@ -26,6 +26,8 @@ class Able(msgspec.Struct, frozen=True):
 class Logged(msgspec.Struct, frozen=True):
     """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored.
 
+    Beside the result of an `updated` stands the `payload_media_id`.
+
     `type` is a plain name where only a newer version knows it.
     """
 
@@ -53,7 +55,7 @@ _rows = msgspec.json.Decoder(list[WorkerStatus])
 _EVENT_TYPES: Final = frozenset(EventType)
 _strings = msgspec.json.Decoder(list[str])
 _blob = msgspec.json.Decoder(float_hook=float)  # msgspec takes 0.03 ms for some numbers, of which there may be hundreds
-_BLOBS = {"result", "metadata", "media_id"}
+_BLOBS = {"result", "metadata", "media_id", "payload_media_id"}
 _ID: Final = re.compile(rb"[0-9]{1,18}-[0-9]{1,18}")
 _UNREADABLE: Final = (ValueError, RecursionError)
 
@@ -113,10 +115,17 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
     return named
 
 
+def _merged(named: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with the CMS's id in the result. Older versions stored it there alone."""
+    if "payload_media_id" in named and isinstance(named.get("result"), dict):
+        named["result"]["payload_media_id"] = named["payload_media_id"]
+    return named
+
+
 def decode_task(task_id: str, fields: dict[bytes, bytes]) -> Task:
     """Return the task of a hash. Of a damaged or newer one return what can be read, as `unknown` unless it failed or was cancelled."""
     try:
-        return msgspec.convert(_named(fields), Task, strict=False)
+        return msgspec.convert(_merged(_named(fields)), Task, strict=False)
     except _UNREADABLE:
         found = _readable(fields)
         given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # readers of these need nothing else
@@ -127,7 +136,7 @@ def decode_delivery(delivery_id: str, fields: dict[bytes, bytes]) -> Delivery | 
     if not fields:
         return None
     try:
-        return msgspec.convert(_named(fields), Delivery, strict=False)
+        return msgspec.convert(_merged(_named(fields)), Delivery, strict=False)
     except _UNREADABLE:
         task_id = delivery_id.rpartition("-")[0]
         return _salvaged(Delivery, {"task_id": task_id, **_readable(fields)})
@@ -139,7 +148,7 @@ def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
     for name, value in fields.items():
         with contextlib.suppress(*_UNREADABLE):
             found |= _named({name: value})
-    return found
+    return _merged(found)
 
 
 def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:

@@ -1,4 +1,4 @@
-"""Lua scripts, called by the names of their arguments."""
+"""Lua scripts, called by the names of their arguments and put together from the includes that they name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from redis.exceptions import NoScriptError
 
 from movieq.queue.connection import Redis, SharedConnection
 
-_ARGS = re.compile(r"^-- args: (.+)$", re.MULTILINE)
-_REST = "..."
+LUA: Final = Path(__file__).with_name("lua")
+_ARGS: Final = re.compile(r"^-- args: (.+)$", re.MULTILINE)
+_INCLUDES: Final = re.compile(r"^-- include: (.+)$", re.MULTILINE)
+_REST: Final = "..."
 
 
 class Script:
@@ -28,10 +30,11 @@ class Script:
             raise ValueError(f"{path.name}: the first line must be `#!lua ...`, and one line must be `-- args: ...`")
         self.args = [name for name in declared[1].split() if name != _REST]
         names = ", ".join(self.args)
-        common = path.with_name("_common.lua").read_text()
+        included = includes(path)
+        save = "save()\n" if "record" in included else ""
         # ARGV is unpacked by length, so that a long rest cannot overflow Lua's stack
-        head = f"local {names} = unpack(ARGV, 1, {len(self.args)})\n"
-        whole = f"{shebang}\n{head}{common}\nlocal function main()\n{body}\nend\nlocal answer = main()\nsave()\nreturn answer\n"
+        head = f"{shebang}\nlocal {names} = unpack(ARGV, 1, {len(self.args)})\n{''.join(included.values())}"
+        whole = f"{head}local function main()\n{body}\nend\nlocal answer = main()\n{save}return answer\n"
         self._connection = connection
         self._source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
         self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
@@ -61,3 +64,30 @@ def load(redis: Redis, *names: str) -> dict[str, Script]:
     """Return the scripts of these names, or every script where none is named."""
     paths = sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))
     return {path.stem: Script(redis.shared, path, redis.key_names) for path in paths if not names or path.stem in names}
+
+
+def named_includes(source: str) -> list[str]:
+    """Return the names in the `-- include:` lines of a Lua file."""
+    return [name for line in _INCLUDES.findall(source) for name in line.split()]
+
+
+def includes(path: Path) -> dict[str, str]:
+    """Return the source of every include that the Lua file needs, by name, each after those that it needs itself.
+
+    Raises ValueError for an unknown name and for a circle.
+    """
+    found: dict[str, str] = {}
+    _include(path, path.parent / "includes", found, ())
+    return found
+
+
+def _include(path: Path, folder: Path, found: dict[str, str], circle: tuple[str, ...]) -> None:
+    for name in named_includes(path.read_text()):
+        include = folder / f"{name}.lua"
+        if name in circle:
+            raise ValueError(f"{path.name}: the includes {' -> '.join((*circle, name))} are a circle")
+        if not include.is_file():
+            raise ValueError(f"{path.name}: there is no include {name!r} in {folder.name}/")
+        if name not in found:
+            _include(include, folder, found, (*circle, name))
+            found[name] = include.read_text()

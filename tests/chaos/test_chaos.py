@@ -98,10 +98,10 @@ def test_the_checker_reports_what_is_done_twice_without_the_fence_and_nothing_wi
     for package in ("movieq", "workers"):
         shutil.copytree(root / package, tmp_path / "source" / package)
     if not fence:
-        common = tmp_path / "source/movieq/queue/lua/_common.lua"
+        fenced = tmp_path / "source/movieq/queue/lua/includes/fence.lua"
         holds = "return t ~= nil and t.status == 'processing' and t.run == run"
-        assert holds in common.read_text()
-        common.write_text(common.read_text().replace(holds, "return t ~= nil"))
+        assert holds in fenced.read_text()
+        fenced.write_text(fenced.read_text().replace(holds, "return t ~= nil"))
     (tmp_path / "farm").mkdir()
     found = asyncio.run(with_farm(Farm(tmp_path / "farm", tmp_path / "source"), "zombie", tmp_path / "farm"))
     assert (found.doubled > 0) is not fence

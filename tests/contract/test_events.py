@@ -18,13 +18,14 @@ from movieq.local.embedded import Valkey, valkey
 from movieq.queue import pubsub
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
+from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
 from movieq.queue.store import Counts, Store
 from movieq.settings import Settings
 from movieq.streams import hub as hub_module
 from movieq.streams import watchers
 from movieq.streams.watchers import STUCK_S
-from movieq.tasks.entities import ProcessingProgress
+from movieq.tasks.entities import DeliveryState, ProcessingProgress
 from movieq.tasks.states import STATES, RunToken, TaskId, TaskStatus
 from tests.arrange import raw, result
 from tests.contract.client import ALL, DEADLINE_S, READ, Answer, Client, Event, Stream, schema
@@ -133,6 +134,18 @@ async def test_the_completed_event_has_the_result_with_addresses_that_open(api: 
         completed = (await stream.rest())[-1]
     assert completed.data["result"] == (await api.status(task_id))["result"]
     schema("ProcessingProgress").validate(completed.data)
+
+
+async def test_the_updated_event_has_the_id_of_the_cms_in_its_result_and_nowhere_else(api: Client, tasks: Tasks, store: Store) -> None:
+    task_id, run = await tasks.processing()
+    await store.complete(task_id, run, result(), "http://127.0.0.1:1/cms")
+    await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7)
+    async with api.events(task_id) as stream:
+        (updated,) = [event for event in await stream.rest() if event.type == "updated"]
+    assert updated.data["result"]["payload_media_id"] == 7
+    assert updated.data["result"] == (await api.status(task_id))["result"]
+    assert "payload_media_id" not in updated.data
+    schema("ProcessingProgress").validate(updated.data)
 
 
 async def test_progress_between_the_entries_of_the_log_is_told_without_an_id(api: Client, tasks: Tasks, store: Store) -> None:

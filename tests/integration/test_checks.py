@@ -403,7 +403,7 @@ async def test_keys_and_channels_that_the_user_may_not_touch_are_named(own: Valk
 def test_every_command_of_the_scripts_is_among_those_that_are_checked() -> None:
     names = {each.split()[0] for each in checks.COMMANDS.split(",")}
     used = set()
-    for path in (Path(package.__file__).parent / "queue/lua").glob("*.lua"):
+    for path in (Path(package.__file__).parent / "queue/lua").rglob("*.lua"):
         used |= {name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", path.read_text())}
     assert used <= names
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from arq import Retry
@@ -221,6 +222,37 @@ async def test_an_id_that_comes_after_the_half_minute_is_told_by_a_second_webhoo
     assert task is not None
     assert (body["status"], body["event"], body["data"]["payload_media_id"]) == ("completed", "complete", 7)
     assert body["completed_at"] == json.loads(hook.requests[0][1])["completed_at"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_the_id_is_told_with_a_result_that_a_newer_version_stored_with_more_fields(
+    store: Store, parts: DeliveryParts, begun: bool
+) -> None:
+    async with receiver() as hook:
+        task_id = await completed(store, hook.url)
+        newer = msgspec.json.encode(result()).removesuffix(b"}") + b',"labels":["scene 12"]}'
+        for key in (KEYS["task"] + task_id, KEYS["delivery"] + f"{task_id}-2"):
+            await raw(store).hset(key, "result", newer)
+        if begun:
+            await tried(parts, task_id, 2)
+        assert await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.DELIVERED, 1, 201, "", 7) == 7
+        await tried(parts, task_id, 3 if begun else 2)
+    assert said(hook)[-1] == ("task.updated" if begun else "task.completed", 7)
+    task = await Queries(store.redis).task(task_id)
+    assert task is not None
+    assert task.result == StoredResult(result().media, result().metadata, 7)
+    assert [entry.type for entry in await Queries(store.redis).log_after(task_id, None)][-1] is EventType.UPDATED
+
+
+async def test_an_id_that_an_older_version_stored_in_the_result_is_read_and_stays(store: Store) -> None:
+    task_id = await completed(store, "http://127.0.0.1:9/hook")
+    older = msgspec.json.encode(StoredResult(result().media, result().metadata, 7))
+    await raw(store).hset(KEYS["task"] + task_id, mapping={"result": older, "media_id": "7"})
+    assert await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.DELIVERED, 2, 201, "", 7) == 7
+    task = await Queries(store.redis).task(task_id)
+    assert task is not None
+    assert task.result == StoredResult(result().media, result().metadata, 7)
+    assert EventType.UPDATED not in [entry.type for entry in await Queries(store.redis).log_after(task_id, None)]
 
 
 async def test_an_id_that_is_told_twice_is_one_event_and_the_first_stays(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -499,13 +500,16 @@ async def test_a_project_page_costs_the_same_with_ten_and_with_very_many_tasks(s
 
 
 def test_every_script_opens_with_its_contract() -> None:
-    for path in LUA.glob("[a-z]*.lua"):
-        head = path.read_text().split("\n")
-        assert re.match(r"^#!lua( flags=allow-oom)?$", head[0]), path.name
-        assert head[1].startswith("-- "), path.name
-        for word in ("-- args: ", "-- Returns ", "Cost: "):
-            assert any(word in line for line in head[1:12]), f"{path.name}: {word}"
-    assert {path.stem for path in LUA.glob("[a-z]*.lua")} == {
+    for path in LUA.glob("*.lua"):
+        shebang, *lines = path.read_text().split("\n")
+        assert re.match(r"^#!lua( flags=allow-oom)?$", shebang), path.name
+        head = list(itertools.takewhile(lambda line: line.startswith("-- "), lines))
+        for word in ("-- args: ", "-- Returns ", "-- Cost: "):
+            assert any(line.startswith(word) for line in head[1:]), f"{path.name}: {word}"
+        (args,) = (line.removeprefix("-- args: ").split() for line in head if line.startswith("-- args: "))
+        described = [name for line in head if (found := re.match(r"--   ([\w, ]+|\.\.\.): ", line)) for name in found[1].split(", ")]
+        assert described == args, path.name
+    assert {path.stem for path in LUA.glob("*.lua")} == {
         *Verb,
         "preview",
         "renew",
@@ -525,9 +529,25 @@ def test_every_script_opens_with_its_contract() -> None:
 
 def test_no_python_or_lua_spells_a_key_of_its_own() -> None:
     root = LUA.parents[1]
-    for path in [*root.glob("movieq/**/*.py"), *root.glob("workers/**/*.py"), *root.glob("movieq/queue/lua/*.lua")]:
+    for path in [*root.glob("movieq/**/*.py"), *root.glob("workers/**/*.py"), *root.glob("movieq/queue/lua/**/*.lua")]:
         if path.name != "keys.py":
             assert not re.search(r"""["'](movieq|arq):[a-z]""", path.read_text()), path
+
+
+async def test_a_new_run_has_none_of_the_fields_of_the_one_before(store: Store) -> None:
+    declared = (LUA / "includes/run_fields.lua").read_text().split("RUN_FIELDS = {")[1].split("\n}")[0]
+    fields = set(re.findall(r"'(\w+)'", declared))
+    assert len(fields) > 10
+    task_id, run = await running(store)
+    await raw(store).hset(KEYS["task"] + task_id, mapping={**dict.fromkeys(fields, "1"), "run": run, "gpu_before_ms": 1, "gpu_ms": 1})
+    await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "stopped", "worker_lost")
+    waiting = await Queries(store.redis).task(task_id)
+    assert waiting is not None
+    assert (waiting.run, waiting.stage, waiting.step, waiting.steps, waiting.remaining_ms) == (None, None, None, None, None)
+    await raw(store).zadd(KEYS["offered"] + "1", {task_id: 1})
+    (again,) = await store.claim("w2", "another", [], host="1")
+    left = {each.decode() for each in await raw(store).hkeys(KEYS["task"] + task_id)} & fields
+    assert (left, again.run != run) == ({"run"}, True)
 
 
 async def test_refused_states_say_what_the_state_is(store: Store) -> None:

@@ -1,8 +1,10 @@
 #!lua flags=allow-oom
--- Begins a try of a delivery: from here on what a webhook says stays as it is.
+-- Begins a try of a delivery: from here on the content of a webhook stays as it is.
 -- args: delivery_id
--- Returns the delivery's hash as field, value, ...; {} where there is none (any more); {'wait'} for a webhook while one before it, of the same task, is pending:
---   they come in their order. Cost: O(deliveries of the task).
+--   delivery_id: TASK-NUMBER
+-- Returns the delivery's hash as field, value, ...; {} if there is none (any more); {'wait'} for a webhook while the same task has an earlier
+--   one that is pending, since they are sent in order.
+-- Cost: O(deliveries of the task).
 local key = K.delivery .. delivery_id
 local kind, begun = unpack(redis.call('HMGET', key, 'kind', 'begun'))
 if kind == 'webhook' and not begun then

@@ -1,17 +1,24 @@
 #!lua flags=allow-oom
--- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and is charged
--- the task's estimate; every eighth claim takes the oldest task of the lane, unless its project is more than a task ahead of its share.
--- A task that this worker cannot run moves to a lane for its type and model alone, where workers that can run it find it, and holds up no task behind it. An
--- entry without a record is dropped; a task whose definition is gone fails.
+-- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and
+-- is charged the task's estimate; every eighth claim takes the oldest task of the lane, unless its project is more than a task ahead of its
+-- share. A task that this worker cannot run moves to the lane of its task type and model, where workers that can run it find it, and blocks no
+-- task behind it. An entry without a record is dropped; a task whose parameters are gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
---   nonce: random, of this call; the same nonce again gives the same tasks. weights: JSON of project -> weight, 1 where it names none. rows: JSON of batch key ->
---   most rows. slots: JSON of a list of {kinds, models, free}: the kind `deliveries` has no tasks, its idle workers are woken for the outbox.
---   host: whose worker it is; tasks whose finished files lie there come first, of whatever kind and in no slot (-1).
---   able: JSON of {types, models}, the names of what this worker can run; '' for everything.
--- Returns a list of {task_id, run, slot, job, hash}: the run's token, the slot from 0, arq's definition (msgpack), the task's hash as field, value, ...
--- Appends `started`. A worker with a free slot left over is put on its kinds' idle sets: the next submit wakes it. Cost: O(log n) a task; where the next one's model
--- is not in the slot's memory, or it can be batched, 32 reads more; at most 100 tasks a call are moved aside or dropped.
-local share, most = cjson.decode(weights), cjson.decode(rows)
+--   worker_id: of the worker
+--   nonce: random, of this call; a repeated call with it gets the same tasks
+--   lease_ms: from now
+--   weights: JSON of project -> weight; 1 for others
+--   rows: JSON of batch key -> the most tasks of a batch
+--   slots: JSON of [{kinds, models, free}]; the kind `deliveries` has no tasks: its idle workers are woken for the outbox
+--   host: of the worker; tasks whose finished files lie there come first, of whatever kind, in slot -1
+--   able: JSON of {types, models}, what the worker can run; '' for everything
+-- Returns [{task_id, run token, slot from 0, arq's definition (msgpack), the task's hash as field, value, ...}].
+-- Appends `started`. A worker with a free slot left is added to the idle sets of its kinds: the next submit wakes it. The answer is stored for
+--   60 s.
+-- Cost: O(log n) a task; 32 reads more if the next task's model is not loaded in the slot, or it can be batched; at most 100 tasks a call are
+--   moved or dropped.
+-- include: time counters record run_fields dropped index events lanes fair_share queue deadlines fence runs failure
+local weight_of, rows_of = cjson.decode(weights), cjson.decode(rows)
 local AFFINITY_MS, LOOK = 30000, 31
 local moves_left = 100
 
@@ -30,11 +37,11 @@ end
 -- Removes an entry of a lane that belongs to no waiting task.
 local function drop(kind, of, project, task_id)
   local waited = redis.call('ZREM', K.waiting .. of, task_id) + redis.call('ZREM', K.waiting .. of .. ':' .. project, task_id)
-  if waited > 0 then dropped('waiting', task_id) end
-  settle(kind, of, project)
+  if waited > 0 then note_dropped('waiting', task_id) end
+  leave_share(kind, of, project)
 end
 
--- The waiting task of this id in this lane; nil where there is none, and then its entry is removed.
+-- Returns the waiting task of this id in this lane; nil if there is none, and then its entry is removed.
 local function waiting_task(kind, of, project, task_id)
   local t = load(task_id)
   if t and t.status == 'queued' and lane(t) == of and t.project_id == project then return t end
@@ -42,7 +49,7 @@ local function waiting_task(kind, of, project, task_id)
   drop(kind, of, project, task_id)
 end
 
--- Whether this worker can run it; if not, it moves to the lane of its type and model.
+-- Returns whether this worker can run the task; if not, it moves to the lane of its type and model.
 local function runnable_or_moved(t)
   if can_run(t.task_type, t.model) then return true end
   moves_left = moves_left - 1
@@ -52,12 +59,12 @@ local function runnable_or_moved(t)
   return false
 end
 
--- Of a project's next tasks the first whose model is in the slot's memory, unless the first of all has been passed over for half a minute.
-local function favoured(first, resident)
-  if not next(resident) or resident[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
+-- Returns the first of a project's next tasks whose model is loaded in the slot, unless the very first has been passed over for half a minute.
+local function by_affinity(first, is_loaded)
+  if not next(is_loaded) or is_loaded[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(first), 1, LOOK)) do
     local model = redis.pcall('HGET', K.task .. task_id, 'model')
-    if model and resident[model] then
+    if model and is_loaded[model] then
       local t = load(task_id)
       if t and t.status == 'queued' and can_run(t.task_type, t.model) then
         if not first.passed_ms then set(first, {passed_ms = now}) end
@@ -69,8 +76,8 @@ local function favoured(first, resident)
   return first
 end
 
--- Puts the oldest task of a lane, whose project has lost its share of the lane, into its queue again.
-local function readmit(kind, of)
+-- Queues the oldest task of a lane again: its project has lost its virtual time there.
+local function enqueue_oldest(kind, of)
   local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
   local t = load(oldest)
   moves_left = moves_left - 1
@@ -80,12 +87,12 @@ local function readmit(kind, of)
     enqueue(t)
   else
     redis.call('ZREM', K.waiting .. of, oldest)
-    dropped('waiting', oldest)
+    note_dropped('waiting', oldest)
   end
 end
 
--- The next task of the lane that this worker can run, and the least virtual time; nil where there is none.
-local function pick(kind, of, resident)
+-- Returns the next task of the lane that this worker can run, and the least virtual time; nil if there is none.
+local function pick(kind, of, is_loaded)
   local turn = redis.call('INCR', K.claims .. of)
   while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
     local project, least = unpack(redis.call('ZRANGE', K.flows .. of, 0, 0, 'WITHSCORES'))
@@ -93,15 +100,15 @@ local function pick(kind, of, resident)
     if project and turn % 8 == 0 then
       local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
       local found = load(oldest)
-      local time = found and redis.call('ZSCORE', K.flows .. of, found.project_id)
-      if not time then
+      local virtual = found and redis.call('ZSCORE', K.flows .. of, found.project_id)
+      if not virtual then
         project = nil
-      elseif time - least <= found.estimate_ms / (share[found.project_id] or 1) then -- else its project has had more than its share
+      elseif virtual - least <= found.estimate_ms / (weight_of[found.project_id] or 1) then -- else its project is ahead of its share
         t = waiting_task(kind, of, found.project_id, oldest)
       end
     end
     if not project then
-      readmit(kind, of)
+      enqueue_oldest(kind, of)
     else
       if not t then
         local first = redis.call('ZRANGE', K.waiting .. of .. ':' .. project, 0, 0)[1]
@@ -109,16 +116,16 @@ local function pick(kind, of, resident)
           t = waiting_task(kind, of, project, first)
         else
           moves_left = moves_left - 1
-          settle(kind, of, project)
+          leave_share(kind, of, project)
         end
-        if t and can_run(t.task_type, t.model) then t = favoured(t, resident) end
+        if t and can_run(t.task_type, t.model) then t = by_affinity(t, is_loaded) end
       end
       if t and runnable_or_moved(t) then return t, tonumber(least) end
     end
   end
 end
 
--- Of the lanes of these kinds the one whose oldest task waits the longest, and its kind; nil where none has any that this worker can run.
+-- Returns the lane of these kinds whose oldest task waits the longest, and its kind; nil if none has a task that this worker can run.
 local function pick_lane(kinds, passed)
   local found, found_kind, since
   for _, kind in ipairs(kinds) do
@@ -135,22 +142,22 @@ local function pick_lane(kinds, passed)
   return found, found_kind
 end
 
--- The next task for a slot, its lane, and the least virtual time there; nil where there is none.
+-- Returns the next task for a slot, its lane, and the least virtual time there; nil if there is none.
 local function next_task(slot)
-  local resident, passed = {}, {}
-  for _, model in ipairs(slot.models) do resident[model] = true end
+  local is_loaded, passed = {}, {}
+  for _, model in ipairs(slot.models) do is_loaded[model] = true end
   while true do
     local of, kind = pick_lane(slot.kinds, passed)
     if not of then return nil end
-    local t, least = pick(kind, of, resident)
+    local t, least = pick(kind, of, is_loaded)
     if t then return t, of, least end
     passed[of] = true
   end
 end
 
--- The task, and those of its project's next that can be made with it at once.
+-- Returns the task, and those of its project's next tasks that can be rendered in one batch with it.
 local function batch(t)
-  local found, cap = {t}, math.min(tonumber(t.batch_rows or 1), most[t.batch or ''] or math.huge)
+  local found, cap = {t}, math.min(tonumber(t.batch_rows or 1), rows_of[t.batch or ''] or math.huge)
   if cap < 2 then return found end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(t), 0, LOOK)) do
     if #found >= cap then break end
@@ -162,7 +169,7 @@ local function batch(t)
   return found
 end
 
-local function given(t, job, slot)
+local function answer_of(t, job, slot)
   local flat = {}
   for name, value in pairs(t) do
     flat[#flat + 1] = name
@@ -177,14 +184,14 @@ if last[1] == nonce then
   for i = 2, #last do
     local task_id, run, slot = string.match(last[i], '^(%S+) (%S+) (%S+)$')
     local t, job = load(task_id), redis.call('GET', K.job .. task_id)
-    if job and present(t, run) then answer[#answer + 1] = given(t, job, tonumber(slot)) end
+    if job and is_current(t, run) then answer[#answer + 1] = answer_of(t, job, tonumber(slot)) end
   end
   return answer
 end
 
 local claimed = {nonce}
 
-local function begin(t, slot, rows)
+local function begin(t, slot, batch_size)
   local job = redis.call('GET', K.job .. t.task_id)
   if not job then
     fail(t, 'the parameters of this task are no longer in Redis: submit it again', 'internal', false)
@@ -192,27 +199,26 @@ local function begin(t, slot, rows)
   end
   local run = nonce .. '-' .. #claimed
   dequeue(t)
-  set(t, {weight = share[t.project_id] or 1, rows = rows})
+  set(t, {weight = weight_of[t.project_id] or 1, rows = batch_size})
   charge(t, t.estimate_ms)
   if redis.call('LPUSH', K.pace .. t.kind, now) > 120 then redis.call('LTRIM', K.pace .. t.kind, 0, 99) end
+  forget_runs(t)
   set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
-  unset(t, 'logged', 'remaining_ms', 'reaped', 'refunded', 'orphaned', 'passed_ms', 'gpu_share', 'gpu_at_ms', 'made_on', 'made_at_ms', 'made_ms')
   move(t, 'processing')
-  redis.call('ZADD', K.running .. t.kind, now + lease_ms, t.task_id)
-  redis.call('SADD', K.held .. worker_id, t.task_id)
+  lease(t, lease_ms)
   watch_deadline(t)
-  if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- a first one has no log yet
+  if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- the first run has no log yet
   log(t, 'started')
   claimed[#claimed + 1] = t.task_id .. ' ' .. run .. ' ' .. slot
-  answer[#answer + 1] = given(t, job, slot)
+  answer[#answer + 1] = answer_of(t, job, slot)
 end
 
--- Whose finished files lie on this host.
+-- Begins tasks whose finished files lie on this host.
 local function begin_offered()
   for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.offered .. host, '-inf', now, 'LIMIT', 0, 20)) do
     local t = load(task_id)
     redis.call('ZREM', K.offered .. host, task_id)
-    -- else it was cancelled, or begun elsewhere meanwhile, or this worker cannot run it
+    -- else it was cancelled or claimed meanwhile, or this worker cannot run it
     if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then
       guarded('offered', K.offered .. host, task_id, function() begin(t, -1, 1) end)
     end
@@ -230,7 +236,7 @@ for number, slot in ipairs(cjson.decode(slots)) do
     for _, each in ipairs(slot.kinds) do redis.call('SADD', K.idle .. each, worker_id) end
   end
 end
-if moves_left <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there is more to move aside
+if moves_left <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there are more to move
 redis.call('DEL', K.claimed .. worker_id)
 redis.call('RPUSH', K.claimed .. worker_id, unpack(claimed))
 redis.call('EXPIRE', K.claimed .. worker_id, 60)

@@ -1,42 +1,49 @@
 #!lua flags=allow-oom
--- Notes what came of a try at a delivery: pending -> pending, delivered or failed. Where it has ended, what waited for it is due. The id that the CMS gave goes
--- into the task's result.
+-- Stores the outcome of a try of a delivery: pending -> pending, delivered or failed. Once the delivery has ended, what waited for it is due.
+-- The id that the CMS gave is stored beside the task's result, which is merged with it when it is read.
 -- args: delivery_id state tries status problem media_id
---   status: of the answer, '' for none; media_id: JSON, '' for none
--- Returns the id (JSON) that the task's result has, '' for none: another one where another try was faster.
--- Appends `updated` where the id is new: to the task's log unless it has expired, whose end then stays the terminal event, and to its project's. A webhook that
--- was begun without the id is followed by one of type `updated`. Cost: O(log n).
+--   delivery_id: TASK-NUMBER
+--   state: of the delivery now
+--   tries: how many there were
+--   status: HTTP status of the answer; '' for none
+--   problem: a sentence; '' for none
+--   media_id: JSON of the CMS's id; '' for none
+-- Returns the id (JSON) that the task's result has, '' for none: another one if another try was faster.
+-- Appends `updated` if the id is new: to the project's log, and to the task's log unless that has expired: its end stays the terminal event. A
+--   webhook that was begun without the id is followed by one of type `updated`.
+-- Cost: O(log n), O(deliveries of the task).
+-- include: record events delivery_jobs outbox
 local key = K.delivery .. delivery_id
 local task_id, before, kind, webhook = unpack(redis.call('HMGET', key, 'task_id', 'state', 'kind', 'webhook'))
 local t = task_id and load(task_id)
 if not t then return '' end -- swept
-local known = t.media_id or 'null'
-if before ~= 'pending' then return t.media_id or '' end
+local known = t.payload_media_id or t.media_id or '' -- the latter in a record of an older version, which has the id in its result too
+if before ~= 'pending' then return known end
 
 redis.call('HSET', key, 'state', state, 'tries', tries, 'last_problem', problem)
 if status ~= '' then redis.call('HSET', key, 'last_status', status) end
-local tail = '"payload_media_id":' .. known .. '}'
-local new = media_id ~= '' and media_id ~= known and t.status == 'completed' and string.sub(t.result or '', -#tail) == tail
+local new = media_id ~= '' and media_id ~= known and t.status == 'completed' and t.result
 if new then
-  set(t, {result = string.sub(t.result, 1, -#tail - 1) .. '"payload_media_id":' .. media_id .. '}', media_id = media_id})
-  local extra = {'"result":' .. t.result}
+  known = media_id
+  set(t, {payload_media_id = media_id})
+  local extra = {'"result":' .. t.result, '"payload_media_id":' .. media_id}
   if redis.call('EXISTS', K.log .. task_id) == 1 then
     log(t, 'updated', extra) -- it keeps its time to live
   else
     log_in_project(t, 'updated', event(t, 'updated', extra))
   end
 end
-if state == 'pending' then return t.media_id or '' end
+if state == 'pending' then return known end
 
 if kind == 'webhook' then
   local number = string.match(delivery_id, '(%d+)$')
   for n = number + 1, tonumber(t.deliveries or 0) do
-    if redis.call('HGET', K.delivery .. task_id .. '-' .. n, 'kind') == 'webhook' then hasten(task_id .. '-' .. n) end
+    if redis.call('HGET', K.delivery .. task_id .. '-' .. n, 'kind') == 'webhook' then make_due(task_id .. '-' .. n) end
   end
 elseif webhook and redis.call('HEXISTS', K.delivery .. webhook, 'begun') == 1 then
   if new then deliver(t, 'updated') end
 elseif webhook and redis.call('EXISTS', K.delivery .. webhook) == 1 then
-  if t.result then redis.call('HSET', K.delivery .. webhook, 'result', t.result) end
-  hasten(webhook)
+  if known ~= '' then redis.call('HSET', K.delivery .. webhook, 'payload_media_id', known) end
+  make_due(webhook)
 end
-return t.media_id or ''
+return known

@@ -1,7 +1,9 @@
 #!lua flags=allow-oom
--- Takes a worker that ends out of the heartbeats and the idle sets. What it still holds is left to its leases.
+-- Removes a worker that stops from the list of workers and the idle sets. Its runs are left to their leases.
 -- args: worker_id
--- Returns 'ok'. Cost: O(kinds).
+--   worker_id: of the worker
+-- Returns 'ok'.
+-- Cost: O(kinds).
 redis.call('HDEL', K.workers, worker_id)
 redis.call('HDEL', K.able, worker_id)
 redis.call('ZREM', K.beats, worker_id)

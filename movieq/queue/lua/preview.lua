@@ -1,12 +1,16 @@
 #!lua flags=allow-oom
--- Shows what a run is making.
+-- Publishes a preview of a run in progress to the watchers of its task.
 -- args: task_id run image
---   image: a data url
--- Returns 'ok', or 'lost' where the run is not the present one.
--- Publishes `preview` to those who watch the task, not to those of the project, and appends nothing. Cost: O(1).
+--   task_id: of the task
+--   run: the run token
+--   image: a data URL
+-- Returns 'ok'; 'lost' if the run does not hold the task.
+-- Publishes `preview` to the task's subscribers, not to the project's; appends nothing.
+-- Cost: O(1).
+-- include: time record messages fence
 local t = load(task_id)
-if not present(t, run) then return 'lost' end
+if not is_current(t, run) then return 'lost' end
 publish(task_id, '>' .. now, 'preview',
-  '{"task_id":' .. json(task_id) .. ',"project_id":' .. json(t.project_id) .. ',"type":"preview","time":"' .. rfc3339(now) .. '","attempt":' .. t.attempt
-  .. ',"image":"' .. image .. '"}')
+  '{"task_id":' .. json(task_id) .. ',"project_id":' .. json(t.project_id) .. ',"type":"preview","time":"' .. rfc3339(now)
+  .. '","attempt":' .. t.attempt .. ',"image":"' .. image .. '"}')
 return 'ok'

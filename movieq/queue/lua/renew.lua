@@ -1,11 +1,17 @@
 #!lua flags=allow-oom
--- A worker's heartbeat: renews the leases of its runs, takes back what was reaped but not begun anew, and says what it no longer has.
+-- Stores a worker's heartbeat and renews the leases of its runs; a run whose lease expired resumes if its task still waits.
 -- args: worker_id lease_ms heartbeat has_gpu able ...
---   heartbeat: JSON of its rows in the workers' status, passed through; has_gpu: '1' or '0'; able: JSON of {types, models} that it can run, '' for all;
---   rest: pairs of task_id and run
--- Returns {{lost task_id run, ...}, {unmentioned task_id run, ...}}: runs that were cancelled or given to others; tasks that Redis thinks it runs and it
---   did not name (the answer of their claim was lost).
--- Appends `started` to what it takes back. Cost: O(log n) a run.
+--   worker_id: of the worker
+--   lease_ms: from now
+--   heartbeat: JSON of the worker's rows in GET /workers, stored unchanged
+--   has_gpu: '1' or '0'
+--   able: JSON of {types, models}, what the worker can run; '' for everything
+--   ...: pairs of task_id and run token
+-- Returns {{task_id, run, ...}, {task_id, run, ...}}: runs that are lost, since the task was cancelled or given to another run; then tasks that
+--   this worker holds and did not name, since the answer of its claim was lost.
+-- Appends `started` for a run that resumes. A GPU is remembered for 30 days.
+-- Cost: O(log n) a run.
+-- include: time record resume
 redis.call('HSET', K.workers, worker_id, heartbeat)
 redis.call('ZADD', K.beats, now, worker_id)
 if able ~= '' then redis.call('HSET', K.able, worker_id, able) end

@@ -1,13 +1,17 @@
 #!lua flags=allow-oom
--- Compares a task with the lists that name it, and mends what is inconsistent.
+-- Compares a task with the lists that name it, and mends inconsistencies.
 -- args: task_id apply ...
---   apply: '1' to mend, '' only to look; rest: keys of sorted sets that were seen to name the task
--- Returns what is inconsistent, as clauses about the task; {} where nothing is. Appends nothing; a pending delivery that is in no queue becomes due at once.
+--   task_id: of the task, or of entries without a record
+--   apply: '1' to mend, '' only to look
+--   ...: keys of sorted sets that were seen to name the task
+-- Returns the inconsistencies, as clauses about the task; {} if there are none.
+-- Appends nothing; a pending delivery that is in no queue becomes due at once.
 -- Cost: O(log n), O(deliveries of the task).
+-- include: time record index lanes queue deadlines delivery_jobs
 local found = {}
 local mending = apply == '1'
 
--- Notes what is inconsistent, and mends it with the command that follows, where that is asked for.
+-- Notes an inconsistency, and mends it with the command that follows if asked to.
 local function note(text, ...)
   found[#found + 1] = text
   if mending and select('#', ...) > 0 then redis.call(...) end
@@ -35,10 +39,11 @@ local function check_queue(t)
   local waits, placed = listed(K.waiting .. lane(t)), listed(queue(t))
   local later = listed(K.delayed)
   if t.status == 'queued' then
-    local share = redis.call('ZSCORE', K.flows .. lane(t), t.project_id)
+    local virtual = redis.call('ZSCORE', K.flows .. lane(t), t.project_id)
     local named = not t.lane or redis.call('SISMEMBER', K.lanes .. t.kind, t.lane) == 1
-    if waits and placed and share and named or later and not waits and not placed then return end
-    note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project has no share' or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
+    if waits and placed and virtual and named or later and not waits and not placed then return end
+    note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project has no share'
+      or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
     if mending then
       dequeue(t)
       enqueue(t)
@@ -52,7 +57,7 @@ end
 local function check_run(t)
   local runs = listed(K.running .. t.kind)
   if t.status == 'processing' and not runs then
-    note('is processing without a lease', 'ZADD', K.running .. t.kind, now, task_id) -- already expired: `tidy` gives the task back
+    note('is processing without a lease', 'ZADD', K.running .. t.kind, now, task_id) -- already expired: `tidy` requeues the task
   elseif t.status ~= 'processing' and runs then
     note('has a lease although it is ' .. t.status, 'ZREM', K.running .. t.kind, task_id)
   end
@@ -78,7 +83,7 @@ local function check_deliveries(t)
     job = job or id
     if state == 'pending' and not (redis.call('ZSCORE', K.deliveries, job) and redis.call('EXISTS', K.job .. job) == 1) then
       note('has pending delivery ' .. n .. ' in no queue')
-      if mending then post(job, id, 0) end
+      if mending then schedule(job, id, 0) end
     end
   end
 end
@@ -92,7 +97,7 @@ if not t then
 end
 for name in pairs(changed[t] or {}) do note('has a missing or damaged field ' .. name) end
 if t.status ~= 'queued' and t.status ~= 'processing' and t.status ~= 'completed' and t.status ~= 'failed' and t.status ~= 'cancelled' then
-  changed[t] = nil
+  discard(t)
   return {'is ' .. t.status .. ', a state that this version does not know: left as it is'}
 end
 check_index(t)
@@ -100,5 +105,5 @@ check_queue(t)
 check_run(t)
 check_end(t)
 check_deliveries(t)
-if not mending then changed[t] = nil end
+if not mending then discard(t) end
 return found

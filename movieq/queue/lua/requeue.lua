@@ -1,12 +1,20 @@
 #!lua flags=allow-oom
--- Gives a task back: processing -> queued, or failed where its budget is used up.
+-- Requeues the task of a run that ends without a result: processing -> queued, or failed once its budget is used up.
 -- args: task_id run counts limit delay_ms error error_code exit_code stage
---   counts: 'tries' (a fault that may pass), 'deaths' (the child died with it) or 'drain' (nobody's fault, no limit); limit: how many of that kind fail it
---   exit_code, stage: of a child that died, '' for none
--- Returns 'queued' or 'failed', the same when said again by the same run; 'lost' where the run is not the present one.
--- Appends `retrying`, or `failed`. The task waits delay_ms before it is due. Cost: O(log n).
+--   task_id: of the task
+--   run: the run token
+--   counts: the budget: 'tries' (a recoverable error), 'deaths' (the engine process died) or 'drain' (the worker stops; no limit)
+--   limit: how many of these fail the task
+--   delay_ms: until the task is due again
+--   error: a sentence for the client
+--   error_code: of the contract
+--   exit_code, stage: of an engine process that died; '' for none
+-- Returns 'queued' or 'failed', the same for a repeated call of the same run; 'lost' if the run does not hold the task.
+-- Appends `retrying`, or `failed` and fills the outbox.
+-- Cost: O(log n).
+-- include: record resume failure requeue
 local t = load(task_id)
--- also where another run has begun meanwhile; not for one whose lease was over: it ends only now
+-- also if another run has begun meanwhile; not for a run whose lease expired: it ends only now
 if t and t.ended_run == run and t.ended_as and t.reaped ~= run then return t.ended_as end
 if not holds(t, run, 0) then return 'lost' end
 if counts ~= 'drain' then
@@ -15,9 +23,9 @@ if counts ~= 'drain' then
   if stage ~= '' then set(t, {dead_stage = stage}) end
   if tonumber(t[counts]) >= tonumber(limit) then
     set(t, {ended_run = run})
-    if counts == 'deaths' then bury(t, error) else fail(t, error, error_code, true) end
+    if counts == 'deaths' then fail_as_dead_letter(t, error) else fail(t, error, error_code, true) end
     return 'failed'
   end
 end
-put_back(t, tonumber(delay_ms), error, error_code)
+requeue(t, tonumber(delay_ms), error, error_code)
 return 'queued'

@@ -1,15 +1,20 @@
 #!lua
--- Sends a delivery again: delivered or failed -> pending, with a new budget of tries; one that is pending is due now.
+-- Sends a delivery again: delivered or failed -> pending, with a new budget of tries; a pending one is due now.
 -- args: task_id delivery_id
--- Returns 'ok'; 'unknown' where the task has no such delivery.
--- The job has a name of its own, so that the end of the one before does not take it away. Cost: O(log n).
+--   task_id: of the task
+--   delivery_id: TASK-NUMBER
+-- Returns 'ok'; 'unknown' if the task has no such delivery.
+-- Appends nothing. The delivery expires in 30 days.
+-- Cost: O(log n).
+-- include: delivery_jobs
 local key = K.delivery .. delivery_id
 local owner, state, resent = unpack(redis.call('HMGET', key, 'task_id', 'state', 'resent'))
 if owner ~= task_id then return 'unknown' end
-if state == 'pending' and hasten(delivery_id) then return 'ok' end
-resent = (resent or 0) + 1
-redis.call('HSET', key, 'state', 'pending', 'tries', 0, 'resent', resent, 'job', delivery_id .. '.' .. resent)
+if state == 'pending' and make_due(delivery_id) then return 'ok' end
+resent = (tonumber(resent or 0) or 0) + 1
+local job = delivery_id .. '.' .. resent -- a name of its own, so that the end of the job before does not remove it
+redis.call('HSET', key, 'state', 'pending', 'tries', 0, 'resent', resent, 'job', job)
 redis.call('HDEL', key, 'media_id') -- the CMS is asked again
 redis.call('EXPIRE', key, 30 * 86400)
-post(delivery_id .. '.' .. resent, delivery_id, 0)
+schedule(job, delivery_id, 0)
 return 'ok'

@@ -1,21 +1,40 @@
 #!lua
--- Accepts a task: none -> queued, and on to completed at once where the same was made before. A full memory refuses it, as it does a retry.
+-- Accepts a task: none -> queued, and on to completed at once if the stored result of an identical task is reused. A full memory refuses it.
 -- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
---   kwargs: msgpack map, the keyword arguments of the arq job; metadata, warnings: JSON; callback_url, batch, start_by_ms, finish_by_ms: '' for none
---   idempotency: hash of caller, project and key, '' for none; body_hash: of the body's bytes; max_queued: of the project, max_queued_all: of every project; 0 for no limit
---   fingerprint: of what it makes; made: the completed task of that fingerprint; made_result: its result (JSON); made_prefix: where its files are;
---   made_ms: how old these may be, since older ones are swept; made_cms: address of the CMS's collection that is to have it; '' for none
--- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' to the same task_id, 'replayed' to the same
---   idempotency key and body; {'mismatch'} to that key with another body; {'full' or 'full_all', waiting, ms until a place is free} at a limit.
--- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's begins with `started`; with a result that was made before also
---   `started` and `completed`, and fills the outbox; the files are then swept by the age of this task. Keeps the idempotency key for 24 h.
+--   task_id, project_id, task_type, kind, engine, model, shape: of the task
+--   priority: 1 to 3
+--   bias_ms: how much older the priority makes the task in its project's queue
+--   kwargs: msgpack map, the keyword arguments of the arq job
+--   metadata: JSON, stored unchanged
+--   callback_url: '' for none
+--   estimate_ms: used until the durations of five tasks of this shape are known
+--   max_ms: the longest run
+--   batch: key of tasks that can be rendered in one batch, batch_rows at most; '' for none
+--   batch_rows: see batch
+--   start_by_ms, finish_by_ms: deadlines, ms since 1970; '' for none
+--   warnings: JSON, stored unchanged
+--   idempotency: hash of caller, project and key; '' for none
+--   body_hash: of the bytes of the body
+--   max_queued, max_queued_all: limits of queued tasks of the project, and of all projects; 0 for none
+--   fingerprint: hash of what determines the result; '' for none
+--   made: completed task whose stored result is reused; '' for none
+--   made_result: JSON of that StoredResult
+--   made_prefix: storage prefix of its files
+--   made_ms: how old these may be, since older ones are swept; '' for any age
+--   made_cms: address of the CMS collection that gets the reused result; '' for none
+-- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' for the same task_id,
+--   'replayed' for the same idempotency key and body; {'mismatch'} for that key with another body; {'full' or 'full_all', queued tasks, ms
+--   until a place is free} at a limit.
+-- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's log begins with `started`. A reused result also appends
+--   `started` and `completed` and fills the outbox; its files are then swept by the age of this task. The idempotency key expires in 24 h.
 -- Cost: O(log n).
+-- include: time record index lanes queue deadlines events conclude
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
 end
 
--- Milliseconds from one claim of the kind to the next, by the last hundred; half a minute where that is not known.
-local function pace(of)
+-- Returns the milliseconds between two claims of the kind, by the last hundred; half a minute if there are too few.
+local function claim_interval(of)
   local claims = redis.call('LRANGE', K.pace .. of, 0, 99)
   return #claims < 2 and 30000 or math.ceil((now - claims[#claims]) / #claims)
 end
@@ -31,7 +50,7 @@ if idempotency ~= '' then
     if t then return receipt('replayed', t) end
   end
 end
--- Whether its result is there already: a task that was swept meanwhile, or files that are about to be, give none.
+-- Whether a stored result is reused: not that of a task that was swept meanwhile, nor files that are about to be swept.
 local earlier = made ~= '' and load(made)
 local stored = earlier and earlier.status == 'completed' and earlier.project_id == project_id and redis.call('ZSCORE', K.media, made_prefix)
 local hit = stored and (made_ms == '' or now - stored < tonumber(made_ms))
@@ -39,14 +58,14 @@ local hit = stored and (made_ms == '' or now - stored < tonumber(made_ms))
 local t = {task_id = task_id, project_id = project_id, task_type = task_type, kind = kind}
 if not hit and tonumber(max_queued) > 0 then
   local waiting = redis.call('ZCARD', index(t, 'queued', ''))
-  if waiting >= tonumber(max_queued) then return {'full', waiting, pace(kind)} end
+  if waiting >= tonumber(max_queued) then return {'full', waiting, claim_interval(kind)} end
 end
 if not hit and tonumber(max_queued_all) > 0 then
   local waiting = tonumber(redis.call('HGET', K.totals, 'queued') or 0)
-  if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, pace(kind)} end
+  if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, claim_interval(kind)} end
 end
 
--- The median of what tasks of this shape took lately, once there are five.
+-- The median of the latest durations of this shape, once there are five.
 local past = redis.call('LRANGE', K.durations .. shape, 0, 20)
 if #past >= 5 then
   for i, ms in ipairs(past) do past[i] = tonumber(ms) or 0 end
@@ -55,9 +74,9 @@ if #past >= 5 then
 end
 
 local fields = {
-  task_id = task_id, project_id = project_id, task_type = task_type, kind = kind, engine = engine, model = model, shape = shape, priority = priority,
-  bias_ms = bias_ms, created_at_ms = now, created_us = clock[2] % 1000, estimate_ms = estimate_ms, max_ms = max_ms, warnings = warnings, attempt = 0, tries = 0, deaths = 0,
-  silences = 0, progress = 0, current_step = 'waiting_in_queue',
+  task_id = task_id, project_id = project_id, task_type = task_type, kind = kind, engine = engine, model = model, shape = shape,
+  priority = priority, bias_ms = bias_ms, created_at_ms = now, created_us = micros % 1000, estimate_ms = estimate_ms, max_ms = max_ms,
+  warnings = warnings, attempt = 0, tries = 0, deaths = 0, silences = 0, progress = 0, current_step = 'waiting_in_queue',
 }
 if metadata ~= '{}' then fields.metadata = metadata end
 if batch ~= '' then
@@ -81,7 +100,7 @@ if hit then
 else
   enqueue(t)
   watch_deadline(t)
-  -- Exact while one project waits; beside others, each takes about a turn for each of ours.
+  -- Exact while one project waits; otherwise each other project has about one turn for each of ours.
   local ahead = redis.call('ZRANK', queue(t), task_id)
   local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
   set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.flows .. kind) - 1))})

@@ -1,18 +1,26 @@
 #!lua flags=allow-oom
--- Forgets tasks that ended long ago: their hash, definition, log, and every list that names them.
+-- Deletes tasks that ended long ago: hash, definition, log, deliveries, and their entry in every list.
 -- args: age_ms batch
--- Returns {how many it took off the list of ended tasks, {task_id of each with a damaged record, ...}}; where the first is `batch`, there may be more.
--- A damaged record stops nothing: lists that it cannot name keep its entry, and it is deleted. A task on the list that has not ended is kept.
--- Files are swept by their own age. Cost: O(batch log n).
-local function forget(task_id)
+--   age_ms: since the end of the task
+--   batch: the most in one call
+-- Returns {how many it took off the list of ended tasks, {task_id of each with a damaged record, ...}}; if the first is `batch`, there may be
+--   more.
+-- A damaged record stops nothing: it is deleted, and lists that it cannot name keep its entry. A listed task that has not ended is kept.
+-- Files are swept by their own age. Appends nothing.
+-- Cost: O(batch log n).
+-- include: time counters record index lanes
+local function sweep(task_id)
   local t = load(task_id)
   if not t then return end
+  discard(t)
   for _, status in ipairs({'', t.status}) do
     redis.call('ZREM', index(t, status, ''), task_id)
     redis.call('ZREM', index(t, status, t.task_type), task_id)
   end
   count(K.totals, t.status, -1)
-  if redis.call('EXISTS', index(t, '', '')) == 0 then
+  local lists = {} -- of the project: if one was lost, the others show that it has tasks
+  for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
+  if redis.call('EXISTS', unpack(lists)) == 0 then
     redis.call('ZREM', K.projects, t.project_id)
     redis.call('HDEL', K.spent .. t.kind, t.project_id)
     redis.call('HDEL', K.spent .. lane(t), t.project_id)
@@ -21,14 +29,13 @@ local function forget(task_id)
   end
   if t.fingerprint and redis.call('GET', K.made .. t.fingerprint) == task_id then redis.call('DEL', K.made .. t.fingerprint) end
   for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
-  changed[t] = nil -- so that `save` does not write it again
 end
 
 local old, damaged = redis.call('ZRANGEBYSCORE', K.ended, '-inf', now - age_ms, 'LIMIT', 0, batch), {}
 for _, task_id in ipairs(old) do
   local status = redis.pcall('HGET', K.task .. task_id, 'status')
   if status ~= 'queued' and status ~= 'processing' then
-    if not pcall(forget, task_id) then damaged[#damaged + 1] = task_id end
+    if not pcall(sweep, task_id) then damaged[#damaged + 1] = task_id end
     redis.call('ZREM', K.dead, task_id)
     redis.call('UNLINK', K.task .. task_id, K.job .. task_id, K.log .. task_id)
   end

@@ -1,8 +1,11 @@
 #!lua flags=allow-oom
--- Gives a worker the turn to delete what is over, unless another has it. The turn expires, so that a worker that dies with it holds up nobody.
+-- Gives one worker the turn to delete what retention does not cover, unless another has it.
 -- args: worker_id turn_ms
---   turn_ms: for how long, from now even where it has the turn already; 0 gives it back
--- Returns 1 where the worker has the turn now, else 0. Cost: O(1).
+--   worker_id: of the worker
+--   turn_ms: how long the turn lasts, from now also for a worker that has it; '0' ends it
+-- Returns 1 if the worker has the turn now, else 0.
+-- The turn expires, so that a worker that dies with it blocks nobody.
+-- Cost: O(1).
 local has = redis.call('GET', K.sweeper)
 if has and has ~= worker_id then return 0 end
 if turn_ms == '0' then

@@ -1,32 +1,39 @@
 #!lua flags=allow-oom
--- Does what no claim or run would: returns dead leases, brings over what is due, ends what is past its time, forgets dead workers.
+-- Does what no claim and no run does: requeues tasks whose lease expired, queues delayed tasks that are due, fails tasks past their deadline,
+-- and forgets dead workers.
 -- args: batch silences_limit outage_ms quiet_ms forget_ms ...
---   batch: most tasks of each sort in one call; silences_limit: how many silences of workers fail a task; outage_ms: after nobody called for so long, or the
---   clock went back, nothing is reaped for quiet_ms; forget_ms: a worker silent for so long is forgotten;
---   rest: kinds that are looked at even where no list names them
--- Returns {reaped, brought over, past their time, {"LIST TASK", ...}}: the last are entries that scripts have dropped since the last call (see `dropped`).
--- Called by every worker with its renewal and once a second by every API process.
--- Appends `retrying` or `failed`. Cost: O(log n) a task, O(kinds) without any.
-local heard = tonumber(redis.call('GET', K.heard) or '') or now
+--   batch: the most tasks of each sort in one call
+--   silences_limit: how many expired leases fail a task
+--   outage_ms: if nobody called for so long, or the time of Redis went back, no lease expires for quiet_ms
+--   quiet_ms: see outage_ms
+--   forget_ms: a worker without a heartbeat for so long is forgotten
+--   ...: kinds that are looked at even if no list names them
+-- Returns {expired leases, delayed tasks that were due, tasks past their deadline, {"LIST TASK", ...}}: the last are entries that scripts have
+--   dropped since the last call.
+-- Every worker calls it with its renewal, and every API process once a second.
+-- Appends `retrying` or `failed`; the latter fills the outbox.
+-- Cost: O(log n) a task, O(kinds) without any.
+-- include: time record dropped queue runs failure requeue
+local last_call = tonumber(redis.call('GET', K.heard) or '') or now
 redis.call('SET', K.heard, now)
-if now - heard > tonumber(outage_ms) or now < heard then redis.call('SET', K.quiet, now + quiet_ms, 'PX', quiet_ms) end
+if now - last_call > tonumber(outage_ms) or now < last_call then redis.call('SET', K.quiet, now + quiet_ms, 'PX', quiet_ms) end
 
 local due = redis.call('ZRANGEBYSCORE', K.delayed, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(due) do
   guarded('delayed', K.delayed, task_id, function()
     redis.call('ZREM', K.delayed, task_id)
     local t = load(task_id)
-    if t and t.status == 'queued' then enqueue(t) else dropped('delayed', task_id) end
+    if t and t.status == 'queued' then enqueue(t) else note_dropped('delayed', task_id) end
   end)
 end
 
--- Ends a task whose deadline is over.
-local function end_late(task_id)
+-- Fails a task whose deadline has passed.
+local function fail_late(task_id)
   local t = load(task_id)
   local running = t and t.status == 'processing' and t.run
   if not t or not running and t.status ~= 'queued' then
     redis.call('ZREM', K.deadlines, task_id)
-    dropped('deadlines', task_id)
+    note_dropped('deadlines', task_id)
   elseif running then
     set(t, {ended_run = t.run})
     local finish_by = t.finish_by_ms and now >= tonumber(t.finish_by_ms)
@@ -43,24 +50,24 @@ end
 
 local past = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(past) do
-  guarded('deadlines', K.deadlines, task_id, function() end_late(task_id) end)
+  guarded('deadlines', K.deadlines, task_id, function() fail_late(task_id) end)
 end
 
--- Back to waiting, as its worker has not renewed its lease; after too many such silences it is a dead letter.
-local function reap(t)
+-- Requeues a task whose worker has not renewed its lease; after too many such silences it is a dead letter.
+local function expire_lease(t)
   local silences = t.silences + 1
   set(t, {silences = silences})
   if silences >= tonumber(silences_limit) then
     set(t, {ended_run = t.run})
     if t.stage then set(t, {dead_stage = t.stage}) end
-    bury(t, 'its worker fell silent ' .. silences .. ' times')
+    fail_as_dead_letter(t, 'its worker fell silent ' .. silences .. ' times')
   else
     set(t, {reaped = t.run, refunded = worked(t) - t.estimate_ms})
-    put_back(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
+    requeue(t, silences == 1 and 0 or silences == 2 and 10000 or 30000, 'its worker fell silent', 'worker_lost')
   end
 end
 
-local reaped = 0
+local expired = 0
 if not redis.call('GET', K.quiet) then
   local kinds = {}
   for i = 6, #ARGV do kinds[ARGV[i]] = true end
@@ -70,11 +77,11 @@ if not redis.call('GET', K.quiet) then
       guarded('running', K.running .. kind, task_id, function()
         local t = load(task_id)
         if t and t.status == 'processing' and t.kind == kind then
-          reaped = reaped + 1
-          reap(t)
+          expired = expired + 1
+          expire_lease(t)
         else
           redis.call('ZREM', K.running .. kind, task_id)
-          dropped('running', task_id)
+          note_dropped('running', task_id)
         end
       end)
     end
@@ -85,10 +92,10 @@ for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - fo
   redis.call('ZREM', K.beats, worker_id)
   redis.call('HDEL', K.workers, worker_id)
   redis.call('HDEL', K.able, worker_id)
-  redis.call('DEL', K.held .. worker_id) -- what it held was reaped long ago, except tasks whose record was lost
+  redis.call('DEL', K.held .. worker_id) -- its leases expired long ago; what is left are tasks whose record was lost
 end
 
 local noted, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))
 local unlogged = (tonumber(noted or '') or 0) - (tonumber(logged or '') or 0)
 if unlogged > 0 then redis.call('HSET', K.sums, 'entries dropped, logged', noted) end
-return {reaped, #due, #past, unlogged > 0 and redis.call('LRANGE', K.dropped, 0, math.min(unlogged, 100) - 1) or {}}
+return {expired, #due, #past, unlogged > 0 and redis.call('LRANGE', K.dropped, 0, math.min(unlogged, 100) - 1) or {}}

@@ -1,0 +1,24 @@
+-- The lists of a project's tasks by state and task type, and the counters of all tasks by state.
+-- include: counters record
+
+-- Returns when the task was submitted, in milliseconds with their fraction: two tasks of one millisecond keep their order.
+local function created(t)
+  return t.created_at_ms + t.created_us / 1000
+end
+
+local function index(t, status, task_type)
+  return K.index .. t.project_id .. '|' .. status .. '|' .. task_type
+end
+
+-- Gives the task its new state, and moves it to the lists of that state.
+local function move(t, status)
+  if t.status then
+    redis.call('ZREM', index(t, t.status, ''), t.task_id)
+    redis.call('ZREM', index(t, t.status, t.task_type), t.task_id)
+    count(K.totals, t.status, -1)
+  end
+  redis.call('ZADD', index(t, status, ''), created(t), t.task_id)
+  redis.call('ZADD', index(t, status, t.task_type), created(t), t.task_id)
+  count(K.totals, status, 1)
+  set(t, {status = status})
+end

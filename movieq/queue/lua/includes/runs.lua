@@ -1,0 +1,27 @@
+-- Runs: their leases, and what they leave when they end.
+-- include: time record run_fields fair_share gpu
+
+-- Gives the task's worker a lease.
+local function lease(t, lease_ms)
+  redis.call('ZADD', K.running .. t.kind, now + lease_ms, t.task_id)
+  redis.call('SADD', K.held .. t.worker_id, t.task_id)
+end
+
+-- Returns how long the run has worked (ms); the wait of finished files for a storage that is away does not count.
+local function worked(t)
+  return tonumber(t.made_ms or now - t.started_at_ms)
+end
+
+-- Ends the run, whatever comes next: its lease, its charge against the estimate, its GPU time, and its files in storage unless committed.
+local function release(t, committed)
+  bill(t)
+  if t.reaped ~= t.run then forget(t, 'gpu') end -- a run whose lease expired may resume, and has its GPU meanwhile
+  redis.call('ZREM', K.running .. t.kind, t.task_id)
+  redis.call('SREM', K.held .. t.worker_id, t.task_id)
+  charge(t, worked(t) - t.estimate_ms)
+  if t.prefix and not committed then
+    redis.call('ZADD', K.orphans, now + 60000, t.prefix)
+    set(t, {orphaned = t.prefix})
+  end
+  unset(t, 'prefix')
+end
