@@ -576,7 +576,7 @@ class Store:
         """Return the lanes with waiting tasks that none of these workers can run."""
         lanes = list(itertools.chain(*(await self._lanes()).values()))
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(self.keys["able"])
+            pipe.hgetall(self.keys["abilities"])
             for of in lanes:
                 pipe.zcard(self.keys["waiting"].encode() + of)
             stored, *waiting = await pipe.execute()
@@ -601,7 +601,7 @@ class Store:
                 pipe.zcount(self.keys["running"] + kind, "-inf", now_ms)
                 pipe.zcard(self.keys["running"] + kind)
                 pipe.hmget(self.keys["priorities"] + kind, [1, 2, 3])
-                pipe.lrange(self.keys["pace"] + kind, 0, 99)
+                pipe.lrange(self.keys["claim_times"] + kind, 0, 99)
                 for of in lanes[kind]:
                     pipe.zcard(self.keys["waiting"].encode() + of)
                     pipe.zrange(self.keys["waiting"].encode() + of, 0, 0, withscores=True)
@@ -668,7 +668,7 @@ class Store:
         """The rows of every worker's last heartbeat; those of a worker not heard of for 15 s are offline."""
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.keys["workers"])
-            pipe.zrange(self.keys["beats"], 0, -1, withscores=True)
+            pipe.zrange(self.keys["heartbeat_times"], 0, -1, withscores=True)
             pipe.time()
             blobs, beats, (seconds, micros) = await pipe.execute()
         now_ms = seconds * 1000 + micros // 1000

@@ -66,7 +66,7 @@ async def zombie(farm: Farm, store: Store, driver: Driver, callback: str) -> Non
     ):
         task_id = TaskId((await answer.json())["task_id"])
     driver.accepted[task_id] = data
-    while not (holder := list(await store.redis.keys(f"{KEYS['held']}*"))):
+    while not (holder := list(await store.redis.keys(f"{KEYS['worker_tasks']}*"))):
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
     pid = int(holder[0].decode().rsplit("-", 2)[1])
