@@ -25,26 +25,26 @@ KEYS: Final[Mapping[str, str]] = {
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
     "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
-    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model, of tasks that some worker cannot run; each has waiting, flows, ...
-    "flows": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
-    "spent": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
-    "clock": "movieq:clock:",  # + kind: string, virtual time of the last claim
+    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model, of tasks that some worker cannot run
+    "virtual_times": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
+    "idle_virtual_times": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
+    "claimed_virtual_time": "movieq:clock:",  # + kind: string, virtual time of the last claim
     "claims": "movieq:claims:",  # + kind: counter; every eighth claim takes the oldest
     "running": "movieq:running:",  # + kind: zset task -> end of lease
     "offered": "movieq:offered:",  # + host: zset task whose finished files lie there -> from when it may be had
     "delayed": "movieq:delayed",  # zset task -> due
     "deadlines": "movieq:deadlines",  # zset task -> when it fails
     "priorities": "movieq:priorities:",  # + kind: hash priority -> how many wait
-    "pace": "movieq:pace:",  # + kind: list of the times of the last hundred claims
+    "claim_times": "movieq:pace:",  # + kind: list of the times of the last hundred claims
     "idle": "movieq:idle:",  # + kind: set of workers that wait for one
     # workers
     "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
-    "held": "movieq:held:",  # + worker: set of tasks that it runs
+    "worker_tasks": "movieq:held:",  # + worker: set of tasks that it runs
     "workers": "movieq:workers",  # hash worker -> its heartbeat (JSON)
-    "able": "movieq:able",  # hash worker -> Able (JSON); a worker without an entry can run everything
-    "beats": "movieq:beats",  # zset worker -> time of its last heartbeat
-    "heard": "movieq:heard",  # string, when tidy last ran
-    "quiet": "movieq:quiet",  # string, until when nothing is reaped
+    "abilities": "movieq:able",  # hash worker -> Able (JSON); a worker without an entry can run everything
+    "heartbeat_times": "movieq:beats",  # zset worker -> time of its last heartbeat
+    "last_tidy": "movieq:heard",  # string, when tidy last ran
+    "leases_paused": "movieq:quiet",  # string, there while no lease expires
     "gpu": "movieq:gpu",  # string, there while a GPU worker was seen in the last 30 days
     # the way out
     "deliveries": "movieq:deliveries",  # an arq queue
@@ -64,7 +64,8 @@ KEYS: Final[Mapping[str, str]] = {
 }
 """Every key and channel of an installation that sets no MOVIEQ_KEY_PREFIX, by the name that the scripts use.
 
-None holds a hash tag: movieq needs one Redis, not a cluster.
+None holds a hash tag: movieq needs one Redis, not a cluster. A key whose text differs from its name has it from earlier versions,
+which run beside this one during an upgrade.
 """
 CHANNELS: Final = ("events", "control")
 

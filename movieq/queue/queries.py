@@ -185,7 +185,7 @@ class Queries:
                 pipe.zcount(self._keys["running"] + kind, "-inf", now_ms)
                 pipe.zcard(self._keys["running"] + kind)
                 pipe.hmget(self._keys["priorities"] + kind, [1, 2, 3])
-                pipe.lrange(self._keys["pace"] + kind, 0, 99)
+                pipe.lrange(self._keys["claim_times"] + kind, 0, 99)
                 for of in lanes[kind]:
                     pipe.zcard(self._keys["waiting"].encode() + of)
                     pipe.zrange(self._keys["waiting"].encode() + of, 0, 0, withscores=True)
@@ -200,7 +200,7 @@ class Queries:
         """Return the lanes with waiting tasks that none of these workers can run."""
         lanes = list(itertools.chain(*(await self._lanes()).values()))
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(self._keys["able"])
+            pipe.hgetall(self._keys["abilities"])
             for of in lanes:
                 pipe.zcard(self._keys["waiting"].encode() + of)
             stored, *waiting = await pipe.execute()
@@ -293,7 +293,7 @@ class Queries:
         """Return the rows of every worker's last heartbeat; those of a worker without one for 15 s are offline."""
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self._keys["workers"])
-            pipe.zrange(self._keys["beats"], 0, -1, withscores=True)
+            pipe.zrange(self._keys["heartbeat_times"], 0, -1, withscores=True)
             pipe.time()
             blobs, beats, (seconds, micros) = await pipe.execute()
         now_ms = seconds * 1000 + micros // 1000

@@ -110,7 +110,7 @@ async def measure(redis_url: str, port: int, media: Path, environment: dict[str,
     await store.take_turn("bench", 3_600_000)
     worker = subprocess.Popen([sys.executable, "-m", "movieq.cli", "worker"], env=environment)
     try:
-        while not await redis.exists(KEYS["beats"]):
+        while not await redis.exists(KEYS["heartbeat_times"]):
             await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
         async with Asked(port, task_id) as before:

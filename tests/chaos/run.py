@@ -151,7 +151,7 @@ class Driver:
         """What each worker process runs, by its pid; nothing where Redis is away."""
         found: dict[int, set[TaskId]] = {}
         with contextlib.suppress(RedisError, OSError, TimeoutError):
-            for key in await store.redis.keys(f"{KEYS['held']}*"):
+            for key in await store.redis.keys(f"{KEYS['worker_tasks']}*"):
                 pid = int(key.decode().rsplit("-", 2)[1])
                 found[pid] = {TaskId(task_id.decode()) for task_id in await store.redis.smembers(key)}  # type: ignore[misc]  # redis-py's union
         return found
@@ -275,11 +275,11 @@ async def leftover_entries(store: Store, ghosts: Collection[TaskId]) -> list[str
     A ghost may stay in what a dead worker held until that is forgotten, five minutes after its last heartbeat.
     """
     left = []
-    for name in ("waiting", "flows", "running", "held", "lanes", "delayed", "deadlines", "deliveries"):
+    for name in ("waiting", "virtual_times", "running", "worker_tasks", "lanes", "delayed", "deadlines", "deliveries"):
         keys = await raw(store).keys(f"{KEYS[name]}*") if KEYS[name].endswith(":") else [KEYS[name].encode()]
         for key in keys:
-            entries = await (raw(store).smembers(key) if name in ("held", "lanes") else raw(store).zrange(key, 0, -1))
-            left += [f"{key.decode()} {entry.decode()}" for entry in entries if name != "held" or entry.decode() not in ghosts]
+            entries = await (raw(store).smembers(key) if name in ("worker_tasks", "lanes") else raw(store).zrange(key, 0, -1))
+            left += [f"{key.decode()} {entry.decode()}" for entry in entries if name != "worker_tasks" or entry.decode() not in ghosts]
     return left
 
 

@@ -71,7 +71,7 @@ async def zombie(farm: Farm, store: Store, driver: Driver, callback: str) -> Non
         return task is not None and task.stage is not None
 
     await eventually(has_begun)
-    (holder,) = await store.redis.keys(f"{KEYS['held']}*")
+    (holder,) = await store.redis.keys(f"{KEYS['worker_tasks']}*")
     pid = int(holder.decode().rsplit("-", 2)[1])
     stopped = next(process for process in farm.processes.values() if process.pid == pid)
     stopped.send_signal(signal.SIGSTOP)

@@ -41,7 +41,7 @@ async def beat(store: Store, worker: str = "w1", task_id: TaskId | None = None, 
 
 async def silent(store: Store, worker: str, seconds: int) -> None:
     """The worker's last heartbeat was so long ago."""
-    await raw(store).zincrby(KEYS["beats"], -seconds * 1000, worker)
+    await raw(store).zincrby(KEYS["heartbeat_times"], -seconds * 1000, worker)
 
 
 # ── Health ──

@@ -71,7 +71,7 @@ async def test_no_worker_and_no_queue_hears_of_it(api: Client, tasks: Tasks, fol
     receipt = (await api.submit(task_data=DATA)).json
     assert (receipt["queue_position"], receipt["estimated_duration"]) == (1, 0)
     assert await raw(tasks.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 0
-    assert await raw(tasks.store).zcard(KEYS["flows"] + Kind.CPU_INTENSIVE) == 0
+    assert await raw(tasks.store).zcard(KEYS["virtual_times"] + Kind.CPU_INTENSIVE) == 0
     assert await raw(tasks.store).zscore(KEYS["deadlines"], receipt["task_id"]) is None
     assert (await Queries(tasks.store.redis).totals(None))[TaskStatus.COMPLETED] == 2
     page = (await api.get("/api/v1/projects/film/tasks?status=completed")).json

@@ -33,14 +33,14 @@ async def test_a_queue_counts_what_waits_by_priority_and_what_runs(api: Client, 
 async def test_a_run_whose_lease_is_over_counts_as_waiting(api: Client, store: Store) -> None:
     task_id, _ = await running(store)
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {task_id: 1})
-    await raw(store).set(KEYS["quiet"], 2**45, px=10_000)  # nothing is reaped meanwhile
+    await raw(store).set(KEYS["leases_paused"], 2**45, px=10_000)  # nothing is reaped meanwhile
     queue = await cpu_queue(api)
     assert (queue["pending_count"], queue["running"]) == (1, 0)
 
 
 async def test_the_estimated_wait_follows_the_pace_of_claims(api: Client, store: Store) -> None:
     seconds, _ = await raw(store).time()
-    await raw(store).rpush(KEYS["pace"] + "cpu_intensive", *(seconds * 1000 - number * 2000 for number in range(1, 11)))
+    await raw(store).rpush(KEYS["claim_times"] + "cpu_intensive", *(seconds * 1000 - number * 2000 for number in range(1, 11)))
     for _ in range(5):
         await store.submit(new_task())
     assert 9 <= int(str((await cpu_queue(api))["estimated_wait_time"])) <= 12

@@ -144,8 +144,8 @@ async def test_streams_pass_over_an_entry_of_a_log_that_cannot_be_read(api: Clie
 async def test_a_counter_that_cannot_be_read_counts_as_none(api: Client, tasks: Tasks, store: Store, value: str | bytes) -> None:
     await tasks.completed()
     await raw(store).hset(KEYS["priorities"] + "cpu_intensive", mapping=dict.fromkeys("123", value))
-    await raw(store).lpush(KEYS["pace"] + "cpu_intensive", value, value)
-    await raw(store).rpush(KEYS["pace"] + "cpu_intensive", value)
+    await raw(store).lpush(KEYS["claim_times"] + "cpu_intensive", value, value)
+    await raw(store).rpush(KEYS["claim_times"] + "cpu_intensive", value)
     await raw(store).hset(KEYS["sums"], mapping={"generate_image ms": value, "claims passed": value, b"\xff": value})
     await raw(store).hset(KEYS["gpu_ms"], mapping={"film": value, "": value})
     await raw(store).hset(KEYS["totals"], mapping={"completed": value, "failed": value})
@@ -168,7 +168,13 @@ async def test_a_time_that_cannot_be_read_stops_no_list(api: Client, tasks: Task
         "memory_total": 2, "temperature": None, "power": None, "models": [], "host": "h", "version": "9",
     }  # fmt: skip
     await raw(store).hset(KEYS["workers"], "w", json.dumps([row]))
-    for key, member in (("beats", "w"), ("dead", task_id), ("projects", "film"), ("waiting", "x"), ("deliveries", f"{task_id}-1")):
+    for key, member in (
+        ("heartbeat_times", "w"),
+        ("dead", task_id),
+        ("projects", "film"),
+        ("waiting", "x"),
+        ("deliveries", f"{task_id}-1"),
+    ):
         await raw(store).zadd(KEYS[key] + ("cpu_intensive" if key == "waiting" else ""), {member: score})
     await raw(store).hset(KEYS["task"] + task_id, "deliveries", 1)
     await raw(store).hset(KEYS["delivery"] + f"{task_id}-1", mapping={"kind": "webhook", "state": "pending", "at_ms": "9" * 15})
@@ -193,7 +199,7 @@ async def test_a_worker_of_a_newer_version_is_listed(api: Client, store: Store) 
     }  # fmt: skip
     await raw(store).hset(KEYS["workers"], mapping={"new": json.dumps([row]), "broken": "{"})
     now_ms = (await raw(store).time())[0] * 1000
-    await raw(store).zadd(KEYS["beats"], {"new": now_ms, "broken": now_ms})
+    await raw(store).zadd(KEYS["heartbeat_times"], {"new": now_ms, "broken": now_ms})
     answer = await api.get("/api/v1/workers/status")
     assert answer.status == 200
     assert [(each["worker_type"], each["status"], each["queues"]) for each in answer.json["workers"]] == [

@@ -145,7 +145,7 @@ async def test_a_cancel_and_an_end_at_the_same_time_make_one_end(
     await other.redis.aclose()
     print(f"cancel and {end.__name__} at once: {dict(winners)}")
     assert len(winners) == (1 if end is requeue else 2)
-    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).keys(KEYS["worker_tasks"] + "*") == []
     assert await raw(store).exists(KEYS["deadlines"], KEYS["delayed"]) == 0
 
 
@@ -164,7 +164,7 @@ async def test_a_cancel_and_a_claim_at_the_same_time_leave_a_cancelled_task_that
         before[was] += 1
     await other.redis.aclose()
     assert len(before) == 2
-    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).keys(KEYS["worker_tasks"] + "*") == []
     assert await raw(store).keys(KEYS["running"] + "*") == []
     assert await raw(store).keys(KEYS["waiting"] + "*") == []
 

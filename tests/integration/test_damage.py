@@ -198,9 +198,9 @@ async def test_what_a_dead_worker_held_is_forgotten_with_it_though_the_record_is
     await store.renew("w1", [], [], has_gpu=False)
     await raw(store).delete(KEYS["task"] + task_id)
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {task_id: 1})
-    await raw(store).zadd(KEYS["beats"], {"w1": 1})
+    await raw(store).zadd(KEYS["heartbeat_times"], {"w1": 1})
     await store.tidy()
-    assert await raw(store).keys(KEYS["held"] + "*") == []
+    assert await raw(store).keys(KEYS["worker_tasks"] + "*") == []
     assert await raw(store).zcard(KEYS["running"] + "cpu_intensive") == 0
 
 
@@ -220,7 +220,7 @@ async def test_a_queue_without_its_shares_is_served_all_the_same(store: Store) -
     tasks = [new_task(project) for project in ("film", "other", "film")]
     for task in tasks:
         await store.submit(task)
-    await raw(store).delete(KEYS["flows"] + "cpu_intensive", KEYS["waiting"] + "cpu_intensive:film")
+    await raw(store).delete(KEYS["virtual_times"] + "cpu_intensive", KEYS["waiting"] + "cpu_intensive:film")
     claimed = [each.task.task_id for _ in range(6) for each in await claim(store)]
     assert sorted(claimed) == sorted(task.task_id for task in tasks)
 
@@ -285,7 +285,7 @@ async def test_a_record_that_breaks_whoever_reads_it_stops_no_claim_no_deadline_
     await another_project_is_served(store)
 
 
-@pytest.mark.parametrize("name", ["priorities", "totals", "sums", "spent"])
+@pytest.mark.parametrize("name", ["priorities", "totals", "sums", "idle_virtual_times"])
 async def test_a_damaged_counter_starts_anew(store: Store, name: str) -> None:
     fields = ("1", "2", "3", *STATES, "generate_image tasks", "entries dropped", "film", "other")
     key = KEYS[name] + ("cpu_intensive" if KEYS[name].endswith(":") else "")

@@ -130,7 +130,7 @@ async def test_what_is_made_at_once_is_charged_once(store: Store, how: str) -> N
     await submitted(store, *(gpu_task("sdxl", **fields) for _ in range(4)), gpu_task("flux"))
     rows = await claimed(store, SDXL)
     assert len(rows) == 4
-    flows = KEYS["flows"] + Kind.GPU_MEDIUM
+    flows = KEYS["virtual_times"] + Kind.GPU_MEDIUM
     assert await raw(store).zscore(flows, "film") == pytest.approx(60_000)
     for each in rows:
         await ended(store, each.task.task_id, each.run, how)

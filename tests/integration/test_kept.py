@@ -138,7 +138,7 @@ async def test_the_wait_for_a_storage_counts_neither_as_time_that_such_tasks_tak
     await store.report(other, claimed.run, 0.95, "uploading_result", host="a", made_ms=0)
     await store.complete(other, claimed.run, result())
     assert await raw(store).lrange(KEYS["durations"] + "image", 0, -1) == [b"700"]
-    assert float(await raw(store).hget(KEYS["spent"] + Kind.CPU_INTENSIVE, "film")) == pytest.approx(1400, abs=1)
+    assert float(await raw(store).hget(KEYS["idle_virtual_times"] + Kind.CPU_INTENSIVE, "film")) == pytest.approx(1400, abs=1)
 
 
 # ── Folders ──

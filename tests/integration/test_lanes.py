@@ -115,7 +115,7 @@ async def test_what_no_live_worker_can_run_is_named(store: Store) -> None:
     await submitted(store)
     assert [each.task_type for each in await Queries(store.redis).stranded([])] == ["", "palette"]
     await store.leave("plugged")
-    assert await raw(store).hkeys(KEYS["able"]) == [b"plain"]
+    assert await raw(store).hkeys(KEYS["abilities"]) == [b"plain"]
 
 
 def row(worker: str) -> WorkerStatus:

@@ -285,7 +285,7 @@ LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "f
 
 async def nothing_is_held(store: Store) -> None:
     redis = raw(store)
-    assert await redis.keys(KEYS["held"] + "*") == []
+    assert await redis.keys(KEYS["worker_tasks"] + "*") == []
     assert await redis.keys(KEYS["running"] + "*") == []
     assert await redis.keys(KEYS["waiting"] + "*") == []
 
@@ -313,7 +313,7 @@ async def test_a_worker_and_an_api_that_lose_any_answer_lose_no_task(house: tupl
     between.swallow(script(made.store, "leave"))
     worker.send(signal.SIGTERM)
     assert await worker.ended() == 0
-    assert await raw(made.store).exists(KEYS["workers"], KEYS["beats"]) == 0
+    assert await raw(made.store).exists(KEYS["workers"], KEYS["heartbeat_times"]) == 0
 
 
 async def test_a_hand_back_whose_answer_is_lost_is_one_hand_back(house: tuple[Fleet, Proxy, Receiver]) -> None:

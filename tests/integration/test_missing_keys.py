@@ -80,7 +80,7 @@ CALLS: dict[str, list[Call]] = {
         lambda store, runs: store.renew("w1", [], [], has_gpu=False),
     ],
     "leave": [lambda store, runs: store.leave("w1")],
-    "tidy": [expire(name, lambda store, runs: store.tidy()) for name in ("running", "delayed", "deadlines", "beats")],
+    "tidy": [expire(name, lambda store, runs: store.tidy()) for name in ("running", "delayed", "deadlines", "heartbeat_times")],
     "sweep": [expire("ended", lambda store, runs: store.sweep(0))],
     "retire": [expire("media", lambda store, runs: store.retire(0))],
     "take_turn": [lambda store, runs: store.take_turn("w1", 30_000)],

@@ -45,7 +45,7 @@ async def test_what_was_mended_is_in_order(store: Store) -> None:
         assert [text for text in left if "parameters" not in text] == [], missing  # what is gone for good is only named
 
 
-@pytest.mark.parametrize("name", ["waiting", "flows", "kinds", "running", "deadlines", "index", "deliveries", "totals", "projects"])
+@pytest.mark.parametrize("name", ["waiting", "virtual_times", "kinds", "running", "deadlines", "index", "deliveries", "totals", "projects"])
 async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, name: str) -> None:
     tasks = [new_task(project, callback_url="http://127.0.0.1:1/") for project in ("film", "other", "film")]
     for task in tasks:
@@ -58,7 +58,7 @@ async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, na
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {tasks[0].task_id: 1}, xx=True)  # its worker falls silent
     for _ in range(3):
         await store.tidy()
-        await raw(store).delete(KEYS["quiet"])
+        await raw(store).delete(KEYS["leases_paused"])
         for claimed in await claim(store):
             await store.complete(claimed.task.task_id, claimed.run, result())
     states = [task.status for task in await Queries(store.redis).tasks([task.task_id for task in tasks])]

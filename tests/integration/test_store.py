@@ -106,9 +106,9 @@ async def holds_together(store: Store, task_id: TaskId, status: TaskStatus) -> N
     assert (name in waiting) == (status is TaskStatus.QUEUED)
     assert (name in await redis.zrange(KEYS["waiting"] + "cpu_intensive", 0, -1)) == (status is TaskStatus.QUEUED)
     assert (name in await redis.zrange(KEYS["running"] + "cpu_intensive", 0, -1)) == (status is TaskStatus.PROCESSING)
-    assert (await redis.zscore(KEYS["flows"] + "cpu_intensive", "film") is not None) == (status is TaskStatus.QUEUED)
+    assert (await redis.zscore(KEYS["virtual_times"] + "cpu_intensive", "film") is not None) == (status is TaskStatus.QUEUED)
     assert (await redis.zscore(KEYS["deadlines"], task_id) is not None) == (status is TaskStatus.PROCESSING)
-    assert await redis.sismember(KEYS["held"] + "w1", task_id) + await redis.sismember(KEYS["held"] + "w2", task_id) == (
+    assert await redis.sismember(KEYS["worker_tasks"] + "w1", task_id) + await redis.sismember(KEYS["worker_tasks"] + "w2", task_id) == (
         status is TaskStatus.PROCESSING
     )
 
@@ -280,9 +280,9 @@ async def test_nothing_is_reaped_after_an_outage_or_when_the_clock_went_back(sto
     await running(store)
     await later(store)
     seconds, _ = await raw(store).time()
-    await raw(store).set(KEYS["heard"], (seconds - ago_s) * 1000)
+    await raw(store).set(KEYS["last_tidy"], (seconds - ago_s) * 1000)
     assert (await store.tidy()).reaped == 0
-    await raw(store).delete(KEYS["quiet"])
+    await raw(store).delete(KEYS["leases_paused"])
     assert (await store.tidy()).reaped == 1
 
 
@@ -328,7 +328,7 @@ async def test_every_eighth_claim_takes_the_oldest_task_whatever_its_priority(st
 
 async def test_the_eighth_claim_gives_no_more_to_a_project_that_is_ahead_of_its_share(store: Store) -> None:
     await store.submit(new_task("ahead"))
-    await raw(store).zadd(KEYS["flows"] + "cpu_intensive", {"ahead": 1e6})
+    await raw(store).zadd(KEYS["virtual_times"] + "cpu_intensive", {"ahead": 1e6})
     await later(store)
     for _ in range(20):
         await store.submit(new_task("fair"))
@@ -340,18 +340,18 @@ async def test_an_idle_project_comes_back_at_the_virtual_time_of_the_last_claim(
         await store.submit(new_task("busy"))
     await claim(store, slots=7)
     await store.submit(new_task("late"))
-    late = await raw(store).zscore(KEYS["flows"] + "cpu_intensive", "late")
-    assert late == float(await raw(store).get(KEYS["clock"] + "cpu_intensive") or 0) > 0
+    late = await raw(store).zscore(KEYS["virtual_times"] + "cpu_intensive", "late")
+    assert late == float(await raw(store).get(KEYS["claimed_virtual_time"] + "cpu_intensive") or 0) > 0
 
 
 async def test_a_project_that_is_ahead_of_its_share_does_not_shed_that_by_going_idle(store: Store) -> None:
     await store.submit(new_task("ahead", estimate_ms=2000))
     await store.submit(new_task("busy", estimate_ms=10))
     assert len(await claim(store, slots=2)) == 2
-    owed = float(await raw(store).hget(KEYS["spent"] + Kind.CPU_INTENSIVE, "ahead"))
-    assert owed > float(await raw(store).get(KEYS["clock"] + Kind.CPU_INTENSIVE) or 0)
+    owed = float(await raw(store).hget(KEYS["idle_virtual_times"] + Kind.CPU_INTENSIVE, "ahead"))
+    assert owed > float(await raw(store).get(KEYS["claimed_virtual_time"] + Kind.CPU_INTENSIVE) or 0)
     await store.submit(new_task("ahead"))
-    assert await raw(store).zscore(KEYS["flows"] + Kind.CPU_INTENSIVE, "ahead") == owed
+    assert await raw(store).zscore(KEYS["virtual_times"] + Kind.CPU_INTENSIVE, "ahead") == owed
 
 
 async def test_a_submit_wakes_one_idle_worker_and_skips_those_that_have_gone(store: Store) -> None:

@@ -120,7 +120,7 @@ async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made
 
 async def beats(store: Store) -> list[Any]:
     """When each worker renewed its leases last."""
-    return list(await raw(store).zrange(KEYS["beats"], 0, -1, withscores=True))
+    return list(await raw(store).zrange(KEYS["heartbeat_times"], 0, -1, withscores=True))
 
 
 async def arrange_what_is_due(store: Store) -> list[TaskId]:

@@ -95,12 +95,12 @@ end
 local function pick(kind, of, is_loaded)
   local turn = redis.call('INCR', K.claims .. of)
   while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
-    local project, least = unpack(redis.call('ZRANGE', K.flows .. of, 0, 0, 'WITHSCORES'))
+    local project, least = unpack(redis.call('ZRANGE', K.virtual_times .. of, 0, 0, 'WITHSCORES'))
     local t
     if project and turn % 8 == 0 then
       local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
       local found = load(oldest)
-      local virtual = found and redis.call('ZSCORE', K.flows .. of, found.project_id)
+      local virtual = found and redis.call('ZSCORE', K.virtual_times .. of, found.project_id)
       if not virtual then
         project = nil
       elseif virtual - least <= found.estimate_ms / (weight_of[found.project_id] or 1) then -- else its project is ahead of its share
@@ -201,7 +201,7 @@ local function begin(t, slot, batch_size)
   dequeue(t)
   set(t, {weight = weight_of[t.project_id] or 1, rows = batch_size})
   charge(t, t.estimate_ms)
-  if redis.call('LPUSH', K.pace .. t.kind, now) > 120 then redis.call('LTRIM', K.pace .. t.kind, 0, 99) end
+  if redis.call('LPUSH', K.claim_times .. t.kind, now) > 120 then redis.call('LTRIM', K.claim_times .. t.kind, 0, 99) end
   forget_runs(t)
   set(t, {run = run, worker_id = worker_id, attempt = t.attempt + 1, started_at_ms = now, progress = 0, current_step = 'starting'})
   move(t, 'processing')
@@ -229,7 +229,7 @@ begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
   local t, of, least = next_task(slot)
   if t then
-    if least > tonumber(redis.call('GET', K.clock .. of) or 0) then redis.call('SET', K.clock .. of, least) end
+    if least > tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0) then redis.call('SET', K.claimed_virtual_time .. of, least) end
     local together = batch(t)
     for _, each in ipairs(together) do begin(each, number - 1, #together) end
   elseif slot.free then

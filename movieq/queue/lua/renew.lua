@@ -13,8 +13,8 @@
 -- Cost: O(log n) a run.
 -- include: time record resume
 redis.call('HSET', K.workers, worker_id, heartbeat)
-redis.call('ZADD', K.beats, now, worker_id)
-if able ~= '' then redis.call('HSET', K.able, worker_id, able) end
+redis.call('ZADD', K.heartbeat_times, now, worker_id)
+if able ~= '' then redis.call('HSET', K.abilities, worker_id, able) end
 if has_gpu == '1' then redis.call('SET', K.gpu, '1', 'EX', 30 * 86400) end
 local lost, named = {}, {}
 for i = 6, #ARGV, 2 do
@@ -24,20 +24,20 @@ for i = 6, #ARGV, 2 do
   if holds(t, run, lease_ms) then
     redis.call('ZADD', K.running .. t.kind, now + lease_ms, task_id)
   else
-    redis.call('SREM', K.held .. worker_id, task_id)
+    redis.call('SREM', K.worker_tasks .. worker_id, task_id)
     lost[#lost + 1] = task_id
     lost[#lost + 1] = run
   end
 end
 local unmentioned = {}
-for _, task_id in ipairs(redis.call('SMEMBERS', K.held .. worker_id)) do
+for _, task_id in ipairs(redis.call('SMEMBERS', K.worker_tasks .. worker_id)) do
   if not named[task_id] then
     local t = load(task_id)
     if t and t.status == 'processing' and t.worker_id == worker_id then
       unmentioned[#unmentioned + 1] = task_id
       unmentioned[#unmentioned + 1] = t.run
     else
-      redis.call('SREM', K.held .. worker_id, task_id)
+      redis.call('SREM', K.worker_tasks .. worker_id, task_id)
     end
   end
 end

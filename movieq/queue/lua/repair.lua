@@ -39,7 +39,7 @@ local function check_queue(t)
   local waits, placed = listed(K.waiting .. lane(t)), listed(queue(t))
   local later = listed(K.delayed)
   if t.status == 'queued' then
-    local virtual = redis.call('ZSCORE', K.flows .. lane(t), t.project_id)
+    local virtual = redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id)
     local named = not t.lane or redis.call('SISMEMBER', K.lanes .. t.kind, t.lane) == 1
     if waits and placed and virtual and named or later and not waits and not placed then return end
     note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project has no share'

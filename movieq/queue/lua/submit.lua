@@ -35,7 +35,7 @@ end
 
 -- Returns the milliseconds between two claims of the kind, by the last hundred; half a minute if there are too few.
 local function claim_interval(of)
-  local claims = redis.call('LRANGE', K.pace .. of, 0, 99)
+  local claims = redis.call('LRANGE', K.claim_times .. of, 0, 99)
   return #claims < 2 and 30000 or math.ceil((now - claims[#claims]) / #claims)
 end
 
@@ -103,7 +103,7 @@ else
   -- Exact while one project waits; otherwise each other project has about one turn for each of ours.
   local ahead = redis.call('ZRANK', queue(t), task_id)
   local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
-  set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.flows .. kind) - 1))})
+  set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.virtual_times .. kind) - 1))})
 end
 log_in_project(t, 'queued', event(t, 'queued'))
 if idempotency ~= '' then redis.call('SET', K.idempotency .. idempotency, body_hash .. ' ' .. task_id, 'EX', 86400) end

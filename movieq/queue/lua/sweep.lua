@@ -22,8 +22,8 @@ local function sweep(task_id)
   for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
   if redis.call('EXISTS', unpack(lists)) == 0 then
     redis.call('ZREM', K.projects, t.project_id)
-    redis.call('HDEL', K.spent .. t.kind, t.project_id)
-    redis.call('HDEL', K.spent .. lane(t), t.project_id)
+    redis.call('HDEL', K.idle_virtual_times .. t.kind, t.project_id)
+    redis.call('HDEL', K.idle_virtual_times .. lane(t), t.project_id)
     redis.call('HDEL', K.gpu_ms, t.project_id)
     redis.call('DEL', K.log .. 'project:' .. t.project_id)
   end

@@ -14,9 +14,9 @@
 -- Appends `retrying` or `failed`; the latter fills the outbox.
 -- Cost: O(log n) a task, O(kinds) without any.
 -- include: time record dropped queue runs failure requeue
-local last_call = tonumber(redis.call('GET', K.heard) or '') or now
-redis.call('SET', K.heard, now)
-if now - last_call > tonumber(outage_ms) or now < last_call then redis.call('SET', K.quiet, now + quiet_ms, 'PX', quiet_ms) end
+local last_call = tonumber(redis.call('GET', K.last_tidy) or '') or now
+redis.call('SET', K.last_tidy, now)
+if now - last_call > tonumber(outage_ms) or now < last_call then redis.call('SET', K.leases_paused, now + quiet_ms, 'PX', quiet_ms) end
 
 local due = redis.call('ZRANGEBYSCORE', K.delayed, '-inf', now, 'LIMIT', 0, batch)
 for _, task_id in ipairs(due) do
@@ -68,7 +68,7 @@ local function expire_lease(t)
 end
 
 local expired = 0
-if not redis.call('GET', K.quiet) then
+if not redis.call('GET', K.leases_paused) then
   local kinds = {}
   for i = 6, #ARGV do kinds[ARGV[i]] = true end
   for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do kinds[kind] = true end
@@ -88,11 +88,11 @@ if not redis.call('GET', K.quiet) then
   end
 end
 
-for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.beats, '-inf', now - forget_ms, 'LIMIT', 0, batch)) do
-  redis.call('ZREM', K.beats, worker_id)
+for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.heartbeat_times, '-inf', now - forget_ms, 'LIMIT', 0, batch)) do
+  redis.call('ZREM', K.heartbeat_times, worker_id)
   redis.call('HDEL', K.workers, worker_id)
-  redis.call('HDEL', K.able, worker_id)
-  redis.call('DEL', K.held .. worker_id) -- its leases expired long ago; what is left are tasks whose record was lost
+  redis.call('HDEL', K.abilities, worker_id)
+  redis.call('DEL', K.worker_tasks .. worker_id) -- its leases expired long ago; what is left are tasks whose record was lost
 end
 
 local noted, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))

@@ -3,29 +3,29 @@
 
 -- A project's task waits: it takes part, with at least the virtual time of the lane's last claim.
 local function join_share(t)
-  if redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then return end
-  local idle = tonumber(redis.call('HGET', K.spent .. lane(t), t.project_id) or 0)
-  local claimed = tonumber(redis.call('GET', K.clock .. lane(t)) or 0)
-  redis.call('ZADD', K.flows .. lane(t), math.max(idle or 0, claimed or 0), t.project_id)
+  if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then return end
+  local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. lane(t), t.project_id) or 0)
+  local claimed = tonumber(redis.call('GET', K.claimed_virtual_time .. lane(t)) or 0)
+  redis.call('ZADD', K.virtual_times .. lane(t), math.max(idle or 0, claimed or 0), t.project_id)
 end
 
 -- A project without waiting tasks in a lane takes part no more, and its virtual time is stored. A lane of one type and model ends with its
 -- last task.
 local function leave_share(kind, of, project_id)
   if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
-    local virtual = redis.call('ZSCORE', K.flows .. of, project_id)
-    if virtual then redis.call('HSET', K.spent .. of, project_id, virtual) end
-    redis.call('ZREM', K.flows .. of, project_id)
+    local virtual = redis.call('ZSCORE', K.virtual_times .. of, project_id)
+    if virtual then redis.call('HSET', K.idle_virtual_times .. of, project_id, virtual) end
+    redis.call('ZREM', K.virtual_times .. of, project_id)
   end
-  if of ~= kind and redis.call('EXISTS', K.flows .. of) == 0 then redis.call('SREM', K.lanes .. kind, of) end
+  if of ~= kind and redis.call('EXISTS', K.virtual_times .. of) == 0 then redis.call('SREM', K.lanes .. kind, of) end
 end
 
 -- Adds to the virtual time of the task's project: divided by its weight, and by the tasks that are rendered in one batch.
 local function charge(t, ms)
   ms = ms / (t.weight or 1) / (t.rows or 1)
-  if redis.call('ZSCORE', K.flows .. lane(t), t.project_id) then
-    redis.call('ZINCRBY', K.flows .. lane(t), ms, t.project_id)
+  if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then
+    redis.call('ZINCRBY', K.virtual_times .. lane(t), ms, t.project_id)
   else
-    count(K.spent .. lane(t), t.project_id, ms)
+    count(K.idle_virtual_times .. lane(t), t.project_id, ms)
   end
 end

@@ -4,7 +4,7 @@
 -- Gives the task's worker a lease.
 local function lease(t, lease_ms)
   redis.call('ZADD', K.running .. t.kind, now + lease_ms, t.task_id)
-  redis.call('SADD', K.held .. t.worker_id, t.task_id)
+  redis.call('SADD', K.worker_tasks .. t.worker_id, t.task_id)
 end
 
 -- Returns how long the run has worked (ms); the wait of finished files for a storage that is away does not count.
@@ -17,7 +17,7 @@ local function release(t, committed)
   bill(t)
   if t.reaped ~= t.run then forget(t, 'gpu') end -- a run whose lease expired may resume, and has its GPU meanwhile
   redis.call('ZREM', K.running .. t.kind, t.task_id)
-  redis.call('SREM', K.held .. t.worker_id, t.task_id)
+  redis.call('SREM', K.worker_tasks .. t.worker_id, t.task_id)
   charge(t, worked(t) - t.estimate_ms)
   if t.prefix and not committed then
     redis.call('ZADD', K.orphans, now + 60000, t.prefix)
