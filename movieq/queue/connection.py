@@ -24,8 +24,11 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 from redis.typing import EncodableT
 
+from movieq import logs
 from movieq.queue.keys import keys
 from movieq.queue.refusals import REDIS_AWAY
+
+log = logs.get()
 
 
 class SharedConnection:
@@ -119,6 +122,9 @@ class SharedConnection:
                     raise ConnectionError(str(answer))
         except REDIS_AWAY as error:
             await self._drop(connection, ConnectionError(str(error) or type(error).__name__))
+        except Exception as error:
+            log.exception("redis_reader_broke")
+            await self._drop(connection, ConnectionError(f"the reader of its answers broke: {type(error).__name__}"))
 
     async def _drop(self, connection: AbstractConnection | None, error: ConnectionError) -> None:
         """Close the connection if it is still the current one, and fail the commands that wait for an answer on it."""
