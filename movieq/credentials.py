@@ -99,17 +99,18 @@ def load(settings: Settings) -> Credentials | None:
         raise SettingsError(f"{missing} is not set: set both the certificate and its key, or neither")
     if importlib.util.find_spec("c2pa") is None:
         raise SettingsError(f"{variable('c2pa_certificate')} is set, but c2pa-python is not installed: pip install 'movieq[c2pa]'")
-    read = _read(Path(certificate), Path(key))
-    if read.expires <= datetime.now(UTC):
-        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} expired on {read.expires:%Y-%m-%d}: renew it")
+    found = read(Path(certificate), Path(key))
+    if found.expires <= datetime.now(UTC):
+        raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} expired on {found.expires:%Y-%m-%d}: renew it")
     try:
-        _try(read)
+        _try(found)
     except Unsigned as error:
         raise SettingsError(f"{variable('c2pa_certificate')}: {certificate} cannot sign: {error.message}") from None
-    return read
+    return found
 
 
-def _read(certificate: Path, key: Path) -> Credentials:
+def read(certificate: Path, key: Path) -> Credentials:
+    """Return the credentials in these files, valid or expired. Raises SettingsError."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
     from cryptography.x509.oid import NameOID

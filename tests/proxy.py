@@ -22,7 +22,7 @@ EMPTY = b"*0\r\n"
 
 def script(store: Store, name: str, *words: str) -> Match:
     """Recognises the calls of a script that did something: with all of these words among the arguments, and no empty list for an answer."""
-    sha, source = store.scripts[name]._sha.encode(), store.scripts[name]._source.encode()
+    sha, source = store.scripts[name].sha.encode(), store.scripts[name].source.encode()
     wanted = {word.encode() for word in words}
 
     def match(command: Command, answer: bytes) -> bool:

@@ -48,7 +48,16 @@ log = logs.get()
 class Retention:
     """The part of a worker that deletes. `run` goes on until it is cancelled."""
 
-    def __init__(self, worker_id: str, store: Store, files: Files, storage: Storage, settings: Settings) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        store: Store,
+        files: Files,
+        storage: Storage,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._worker_id = worker_id
         self._store = store
         self._files = files
@@ -74,7 +83,7 @@ class Retention:
         """Delete what is due until the time of a round is over; do nothing where another worker has the turn."""
         if not await self._store.take_turn(self._worker_id, TURN_MS):
             return
-        end_s = time.monotonic() + ROUND_S
+        end_s = self._clock() + ROUND_S
         try:
             async with asyncio.TaskGroup() as group:
                 if self._tasks_s:
@@ -88,24 +97,24 @@ class Retention:
 
     async def _guarded(self, what: str, work: Callable[[float], Awaitable[None]], end_s: float) -> None:
         """Do one part of a round; a fault in it is logged and does not stop the others."""
-        if time.monotonic() < self._not_before.get(what, 0):
+        if self._clock() < self._not_before.get(what, 0):
             return
         try:
             await work(end_s)
         except Exception as error:
             away = isinstance(error, REDIS_AWAY)
             log.error("sweep_failed", what=what, problem=str(error) or type(error).__name__, exc_info=not away)
-            self._not_before[what] = time.monotonic() + FAULT_S
+            self._not_before[what] = self._clock() + FAULT_S
 
     async def _forget_tasks(self, end_s: float) -> None:
         forgotten = 0
         while True:
-            begun_s = time.monotonic()
+            begun_s = self._clock()
             count, damaged = await self._store.sweep(self._tasks_s, TASKS_AT_ONCE)
             forgotten += count
             for task_id in damaged:
                 log.error("damaged_task_forgotten", task_id=task_id)
-            ended_s = time.monotonic()
+            ended_s = self._clock()
             if count < TASKS_AT_ONCE or ended_s > end_s:
                 break
             await asyncio.sleep(REST * (ended_s - begun_s))
@@ -115,19 +124,19 @@ class Retention:
     async def _retire_results(self, end_s: float) -> None:
         """List files that are old enough for `_delete_files`."""
         while True:
-            begun_s = time.monotonic()
+            begun_s = self._clock()
             count = await self._store.retire(self._media_s, RESULTS_AT_ONCE)
-            ended_s = time.monotonic()
+            ended_s = self._clock()
             if count < RESULTS_AT_ONCE or ended_s > end_s:
                 break
             await asyncio.sleep(REST * (ended_s - begun_s))
 
     async def _delete_files(self, end_s: float) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         self._failed = {prefix: again_s for prefix, again_s in self._failed.items() if again_s > now_s - AGAIN_S}
         deleted = skip = 0
         while prefixes := await self._files.due_orphans(FILES_AT_ONCE, skip):
-            now_s = time.monotonic()
+            now_s = self._clock()
             tried = [prefix for prefix in prefixes if self._failed.get(prefix, 0) <= now_s]
             gone = await self._deleted(tried)
             await self._files.forget_orphans(gone)
@@ -138,7 +147,7 @@ class Retention:
             if tried and not gone:  # the storage seems to be away
                 self._not_before["files"] = now_s + FAULT_S
                 break
-            if time.monotonic() > end_s:
+            if self._clock() > end_s:
                 break
         if deleted:
             log.info("files_deleted", count=deleted)
@@ -169,5 +178,5 @@ class Retention:
                 group.create_task(delete())
         if new := [prefix for prefix in problems if prefix not in self._failed]:
             log.error("files_not_deleted", count=len(new), prefix=new[0], problem=problems[new[0]], again_in_s=AGAIN_S)
-        self._failed |= dict.fromkeys(problems, time.monotonic() + AGAIN_S)
+        self._failed |= dict.fromkeys(problems, self._clock() + AGAIN_S)
         return gone

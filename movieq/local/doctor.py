@@ -56,28 +56,28 @@ async def examine(
     try:
         for finding in checks.unknown():
             note(finding)
-        read = given()
+        settings = given()
     except SettingsError as error:
         note(Finding(Mark.BROKEN, "settings", error.message))
         return False
-    if read.storage == Settings().storage:  # as `movieq up` has it
-        read = msgspec.structs.replace(read, storage=data / "media")
+    if settings.storage == Settings().storage:  # as `movieq up` has it
+        settings = msgspec.structs.replace(settings, storage=data / "media")
     for finding in (
-        _api_keys(read, data),
-        _webhook_secret(read),
-        _models(read),
-        _signatures(read),
-        checks.gpus(read),
-        await asyncio.to_thread(checks.spool, read),
-        await _guarded("storage", lambda: _storage(read)),
+        _api_keys(settings, data),
+        _webhook_secret(settings),
+        _models(settings),
+        signatures(settings),
+        checks.gpus(settings),
+        await asyncio.to_thread(checks.spool, settings),
+        await _guarded("storage", lambda: _storage(settings)),
     ):
         note(finding)
-    for finding in await _redis(read):
+    for finding in await _redis(settings):
         note(finding)
-    for finding in await _cms(read):
+    for finding in await _cms(settings):
         note(finding)
-    note(await _guarded("callbacks", lambda: _callback(read, callback)))
-    note(await _guarded("API", lambda: _api(read, local_url)))
+    note(await _guarded("callbacks", lambda: _callback(settings, callback)))
+    note(await _guarded("API", lambda: _api(settings, local_url)))
     return whole
 
 
@@ -148,8 +148,8 @@ def _gpu() -> Finding:
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _api_keys(read: Settings, data: Path) -> Finding:
-    count = len(read.api_keys)
+def _api_keys(settings: Settings, data: Path) -> Finding:
+    count = len(settings.api_keys)
     if count:
         return Finding(Mark.GOOD, "API keys", f"{count} in {variable('api_keys')}")
     own = data / "api-key"
@@ -160,16 +160,16 @@ def _api_keys(read: Settings, data: Path) -> Finding:
     )
 
 
-def _webhook_secret(read: Settings) -> Finding:
-    count = len(read.webhook_secret)
+def _webhook_secret(settings: Settings) -> Finding:
+    count = len(settings.webhook_secret)
     if not count:
         return Finding(Mark.NOTE, "webhooks", f"unsigned: set {variable('webhook_secret')}, so that receivers can verify them")
     return Finding(Mark.GOOD, "webhooks", "signed" if count == 1 else f"signed with {count} secrets, as during a rotation")
 
 
-def _models(read: Settings) -> Finding:
+def _models(settings: Settings) -> Finding:
     try:
-        table = models.load(read.models)
+        table = models.load(settings.models)
     except SettingsError as error:
         return Finding(Mark.BROKEN, "models", error.message)
     try:
@@ -194,9 +194,10 @@ def _models(read: Settings) -> Finding:
     return Finding(Mark.GOOD, "models", f"{text}; `movieq models pull NAME` downloads {', '.join(lacking)}" if lacking else text)
 
 
-def _signatures(read: Settings) -> Finding:
+def signatures(settings: Settings) -> Finding:
+    """Return whether results can be signed, and until when."""
     try:
-        signer = credentials.load(read)
+        signer = credentials.load(settings)
     except SettingsError as error:
         return Finding(Mark.BROKEN, "signatures", error.message)
     if signer is None:
@@ -207,20 +208,20 @@ def _signatures(read: Settings) -> Finding:
     return Finding(Mark.GOOD, "signatures", text)
 
 
-async def _storage(read: Settings) -> Finding:
-    if isinstance(read.storage, Bucket):
-        return await _bucket(read, read.storage)
-    return await asyncio.to_thread(checks.storage, read.storage)
+async def _storage(settings: Settings) -> Finding:
+    if isinstance(settings.storage, Bucket):
+        return await _bucket(settings, settings.storage)
+    return await asyncio.to_thread(checks.storage, settings.storage)
 
 
-async def _bucket(read: Settings, bucket: Bucket) -> Finding:
+async def _bucket(settings: Settings, bucket: Bucket) -> Finding:
     """Check that a small file can be stored, read, opened by its URL and deleted."""
     key = f"doctor/{secrets.token_hex(8)}.txt"
     with tempfile.TemporaryDirectory(prefix="movieq-doctor-") as folder:
         sent, received = Path(folder) / "sent", Path(folder) / "received"
         sent.write_text(key)
         try:
-            async with opened(read, read.public_url, (), patient=False) as storage:
+            async with opened(settings, settings.public_url, (), patient=False) as storage:
                 await storage.put(key, sent, "text/plain")
                 whole = await storage.open(key, received) is not None and received.read_text() == key
                 problem = await _address_problem(storage.url(key, int(time.time()) + 60), key, public=bool(bucket.public_url))
@@ -251,8 +252,8 @@ async def _address_problem(url: str, body: str, *, public: bool) -> str | None:
 # ── Servers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _redis(read: Settings) -> list[Finding]:
-    if not read.redis_url:
+async def _redis(settings: Settings) -> list[Finding]:
+    if not settings.redis_url:
         return [
             Finding(
                 Mark.GOOD,
@@ -260,18 +261,18 @@ async def _redis(read: Settings) -> list[Finding]:
                 f"{variable('redis_url')} is not set: `movieq up` starts its own Valkey; `movieq api` and `movieq worker` need the setting",
             )
         ]
-    return await checks.server(read, "doctor")
+    return await checks.server(settings, "doctor")
 
 
-async def _cms(read: Settings) -> list[Finding]:
+async def _cms(settings: Settings) -> list[Finding]:
     try:
-        cms = payload.configured(read)
+        cms = payload.configured(settings)
     except SettingsError as error:
         return [Finding(Mark.BROKEN, "CMS", error.message)]
     if cms is None:
         return [Finding(Mark.GOOD, "CMS", f"{variable('payload_url')} is not set: results are reported by webhooks only")]
     found: list[Finding] = []
-    async with Guard(origins=read.own_origins()).session() as session:
+    async with Guard(origins=settings.own_origins()).session() as session:
         asked = Payload(cms, session, answer_s=CHECK_S)
         checks = [_cms_key, _cms_collection, _cms_fields, *([_cms_limits] if asked.takes_files else [])]
         for check in checks:
@@ -321,14 +322,14 @@ async def _cms_limits(asked: Payload) -> Finding:
     )
 
 
-async def _callback(read: Settings, url: str | None) -> Finding:
-    networks = read.allow_private_urls
-    if not read.redis_url and not networks:  # as `movieq up` has it
+async def _callback(settings: Settings, url: str | None) -> Finding:
+    networks = settings.allow_private_urls
+    if not settings.redis_url and not networks:  # as `movieq up` has it
         networks = (IPv4Network("127.0.0.0/8"), IPv6Network("::1"))
-    allowed = ", ".join(["public addresses", *map(str, networks), *read.own_origins()])
+    allowed = ", ".join(["public addresses", *map(str, networks), *settings.own_origins()])
     if url is None:
         return Finding(Mark.GOOD, "callbacks", f"may go to {allowed}; to try one: movieq doctor --callback URL")
-    guard, name = Guard(networks, read.own_origins()), shown(url)
+    guard, name = Guard(networks, settings.own_origins()), shown(url)
     try:
         async with guard.session() as session, session.head(guard.check_url(url), allow_redirects=False) as answer:
             status = answer.status
@@ -344,9 +345,9 @@ async def _callback(read: Settings, url: str | None) -> Finding:
     return Finding(Mark.GOOD, "callbacks", f"{name} can be reached (it answers {status} to a HEAD)")
 
 
-async def _api(read: Settings, local_url: str) -> Finding:
-    url = read.public_url or local_url
-    name = f"{url} ({variable('public_url')})" if read.public_url else url
+async def _api(settings: Settings, local_url: str) -> Finding:
+    url = settings.public_url or local_url
+    name = f"{url} ({variable('public_url')})" if settings.public_url else url
     try:
         async with Client(url, "none", patience_s=0) as client:
             health = await client.health()

@@ -36,17 +36,17 @@ class Script:
         head = f"{shebang}\nlocal {names} = unpack(ARGV, 1, {len(self.args)})\n{''.join(included.values())}"
         whole = f"{head}local function main()\n{body}\nend\nlocal answer = main()\n{save}return answer\n"
         self._connection = connection
-        self._source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
-        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        self.source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
         if args.keys() != set(self.args):
             raise TypeError(f"expects {self.args}, got {sorted(args)}")
         arguments = [*(args[name] for name in self.args), *rest]
         try:
-            return await self._connection.call("EVALSHA", self._sha, 0, *arguments)
+            return await self._connection.call("EVALSHA", self.sha, 0, *arguments)
         except NoScriptError:  # a server that is new, or was started again
-            return await self._connection.call("EVAL", self._source, 0, *arguments)
+            return await self._connection.call("EVAL", self.source, 0, *arguments)
 
     async def finish(self, rest: Sequence[str | int] = (), **args: str | int | float | bytes) -> Any:
         """Call the script; where the caller is cancelled, wait until the call has ended before the cancel goes on."""

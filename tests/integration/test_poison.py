@@ -382,7 +382,7 @@ def render(job):
     if odd == "an unreadable step":
         job.step("a", "one", "two")
     if odd == "an unsendable note":
-        job._send(Note(job.run.run, object()))
+        job.note(object())
     job.step("a", 1, 1)
     Image.new("RGB", (64, 64)).save(path := job.out_dir / "output.png")
     width = "wide" if odd == "an unreadable answer" else 64

@@ -76,7 +76,7 @@ async def test_everything_that_is_published_is_signed_as_an_animatic(
 
 
 async def test_where_signing_is_required_and_fails_the_task_fails_and_nothing_is_stored(store: Store, tmp_path: Path) -> None:
-    expired = credentials._read(*chain(tmp_path / "expired", days=0.5)[:2])
+    expired = credentials.read(*chain(tmp_path / "expired", days=0.5)[:2])
     await store.submit(new_task())
     (claimed,) = await claim(store)
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)

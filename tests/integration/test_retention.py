@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from movieq.storage.folder import FolderStorage
 from movieq.tasks.states import TaskId
 from tests.arrange import new_task, raw, result, running
 from tests.fleet import eventually
-from workers import retention as module
-from workers.retention import FILES_AT_ONCE, TASKS_AT_ONCE, TURN_MS, Retention
+from workers.retention import AGAIN_S, FILES_AT_ONCE, TASKS_AT_ONCE, TURN_MS, Retention
 
 OVER = Settings(keep_tasks_days=1e-9, keep_media_days=1e-9)
 
@@ -97,9 +97,9 @@ async def test_committed_files_that_are_listed_as_orphans_stay(store: Store, sto
     assert await left(store, "orphans") == []
 
 
-async def test_what_cannot_be_deleted_is_passed_over_logged_once_and_tried_again(
-    store: Store, storage: Storage, folder: Path, retention: Retention, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_cannot_be_deleted_is_passed_over_logged_once_and_tried_again(store: Store, storage: Storage, folder: Path) -> None:
+    passed_s = 0.0
+    retention = Retention("w1", store, Files(store.redis), storage, OVER, clock=lambda: time.monotonic() + passed_s)
     broken = [f"a/file/{number}" for number in range(3)]
     (folder / "media" / "a").mkdir(parents=True)
     (folder / "media" / "a" / "file").write_bytes(b"")  # in the way of folders
@@ -112,9 +112,8 @@ async def test_what_cannot_be_deleted_is_passed_over_logged_once_and_tried_again
         assert sorted(await left(store, "orphans")) == [prefix.encode() for prefix in broken]
         assert files(folder) == ["file"]
         (folder / "media" / "a" / "file").unlink()
-        monkeypatch.setattr(module, "AGAIN_S", 0)
         for _ in range(2):
-            retention._failed = dict.fromkeys(retention._failed, 0.0)  # as if the time were over
+            passed_s += AGAIN_S
             await retention.round()
     assert await left(store, "orphans") == []
     failures = [line for line in logged if line["event"] == "files_not_deleted"]

@@ -197,7 +197,7 @@ def test_without_a_certificate_nothing_is_signed() -> None:
 
 @pytest.mark.parametrize(("days", "mark", "said"), [(90, Mark.GOOD, HOLDER), (20, Mark.NOTE, "renew it"), (0.5, Mark.BROKEN, "expired")])
 def test_doctor_tries_the_certificate_and_says_how_long_it_holds(tmp_path: Path, days: float, mark: Mark, said: str) -> None:
-    finding = doctor._signatures(settings.load(chain(tmp_path, days=days).settings, tmp_path / "none"))
+    finding = doctor.signatures(settings.load(chain(tmp_path, days=days).settings, tmp_path / "none"))
     assert (finding.mark, said in finding.text) == (mark, True), finding
 
 
@@ -257,7 +257,7 @@ async def test_what_cannot_be_signed_is_published_with_a_warning_unless_signing_
 
 
 async def test_a_certificate_that_has_expired_meanwhile_signs_nothing_more(tmp_path: Path) -> None:
-    expired = credentials._read(*chain(tmp_path / "expired", days=0.5)[:2])
+    expired = credentials.read(*chain(tmp_path / "expired", days=0.5)[:2])
     assert expired.expires < datetime.now(UTC)
     with pytest.raises(Unsigned):
         await signed(Provenance(credentials=expired, required=True), task(), PROMPT, done(tmp_path, "png"))

@@ -47,9 +47,9 @@ class Filler:
         self._redis: Any = store.redis
         script = store.scripts["submit"]
         self._args = script.args
-        shebang, _, source = script._source.partition("\n")
+        shebang, _, source = script.source.partition("\n")
         # the whole script becomes a function of its arguments: it reads ARGV, here a parameter
-        self._source = f"""{shebang}
+        self.source = f"""{shebang}
 local ids, projects = {self._args.index("task_id") + 1}, {self._args.index("project_id") + 1}
 local template, first, count, spread = ARGV, tonumber(ARGV[#ARGV - 2]), tonumber(ARGV[#ARGV - 1]), tonumber(ARGV[#ARGV])
 local prefix, project = template[ids], template[projects]
@@ -64,7 +64,7 @@ end"""
 
     async def fill(self, count: int, projects: int, like: NewTask) -> None:
         """So many tasks wait."""
-        script = self._redis.register_script(self._source)
+        script = self._redis.register_script(self.source)
         arguments = [_argument(like, name) for name in self._args]
         for first in range(0, count, BATCH):
             await script(args=[*arguments, first, min(BATCH, count - first), projects])
