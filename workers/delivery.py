@@ -118,13 +118,16 @@ async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
             if delivery.doubt:
                 await _remove_doubles(parts, delivery_id, delivery)
             return
-        if delivery.kind is DeliveryKind.WEBHOOK:
-            tried = await _send(parts, delivery_id, delivery)
-        elif parts.deposits.locked():
-            raise Retry(defer=random.uniform(*BUSY_S))  # noqa: S311  # spreads load, hides nothing
-        else:
-            async with parts.deposits:
-                tried = await _deposit(parts, delivery_id, delivery)
+        match delivery.kind:
+            case DeliveryKind.WEBHOOK:
+                tried = await _send(parts, delivery_id, delivery)
+            case DeliveryKind.PAYLOAD if parts.deposits.locked():
+                raise Retry(defer=random.uniform(*BUSY_S))  # noqa: S311  # spreads load, hides nothing
+            case DeliveryKind.PAYLOAD:
+                async with parts.deposits:
+                    tried = await _deposit(parts, delivery_id, delivery)
+            case _:  # a newer version wrote it
+                tried = _Attempt(False, problem=f"this worker cannot deliver to {delivery.kind}: update it")
         await _note(parts, delivery_id, delivery, tried)
 
 

@@ -135,6 +135,15 @@ async def test_a_job_of_the_outbox_does_not_expire_and_what_came_of_it_does(stor
     assert 29 * 86400 < await raw(store).ttl(f"{KEYS['delivery']}{task_id}-1") <= 30 * 86400
 
 
+async def test_a_delivery_of_a_kind_that_only_a_newer_version_knows_is_tried_again(store: Store, parts: DeliveryParts) -> None:
+    task_id = await completed(store, "http://127.0.0.1:9/hook")
+    await raw(store).hset(KEYS["delivery"] + f"{task_id}-1", "kind", "slack")
+    assert await tried(parts, task_id) is not None
+    delivery = await facts(store, task_id)
+    assert (delivery.state, delivery.tries) == (DeliveryState.PENDING, 1)
+    assert delivery.last_problem == "this worker cannot deliver to slack: update it"
+
+
 async def test_a_try_that_breaks_is_another_try_and_not_the_end_of_the_delivery(store: Store, parts: DeliveryParts) -> None:
     task_id = await failed(store, "http://127.0.0.1:9/hook")
     await raw(store).hset(f"{KEYS['delivery']}{task_id}-1", "status", "of a newer movieq")

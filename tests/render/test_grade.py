@@ -68,3 +68,8 @@ def test_a_vignette_darkens_the_corners() -> None:
 )
 def test_words_are_found_as_people_write_them(text: str | None, word: str | None) -> None:
     assert grade.look_named(text) == word
+
+
+@pytest.mark.parametrize("word", grade.GRADES)
+def test_every_look_is_found_by_its_own_name(word: str) -> None:
+    assert grade.look_named(word) == word
