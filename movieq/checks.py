@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
@@ -123,7 +124,7 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
         raise SettingsError("; ".join(refused))
     for finding in found:
         if finding.mark is not Mark.GOOD and process != "up":  # its api and its worker say the same
-            (log.error if finding.mark is Mark.BROKEN else log.warning)("check", subject=finding.subject, problem=finding.text)
+            log.log(ERROR if finding.mark is Mark.BROKEN else WARNING, "check_failed", subject=finding.subject, problem=finding.text)
 
 
 # ── This machine ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from movieq.models import table as models
 from movieq.settings import Settings, variable
 from movieq.tasks.states import TRANSITIONS
 from tests.documents import DOCUMENTS, GUIDES, ROOT, blocks, guide
+from tests.log_events import log_events
 
 OTHERS = {"MOVIEQ_", "MOVIEQ_URL", "MOVIEQ_API_KEY"}
 """The prefix of all settings, and variables of the Payload example."""
@@ -116,6 +117,17 @@ def test_the_operating_guide_lists_every_alert() -> None:
     raised = re.findall(r'Alert\("([a-z_]+)"', (ROOT / "movieq/api/queues.py").read_text())
     table = guide("operating").read_text().partition("| alert |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE) == raised
+
+
+def test_the_page_of_log_events_lists_every_event_with_its_levels_and_fields() -> None:
+    rows = re.findall(r"^\| `([a-z_]+)` \| ([a-z, ]+) \| (.*?) ?\| .+ \|$", guide("log-events").read_text(), re.MULTILINE)
+    listed = {event: (set(levels.split(", ")), set(re.findall("`([a-z_]+)`", fields))) for event, levels, fields in rows}
+    logged = log_events()
+    assert len(rows) == len(listed), "an event is listed twice"
+    assert listed.keys() == logged.keys()
+    assert {event: levels for event, (levels, _) in listed.items()} == {event: each.levels for event, each in logged.items()}
+    assert [(event, field) for event, each in logged.items() for field in each.fields - listed[event][1]] == []
+    assert [(event, field) for event, each in logged.items() if not each.open for field in listed[event][1] - each.fields] == []
 
 
 def test_the_reference_lists_every_error_code_with_its_status() -> None:
