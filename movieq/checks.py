@@ -54,7 +54,7 @@ KEPT_MS: Final = 10_000
 """How long a key that a check writes exists."""
 LEAST_REDIS: Final = (7, 0)
 """The first version that knows scripts with flags (`#!lua`)."""
-ACL_LINE: Final = 'README, "Operating it", has the ACL line'
+ACL_LINE: Final = "the guide Operating (movieq/web/docs/operating.md) has the ACL line"
 NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
 
 _FSYNC: Final = {
