@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from movieq.settings import Settings, variable
 from movieq.tasks.states import TRANSITIONS
 from tests.documents import DOCUMENTS, GUIDES, ROOT, blocks, guide
 from tests.log_events import log_events
+from workers.child.job import Job
 
 OTHERS = {"MOVIEQ_", "MOVIEQ_URL", "MOVIEQ_API_KEY"}
 """The prefix of all settings, and variables of the Payload example."""
@@ -176,6 +178,18 @@ def test_the_plug_in_of_the_guide_is_the_one_that_the_tests_run() -> None:
     example = ROOT / "tests/engines/palettes"
     shown = [block.text for block in blocks(guide("writing-an-engine")) if block.language in ("toml", "py")]
     assert shown == [(example / "pyproject.toml").read_text(), (example / "movieq_palettes.py").read_text()]
+
+
+def test_the_guide_to_engines_names_members_that_a_job_has() -> None:
+    table = guide("writing-an-engine").read_text().partition("| member of the job |")[2].partition("\n\n")[0]
+    called = dict(re.findall(r"`(\w+)\(([^)`]*)\)` \|", table))
+    assert called.keys() >= {"plan", "step", "check"}
+    assert {name: f"({given})" for name, given in called.items()} == {name: _shown_signature(getattr(Job, name)) for name in called}
+
+
+def _shown_signature(method: Callable[..., None]) -> str:
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return f"({', '.join(f'*{each.name}' if each.kind is each.VAR_POSITIONAL else each.name for each in parameters)})"
 
 
 def test_the_readme_is_about_two_screens() -> None:
