@@ -35,7 +35,7 @@ def log_events() -> dict[str, LogEvent]:
                     continue
                 where = f"{path.relative_to(ROOT)}:{call.lineno}"
                 for name, levels in logged:
-                    if name is None:
+                    if not name:
                         assert id(call) in passed_on, f"{where}: the event has to be written out in the call"
                         continue
                     assert levels, f"{where}: the level has to be written out in the call"
@@ -56,19 +56,19 @@ def _function(call: ast.Call) -> str:
     return ast.unparse(call.func)
 
 
-def _logged(call: ast.Call) -> Iterator[tuple[str | None, set[str]]]:
-    """Return each event that a call can log, with its levels; None for one that is a variable. Nothing for a call that does not log."""
+def _logged(call: ast.Call) -> Iterator[tuple[str, set[str]]]:
+    """Return each event that a call can log, with its levels; its name is empty where it is a variable. Return nothing for other calls."""
     function = call.func
     if isinstance(function, ast.Name) and function.id == "log_failure":
         away = next((_texts(each.value) for each in call.keywords if each.arg == "away"), [])
-        for name in _texts(call.args[0]) or [None]:
+        for name in _texts(call.args[0]) or [""]:
             yield name, {"error"} if away else {"error", "warning"}
         for name in away:
             yield name, {"warning"}
     elif isinstance(function, ast.Attribute) and ast.unparse(function.value) == "log" and function.attr in METHODS:
         level, *rest = call.args if function.attr == "log" else (ast.Constant(function.attr), *call.args)
         levels = {"error" if each == "exception" else each for each in _levels(level)}
-        for name in _texts(rest[0]) or [None]:
+        for name in _texts(rest[0]) or [""]:
             yield name, levels
 
 
