@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
@@ -53,7 +54,7 @@ KEPT_MS: Final = 10_000
 """How long a key that a check writes exists."""
 LEAST_REDIS: Final = (7, 0)
 """The first version that knows scripts with flags (`#!lua`)."""
-ACL_LINE: Final = 'README, "Operating it", has the ACL line'
+ACL_LINE: Final = "the guide Operating (movieq/web/docs/operating.md) has the ACL line"
 NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
 
 _FSYNC: Final = {
@@ -123,7 +124,7 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
         raise SettingsError("; ".join(refused))
     for finding in found:
         if finding.mark is not Mark.GOOD and process != "up":  # its api and its worker say the same
-            (log.error if finding.mark is Mark.BROKEN else log.warning)("check", subject=finding.subject, problem=finding.text)
+            log.log(ERROR if finding.mark is Mark.BROKEN else WARNING, "check_failed", subject=finding.subject, problem=finding.text)
 
 
 # ── This machine ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
 """Every setting: one frozen Struct, read once from the environment and `.env`.
 
-The environment variable of a field is its name in capitals with `MOVIEQ_` in front. `.env.example` and the README list the same names,
-defaults and sentences; a test compares the three.
+The environment variable of a field is its name in capitals with `MOVIEQ_` in front. `.env.example` and the guide "Settings"
+(`movieq/web/docs/settings.md`) list the same names, defaults and sentences; a test compares the three.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, Meta(description="Whether to start on a Redis that evicts keys when its memory is full, which loses tasks")
     ] = False
     public_url: Annotated[
-        str, Meta(description="Address under which clients reach the API; unset: where it listens (a worker needs it)")
+        str, Meta(description="Url at which clients reach the API; unset: the address it listens on (workers need it)")
     ] = ""
     api_keys: Annotated[
-        dict[str, Grant], Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` makes one")
+        dict[str, Grant], Meta(description="Comma-separated, each KEY, KEY=PROJECTS or KEY=PROJECTS/SCOPES; unset: `up` generates one")
     ] = {}
     signing_secret: Annotated[
         tuple[bytes, ...],
-        Meta(description="Signs event and media urls; two, comma-separated, while rotating, new first; unset: one is kept in Redis"),
+        Meta(description="Signs event and media urls; two, comma-separated, while rotating, new first; unset: generated and kept in Redis"),
     ] = ()
     webhook_secret: Annotated[
         tuple[str, ...], Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")
@@ -99,52 +99,54 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     storage: Annotated[Path | Bucket, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = Path(
         ".movieq/media"
     )
-    r2_endpoint: Annotated[str, Meta(description="Address of the S3 service: https://ACCOUNT.r2.cloudflarestorage.com, say")] = ""
+    r2_endpoint: Annotated[str, Meta(description="Url of the S3 service, such as https://ACCOUNT.r2.cloudflarestorage.com")] = ""
     r2_access_key_id: Annotated[str, Meta(description="Access key of the bucket: it may read, write, list and delete there")] = ""
     r2_secret_access_key: Annotated[str, Meta(description="Secret of that access key")] = ""
-    r2_public_url: Annotated[str, Meta(description="Address that the bucket is public under; unset: urls are signed for seven days")] = ""
-    spool: Annotated[str, Meta(description="Folder that a worker works in; unset: one in the system's temporary folder")] = ""
-    models: Annotated[str, Meta(description="File of model entries, beside those that ship with movieq")] = ""
-    engine: Annotated[EngineChoice, Meta(description="What makes tasks that name no model: auto, diffusers or animatic")] = (
+    r2_public_url: Annotated[str, Meta(description="Public url of the bucket; unset: urls are signed for seven days")] = ""
+    spool: Annotated[str, Meta(description="Working folder of a worker; unset: one in the system's temporary folder")] = ""
+    models: Annotated[str, Meta(description="File with more model entries")] = ""
+    engine: Annotated[EngineChoice, Meta(description="Engine for tasks that name no model: auto, diffusers or animatic")] = (
         EngineChoice.AUTO
     )
     queues: Annotated[
-        tuple[Kind, ...], Meta(description="Queues that a worker serves, comma-separated; unset: those that its machine fits")
+        tuple[Kind, ...], Meta(description="Queues that a worker serves, comma-separated; unset: those that suit its machine")
     ] = ()
     devices: Annotated[str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1")] = "auto"
     cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
-    drain_s: Annotated[float, Meta(ge=0, le=86400, description="How long a stopping worker lets its runs go on, seconds")] = 30.0
+    drain_s: Annotated[float, Meta(ge=0, le=86400, description="Seconds that a stopping worker gives its runs to finish")] = 30.0
     step_timeout_s: Annotated[
-        float, Meta(ge=1, le=604_800, description="An engine that shows no progress for so long is killed, seconds")
+        float, Meta(ge=1, le=604_800, description="Seconds without progress after which an engine process is killed")
     ] = 600.0
-    max_queued_per_project: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Waiting tasks a project may have; 0: no limit")] = (
+    max_queued_per_project: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Most waiting tasks of a project; 0: no limit")] = (
         10_000
     )
-    max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Waiting tasks of all projects together; 0: no limit")] = 0
-    project_weights: Annotated[dict[str, float], Meta(description="Shares of the queue, film=3, other=1; a project not named has 1")] = {}
-    keep_tasks_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that an ended task is kept; 0: for ever")] = 30.0
-    keep_media_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that the files of a result are kept; 0: for ever")] = 0.0
-    file_tags: Annotated[bool, Meta(description="Whether files say in their tags by which prompt, seed and model they were made")] = True
+    max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Most waiting tasks of all projects together; 0: no limit")] = 0
+    project_weights: Annotated[
+        dict[str, float], Meta(description="Shares of the workers, such as film=3, other=1; projects that are not named have 1")
+    ] = {}
+    keep_tasks_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that an ended task is stored; 0: for ever")] = 30.0
+    keep_media_days: Annotated[float, Meta(ge=0, le=36_500, description="Days that the files of a result are stored; 0: for ever")] = 0.0
+    file_tags: Annotated[bool, Meta(description="Whether to write prompt, seed and model into the tags of files")] = True
     c2pa_certificate: Annotated[
-        str, Meta(description="Signs results (C2PA): file with the certificate and those above it, PEM, its own first; unset: unsigned")
+        str, Meta(description="PEM file with the certificate chain that signs results (C2PA), the signer's first; unset: unsigned")
     ] = ""
-    c2pa_key: Annotated[str, Meta(description="File with the private key of that certificate, PEM without a password")] = ""
-    c2pa_required: Annotated[bool, Meta(description="Whether nothing unsigned may be published; a worker without a certificate ends")] = (
-        False
-    )
+    c2pa_key: Annotated[str, Meta(description="PEM file with the private key of that certificate, without a password")] = ""
+    c2pa_required: Annotated[
+        bool, Meta(description="Whether to publish only signed results; a worker without a certificate does not start")
+    ] = False
     allow_private_urls: Annotated[
-        tuple[Network, ...], Meta(description="Private networks that inputs and callbacks may lie in: 10.0.0.0/8, ...")
+        tuple[Network, ...], Meta(description="Private networks that inputs and callbacks may be in, comma-separated: 10.0.0.0/8")
     ] = ()
     cors_origins: Annotated[tuple[str, ...], Meta(description="Origins whose pages may call the API, comma-separated; *: all")] = ()
-    payload_url: Annotated[str, Meta(description="PayloadCMS that results go to, the address above /media: https://cms.example/api")] = ""
+    payload_url: Annotated[str, Meta(description="REST API of the PayloadCMS that results are written to: https://cms.example/api")] = ""
     payload_api_key: Annotated[str, Meta(description="API key of a user of the CMS who may read, create and delete media")] = ""
     payload_users: Annotated[str, Meta(description="Collection of the CMS that this user is in")] = "users"
     payload_media: Annotated[str, Meta(description="Collection of the CMS that results go into")] = "media"
     payload_mode: Annotated[
-        PayloadMode, Meta(description="upload: into an upload collection; reference: a document with the address of the file")
+        PayloadMode, Meta(description="upload: into an upload collection; reference: a document with the url of the file")
     ] = PayloadMode.UPLOAD
     payload_fields: Annotated[
-        str, Meta(description="What the CMS calls fields and values (README, PayloadCMS): alt=title, mediaType:audio_clip=sound")
+        str, Meta(description="Names of fields and values in the CMS (guide: For CMS developers): alt=title, mediaType:audio_clip=sound")
     ] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
     log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO

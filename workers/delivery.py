@@ -270,8 +270,8 @@ async def _remove_doubles(parts: DeliveryParts, delivery_id: str, delivery: Deli
         for document in await parts.cms.find(delivery.task_id):
             if document.id != named:
                 await parts.cms.remove(document.id)
-                log.info("double_removed", delivery_id=delivery_id, media_id=document.id)
+                log.info("duplicate_removed", delivery_id=delivery_id, media_id=document.id)
     except CmsFault as fault:
-        log.warning("doubles_not_removed", delivery_id=delivery_id, problem=fault.message)
+        log.warning("duplicates_not_removed", delivery_id=delivery_id, problem=fault.message)
         raise Retry(defer=wait_s(len(SCHEDULE_S) // 2)) from None
     await parts.outbox.doubt(delivery_id, False)

@@ -336,5 +336,10 @@ async def _requeue(parts: Parts, running: Running, outcome: Requeued) -> None:
             stage=outcome.stage,
         )
     )
-    event = "requeue" if status is TaskStatus.QUEUED else "fail"
-    log.warning(event, counts=outcome.counts, error_code=outcome.code, error=error, delay_ms=outcome.delay_ms)
+    log.warning(
+        "requeue" if status is TaskStatus.QUEUED else "fail",
+        counts=outcome.counts,
+        error_code=outcome.code,
+        error=error,
+        delay_ms=outcome.delay_ms,
+    )

@@ -249,7 +249,7 @@ class Worker(ArqWorker):
         except ResponseError as error:
             if not _DAMAGED.search(str(error)):
                 raise
-            log.warning("job_mended", job_id=job_id, problem=str(error))
+            log.warning("job_repaired", job_id=job_id, problem=str(error))
             definition = serialize_job("deliver", (job_id.partition(".")[0],), {}, None, score, serializer=self.job_serializer)
             await self.pool.set(job_key_prefix + job_id, definition)
             await self.pool.delete(retry_key_prefix + job_id, in_progress_key_prefix + job_id)

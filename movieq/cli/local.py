@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from movieq import checks
+from movieq import checks, logs
 from movieq.cli.context import DATA, LOCAL_URL, printable, read_settings, run_async
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
-from movieq.settings import load
-
-if TYPE_CHECKING:
-    pass
+from movieq.settings import LogFormat, LogLevel, load
 
 
 @click.command()
@@ -37,6 +33,7 @@ def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> Non
         return
     from movieq.local.doctor import examine
 
+    logs.configure(LogLevel.WARNING, LogFormat.AUTO)  # not from the settings, which may be wrong: reading them is one of the checks
     marks = {checks.Mark.GOOD: "green", checks.Mark.NOTE: "yellow", checks.Mark.BROKEN: "red"}
 
     def show(finding: checks.Finding) -> None:

@@ -201,7 +201,7 @@ async def _keep_valkey(valkey: Valkey) -> None:
             try:
                 await asyncio.to_thread(valkey.start)
             except SettingsError as error:  # a full disk, say: whoever makes room should find the rest running
-                log.error("valkey_does_not_start", problem=error.message)
+                log.error("valkey_start_failed", problem=error.message)
                 await asyncio.sleep(VALKEY_AGAIN_S)
 
 

@@ -235,6 +235,7 @@ async def test_doctor_finds_nothing_broken_in_a_good_installation(server: Valkey
     )  # fmt: skip
     marks = marked(out)
     assert (code, err) == (0, ""), out
+    assert [line for line in out.splitlines() if not re.match(" [✓!] .{13} ", line)] == [], "a line that is no finding"
     assert {subject for subject, mark in marks.items() if mark == "!"} == {"settings", "API"}
     assert {
         "Redis",

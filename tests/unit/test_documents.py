@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -16,6 +17,8 @@ from movieq.models import table as models
 from movieq.settings import Settings, variable
 from movieq.tasks.states import TRANSITIONS
 from tests.documents import DOCUMENTS, GUIDES, ROOT, blocks, guide
+from tests.log_events import log_events
+from workers.child.job import Job
 
 OTHERS = {"MOVIEQ_", "MOVIEQ_URL", "MOVIEQ_API_KEY"}
 """The prefix of all settings, and variables of the Payload example."""
@@ -118,6 +121,17 @@ def test_the_operating_guide_lists_every_alert() -> None:
     assert re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE) == raised
 
 
+def test_the_page_of_log_events_lists_every_event_with_its_levels_and_fields() -> None:
+    rows = re.findall(r"^\| `([a-z_]+)` \| ([a-z, ]+) \| (.*?) ?\| .+ \|$", guide("log-events").read_text(), re.MULTILINE)
+    listed = {event: (set(levels.split(", ")), set(re.findall("`([a-z_]+)`", fields))) for event, levels, fields in rows}
+    logged = log_events()
+    assert len(rows) == len(listed), "an event is listed twice"
+    assert listed.keys() == logged.keys()
+    assert {event: levels for event, (levels, _) in listed.items()} == {event: each.levels for event, each in logged.items()}
+    assert [(event, field) for event, each in logged.items() for field in each.fields - listed[event][1]] == []
+    assert [(event, field) for event, each in logged.items() if not each.open for field in listed[event][1] - each.fields] == []
+
+
 def test_the_reference_lists_every_error_code_with_its_status() -> None:
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| (\d{3}) \|", guide("api").read_text(), re.MULTILINE))
     assert {code: int(status) for code, status in rows.items()} == {
@@ -164,6 +178,18 @@ def test_the_plug_in_of_the_guide_is_the_one_that_the_tests_run() -> None:
     example = ROOT / "tests/engines/palettes"
     shown = [block.text for block in blocks(guide("writing-an-engine")) if block.language in ("toml", "py")]
     assert shown == [(example / "pyproject.toml").read_text(), (example / "movieq_palettes.py").read_text()]
+
+
+def test_the_guide_to_engines_names_members_that_a_job_has() -> None:
+    table = guide("writing-an-engine").read_text().partition("| member of the job |")[2].partition("\n\n")[0]
+    called = dict(re.findall(r"`(\w+)\(([^)`]*)\)` \|", table))
+    assert called.keys() >= {"plan", "step", "check"}
+    assert {name: f"({given})" for name, given in called.items()} == {name: _shown_signature(getattr(Job, name)) for name in called}
+
+
+def _shown_signature(method: Callable[..., None]) -> str:
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return f"({', '.join(f'*{each.name}' if each.kind is each.VAR_POSITIONAL else each.name for each in parameters)})"
 
 
 def test_the_readme_is_about_two_screens() -> None:
