@@ -1,1 +1,1 @@
-"""The HTTP API: decode, authorise, one script, encode. Keeps nothing but open streams."""
+"""The HTTP API. A request is decoded and authorised, runs one script in Redis, and is answered; only open streams hold state."""

@@ -1,4 +1,4 @@
-"""The application: routes, the lifespan that opens and closes everything, and the one place where errors become answers."""
+"""The ASGI application: its routes, its lifespan, and the handlers that turn errors into HTTP responses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNo
 
 
 def create(settings: Settings, public_url: str) -> Starlette:
-    """Return the application of these settings; `public_url` is where clients reach it."""
+    """Return the application for these settings. `public_url` is the address at which clients reach it."""
     routes = [
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
         *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
@@ -88,12 +88,12 @@ def create(settings: Settings, public_url: str) -> Starlette:
             RequestError: _refused,
             HTTPException: _framework_error,
             **dict.fromkeys((RedisError, ConnectionError, TimeoutError), _redis_away),
-            **dict.fromkeys((StorageFault, OSError), _storage_away),  # a full disk, say
+            **dict.fromkeys((StorageFault, OSError), _storage_away),  # for example a full disk
             ClientDisconnect: _client_gone,
             Exception: _broken,
         },
     )
-    application.router.redirect_slashes = False  # what is not a route is a 404, never a redirect to whatever Host says
+    application.router.redirect_slashes = False  # the redirect would go to the host in the client's Host header
     return application
 
 
@@ -118,7 +118,7 @@ async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> Asyn
 
 
 async def _tidy(store: Store) -> None:
-    """Handle expired leases, due retries and deadlines also where every worker is busy, or there is none."""
+    """Call `tidy` once a second, so that expired leases, due retries and deadlines are handled even when no worker is free."""
     away = False
     while True:
         try:
@@ -126,7 +126,7 @@ async def _tidy(store: Store) -> None:
             away = False
             if done:
                 log.info("tidy", reaped=done.reaped, due=done.due, past_deadline=done.past_deadline)
-        except Exception as error:  # whatever it is, the process goes on answering
+        except Exception as error:  # no error may stop the API from answering
             if not away:
                 log_failure("tidy_failed", error, away="redis_away")
             away = True
@@ -134,7 +134,7 @@ async def _tidy(store: Store) -> None:
 
 
 def error_answer(error: RequestError) -> Response:
-    """Return the answer to a request that is refused."""
+    """Return the HTTP response for an error."""
     body = ErrorAnswer(error.code, error.message, now(), error.retryable, [FieldError(path, message) for path, message in error.errors])
     retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return answered(body, error.status, {**error.headers, **retry})
@@ -149,8 +149,8 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = _BY_STATUS.get(error.status_code, ValidationFailed)
     message = {
-        404: f"nothing is at {request.scope['path'][:200]}",  # not request.url, which a strange Host breaks
-        405: f"{request.method} is not allowed here; allowed: {(error.headers or {}).get('Allow', '')}",
+        404: f"unknown path: {request.scope['path'][:200]}",  # not request.url, which raises for a malformed Host header
+        405: f"{request.method} is not allowed for this path; allowed: {(error.headers or {}).get('Allow', '')}",
     }.get(error.status_code, str(error.detail))
     response = error_answer(kind(message))
     response.headers.update(error.headers or {})
@@ -163,41 +163,41 @@ async def _redis_away(request: Request, error: Exception) -> Response:
         return await _broken(request, error)
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
     if refused := refusal(error):
-        why = f"Redis cannot do this now because {refused.reason}"
+        why = f"Redis refused the request because {refused.reason}"
         return error_answer(Unavailable(f"{why}: nothing was changed; try again later", retry_after_s=2))
-    # what a Redis that hangs was sent it may still do
-    return error_answer(Unavailable("Redis is away; try again: with an Idempotency-Key, nothing is accepted twice", retry_after_s=2))
+    # no promise that nothing changed: a Redis that hangs may still execute the command later
+    return error_answer(Unavailable("Redis is unavailable: try again; an Idempotency-Key prevents duplicate tasks", retry_after_s=2))
 
 
 async def _storage_away(request: Request, error: Exception) -> Response:
     log.error("storage_away", problem=str(error))
-    return error_answer(Unavailable("the storage cannot be used at the moment; try again", retry_after_s=10))
+    return error_answer(Unavailable("the storage is unavailable: try again later", retry_after_s=10))
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody hears it: the body broke off
+    return Response(status_code=400)  # never received: the client disconnected while sending the body
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    # where this is the last handler, Starlette raises the error again, and uvicorn logs it
-    return error_answer(Internal("a fault of movieq's own; it is in the log of the API"))
+    # when Starlette calls this as its last handler, it raises the error again, and uvicorn logs it
+    return error_answer(Internal("internal error: see the log of the API"))
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's CORS middleware, with refusals in the form of every error."""
+    """Starlette's CORS middleware, with errors in the JSON format of the API."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Return the answer to a browser's OPTIONS request."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        refusal = error_answer(ValidationFailed(f"{bytes(response.body).decode()}; MOVIEQ_CORS_ORIGINS names the origins that are allowed"))
+        refusal = error_answer(ValidationFailed(f"{bytes(response.body).decode()}; MOVIEQ_CORS_ORIGINS sets the allowed origins"))
         refusal.headers.update({name: value for name, value in response.headers.items() if not name.startswith("content-")})
         return refusal
 
 
 class _Log:
-    """Logs each request at debug level, without its query, which may hold a signature."""
+    """Middleware that logs each request at debug level, without its query string, which may contain a signature."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

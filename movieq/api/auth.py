@@ -1,4 +1,4 @@
-"""Authorisation: API keys from the settings and from Redis; a request is checked for its key, then the scope, then the project."""
+"""Authorisation by API key. A request's key is checked first, then its scope, then its project."""
 
 from __future__ import annotations
 
@@ -18,39 +18,42 @@ _UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """The holder of a key: `id` is the hash of the key."""
+    """The API key of a request. `id` is the hash of the key."""
 
     id: str
     grant: Grant
 
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
-    """Return the holder of the request's key. Raises Unauthorized, and Forbidden for a key without `scope`."""
+    """Return the request's API key and its rights. Raises Unauthorized without a valid key, Forbidden if the key lacks `scope`."""
     key = request.headers.get("x-api-key")
     if key is None:
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         key = bearer.strip() if kind.lower() == "bearer" else ""
     if not key:
-        raise Unauthorized("no API key: send it as X-API-Key: KEY, or as Authorization: Bearer KEY")
+        raise Unauthorized("missing API key: send it as X-API-Key: KEY, or as Authorization: Bearer KEY")
     id = key_hash(key)
     grant = await api(request).keys.grant(id)
     if grant is None:
-        raise Unauthorized("this API key is not known")
+        raise Unauthorized("invalid API key")
     if scope not in grant.scopes:
-        raise Forbidden(f"this API key may not {scope}: its scopes are {', '.join(sorted(grant.scopes))}")
+        raise Forbidden(f"this API key lacks the scope {scope}; its scopes are {', '.join(sorted(grant.scopes))}")
     return Caller(id, grant)
 
 
 def path_task_id(request: HTTPConnection) -> TaskId:
-    """Return the task id of the path. Raises ValidationFailed where it is no UUID."""
+    """Return the task id in the request's path. Raises ValidationFailed if it is not a UUID."""
     text = str(request.path_params["task_id"]).lower()
     if not _UUID.match(text):
-        raise ValidationFailed("task_id: a UUID is expected, such as 123e4567-e89b-12d3-a456-426614174000")
+        raise ValidationFailed("task_id: expected a UUID such as 123e4567-e89b-12d3-a456-426614174000")
     return TaskId(text)
 
 
 async def task_of(request: HTTPConnection, scope: Scope) -> tuple[Task, Caller]:
-    """Return the task of the path and the caller, who may `scope` it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    """Return the task in the request's path, and the caller, whose key has `scope`.
+
+    Raises Unauthorized, Forbidden, ValidationFailed, NotFound.
+    """
     who = await caller(request, scope)
     task_id = path_task_id(request)
     task = await api(request).queries.task(task_id)
@@ -60,13 +63,16 @@ async def task_of(request: HTTPConnection, scope: Scope) -> tuple[Task, Caller]:
 
 
 async def project_of(request: HTTPConnection, scope: Scope) -> tuple[ProjectId, Caller]:
-    """Return the project of the path and the caller, a member of it. Raises Unauthorized, Forbidden, ValidationFailed, NotFound."""
+    """Return the project in the request's path, and the caller, whose key has access to it.
+
+    Raises Unauthorized, Forbidden, ValidationFailed, NotFound.
+    """
     who = await caller(request, scope)
     project_id = str(request.path_params["project_id"])
     if not re.fullmatch(PROJECT_PATTERN, project_id):
-        raise ValidationFailed(f"project_id: {PROJECT_PATTERN} is expected")
+        raise ValidationFailed("project_id: expected 1 to 100 ASCII letters, digits, hyphens or underscores")
     if not who.grant.allows(project_id):
         if scope is Scope.READ:
             raise NotFound(f"no project {project_id}")
-        raise Forbidden(f"this API key does not belong to project {project_id}")
+        raise Forbidden(f"this API key has no access to project {project_id}")
     return ProjectId(project_id), who

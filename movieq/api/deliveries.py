@@ -1,4 +1,4 @@
-"""A task's webhook and CMS deliveries, sent and pending."""
+"""The endpoints for a task's webhook and CMS deliveries, sent and pending."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logs.get()
 
 
 async def deliveries(request: Request) -> Response:
-    """`GET /tasks/{task_id}/deliveries`: list the deliveries of a task, the oldest first."""
+    """`GET /tasks/{task_id}/deliveries`: list a task's deliveries, oldest first."""
     task, _ = await task_of(request, Scope.READ)
     only_query(request)
     return answered(DeliveriesAnswer(await _listed(request, task)))
 
 
 async def resend(request: Request) -> Response:
-    """`POST /tasks/{task_id}/deliveries/{delivery_id}/resend`: send a delivery again now; 200 with its state."""
+    """`POST /tasks/{task_id}/deliveries/{delivery_id}/resend`: send a delivery again at once. Answer 200 with the delivery."""
     task, _ = await task_of(request, Scope.ADMIN)
     only_query(request)
     delivery_id = request.path_params["delivery_id"]

@@ -1,14 +1,14 @@
-"""The streams of tasks and of projects: endpoints that answer with a head, and leave the socket to the hub.
+"""The event streams of tasks and projects. The endpoints send the response headers and hand the socket over to the hub.
 
-First a `snapshot`, unless the resume point is in the log; then the log after it, then live. The stream of a task begins with the whole log
-and ends after the terminal event. That of a project begins at its snapshot and goes on for ever: each change of a task's state has an id of
-the project's log, which holds the last thousand for a day; progress has none. A comment every 15 s; a client that takes nothing for 30 s is
-dropped.
+A stream sends a `snapshot` first, unless the client resumes inside the event log; then the log from there, then live events. A task's
+stream sends the whole log and ends after the terminal event. A project's stream starts at the snapshot and does not end. Each state change
+of a task has an id in the project's log, which holds the last thousand events for a day; progress events have no id. A comment is sent
+every 15 s. A client that reads nothing for 30 s is disconnected.
 
-The head goes out through ASGI, as of every answer: so CORS and the request log know of it. Then uvicorn hands the connection over, as it
-does to a websocket, and forgets the request: an open stream is a socket and a watcher, without a task, a parser, or the request's headers.
-The body is chunked, so that a proxy or a client can tell a stream that ended from a connection that broke. (An HTTP/1.0 client cannot: it
-gets the body plain.) `Connection: close`, since nobody would read another request.
+The headers are sent through ASGI, so that CORS and the request log see them. Then uvicorn hands the connection over, as it does for a
+websocket, and drops the request. An open stream therefore costs a socket and a watcher, but no asyncio task, parser or request headers.
+The body is chunked, so that a client or proxy can tell the end of a stream from a broken connection; HTTP/1.0 clients get a plain body.
+The response has `Connection: close`, since no further request would be read.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
 HAND_OVER: Final = "movieq.hand_over"
-"""The extension of the ASGI scope with which the server gives a connection away; see `movieq.api.server`."""
+"""Name of the ASGI extension through which the server hands a connection over; see `movieq.api.server`."""
 
 OLD_VERSIONS: Final = ("0.9", "1.0")
-"""Versions of HTTP that have neither chunks nor `100 Continue`."""
+"""HTTP versions without chunked bodies and `100 Continue`."""
 
 ACTIVE: Final = 100
-"""How many tasks the snapshot of a project names."""
+"""Most tasks in the snapshot of a project."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),  # a proxy that compresses would hold events back
+    (b"cache-control", b"no-store, no-transform"),  # a proxy that compresses would delay events
     (b"x-accel-buffering", b"no"),
 ]
 
 
 class TaskEvents:
-    """`GET /tasks/{task_id}/events`: the stream of a task, with a key, or with the signature of an `events_url` from any origin."""
+    """`GET /tasks/{task_id}/events`: stream a task's events. Needs an API key or the signature of an `events_url` (from any origin)."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the stream. Raises RequestError before anything is sent."""
@@ -71,7 +71,7 @@ class TaskEvents:
 
 
 class ProjectEvents:
-    """`GET /projects/{project_id}/events`: the stream of all tasks of a project; `?task_type=` and `?status=` filter it."""
+    """`GET /projects/{project_id}/events`: stream the events of a project's tasks; `?task_type=` and `?status=` filter them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the stream. Raises RequestError before anything is sent."""
@@ -90,7 +90,7 @@ class ProjectEvents:
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """The filter of a project's stream: tasks of these types and in these states, where any are named."""
+    """The filter of a project's stream: the wanted task types and states. An empty set means all."""
 
     task_types: frozenset[TaskType]
     statuses: frozenset[TaskStatus]
@@ -106,7 +106,7 @@ async def _stream(
     opening: Callable[[], Awaitable[Opening]],
     wants: Callable[[Facts], bool] | None = None,
 ) -> None:
-    """Send the head of the answer, and give the connection to a watcher."""
+    """Send the response headers, and hand the connection over to a watcher."""
     headers, hub = _headers(request), api(request).hub
     if request.scope["method"] == "HEAD":
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -129,7 +129,7 @@ async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
     if place != "inside":
         position = await movieq.queries.position(task)
         frames += frame(EventType.SNAPSHOT, movieq.snapshot(task, position))
-    if state.last is None and task.status.ended:  # the log is gone: its last entry lives on in the task
+    if state.last is None and task.status.ended:  # the log has expired: build its last event from the task
         return Opening(frames + frame(EventType(task.status), movieq.ending(task), task.last_event_id), None)
     return Opening(frames, pair(after) if after is not None and place == "inside" else START)
 
@@ -139,11 +139,11 @@ async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None
     place = _place(state, after)
     if after is not None and place == "inside":
         return Opening(b"", pair(after))
-    # the tasks are read after the log: what happens in between is in the snapshot, and comes again
+    # the tasks are read after the log, so an event in between is in the snapshot and is sent again, but none is missed
     project = await movieq.queries.project(project_id)
     active = await movieq.queries.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
     frames = _gap(state, after, {"project_id": project_id}) if place == "gap" else b""
-    if project is not None:  # else its last task was swept a moment ago
+    if project is not None:  # else its last task has just been swept
         frames += frame(EventType.SNAPSHOT, movieq.project_snapshot(project, active, state.last))
     return Opening(frames, START if state.last is None or place == "start" else pair(state.last))
 
@@ -153,22 +153,25 @@ def _gap(state: LogState, after: str | None, name: dict[str, str]) -> bytes:
 
 
 def _place(state: LogState, after: str | None) -> str:
-    """Return where the resume point is: "none", "inside" the log, at its "start" with nothing missing between, or in a "gap"."""
+    """Return the position of the resume point: "none", "inside" the log, at its "start" with no event missing, or in a "gap"."""
     if after is None:
         return "none"
     if state.first is None or state.last is None or pair(after) > pair(state.last):
         return "gap"
-    if pair(after) < pair(state.first):  # an id of a log that expired before this one began, unless it is no id at all
+    if pair(after) < pair(state.first):  # from an earlier log that has expired, unless it is 0-0
         return "start" if pair(after) == START and not state.trimmed else "gap"
     return "inside"
 
 
 def _resume_point(request: HTTPConnection) -> str | None:
-    """Return the id to continue after; the header of a reconnecting browser wins over the query. Raises ValidationFailed."""
+    """Return the id of the last event that the client has. The header of a reconnecting browser overrides the query.
+
+    Raises ValidationFailed.
+    """
     for name, text in (("Last-Event-ID", request.headers.get("last-event-id")), ("after", request.query_params.get("after"))):
         if text:
             if not _ID.fullmatch(text):
-                raise ValidationFailed(f"{name}: an id of this stream is expected, such as 1764000000000-0, got {text[:40]!r}")
+                raise ValidationFailed(f"{name}: expected an event id such as 1764000000000-0, got {text[:40]!r}")
             return text
     return None
 
@@ -183,7 +186,7 @@ def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
 
 @contextlib.contextmanager
 def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
-    """Let pages of any origin read the refusal of a signed address: movieq.js tells the page why the stream ends."""
+    """Let pages of any origin read an error of a signed URL, so that movieq.js can report why the stream failed."""
     try:
         yield
     except RequestError as error:

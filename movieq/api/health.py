@@ -1,6 +1,6 @@
-"""Health: whether the process is alive, whether tasks can be accepted and run, and what is wrong. Also what can be submitted.
+"""The health checks, and the list of task types.
 
-The health checks need no key. So they show no names, addresses or paths, and write at most once a second, however often they are called.
+The health checks need no API key. They therefore show no host names, addresses or paths, and write to Redis at most once a second.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from movieq.tasks.wire import CheckName, HealthAnswer, LiveAnswer, ReadyAnswer, 
 
 
 async def live(request: Request) -> Response:
-    """`GET /health/live`: 200 while this process answers. It checks nothing that a restart would not repair. Needs no key."""
+    """`GET /health/live`: answer 200 while the process runs. Needs no key. Checks nothing else, since a restart would not help."""
     return answered(LiveAnswer("alive", now(), package.__version__, _uptime_s(request)))
 
 
 async def ready(request: Request) -> Response:
-    """`GET /health/ready`: 200 where a task can be accepted, stored and run; else 503 and which check failed. Needs no key."""
+    """`GET /health/ready`: answer 200 if tasks can be accepted, stored and run, else 503 with the failed checks. Needs no key."""
     checks = list((await api(request).readiness.checks()).values())
     if all(check.ok for check in checks):
         return answered(ReadyAnswer("ready", now(), package.__version__, checks))
@@ -39,7 +39,7 @@ async def ready(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """`GET /health`: 200 healthy or degraded, 503 where Redis is away. Needs no key."""
+    """`GET /health`: answer 200 if healthy or degraded, 503 if Redis is unavailable. Needs no key."""
     movieq = api(request)
     uptime = _uptime_s(request)
     try:
@@ -51,7 +51,7 @@ async def health(request: Request) -> Response:
     checks = await movieq.readiness.checks()
     problems = [checks[name].message for name in (CheckName.REDIS, CheckName.STORAGE) if not checks[name].ok]
     problems += [movieq.readiness.evicts] if movieq.readiness.evicts else []
-    problems += [f"{each.waiting} tasks wait in {each.kind}, and no live worker can run them: start one that can" for each in stranded]
+    problems += [f"no live worker can run {each.waiting} waiting tasks of {each.kind}: start a worker that can" for each in stranded]
     state = "degraded" if problems else "healthy"
     return answered(HealthAnswer(state, now(), package.__version__, "connected", len(workers), sizes, uptime, problems))
 
@@ -61,7 +61,7 @@ def _uptime_s(request: Request) -> float:
 
 
 async def task_types(request: Request) -> Response:
-    """`GET /task-types`: list the task types, with the JSON Schema of each task_data."""
+    """`GET /task-types`: list the task types, each with the JSON Schema of its task_data."""
     movieq = api(request)
     await caller(request, Scope.READ)
     only_query(request)
@@ -83,7 +83,7 @@ async def task_types(request: Request) -> Response:
 
 
 def _inlined(schema: dict[str, object]) -> dict[str, object]:
-    """Return the schema without a reference at its top, with the other definitions beside it."""
+    """Return the schema with its top-level `$ref` resolved, and the other definitions in `$defs`."""
     definitions = schema.get("$defs")
     if not isinstance(definitions, dict) or "$ref" not in schema:
         return schema

@@ -1,4 +1,4 @@
-"""What each API key may do, cached for some seconds."""
+"""A cache of API keys and their rights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from movieq.queue.api_keys import ApiKeys
 from movieq.settings import Grant, key_hash
 
 CACHE_S: Final = 5.0
-"""How long a key of Redis works after it was revoked."""
+"""How long a key is cached: a revoked key works for at most this long."""
 CACHE_KEYS: Final = 10_000
+"""Most keys in the cache; when it is full, it is emptied."""
 
 
 class KeyCache:
-    """The known API keys. Only hashes are stored and compared, so that the time of a comparison reveals nothing of a key."""
+    """The API keys of the settings and of Redis. Only hashes are compared, so timing reveals nothing about a key."""
 
     def __init__(self, grants: dict[str, Grant], api_keys: ApiKeys) -> None:
         self._settings = {key_hash(key): grant for key, grant in grants.items()}
@@ -22,7 +23,7 @@ class KeyCache:
         self._cache: dict[str, tuple[float, Grant | None]] = {}
 
     async def grant(self, id: str) -> Grant | None:
-        """Return what the key of this hash may do; None for an unknown key."""
+        """Return the rights of the key with this hash; None for an unknown key."""
         if (grant := self._settings.get(id)) is not None:
             return grant
         until, cached = self._cache.get(id, (0.0, None))

@@ -1,4 +1,4 @@
-"""Files of the folder storage, under signed urls: with Range, the right type, and nothing for a browser to guess."""
+"""The endpoint that serves files of the folder storage under signed URLs. It supports Range requests."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ async def media(request: Request) -> Response:
     storage = api(request).storage
     key, query = str(request.path_params["key"]), request.query_params
     if not isinstance(storage, FolderStorage):
-        raise NotFound("files are not served here: take a fresh address from the status of the task")
+        raise NotFound("this server does not serve files: get a new URL from the task's status")
     if "signature" not in query:
-        raise Forbidden("this address is not signed: take it from the status of the task")
+        raise Forbidden("missing signature: use the URL from the task's status exactly as issued")
     storage.verify(key, query.get("expires", ""), query["signature"], time.time())
     if await storage.size(key) is None:
-        raise NotFound("this file is not there any more")
+        raise NotFound("the file no longer exists")
     return _File(storage.local_path(key), headers=_HEADERS, media_type=content_type(key))
 
 
 class _File(FileResponse):
-    """Starlette's file response, with refusals in the form of every error."""
+    """Starlette's file response, with errors in the JSON format of the API."""
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
         try:
             return super()._parse_range_header(http_range, file_size)
         except MalformedRangeHeader:
-            return []  # the whole file: a range that is not understood counts as none (RFC 9110, 14.2)
+            return []  # the whole file: a malformed range is ignored (RFC 9110, 14.2)
         except RangeNotSatisfiable:
             headers = {"Content-Range": f"bytes */{file_size}", "Access-Control-Allow-Origin": "*"}
-            raise RangeRefused(f"Range: the file has {file_size} bytes, got {http_range[:80]!r}", headers=headers) from None
+            raise RangeRefused(f"Range: {http_range[:80]!r} is outside the file, which has {file_size} bytes", headers=headers) from None

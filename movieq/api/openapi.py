@@ -1,4 +1,4 @@
-"""`/openapi.json`, generated from the Structs that the API decodes and encodes."""
+"""The OpenAPI description of the API, generated from the Structs that it decodes and encodes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ from movieq.tasks.wire import (
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation: `query` maps names to schemas, `answer` is None for what is no JSON, `body` may be a media type.
+    """One operation of the API.
 
-    `also` are other statuses that are no errors, and their answers.
+    `query` maps parameter names to schemas. `answer` is None if the response is not JSON. `body` is a Struct or a media type. `also` maps
+    further statuses that are not errors to their responses.
     """
 
     method: str
@@ -71,20 +72,20 @@ _MANY: Final = {"type": "string", "description": "one or more, comma-separated"}
 
 OPERATIONS: Final = (
     Operation("get", "/health", "Health check", HealthAnswer, errors=(), also={503: HealthAnswer}),
-    Operation("get", "/health/live", "Liveness: the process answers", LiveAnswer, errors=()),
-    Operation("get", "/health/ready", "Readiness: tasks can be accepted and run", ReadyAnswer, errors=(), also={503: ReadyAnswer}),
+    Operation("get", "/health/live", "Liveness check", LiveAnswer, errors=()),
+    Operation("get", "/health/ready", "Readiness check: tasks can be accepted and run", ReadyAnswer, errors=(), also={503: ReadyAnswer}),
     Operation("post", "/tasks/submit", "Submit a task", Receipt, 201, SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
     Operation("get", "/tasks/{task_id}/status", "Get a task", TaskState, query={"wait": _WAIT}),
     Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
     Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
     Operation("delete", "/tasks/{task_id}", "Cancel a task", CancelAnswer),
-    Operation("post", "/tasks/{task_id}/retry", "Queue a failed task again", Receipt, 201),
+    Operation("post", "/tasks/{task_id}/retry", "Retry a failed task", Receipt, 201),
     Operation("get", "/projects/{project_id}/tasks", "List a project's tasks, newest first", TaskPage, query=_PAGE),
     Operation("get", "/workers/status", "List workers", WorkersAnswer),
     Operation(
         "get",
         "/tasks/{task_id}/events",
-        "Stream a task's events; 204 where none will follow",
+        "Stream a task's events; 204 if the client has them all",
         None,
         query={"after": {"type": "string"}, **_SIGNED},
         answer_type="text/event-stream",
@@ -92,7 +93,7 @@ OPERATIONS: Final = (
     ),
     Operation("get", "/tasks/{task_id}/deliveries", "List a task's webhook and CMS deliveries, sent and pending", DeliveriesAnswer),
     Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", DeliveryAnswer),
-    Operation("get", "/projects/{project_id}", "Get a project, with how many tasks it has in each state", ProjectState),
+    Operation("get", "/projects/{project_id}", "Get a project with the number of its tasks in each state", ProjectState),
     Operation(
         "get",
         "/projects/{project_id}/events",
@@ -104,14 +105,14 @@ OPERATIONS: Final = (
     Operation(
         "post",
         "/projects/{project_id}/uploads",
-        "Upload an image or a sound, for seven days",
+        "Upload an image or sound file, stored for seven days",
         UploadAnswer,
         201,
         "application/octet-stream",
         errors=(400, 401, 403, 413, 503),
     ),
-    Operation("get", "/queues", "List the queues, with what waits and runs in each", QueuesAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/metrics", "Get totals, rates in percent and average durations", MetricsAnswer, errors=(401, 403, 503)),
+    Operation("get", "/queues", "List queues with their waiting and running tasks", QueuesAnswer, errors=(401, 403, 503)),
+    Operation("get", "/tasks/metrics", "Get totals, rates, average durations and GPU seconds", MetricsAnswer, errors=(401, 403, 503)),
     Operation("get", "/tasks/health", "List alerts", TasksHealthAnswer, errors=(401, 403, 503)),
     Operation(
         "get",
@@ -133,7 +134,7 @@ async def openapi(request: Request) -> Response:
 
 @cache
 def document(public_url: str) -> dict[str, Any]:
-    """The whole API as OpenAPI 3.1."""
+    """Return the description of the whole API as OpenAPI 3.1."""
     structs: set[type[msgspec.Struct]] = {ErrorAnswer, ProcessingProgress, ProjectSnapshot, Snapshot, Webhook}
     structs |= {spec.params for spec in REGISTRY.tasks.values()}
     structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}

@@ -1,4 +1,4 @@
-"""Projects, their tasks and their uploads."""
+"""The endpoints for projects, their tasks and their uploads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from movieq.tasks.states import STATES
 from movieq.tasks.wire import Pagination, TaskPage, TaskRow, UploadAnswer
 
 UPLOAD_S: Final = 300.0
+"""Longest time that an upload may take."""
 PAGES: Final = 1_000_000
+"""Highest page number."""
 
 
 async def project(request: Request) -> Response:
@@ -64,20 +66,20 @@ async def tasks(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """`POST /projects/{project_id}/uploads`: store an image or a sound, sent as raw bytes, for seven days."""
+    """`POST /projects/{project_id}/uploads`: store an image or sound file, sent as raw bytes, for seven days."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise ValidationFailed("Content-Encoding: send the bytes as they are, not compressed")
+        raise ValidationFailed("Content-Encoding: send the file without compression")
     if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > UPLOAD_BYTES:
-        raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
+        raise PayloadTooLarge(f"the upload is larger than {UPLOAD_BYTES} bytes")
     with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
         size = await _receive(request, file)
         path = Path(file.name)
         media_type = await asyncio.to_thread(_media_type, path)
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
-        # noted first: a file that no note leads to would stay for ever
+        # recorded before it is stored: a file without a record would never be deleted
         await movieq.files.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
         await movieq.storage.put(f"{prefix}/file", path, media_type)
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
@@ -89,7 +91,7 @@ async def _receive(request: Request, file: IO[bytes]) -> int:
         async for chunk in request.stream():
             size += len(chunk)
             if size > UPLOAD_BYTES:
-                raise PayloadTooLarge(f"the upload is over {UPLOAD_BYTES} bytes")
+                raise PayloadTooLarge(f"the upload is larger than {UPLOAD_BYTES} bytes")
             await asyncio.to_thread(file.write, chunk)
     if size == 0:
         raise ValidationFailed("the upload is empty")
@@ -101,7 +103,7 @@ def _media_type(path: Path) -> str:
     with path.open("rb") as file:
         media_type = download.sniff(file.read(download.HEAD_BYTES))
     if media_type is None:
-        raise ValidationFailed("the upload is neither an image (jpeg, png, webp, gif, tiff, bmp) nor a sound (wav, mp3, flac, ogg, m4a)")
+        raise ValidationFailed("unsupported file type: send an image (jpeg, png, webp, gif, tiff, bmp) or sound (wav, mp3, flac, ogg, m4a)")
     if media_type.startswith("image/") and (problem := download.image_problem(path)):
         raise ValidationFailed(f"the upload cannot be used: {problem}")
     return media_type

@@ -1,4 +1,4 @@
-"""Queues, dead letters, totals and alerts, for operators and autoscalers."""
+"""The endpoints for queues, dead letters, totals and alerts, for operators and autoscalers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OLDEST_WAITING_S: Final = 3600
 FAILURES_PERCENT: Final = 20.0
 FEWEST_ENDED: Final = 10
 FULL_PERCENT: Final = 90.0
-"""Limits of the alerts: the longest wait, the share of failures among at least so many finished tasks, the share of Redis's memory."""
+"""Limits of the alerts: the longest wait, the share of failures (once so many tasks have ended), and the share of Redis's memory."""
 
 
 async def queues(request: Request) -> Response:
-    """`GET /queues`: return how many tasks wait and run in each queue, and how long they wait."""
+    """`GET /queues`: list the queues with their waiting and running tasks and waiting times."""
     await caller(request, Scope.ADMIN)
     only_query(request)
     return answered(QueuesAnswer(await api(request).queries.queues()))
@@ -39,16 +39,16 @@ async def dead_letters(request: Request) -> Response:
 
 
 async def drop_dead_letter(request: Request) -> Response:
-    """`DELETE /dead-letters/{task_id}`: remove a task from the dead letters, and leave it failed; 204."""
+    """`DELETE /dead-letters/{task_id}`: remove a task from the dead letters; it stays failed. Answer 204."""
     await task_of(request, Scope.ADMIN)
     task_id = path_task_id(request)
     if not await api(request).store.drop_dead_letter(task_id):
-        raise NotFound(f"task {task_id} is no dead letter")
+        raise NotFound(f"task {task_id} is not a dead letter")
     return Response(status_code=204)
 
 
 async def metrics(request: Request) -> Response:
-    """`GET /tasks/metrics`: return totals, rates in percent, average durations, GPU seconds."""
+    """`GET /tasks/metrics`: return task totals, rates in percent, average durations and GPU seconds."""
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
@@ -85,23 +85,23 @@ async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
         alerts.append(Alert("redis_evicts", movieq.readiness.evicts))
     memory = await movieq.queries.memory()
     if memory and memory.most and 100 * memory.used > FULL_PERCENT * memory.most:
-        cure = "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
+        cure = "raise its `maxmemory`, or store ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"
         alerts.append(Alert("redis_nearly_full", f"Redis uses {100 * memory.used / memory.most:.0f} % of its memory: {cure}"))
     if problems := [row.problem for row in live if row.problem]:
         said = "; ".join(sorted(set(problems)))
-        alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers take no tasks: {said}; see /workers/status"))
+        alerts.append(Alert("worker_problem", f"{len(problems)} of {len(live)} workers accept no tasks: {said}; see /workers/status"))
     if astray := await movieq.queries.astray():
-        alerts.append(Alert("tasks_astray", f"{astray} queued tasks wait in no queue: `movieq doctor --repair` finds and mends them"))
+        alerts.append(Alert("tasks_astray", f"{astray} queued tasks are in no queue: find and repair them with `movieq doctor --repair`"))
     alerts += [Alert("no_worker", each.text) for each in await movieq.queries.stranded(live)]
     for queue in await movieq.queries.queues():
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
         if waiting_s > OLDEST_WAITING_S:
-            alerts.append(Alert("long_wait", f"the oldest task of {name} has waited for {waiting_s / 60:.0f} minutes"))
+            alerts.append(Alert("long_wait", f"the oldest task in {name} has waited for {waiting_s / 60:.0f} minutes"))
     failed = _percent(totals, TaskStatus.FAILED)
     if failed > FAILURES_PERCENT and sum(count for status, count in totals.items() if status.ended) >= FEWEST_ENDED:
-        alerts.append(Alert("failures", f"{failed:.0f} % of the tasks that ended have failed"))
+        alerts.append(Alert("failures", f"{failed:.0f} % of the ended tasks have failed"))
     if (dead := (await movieq.queries.dead_letters(1))[1]) > 0:
-        alerts.append(Alert("dead_letters", f"{dead} tasks were given up after their worker or engine died; see /dead-letters"))
+        alerts.append(Alert("dead_letters", f"{dead} tasks failed because their worker or engine died repeatedly: see /dead-letters"))
     return alerts
 
 

@@ -1,4 +1,4 @@
-"""Whether a task can be accepted and run now."""
+"""The readiness checks: whether tasks can be accepted, stored and run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from movieq.storage.base import Storage
 from movieq.tasks.wire import Check, CheckName
 
 FRESH_S: Final = 1.0
-"""How long the results of the checks are reused."""
+"""How long the results of the checks are cached."""
 CHECK_S: Final = 3.0
-"""How long a check may take."""
-AWAY: Final = "Redis cannot be used: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` says what is wrong"
+"""Longest time that a check may take."""
+AWAY: Final = "Redis is unavailable: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` shows the reason"
 
 log = logs.get()
 
 
 class Readiness:
-    """Runs the checks, one round at a time and at most one a second, however many ask.
+    """The readiness checks of a process. They run at most once a second; requests in between get the cached results.
 
-    Beside them, `evicts` says that Redis deletes keys when its memory is full, as the settings do not allow; it is empty otherwise.
+    `evicts` is a warning that Redis deletes keys when its memory is full; it is empty if Redis does not, or the settings allow it.
     """
 
     def __init__(self, store: Store, queries: Queries, storage: Storage, group: asyncio.TaskGroup, *, allow_eviction: bool) -> None:
-        """`group` owns the check of the storage, which may outlast the request that began it."""
+        """`group` owns the check of the storage, which may outlast the request that started it."""
         self.evicts = ""
         self._allow_eviction = allow_eviction
         self._store = store
@@ -45,7 +45,7 @@ class Readiness:
         self._looking: asyncio.Task[bool] | None = None
 
     async def checks(self) -> dict[CheckName, Check]:
-        """Return every check by its name."""
+        """Return the result of each check by its name."""
         async with self._lock:
             if time.monotonic() >= self._fresh_until_s:
                 self._found = await self._ask()
@@ -70,7 +70,7 @@ class Readiness:
             if (refused := refusal(error)) is not None:
                 return f"Redis refuses writes because {refused.reason}: {refused.cure}"
             if isinstance(error, ResponseError):
-                return "Redis refuses writes: `movieq doctor` says what is wrong"
+                return "Redis refuses writes: `movieq doctor` shows the reason"
             return AWAY
         return ""
 
@@ -84,23 +84,23 @@ class Readiness:
             return ""
         if memory is None or not memory.evicts:
             return ""
-        return f"Redis deletes tasks when its memory is full, by its maxmemory-policy {memory.policy}: {NOEVICTION}"
+        return f"Redis deletes tasks when its memory is full (maxmemory-policy {memory.policy}): {NOEVICTION}"
 
     async def _files(self) -> str:
-        # a file system that hangs blocks its thread, so there is never more than one
+        # a file system that hangs blocks its thread, so at most one check runs at a time
         if self._looking is None or self._looking.done():
             self._looking = self._group.create_task(self._usable())
         await asyncio.wait({self._looking}, timeout=CHECK_S)
         if not self._looking.done():
-            return "the storage does not answer: `movieq doctor` says what is wrong"
+            return "the storage does not respond: `movieq doctor` shows the reason"
         if not self._looking.result():
-            return "the storage cannot be used: check MOVIEQ_STORAGE and its free space; `movieq doctor` says what is wrong"
+            return "the storage is unusable: check MOVIEQ_STORAGE and the free space; `movieq doctor` shows the reason"
         return ""
 
     async def _usable(self) -> bool:
         try:
             return await self._storage.usable()
-        except Exception:  # it would end the process, which can say what is wrong
+        except Exception:  # raised in the task group, it would end the process
             log.exception("storage_check_failed")
             return False
 
@@ -109,7 +109,7 @@ class Readiness:
             async with asyncio.timeout(CHECK_S):
                 living = [row for row in await self._queries.workers() if row.live]
         except REDIS_AWAY:
-            return "the workers are unknown while Redis cannot be used"
+            return "the workers are unknown while Redis is unavailable"
         if any(row.problem is None for row in living):
             return ""
         return "every live worker has a problem: see /workers/status" if living else "there is no live worker: start `movieq worker`"

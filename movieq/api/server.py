@@ -1,4 +1,4 @@
-"""The API as a process: its socket, uvicorn, the ready line, and the end of open streams."""
+"""The API process: its socket, uvicorn, the ready line, and a shutdown that closes open streams."""
 
 from __future__ import annotations
 
@@ -24,36 +24,37 @@ from movieq.settings import Settings
 from movieq.streams.watchers import SocketWatcher
 
 SHUTDOWN_S = 5
+"""Longest time that a shutdown waits for requests in progress."""
 LAST_REQUESTS_S = 0.5
-"""How long idle connections stay open at the end, so that a request on its way over one of them is answered."""
+"""How long idle connections stay open during shutdown, so that a request already on its way is answered."""
 OPEN_FILES = 65_536
-"""How many files the process may have open, where it is allowed that many: each stream is one."""
+"""Open files that the process asks for, if its hard limit allows; each stream needs one."""
 READY = "movieq ready at "
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises SettingsError where the address cannot be bound."""
+    """Return a listening socket; port 0 selects a free port. Raises SettingsError if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only where the protocol is named
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only if the protocol is given
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; name another with --host and --port") from None
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another address with --host and --port") from None
     sock.listen(2048)
     return sock
 
 
 def address(sock: socket.socket) -> str:
-    """Return the url at which a client on this machine reaches the socket."""
+    """Return the URL at which a client on this machine reaches the socket."""
     host, port = sock.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104  # shown, not bound
     return f"http://{shown}:{port}"
 
 
 def allow_open_files() -> int:
-    """Raise the limit of open files as far as this process may, up to `OPEN_FILES`. Return the limit."""
+    """Raise this process's limit of open files as far as allowed, up to `OPEN_FILES`. Return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft == resource.RLIM_INFINITY or soft >= most:
@@ -63,13 +64,13 @@ def allow_open_files() -> int:
 
 
 async def serve(settings: Settings, sock: socket.socket) -> None:
-    """Serve the API until a signal ends it; print the ready line when it takes requests. Raises Internal where a part of it dies."""
+    """Serve the API until a signal arrives. Print the ready line once it accepts requests. Raises Internal if a background task fails."""
     allow_open_files()
     public_url = settings.public_url or address(sock)
     server = _Server(app.create(settings, public_url), public_url)
     await server.serve([sock])
     if server.failed:
-        raise Internal("a part of the API has failed: its log says which")
+        raise Internal("a background task of the API has failed: see its log")
 
 
 class _Server(uvicorn.Server):
@@ -81,9 +82,9 @@ class _Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                access_log=False,  # it would print signatures
+                access_log=False,  # it would log signatures
                 server_header=False,
-                proxy_headers=False,  # nothing here asks who the client is
+                proxy_headers=False,  # the client's address is not used
                 timeout_graceful_shutdown=SHUTDOWN_S,
             )
         )
@@ -91,34 +92,34 @@ class _Server(uvicorn.Server):
         self._public_url = public_url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, then print the ready line."""
+        """Start uvicorn, then print the ready line."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             gc.collect()
-            gc.freeze()  # what lives as long as the process need not be looked at again
+            gc.freeze()  # these objects live as long as the process, so the collector can skip them
             print(f"{READY}{self._public_url}", flush=True)  # noqa: T201  # the contract's one line
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to end: as uvicorn does, and also where a task of the process has died."""
+        """Return whether to shut down: when uvicorn would, or when a background task has failed."""
         return await super().on_tick(counter) or self.failed
 
     @property
     def failed(self) -> bool:
-        """Whether the lifespan has ended by an error: it owns the tasks of the process."""
+        """Whether the lifespan, which owns the background tasks, has ended with an error."""
         return isinstance(self.lifespan, LifespanOn) and self.lifespan.error_occurred
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal as uvicorn does, after closing every stream, which uvicorn would wait for."""
-        if (api := getattr(self._app.state, "api", None)) is not None:  # it may be still starting
-            self._loop.call_soon_threadsafe(api.hub.close)  # a signal may come in the middle of a broadcast
+        """Close every stream, since uvicorn would wait for them; then handle the signal as uvicorn does."""
+        if (api := getattr(self._app.state, "api", None)) is not None:  # None during start-up
+            self._loop.call_soon_threadsafe(api.hub.close)  # not at once: the signal may interrupt a broadcast
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Shut down as uvicorn does, without resetting a connection that a client has just made or is sending a request over."""
+        """Shut down as uvicorn does, but do not reset connections that are new or on which a request is arriving."""
         await self._stop_listening(sockets or [])
         state = self.server_state
-        state.default_headers = [*state.default_headers, (b"connection", b"close")]  # on every answer from here on
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]  # in every response from now on
         for connection in list(state.connections):
             if not (isinstance(connection, _Protocol) and connection.idle):
                 connection.shutdown()
@@ -128,13 +129,13 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
-        """Accept no new connections, but serve those that the kernel has made already: closing the socket would reset them."""
+        """Stop listening, but serve the connections that the kernel has already accepted: closing the socket would reset them."""
         for sock in sockets:
             self._loop.remove_reader(sock)
-        await asyncio.sleep(0)  # what asyncio has accepted becomes a connection
+        await asyncio.sleep(0)  # lets asyncio set up the connections that it has accepted
         waiting: list[socket.socket] = []
         for sock, server in zip(sockets, self.servers, strict=True):
-            with contextlib.suppress(OSError):  # no more are waiting
+            with contextlib.suppress(OSError):  # raised when no more connections are waiting
                 while True:
                     waiting.append(sock.accept()[0])
             server.close()
@@ -148,17 +149,18 @@ class _Server(uvicorn.Server):
 
 class _Protocol(HttpToolsProtocol):
     _offer = b""
-    """The head, without the offer, of a request that offers to upgrade to another protocol."""
+    """The head of a request that offers a protocol upgrade, without the Upgrade header; empty for other requests."""
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being answered."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
 
     def data_received(self, data: bytes) -> None:
-        """Read as uvicorn does, but answer a client that offers another protocol (Java's: h2c) in HTTP/1.1 (RFC 9110, 7.8).
+        """Read as uvicorn does, but answer a request that offers a protocol upgrade (Java's client offers h2c) in HTTP/1.1 (RFC 9110, 7.8).
 
-        The parser takes what follows such a head, even a body, for the other protocol: a new one gets the head again, without the offer.
+        After such a head the parser treats everything, even the body, as the other protocol. So a new parser gets the head again, without
+        the Upgrade header, and then the rest.
         """
         self._unset_keepalive_if_required()
         rest = memoryview(data)
@@ -169,17 +171,17 @@ class _Protocol(HttpToolsProtocol):
                     return
                 except httptools.HttpParserUpgrade as pause:
                     head, self._offer = self._offer, b""
-                    if not head:  # CONNECT: what follows is not HTTP
+                    if not head:  # CONNECT: the following bytes are not HTTP
                         return
                     rest = rest[pause.args[0] :]
-                    self.parser = httptools.HttpRequestParser(self)  # the other one takes nothing more where the connection is to close
+                    self.parser = httptools.HttpRequestParser(self)  # the old parser reads nothing more after `Connection: close`
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                     self.parser.feed_data(head)
         except httptools.HttpParserError:
             self.send_400_response("")
 
     def on_headers_complete(self) -> None:
-        """Begin a request as uvicorn does, with a way for the application to take the connection."""
+        """Start a request as uvicorn does, and add the extension by which the application can take over the connection."""
         method, version = self.parser.get_method(), self.parser.get_http_version()
         if self.parser.should_upgrade() and method != b"CONNECT":
             kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
@@ -193,31 +195,31 @@ class _Protocol(HttpToolsProtocol):
         self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
 
     def on_message_complete(self) -> None:
-        """End a request as uvicorn does, unless its head is read again."""
+        """End a request as uvicorn does, unless its head has to be parsed again."""
         if not self._offer:
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer as uvicorn does, in the form of every error."""
-        answer = app.error_answer(ValidationFailed("this is not HTTP that can be read: in an address write other than ASCII as %XX"))
+        """Answer 400 as uvicorn does, but in the JSON format of the API's errors."""
+        answer = app.error_answer(ValidationFailed("malformed HTTP request: percent-encode non-ASCII characters in the URL"))
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(answer.body) + answer.body)
         self.transport.close()
 
 
 def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
-    """Send the body of this answer without chunks: it ends when the connection closes."""
+    """Send this response's body without chunks; the end of the connection marks its end."""
     if (request := cycle()) is not None:
         request.chunked_encoding = False
 
 
 def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestResponseCycle], watcher: SocketWatcher) -> bool:
-    """Give the connection to the watcher, as uvicorn does for a websocket, and end the request. Return False where the client has gone."""
+    """Hand the connection over to the watcher, as uvicorn does for a websocket, and end the request. Return False if the client left."""
     giving, request = protocol(), cycle()
     if giving is None or request is None or request.disconnected:
         return False
-    request.disconnected = True  # uvicorn waits for the rest of the answer no more
-    giving.flow.resume_reading()  # else nobody hears the client leave
+    request.disconnected = True  # else uvicorn would wait for the rest of the response
+    giving.flow.resume_reading()  # else a disconnect of the client would go unnoticed
     giving.connections.discard(giving)
     watcher.adopt(giving.transport, giving.connections)
     return True

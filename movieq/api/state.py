@@ -1,4 +1,4 @@
-"""What the handlers share: opened once in the lifespan, found through the request."""
+"""The state that the handlers share. It is opened once in the lifespan, and found through the request."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from movieq.streams.hub import Hub
 
 GPU_KNOWN_S = 5.0
+"""How long the answer of `had_gpu` is cached."""
+
 log = logs.get()
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
@@ -31,7 +33,7 @@ _stored_result = msgspec.json.Decoder(StoredResult)
 
 
 class Api(Installation, kw_only=True):
-    """One API process: the installation, and what this process alone has."""
+    """The state of one API process: the installation, and the process's own hub, key cache and readiness checks."""
 
     public_url: str
     hub: Hub
@@ -42,23 +44,23 @@ class Api(Installation, kw_only=True):
     gpu_asked_s: float = 0.0
 
     async def had_gpu(self) -> bool:
-        """Return whether the installation has had a GPU worker in the last 30 days; the answer is at most five seconds old."""
+        """Return whether a GPU worker has been seen in the last 30 days. The answer is cached for five seconds."""
         if time.monotonic() - self.gpu_asked_s > GPU_KNOWN_S:
             self.gpu_seen, self.gpu_asked_s = await self.queries.had_gpu(), time.monotonic()
         return self.gpu_seen
 
     def url(self, path: str) -> str:
-        """Return an absolute address under /api/v1."""
+        """Return the absolute URL of a path under /api/v1."""
         return f"{self.public_url}/api/v1{path}"
 
     def events_url(self, task_id: TaskId, from_s: float | None = None) -> str:
-        """Return the signed address of a task's stream, good for a day from `from_s` (default: now)."""
+        """Return the signed URL of a task's stream, valid for a day from the Unix time `from_s` (default: now)."""
         expires = int(from_s or time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], "events", task_id, expires)
         return self.url(f"/tasks/{task_id}/events?expires={expires}&signature={signature}")
 
     def project_state(self, project: Project) -> ProjectState:
-        """Return the project as clients see it, with the signed address of its stream, good for a day."""
+        """Return the project as clients see it, with a signed URL of its stream that is valid for a day."""
         expires = int(time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], "project-events", project.project_id, expires)
         url = self.url(f"/projects/{project.project_id}/events?expires={expires}&signature={signature}")
@@ -70,7 +72,7 @@ class Api(Installation, kw_only=True):
         return encode(ProjectSnapshot(**state, active=[self._state(*each) for each in active], last_event_id=last_event_id))
 
     def media_expiry_s(self) -> int:
-        """Return when a media url that is signed now expires: the same time for an hour, so that caches can work."""
+        """Return the Unix time at which media URLs signed now expire. It changes once an hour, so that caches can reuse the URLs."""
         return (int(time.time()) // 3600 + 1) * 3600 + MEDIA_URL_S
 
     async def task_state(self, task: Task) -> TaskState:
@@ -83,7 +85,7 @@ class Api(Installation, kw_only=True):
         return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position)), last_event_id=task.last_event_id))
 
     def ending(self, task: Task) -> bytes:
-        """Return the data of a task's last event, for a task whose log has expired."""
+        """Return the data of the terminal event of a task whose log has expired."""
         return encode(
             ProcessingProgress(
                 task_id=task.task_id,
@@ -106,7 +108,7 @@ class Api(Installation, kw_only=True):
 
     def _state(self, task: Task, position: int | None) -> TaskState:
         ended_ms = task.ended_at_ms
-        started_ms = None if task.run is None else task.started_at_ms  # of the last attempt, while it runs or where it was the end
+        started_ms = None if task.run is None else task.started_at_ms  # None while the task waits for another attempt
         remaining_ms = task.remaining_ms if task.status is TaskStatus.PROCESSING else None
         return TaskState(
             task_id=task.task_id,
@@ -131,7 +133,7 @@ class Api(Installation, kw_only=True):
         )
 
     def render(self, event_type: EventType, data: bytes) -> bytes:
-        """Return the JSON of an event as clients get it, with signed addresses in its result; as it is where the result cannot be read."""
+        """Return the JSON of an event as clients get it, with signed URLs in its result; unchanged if the result cannot be read."""
         if event_type not in (EventType.COMPLETED, EventType.UPDATED):
             return data
         try:
@@ -147,7 +149,7 @@ class Api(Installation, kw_only=True):
 
 
 def api(request: HTTPConnection) -> Api:
-    """Return the process that answers this request."""
+    """Return the state of the API process that handles this request."""
     return cast("Api", request.app.state.api)
 
 
@@ -162,5 +164,5 @@ def answered(answer: Any, status: int = 200, headers: dict[str, str] | None = No
 
 
 def now() -> datetime:
-    """Return the time by this process's clock, for answers about this moment alone."""
+    """Return the current UTC time of this machine's clock. Times of tasks come from Redis instead."""
     return datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Tasks over REST: submit, status, cancel, retry."""
+"""The endpoints for tasks: submit, status, cancel, retry."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ from movieq.tasks.wire import CancelAnswer, Deadline, Receipt, SubmitRequest
 BODY_BYTES: Final = 1024 * 1024
 METADATA_BYTES: Final = 16 * 1024
 BODY_S: Final = 30.0
+"""Longest time in which a body must arrive."""
 STORED_S: Final = 2.0
-"""How long the storage may take to say whether a result is still there; else the task is rendered."""
+"""Longest wait for the storage to confirm that a stored result exists; after it, the task is rendered."""
 DAY_S: Final = 86400
 SWEPT_WITHIN_S: Final = 3600
-"""A result that is swept so soon is not reused: a sweep that has begun does not look again."""
+"""A result that will be swept within this time is not reused, since a sweep in progress does not check again."""
 WAIT_S: Final = 60
+"""Longest `wait` of a status request."""
 WAIT_CHECK_S: Final = 1.0
-"""How soon a waiting request notices that its client has gone."""
+"""How often a waiting request checks whether its client has disconnected."""
 
 _decoder = msgspec.json.Decoder(SubmitRequest)
 _slow_decoder = msgspec.json.Decoder(SubmitRequest, float_hook=values.fraction)
@@ -56,13 +58,13 @@ log = logs.get()
 
 
 async def submit(request: Request) -> Response:
-    """`POST /tasks/submit`: submit a task; 201 with its receipt."""
+    """`POST /tasks/submit`: submit a task. Answer 201 with its receipt."""
     movieq = api(request)
     who = await caller(request, Scope.SUBMIT)
     body = await read_body(request, BODY_BYTES)
     submitted = decode(body)
     if not who.grant.allows(submitted.project_id):
-        raise Forbidden(f"this API key does not belong to project {submitted.project_id}")
+        raise Forbidden(f"this API key has no access to project {submitted.project_id}")
     new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"))
     if new.fingerprint and not submitted.task_data.get("no_cache"):
         new = await _with_earlier(movieq, new)
@@ -84,7 +86,7 @@ async def submit(request: Request) -> Response:
 
 
 async def status(request: Request) -> Response:
-    """`GET /tasks/{task_id}/status`: return a task; with `?wait=SECONDS`, when it is finished or the time is over."""
+    """`GET /tasks/{task_id}/status`: return a task. With `?wait=SECONDS`, answer when the task has ended or the time is up."""
     movieq = api(request)
     task, _ = await task_of(request, Scope.READ)
     only_query(request, "wait")
@@ -96,7 +98,7 @@ async def status(request: Request) -> Response:
 
 
 async def _ended(request: Request, task: Task, until_s: float) -> None:
-    """Wait until the task is finished, the time is over, or the client or the server leaves."""
+    """Wait until the task has ended, the time is up, the client has disconnected, or the server shuts down."""
     hub, watcher = api(request).hub, EndWatcher()
     position = START if task.last_event_id is None else pair(task.last_event_id)
 
@@ -114,7 +116,7 @@ async def _ended(request: Request, task: Task, until_s: float) -> None:
 
 
 async def cancel(request: Request) -> Response:
-    """`DELETE /tasks/{task_id}/cancel`: cancel a task; a repeated request gets the same answer."""
+    """`DELETE /tasks/{task_id}/cancel`: cancel a task. A repeated request gets the same answer."""
     task, _ = await task_of(request, Scope.SUBMIT)
     previous, at_ms = await api(request).store.cancel(task.task_id)
     if task.status is not TaskStatus.CANCELLED:
@@ -124,7 +126,7 @@ async def cancel(request: Request) -> Response:
 
 
 async def retry(request: Request) -> Response:
-    """`POST /tasks/{task_id}/retry`: queue a failed task again; 201 with its receipt."""
+    """`POST /tasks/{task_id}/retry`: queue a failed task again. Answer 201 with its receipt."""
     movieq = api(request)
     task, _ = await task_of(request, Scope.SUBMIT)
     accepted = await movieq.store.retry(task.task_id)
@@ -134,26 +136,29 @@ async def retry(request: Request) -> Response:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises PayloadTooLarge, and ValidationFailed for one that is compressed, slow, or not JSON by its type."""
+    """Return the body of a JSON request.
+
+    Raises PayloadTooLarge over `limit` bytes, ValidationFailed if it is compressed, arrives too slowly, or has another content type.
+    """
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise ValidationFailed("Content-Encoding: send the body as it is, not compressed")
+        raise ValidationFailed("Content-Encoding: send the body without compression")
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise ValidationFailed(f"Content-Type: application/json is expected, got {content_type[:80]!r}")
+        raise ValidationFailed(f"Content-Type: expected application/json, got {content_type[:80]!r}")
     chunks: list[bytes] = []
     size = 0
     async with arriving(BODY_S):
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
-                raise PayloadTooLarge(f"the body is over {limit} bytes")
+                raise PayloadTooLarge(f"the body is larger than {limit} bytes")
             chunks.append(chunk)
     return b"".join(chunks)
 
 
 @asynccontextmanager
 async def arriving(seconds: float) -> AsyncIterator[None]:
-    """Limit the time in which a body arrives. Raises ValidationFailed: a client that sends a byte a minute holds no connection."""
+    """Limit the time in which a body arrives, so that a slow client cannot hold a connection. Raises ValidationFailed."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -162,7 +167,7 @@ async def arriving(seconds: float) -> AsyncIterator[None]:
 
 
 def decode(body: bytes) -> SubmitRequest:
-    """Return the request, whose values everything behind the API can carry. Raises ValidationFailed that names the field."""
+    """Return the decoded request. Raises ValidationFailed, naming the field, also for values that Redis or an engine cannot handle."""
     values.check_elements(body)
     try:
         submitted = (_slow_decoder if values.slow(body) else _decoder).decode(body)
@@ -175,13 +180,13 @@ def decode(body: bytes) -> SubmitRequest:
         raise ValidationFailed(f"{path}: {text}" if path else text, errors=((path, text),) if path else ()) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValidationFailed(f"the body is not JSON that can be read: {problem}") from None
+        raise ValidationFailed(f"cannot read the body as JSON: {problem}") from None
     values.check(task_data=submitted.task_data, metadata=submitted.metadata)
     return submitted
 
 
 def _with_given(text: str, body: bytes, path: str) -> str:
-    """Return msgspec's text with the value at the path; without it, where the path leads to no single value."""
+    """Return msgspec's message with the given value added, if the path leads to a single value."""
     try:
         value = _any_decoder.decode(body)
         for name in path.split(".") if path else []:
@@ -192,10 +197,10 @@ def _with_given(text: str, body: bytes, path: str) -> str:
 
 
 async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None) -> NewTask:
-    """The task to store, everything about it checked. Raises ValidationFailed."""
+    """Return the task to store, fully validated. Raises ValidationFailed."""
     task_type = TaskType(submitted.task_type)
     if (spec := REGISTRY.tasks.get(task_type)) is None:
-        raise ValidationFailed(f"task_type: one of {', '.join(REGISTRY.tasks)} is allowed, got {submitted.task_type[:80]!r}")
+        raise ValidationFailed(f"task_type: expected one of {', '.join(REGISTRY.tasks)}, got {submitted.task_type[:80]!r}")
     parsed, unread = params.parse(spec.params, submitted.task_data)
     name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
     model = movieq.models[name]
@@ -221,7 +226,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         callback_url=_callback(movieq, submitted.callback_url),
         start_by_ms=_deadline("start_by", deadline.start_by),
         finish_by_ms=_deadline("finish_by", deadline.finish_by),
-        warnings=tuple(f"task_data.{key[:200]} is not read by anything" for key in unread[:100]),
+        warnings=tuple(f"Unknown field ignored: task_data.{key[:200]}" for key in unread[:100]),
         idempotency=_idempotency(who, submitted.project_id, idempotency_key),
         body_hash=hashlib.sha256(body).hexdigest(),
         fingerprint=models.fingerprint(
@@ -234,7 +239,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
 
 
 async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
-    """Return the task, with the result of an identical earlier task of its project, where that is still stored."""
+    """Return the task with the stored result of an identical earlier task of its project; unchanged if none is stored."""
     earlier = await movieq.queries.reusable(new.fingerprint)
     if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
@@ -259,7 +264,7 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
 
 
 def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: float) -> Receipt:
-    """Return the receipt: the same bytes for the same `from_s`, the Unix time from which its `events_url` is valid."""
+    """Return the receipt of a task. Its `events_url` is valid for a day from the Unix time `from_s`; equal times give equal bytes."""
     return Receipt(
         accepted.task_id,
         TaskStatus.QUEUED,
@@ -276,7 +281,7 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: floa
 def _metadata(metadata: dict[str, Any] | None) -> bytes:
     encoded = msgspec.json.encode(metadata or {})
     if len(encoded) > METADATA_BYTES:
-        raise ValidationFailed(f"metadata: at most {METADATA_BYTES} bytes of JSON are allowed, got {len(encoded)}")
+        raise ValidationFailed(f"metadata: expected at most {METADATA_BYTES} bytes of JSON, got {len(encoded)}")
     return encoded
 
 
@@ -296,12 +301,12 @@ def _deadline(name: str, at: datetime | None) -> int | None:
     try:
         return int(at.timestamp() * 1000)
     except (OverflowError, ValueError):
-        raise ValidationFailed(f"deadline.{name}: a time between the years 1 and 9999 is expected") from None
+        raise ValidationFailed(f"deadline.{name}: expected a time between the years 1 and 9999") from None
 
 
 def _idempotency(who: Caller, project_id: str, key: str | None) -> str:
     if key is None:
         return ""
     if not _idempotency_key.fullmatch(key):
-        raise ValidationFailed("Idempotency-Key: 1 to 255 visible ASCII characters are allowed")
+        raise ValidationFailed("Idempotency-Key: expected 1 to 255 visible ASCII characters")
     return hashlib.sha256(f"{who.id}\n{project_id}\n{key}".encode()).hexdigest()

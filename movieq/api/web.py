@@ -1,4 +1,4 @@
-"""The script that a page imports to follow tasks, and its types."""
+"""The endpoints that serve movieq.js, the script with which a web page follows tasks, and its type declarations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, Response
 
 _FOLDER: Final = Path(__file__).parent.parent / "web"
 _HEADERS: Final = {
-    "Access-Control-Allow-Origin": "*",  # a module is fetched with CORS, also by a page of another origin
+    "Access-Control-Allow-Origin": "*",  # browsers load modules from other origins with CORS
     "Cross-Origin-Resource-Policy": "cross-origin",
     "Cache-Control": "public, max-age=3600",
     "X-Content-Type-Options": "nosniff",
@@ -18,10 +18,10 @@ _HEADERS: Final = {
 
 
 async def script(request: Request) -> Response:
-    """`GET /movieq.js`. Needs no key: it holds no secret."""
+    """`GET /movieq.js`: return the script. Needs no key."""
     return FileResponse(_FOLDER / "movieq.js", headers=_HEADERS, media_type="text/javascript")
 
 
 async def script_types(request: Request) -> Response:
-    """`GET /movieq.d.ts`: the type declarations of the script."""
+    """`GET /movieq.d.ts`: return the script's type declarations. Needs no key."""
     return FileResponse(_FOLDER / "movieq.d.ts", headers=_HEADERS, media_type="text/plain")

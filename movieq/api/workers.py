@@ -1,4 +1,4 @@
-"""The workers: a row for each engine process of each worker."""
+"""The endpoint for workers. It returns a row for each engine process of each worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def status(request: Request) -> Response:
 
 
 async def _visible(queries: Queries, rows: list[WorkerStatus], grant: Grant) -> list[WorkerStatus]:
-    """Return the rows, without the ids of tasks that the key may not see."""
+    """Return the rows with the ids of tasks removed that the key has no access to."""
     if grant.projects is None:
         return rows
     ids = [row.current_task_id for row in rows if row.current_task_id]

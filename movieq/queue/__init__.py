@@ -1,1 +1,1 @@
-"""Tasks in Redis: one Lua script and one method for each verb, and the reads beside them."""
+"""Tasks in Redis. Each verb is one Lua script and one method of `Store`; `Queries` only reads."""

@@ -1,4 +1,4 @@
-"""What Redis knows of stored files: uploads, and storage prefixes that are to be deleted."""
+"""Records of stored files: uploads, and the storage prefixes to delete."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from movieq.queue.keys import UPLOAD_KEPT_S
 from movieq.tasks.entities import Upload
 
 ORPHAN_S: Final = 60
-"""How long after it was listed a prefix is deleted."""
+"""How long a prefix stays in the list before it is deleted, unless it is committed."""
 
 
 class Files:
-    """The uploads of an installation, and its list of prefixes to delete."""
+    """The uploads of an installation, and its list of storage prefixes to delete."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._keys = redis.key_names
 
     async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:
-        """Add an upload: tasks can refer to it for seven days, then what lies under its prefix is deleted."""
+        """Add an upload. Tasks can refer to it for seven days; then the files under `prefix` are deleted."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.set(self._keys["upload"] + upload_id, msgspec.msgpack.encode(upload), ex=UPLOAD_KEPT_S)
             pipe.time()
@@ -31,17 +31,17 @@ class Files:
         await self._redis.zadd(self._keys["orphans"], {prefix: (seconds + UPLOAD_KEPT_S) * 1000})
 
     async def upload(self, upload_id: str) -> Upload | None:
-        """Return the upload; None where there is none, or its time is over."""
+        """Return the upload; None if it does not exist or has expired."""
         blob = await self._redis.shared.call("GET", self._keys["upload"] + upload_id)
         return None if blob is None else msgspec.msgpack.decode(blob, type=Upload)
 
     async def add_orphan(self, prefix: str) -> None:
-        """List a prefix for deletion in a minute, unless it is committed by then."""
+        """List a storage prefix for deletion in a minute, unless it is committed by then."""
         seconds, _ = await self._redis.time()
         await self._redis.zadd(self._keys["orphans"], {prefix: (seconds + ORPHAN_S) * 1000})
 
     async def due_orphans(self, count: int = 100, skip: int = 0) -> list[str]:
-        """Return storage prefixes to delete now, after the first `skip`; never that of a committed result."""
+        """Return at most `count` storage prefixes to delete now, after the first `skip`; never that of a committed result."""
         seconds, micros = await self._redis.time()
         found = await self._redis.zrangebyscore(self._keys["orphans"], "-inf", seconds * 1000 + micros // 1000, skip, count)
         committed = await self._redis.zmscore(self._keys["media"], found) if found else []

@@ -1,4 +1,4 @@
-"""The name of every key and channel in Redis, and how long what they hold is kept."""
+"""The names of all Redis keys and pub/sub channels, and how long some of them are stored."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ KEYS: Final[Mapping[str, str]] = {
     "index": "movieq:index:",  # + project|status|type, either empty: zset task -> created
     "projects": "movieq:projects",  # zset project -> first task's time
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
-    "made": "movieq:made:",  # + fingerprint: string, the task that made this last
-    "durations": "movieq:durations:",  # + shape: list of the last run times, ms
-    "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> over every completed task
-    "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> what runs that ended had of GPUs, ms
-    "totals": "movieq:totals",  # hash state -> how many tasks are in it
+    "made": "movieq:made:",  # + fingerprint: string, the latest task with this result
+    "durations": "movieq:durations:",  # + shape: list of the latest durations, ms
+    "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> sum over all completed tasks; also some counters
+    "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> GPU time of ended runs, ms
+    "totals": "movieq:totals",  # hash state -> number of tasks
     "dropped": "movieq:dropped",  # list of "LIST TASK", latest first: entries that scripts dropped in the last day
     "ended": "movieq:ended",  # zset task -> when it ended
-    "dead": "movieq:dead",  # zset task -> when it was given up, the dead letters
+    "dead": "movieq:dead",  # zset task -> when it became a dead letter
     "media": "movieq:media",  # zset storage prefix of a result -> when it was committed
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
     "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
-    "lanes": "movieq:lanes:",  # + kind: set of lanes, kind/type/model, of tasks that some worker cannot run
+    "lanes": "movieq:lanes:",  # + kind: set of lanes (kind/type/model) for tasks that some workers cannot run
     "virtual_times": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
     "idle_virtual_times": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
     "claimed_virtual_time": "movieq:clock:",  # + kind: string, virtual time of the last claim
-    "claims": "movieq:claims:",  # + kind: counter; every eighth claim takes the oldest
+    "claims": "movieq:claims:",  # + kind: counter; every eighth claim gets the oldest task
     "running": "movieq:running:",  # + kind: zset task -> end of lease
-    "offered": "movieq:offered:",  # + host: zset task whose finished files lie there -> from when it may be had
+    "offered": "movieq:offered:",  # + host: zset task with finished files on this host -> when it can be claimed
     "delayed": "movieq:delayed",  # zset task -> due
     "deadlines": "movieq:deadlines",  # zset task -> when it fails
-    "priorities": "movieq:priorities:",  # + kind: hash priority -> how many wait
+    "priorities": "movieq:priorities:",  # + kind: hash priority -> number of waiting tasks
     "claim_times": "movieq:pace:",  # + kind: list of the times of the last hundred claims
-    "idle": "movieq:idle:",  # + kind: set of workers that wait for one
+    "idle": "movieq:idle:",  # + kind: set of workers that wait for a task
     # workers
     "claimed": "movieq:claimed:",  # + worker: list, the last claim's nonce and its "task run"s
     "worker_tasks": "movieq:held:",  # + worker: set of tasks that it runs
@@ -44,46 +44,46 @@ KEYS: Final[Mapping[str, str]] = {
     "abilities": "movieq:able",  # hash worker -> Able (JSON); a worker without an entry can run everything
     "heartbeat_times": "movieq:beats",  # zset worker -> time of its last heartbeat
     "last_tidy": "movieq:heard",  # string, when tidy last ran
-    "leases_paused": "movieq:quiet",  # string, there while no lease expires
-    "gpu": "movieq:gpu",  # string, there while a GPU worker was seen in the last 30 days
-    # the way out
+    "leases_paused": "movieq:quiet",  # string; while it exists, no lease expires
+    "gpu": "movieq:gpu",  # string; exists if a GPU worker was seen in the last 30 days
+    # deliveries and clean-up
     "deliveries": "movieq:deliveries",  # an arq queue
-    "delivery": "movieq:delivery:",  # + delivery: hash, the facts frozen when the task ended
+    "delivery": "movieq:delivery:",  # + delivery: hash, its state and the facts of the task when it ended
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
-    "sweeper": "movieq:sweeper",  # string, the worker that now deletes what is over
+    "sweeper": "movieq:sweeper",  # string, the worker whose turn it is to sweep
     # the rest
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
-    "secret": "movieq:secret:signing",  # string, made once where MOVIEQ_SIGNING_SECRET is unset
+    "secret": "movieq:secret:signing",  # string, generated once if MOVIEQ_SIGNING_SECRET is unset
     "write_check": "movieq:write_check",  # string, written by health checks
-    "keys": "movieq:keys",  # hash sha256 of an API key -> what it may (msgpack)
-    "installation": "movieq:installation",  # hash "salt", "api", "worker" -> Started (JSON) of the last of each
+    "keys": "movieq:keys",  # hash sha256 of an API key -> its rights (msgpack)
+    "installation": "movieq:installation",  # hash "salt"; "api" and "worker" -> Started (JSON) of the latest process of each
     "check": "movieq:check:",  # + random: string, written by a check at start or by doctor, for ten seconds
     # pub/sub channels
-    "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; ">" and a time in ms for id where it is in no log
+    "events": "movieq:events:",  # + task, or project:PROJECT: "id\ntype\ndata"; the id is ">" and a time in ms for events in no log
     "control": "movieq:control:",  # + worker: "wake" or "cancel TASK RUN"
 }
-"""Every key and channel of an installation that sets no MOVIEQ_KEY_PREFIX, by the name that the scripts use.
+"""Every key and channel with the default MOVIEQ_KEY_PREFIX, by the name that the scripts use.
 
-None holds a hash tag: movieq needs one Redis, not a cluster. A key whose text differs from its name has it from earlier versions,
-which run beside this one during an upgrade.
+The keys have no hash tags, since movieq needs a single Redis, not a cluster. Where a key's text differs from its name, earlier versions
+use the text; they run beside this version during an upgrade.
 """
 CHANNELS: Final = ("events", "control")
 
 
 def keys(prefix: str = "movieq", db: int = 0) -> Mapping[str, str]:
-    """Return the keys and channels of an installation: those of `KEYS` under its prefix.
+    """Return the keys and channels of an installation: `KEYS` with its prefix.
 
-    Pub/sub knows no database numbers, so the channels of every database but 0 carry its number. arq's own keys have no prefix: what follows
-    `arq:job:` is unique.
+    Pub/sub ignores database numbers, so the channels of every database but 0 contain its number. arq's own keys have no prefix, since the
+    ids after `arq:job:` are unique.
     """
     named = {name: text.replace("movieq:", f"{prefix}:") for name, text in KEYS.items()}
     return named if db == 0 else {**named, **{name: f"{named[name]}{db}:" for name in CHANNELS}}
 
 
 DELIVERY_KEPT_S: Final = 30 * 24 * 3600
-"""How long what came of a delivery can be looked up, unless its task is swept before."""
+"""How long a delivery is stored, unless its task is swept earlier."""
 LOG_KEPT_S: Final = 24 * 3600
-"""How long the log of a finished task stays."""
+"""How long the log of an ended task is stored."""
 RECEIPT_KEPT_S: Final = 24 * 3600
-"""How long an idempotency key is remembered."""
+"""How long an idempotency key is stored."""
 UPLOAD_KEPT_S: Final = 7 * 24 * 3600

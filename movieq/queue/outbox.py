@@ -1,4 +1,4 @@
-"""The outbox: deliveries that the scripts which finish a task write, as they are tried, recorded and sent again."""
+"""The outbox: the webhook and CMS deliveries of ended tasks. The script that ends a task adds them; this module reads and updates them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from movieq.tasks.states import TaskId
 
 
 class Outbox:
-    """The deliveries of an installation. A call can be repeated after a lost answer."""
+    """The deliveries of an installation. Each call can safely be repeated if its answer was lost."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -24,9 +24,9 @@ class Outbox:
         self._scripts = load(redis, "begin", "delivered", "resend")
 
     async def begin(self, delivery_id: str) -> Delivery | Literal["wait"] | None:
-        """Return a delivery that is to be tried, and freeze its facts.
+        """Start a try of a delivery and return the delivery, whose content no longer changes.
 
-        Return "wait" for a webhook while an earlier one of the same task is pending; None where the delivery does not exist, or was swept.
+        Return "wait" for a webhook while an earlier one of the same task is pending; None if the delivery does not exist or was swept.
         """
         answer = await self._scripts["begin"].finish(delivery_id=delivery_id)
         return "wait" if answer == [b"wait"] else decode_delivery(delivery_id, pairs(answer))
@@ -34,7 +34,7 @@ class Outbox:
     async def delivered(
         self, delivery_id: str, state: DeliveryState, tries: int, status: int | None, problem: str, media_id: str | int | None = None
     ) -> str | int | None:
-        """Record the outcome of a try, and make what waited for it due. Return the CMS's id that the task's result has now."""
+        """Record the outcome of a try, and make the deliveries due that waited for it. Return the CMS id that the task's result has now."""
         answer = await self._scripts["delivered"].finish(
             delivery_id=delivery_id,
             state=state,
@@ -46,12 +46,12 @@ class Outbox:
         return msgspec.json.decode(answer, type=str | int) if answer else None
 
     async def resend(self, task_id: TaskId, delivery_id: str) -> None:
-        """Send the delivery again now, with a new budget of tries. Raises NotFound."""
+        """Make the delivery due now, with a new budget of tries. Raises NotFound."""
         if await self._scripts["resend"].finish(task_id=task_id, delivery_id=delivery_id) == b"unknown":
             raise NotFound(f"task {task_id} has no delivery {delivery_id}")
 
     async def doubt(self, delivery_id: str, doubt: bool, media_id: str | int | None = None) -> None:
-        """Record whether the CMS may hold a document whose creation was not answered, and the id of the one that is known."""
+        """Record whether the CMS may hold a document whose creation was not confirmed, and the id of the document that is known."""
         async with self._redis.pipeline(transaction=True) as pipe:
             if media_id is not None:
                 pipe.hset(self._keys["delivery"] + delivery_id, "media_id", msgspec.json.encode(media_id).decode())
@@ -63,9 +63,9 @@ class Outbox:
             await pipe.execute()
 
     async def deliveries(self, task_id: TaskId) -> list[tuple[str, Delivery, float | None]]:
-        """Return the deliveries of a task, the oldest first: id, facts, and when the next try is due (ms)."""
+        """Return the deliveries of a task, oldest first: the id, the delivery, and when the next try is due (ms)."""
         stored = await awaited(self._redis.hget(self._keys["task"] + task_id, "deliveries")) or b""
-        count = int(stored) if stored.isdigit() and len(stored) < 5 else 0  # else it is damaged
+        count = int(stored) if stored.isdigit() and len(stored) < 5 else 0  # else the field is damaged
         ids = [f"{task_id}-{number}" for number in range(1, count + 1)]
         async with self._redis.pipeline(transaction=False) as pipe:
             for delivery_id in ids:

@@ -1,6 +1,6 @@
-"""Reads for people and pages: tasks, projects, queues, workers, dead letters, totals and event logs. Nothing here writes.
+"""Queries for tasks, projects, queues, workers, dead letters, totals and event logs. Nothing here writes.
 
-Redis's own errors pass through as `redis.exceptions.RedisError`.
+Redis errors are raised as `redis.exceptions.RedisError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OFFLINE_MS: Final = 15_000
 
 
 class Stranded(msgspec.Struct, frozen=True):
-    """Waiting tasks that no live worker can run: all of a kind or, where `task_type` is not empty, those of one type and model."""
+    """Waiting tasks that no live worker can run: all of a kind or, if `task_type` is set, those of one task type and model."""
 
     kind: str
     task_type: str
@@ -46,14 +46,14 @@ class Stranded(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The sentence for an operator."""
+        """A message for operators."""
         if self.task_type:
-            return f"{self.waiting} tasks of {self.task_type} by {self.model} wait in {self.kind}, and no live worker can run them"
-        return f"{self.waiting} tasks wait in {self.kind}, and no live worker serves it"
+            return f"no live worker can run {self.waiting} waiting {self.task_type} tasks of {self.kind} with model {self.model}"
+        return f"no live worker serves {self.kind}, which has {self.waiting} waiting tasks"
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """The bytes that Redis uses, its limit (0: none), and its policy for a full memory ('' where it does not say)."""
+    """The memory of Redis: used bytes, limit (0 for none), and eviction policy ('' if unknown)."""
 
     used: int
     most: int
@@ -61,12 +61,12 @@ class Memory(msgspec.Struct, frozen=True):
 
     @property
     def evicts(self) -> bool:
-        """Whether it deletes keys when it is full."""
+        """Whether Redis deletes keys when its memory is full."""
         return self.policy not in ("", "noeviction")
 
 
 class LogState(msgspec.Struct, frozen=True):
-    """What the log of a task holds: `first` and `last` entry, None where it is empty, and whether entries were trimmed away."""
+    """The state of an event log: the ids of its first and last entry (None if it is empty), and whether older entries were trimmed."""
 
     first: str | None
     last: str | None
@@ -74,7 +74,7 @@ class LogState(msgspec.Struct, frozen=True):
 
 
 class Queries:
-    """Reads the tasks of an installation, and what is known of its queues and workers."""
+    """Queries for the tasks, queues and workers of an installation."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -83,19 +83,19 @@ class Queries:
     # ── Tasks ──
 
     async def task(self, task_id: TaskId) -> Task | None:
-        """Return the task; None where there is none."""
+        """Return the task; None if it does not exist."""
         flat = await self._redis.shared.call("HGETALL", self._keys["task"] + task_id)
         return decode_task(task_id, pairs(flat)) if flat else None
 
     async def tasks(self, ids: Sequence[str]) -> list[Task]:
-        """Return those of these tasks that exist."""
+        """Return the tasks with these ids, without those that do not exist."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for task_id in ids:
                 pipe.hgetall(self._keys["task"] + task_id)
             return [decode_task(task_id, fields) for task_id, fields in zip(ids, await execute_tolerantly(pipe), strict=True) if fields]
 
     async def reusable(self, fingerprint: str) -> Task | None:
-        """Return the last completed task with this fingerprint; None where there is none, or it was swept."""
+        """Return the latest completed task with this fingerprint; None if there is none or it was swept."""
         task_id = await self._redis.shared.call("GET", self._keys["made"] + fingerprint)
         return await self.task(TaskId(text(task_id))) if task_id else None
 
@@ -104,12 +104,12 @@ class Queries:
         return decode_task_data(await self._redis.get(self._keys["job"] + task_id))
 
     async def position(self, task: Task) -> int | None:
-        """Return the task's place in its project's queue, from 1; None where it does not wait."""
+        """Return the task's position in its project's queue, from 1; None if it is not waiting."""
         rank = await self._redis.shared.call("ZRANK", f"{self._keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
         return None if rank is None else rank + 1
 
     async def positions(self, tasks: Sequence[Task]) -> list[int | None]:
-        """Return the place of each task in its project's queue, as `position` does."""
+        """Return each task's position in its project's queue, as `position` does."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for task in tasks:
                 pipe.zrank(f"{self._keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
@@ -120,7 +120,7 @@ class Queries:
     async def page(
         self, project_id: ProjectId, status: TaskStatus | None, task_type: TaskType | None, page: int, limit: int
     ) -> tuple[list[Task], int]:
-        """Return a page of a project's tasks, newest first, and how many there are. Cost: O(log n + limit), two round trips."""
+        """Return a page of a project's tasks, newest first, and the total number. Cost: O(log n + limit), two round trips."""
         key = f"{self._keys['index']}{project_id}|{status or ''}|{task_type or ''}"
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.zcard(key)
@@ -129,7 +129,7 @@ class Queries:
         return await self.tasks([text(task_id) for task_id in ids]), total
 
     async def project(self, project_id: ProjectId) -> Project | None:
-        """Return the project with how many of its tasks are in each state; None before its first task."""
+        """Return the project with the number of its tasks in each state; None before its first task."""
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.zscore(self._keys["projects"], project_id)
             for status in STATES:
@@ -143,9 +143,9 @@ class Queries:
     async def active(
         self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int
     ) -> list[tuple[Task, int | None]]:
-        """Return the project's running tasks, then its waiting ones with their places in the queue, the oldest of each first.
+        """Return a project's running tasks, then its waiting ones with their queue positions; each group oldest first.
 
-        At most `limit`; only those of these types and in these states, where any are named.
+        At most `limit` tasks, only of these types and in these states; an empty collection means all.
         """
         wanted = [status for status in (TaskStatus.PROCESSING, TaskStatus.QUEUED) if not statuses or status in statuses]
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -165,7 +165,7 @@ class Queries:
     # ── Queues ──
 
     async def queue_sizes(self) -> dict[Kind, int]:
-        """Return how many tasks wait in each of the three queues."""
+        """Return the number of waiting tasks in each of the three queues."""
         lanes = await self._lanes()
         async with self._redis.pipeline(transaction=False) as pipe:
             for of in itertools.chain(*lanes.values()):
@@ -175,7 +175,7 @@ class Queries:
         return {kind: sizes[kind] for kind in Kind}
 
     async def queues(self) -> list[TaskQueue]:
-        """Return the three queues. Runs whose lease has expired count as waiting, so that an autoscaler sees them."""
+        """Return the three queues. Tasks whose lease has expired count as waiting, so that an autoscaler sees them."""
         lanes = await self._lanes()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
@@ -197,7 +197,7 @@ class Queries:
         return found
 
     async def stranded(self, workers: Sequence[WorkerStatus]) -> list[Stranded]:
-        """Return the lanes with waiting tasks that none of these workers can run."""
+        """Return the lanes whose waiting tasks none of these workers can run."""
         lanes = list(itertools.chain(*(await self._lanes()).values()))
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self._keys["abilities"])
@@ -215,7 +215,7 @@ class Queries:
         return found
 
     async def astray(self) -> int:
-        """Return how many tasks are counted as queued and wait in no queue: keys were deleted by hand, or a backup was incomplete."""
+        """Return how many queued tasks are in no queue, because keys were deleted by hand or a backup was incomplete."""
         lanes = itertools.chain(*(await self._lanes()).values())
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hget(self._keys["totals"], TaskStatus.QUEUED)
@@ -226,9 +226,9 @@ class Queries:
         return max(0, int(queued) - sum(waiting)) if queued and queued.isdigit() else 0
 
     async def _lanes(self) -> dict[str, list[bytes]]:
-        """Return the lanes of each kind: its own, and those of tasks that some worker could not run, even of damaged ones.
+        """Return the lanes of each kind: the kind itself, then the lanes of tasks that some worker could not run.
 
-        The kinds are those of this version, and then those of others that had tasks.
+        The kinds of this version come first, then other kinds that have had tasks.
         """
         others = {text(kind) for kind in await awaited(self._redis.smembers(self._keys["kinds"]))}
         kinds = [*Kind, *sorted(others - set(Kind))]
@@ -240,7 +240,7 @@ class Queries:
     # ── Totals ──
 
     async def totals(self, projects: Iterable[str] | None) -> dict[TaskStatus, int]:
-        """Return how many tasks are in each state: of these projects, or of all for None."""
+        """Return the number of tasks in each state, of these projects or, for None, of all."""
         if projects is None:
             found = await self._redis.shared.call("HMGET", self._keys["totals"], *STATES)
             return {status: int(number(count)) for status, count in zip(STATES, found, strict=True)}
@@ -254,29 +254,29 @@ class Queries:
         return sums
 
     async def average_durations_s(self) -> dict[TaskType, float]:
-        """Return the average duration of all completed tasks of each type."""
+        """Return the average duration of completed tasks by task type, in seconds."""
         sums = {text(key): number(value) for key, value in pairs(await self._redis.shared.call("HGETALL", self._keys["sums"])).items()}
         return {each: sums.get(f"{each} ms", 0) / sums[f"{each} tasks"] / 1000 for each in REGISTRY.tasks if sums.get(f"{each} tasks")}
 
     async def gpu_seconds(self, projects: Collection[str] | None) -> float:
-        """Return the GPU seconds of all finished runs: those of these projects, or of all for None."""
+        """Return the GPU seconds of all ended runs, of these projects or, for None, of all."""
         whose = [""] if projects is None else list(projects)
         found = await self._redis.shared.call("HMGET", self._keys["gpu_ms"], *whose) if whose else []
         return round(sum(map(number, found)) / 1000, 3)
 
     async def passed_over(self) -> int:
-        """Return how often a task was claimed before an older one because its model was loaded."""
+        """Return how many tasks were claimed before older ones because their model was loaded."""
         return int(number(await self._redis.shared.call("HGET", self._keys["sums"], "claims passed")))
 
     async def dead_letters(self, count: int = 100, projects: Collection[str] | None = None) -> tuple[list[DeadLetter], int]:
-        """Return the latest dead letters, of these projects or of all for None, and how many there are."""
+        """Return the latest dead letters, of these projects or, for None, of all, and the total number."""
         async with self._redis.pipeline(transaction=False) as pipe:
             if projects is None:
                 pipe.zrevrange(self._keys["dead"], 0, count - 1, withscores=True)
                 pipe.zcard(self._keys["dead"])
                 found, total = await pipe.execute()
             else:
-                for project_id in projects:  # what a project has among them: when each was given up
+                for project_id in projects:  # weight 0 keeps the times of the dead letters
                     pipe.zinter({self._keys["dead"]: 1, f"{self._keys['index']}{project_id}|{TaskStatus.FAILED}|": 0}, withscores=True)
                 all_found = sorted(itertools.chain(*await pipe.execute()), key=lambda letter: letter[1], reverse=True)
                 found, total = all_found[:count], len(all_found)
@@ -290,7 +290,7 @@ class Queries:
     # ── Workers and Redis ──
 
     async def workers(self) -> list[WorkerStatus]:
-        """Return the rows of every worker's last heartbeat; those of a worker without one for 15 s are offline."""
+        """Return the rows of every worker's last heartbeat. A worker without a heartbeat for 15 s is offline."""
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self._keys["workers"])
             pipe.zrange(self._keys["heartbeat_times"], 0, -1, withscores=True)
@@ -312,7 +312,7 @@ class Queries:
         return bool(await self._redis.shared.call("EXISTS", self._keys["gpu"]))
 
     async def memory(self) -> Memory | None:
-        """Return how full Redis's memory is; None where its user may not ask."""
+        """Return the memory of Redis; None if its user may not run INFO."""
         try:
             facts = await awaited(self._redis.info("memory"))
         except NoPermissionError:
@@ -322,9 +322,9 @@ class Queries:
     # ── Event logs ──
 
     async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
-        """Return the next entries of a log (a task's id, or `project:PROJECT`) after an id, oldest first; from the beginning for None.
+        """Return at most `count` entries of an event log after the id `after` (None: from the beginning), oldest first.
 
-        Entries that cannot be read are left out.
+        `log` is a task's id or `project:PROJECT`. Unreadable entries are skipped.
         """
         found: list[Logged] = []
         while (asked := count - len(found)) > 0:
@@ -336,7 +336,7 @@ class Queries:
         return found
 
     async def log_state(self, log: str) -> LogState:
-        """Return what the log holds."""
+        """Return the state of an event log: its first and last entry, and whether it was trimmed."""
         try:
             info = pairs(await self._redis.shared.call("XINFO", "STREAM", self._keys["log"] + log))
         except ResponseError as error:
@@ -350,7 +350,7 @@ class Queries:
 def _queue(
     kind: Kind, now_ms: int, dead: int, running: int, priorities: list[bytes | None], claims: list[bytes], lanes: list[Any]
 ) -> TaskQueue:
-    """Return the row of a queue. `lanes`: for each lane in turn how many tasks wait, and the oldest with its time."""
+    """Return the row of a queue. `lanes` holds two items for each lane: the number of waiting tasks, and the oldest task with its time."""
     waiting, oldest = sum(lanes[::2]), [at_ms for first in lanes[1::2] for _, at_ms in first]
     claimed = [at_ms for each in claims if (at_ms := number(each)) > 0]
     pace_ms = max(0.0, now_ms - claimed[-1]) / len(claimed) if len(claimed) > 1 else 30_000.0

@@ -1,4 +1,4 @@
-"""Records decoded from the hashes and lists of Redis, also from damaged ones and those of other versions."""
+"""Functions that decode Redis hashes and lists into records. They tolerate damaged data and data of other versions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from movieq.tasks.states import EventType, TaskStatus
 
 
 class Able(msgspec.Struct, frozen=True):
-    """What a worker can run: tasks of these types, by these models."""
+    """The tasks that a worker can run: those of these task types with these models."""
 
     types: tuple[str, ...]
     models: tuple[str, ...]
 
 
 class Logged(msgspec.Struct, frozen=True):
-    """An entry of a task's log; `data` is the JSON of a ProcessingProgress with the result as it is stored.
+    """An entry of an event log. `data` is the JSON of a ProcessingProgress with the stored result.
 
-    Beside the result of an `updated` stands the `payload_media_id`.
-
-    `type` is a plain name where only a newer version knows it.
+    An `updated` event has a `payload_media_id` beside the result. `type` is a plain string if only a newer version knows it.
     """
 
     id: str
@@ -37,7 +35,7 @@ class Logged(msgspec.Struct, frozen=True):
 
 
 class _Definition(msgspec.Struct):
-    """The part of an arq job that is read here: its keyword arguments."""
+    """The keyword arguments of an arq job; its other fields are not decoded."""
 
     k: dict[str, Any]
 
@@ -54,25 +52,25 @@ _stored_grant = msgspec.msgpack.Decoder(_StoredGrant)
 _rows = msgspec.json.Decoder(list[WorkerStatus])
 _EVENT_TYPES: Final = frozenset(EventType)
 _strings = msgspec.json.Decoder(list[str])
-_blob = msgspec.json.Decoder(float_hook=float)  # msgspec takes 0.03 ms for some numbers, of which there may be hundreds
+_blob = msgspec.json.Decoder(float_hook=float)  # msgspec's own parser needs 0.03 ms for some numbers, and there may be hundreds
 _BLOBS = {"result", "metadata", "media_id", "payload_media_id"}
 _ID: Final = re.compile(rb"[0-9]{1,18}-[0-9]{1,18}")
 _UNREADABLE: Final = (ValueError, RecursionError)
 
 
 def event_type(name: bytes) -> EventType:
-    """Return the type of this name; the name itself where only a newer version knows it."""
+    """Return the event type with this name; the name itself if only a newer version knows it."""
     named = text(name)
     return EventType(named) if named in _EVENT_TYPES else cast("EventType", named)
 
 
 def text(stored: bytes) -> str:
-    """Return the text of a field that may be damaged."""
+    """Return the field as text; bytes that are not UTF-8 are replaced."""
     return stored.decode(errors="replace")
 
 
 def number(stored: bytes | None) -> float:
-    """Return the number of a counter; 0 where there is none, or it is damaged."""
+    """Return the value of a counter; 0 if it is missing or damaged."""
     try:
         return msgspec.convert(text(stored or b"0"), Real, strict=False)
     except msgspec.MsgspecError:
@@ -80,7 +78,7 @@ def number(stored: bytes | None) -> float:
 
 
 def decode_logged(id: bytes, fields: dict[bytes, bytes]) -> Logged | None:
-    """Return an entry of a log; None for one that cannot be told in a stream."""
+    """Return an entry of an event log; None if it is damaged and cannot be sent in a stream."""
     name, data = fields.get(b"type"), fields.get(b"data")
     if name is None or data is None or b"\n" in name + data:
         return None
@@ -88,7 +86,7 @@ def decode_logged(id: bytes, fields: dict[bytes, bytes]) -> Logged | None:
 
 
 async def execute_tolerantly(pipe: Pipeline) -> list[Any]:
-    """Return the answers to reads; None for a key that holds something of another type."""
+    """Run the reads of a pipeline and return the answers; None for a key of the wrong type."""
     answers = await pipe.execute(raise_on_error=False)
     for answer in answers:
         if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
@@ -97,7 +95,7 @@ async def execute_tolerantly(pipe: Pipeline) -> list[Any]:
 
 
 async def awaited(call: Awaitable[Any] | Any) -> Any:
-    """redis-py types a command as a union of its sync and its async answer; ours are async."""
+    """Await a Redis command. redis-py types its answer as a union of sync and async, but ours are always async."""
     return await call
 
 
@@ -116,19 +114,22 @@ def _named(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _merged(named: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with the CMS's id in the result. Older versions stored it there alone."""
+    """Return the fields with the CMS id merged into the result. Older versions stored it in the result only."""
     if "payload_media_id" in named and isinstance(named.get("result"), dict):
         named["result"]["payload_media_id"] = named["payload_media_id"]
     return named
 
 
 def decode_task(task_id: str, fields: dict[bytes, bytes]) -> Task:
-    """Return the task of a hash. Of a damaged or newer one return what can be read, as `unknown` unless it failed or was cancelled."""
+    """Return the task that a hash holds.
+
+    If the hash is damaged or of a newer version, return the readable fields, with status `unknown` unless it is failed or cancelled.
+    """
     try:
         return msgspec.convert(_merged(_named(fields)), Task, strict=False)
     except _UNREADABLE:
         found = _readable(fields)
-        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # readers of these need nothing else
+        given_up = found.get("status") in (TaskStatus.FAILED, TaskStatus.CANCELLED)  # these states make sense without other fields
         return _salvaged(Task, {"task_id": task_id, **found}, **({} if given_up else {"status": TaskStatus.UNKNOWN}))
 
 
@@ -152,7 +153,7 @@ def _readable(fields: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
-    """Return the record with the fields that can be read. A name unknown to this version stays as it is; what is missing is empty."""
+    """Return the record with all readable fields. Names unknown to this version are kept as text; missing fields are empty."""
     found: dict[str, Any] = {}
     for field in msgspec.structs.fields(cls):
         given = fields.get(field.name)
@@ -167,7 +168,7 @@ def _salvaged(cls: type[Record], fields: dict[str, Any], **said: Any) -> Record:
 
 
 def decode_heartbeat(blob: bytes | None) -> list[WorkerStatus]:
-    """Return the rows of a worker's heartbeat; none where they cannot be read."""
+    """Return the rows of a worker's heartbeat; an empty list if they cannot be read."""
     try:
         return _rows.decode(blob or b"[]")
     except msgspec.MsgspecError:
@@ -182,7 +183,7 @@ def decode_able(blob: bytes) -> Able | None:
 
 
 def decode_grant(blob: bytes) -> Grant | None:
-    """Return what a key may do, without scopes that only a newer version knows; None where it cannot be read: then it may do nothing."""
+    """Return the rights of an API key, without scopes that only a newer version knows; None if they cannot be read."""
     try:
         stored = _stored_grant.decode(blob)
         return Grant(stored.projects, frozenset(Scope(scope) for scope in stored.scopes if scope in list(Scope)))
@@ -191,7 +192,7 @@ def decode_grant(blob: bytes) -> Grant | None:
 
 
 def decode_task_data(job: bytes | None) -> dict[str, Any]:
-    """Return the task data in an arq job; empty where that is gone or cannot be read."""
+    """Return the task data of an arq job; empty if the job is gone or cannot be read."""
     try:
         return _definition.decode(job).k.get("task_data", {}) if job else {}
     except msgspec.MsgspecError:
@@ -201,5 +202,5 @@ def decode_task_data(job: bytes | None) -> dict[str, Any]:
 def decode_warnings(stored: bytes) -> list[str]:
     try:
         return _strings.decode(stored)
-    except msgspec.MsgspecError:  # damaged: the receipt matters more
+    except msgspec.MsgspecError:  # a receipt without warnings is better than none
         return []

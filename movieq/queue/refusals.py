@@ -29,7 +29,7 @@ class Refusal(msgspec.Struct, frozen=True):
 _REFUSALS: Final = {
     refusal.code: refusal
     for refusal in (
-        Refusal("OOM", "its memory is full", "raise its `maxmemory`, or keep ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"),
+        Refusal("OOM", "its memory is full", "raise its `maxmemory`, or store ended tasks for fewer days: MOVIEQ_KEEP_TASKS_DAYS"),
         Refusal("READONLY", "it is a read-only replica", "set MOVIEQ_REDIS_URL to its primary, or promote it (REPLICAOF NO ONE)"),
         Refusal("MISCONF", "it cannot save its data to disk", "free space on its disk, and read its log"),
         Refusal("NOREPLICAS", "too few of its replicas are connected", "start them again, or lower its `min-replicas-to-write`"),

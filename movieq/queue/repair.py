@@ -1,7 +1,7 @@
-"""`movieq doctor --repair`: whether the records in Redis agree with the lists that name them.
+"""Check and repair the consistency of the task records and lists in Redis, for `movieq doctor --repair`.
 
-They do unless keys were deleted by hand, evicted, or restored from half a backup. Each task is checked, and mended, by one script, while
-everything goes on. Left out: files in the storage, which are deleted by lists of their own.
+They become inconsistent only if keys are deleted by hand, evicted, or restored from an incomplete backup. One script checks and repairs
+each task while the queue keeps running. Files in the storage are not checked; they have lists of their own.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from movieq.queue.store import Store
 from movieq.tasks.states import TaskId
 
 LISTS: Final = ("deadlines", "delayed", "ended", "dead")
-"""Names of keys that are one sorted set of tasks."""
+"""Names of keys that are each one sorted set of tasks."""
 FAMILIES: Final = ("index", "waiting", "running", "offered")
-"""Names of prefixes under which there are many."""
+"""Names of key prefixes under which there are many sorted sets of tasks."""
 COUNT: Final = 500
-"""How many entries Redis is asked for at once."""
+"""Entries requested from Redis at a time."""
 
 
 class Inconsistency(msgspec.Struct, frozen=True):
-    """What is inconsistent about a task, or about a counter where `task_id` is None, as a clause about it."""
+    """An inconsistency of a task or, if `task_id` is None, of a counter. `text` is a clause about it, such as "is in no queue"."""
 
     task_id: TaskId | None
     text: str
 
 
 async def inconsistencies(store: Store, *, apply: bool) -> AsyncIterator[Inconsistency]:
-    """Yield each inconsistency, and repair it where `apply` is set. Raises redis's errors."""
+    """Yield each inconsistency, and repair it if `apply` is set. Raises RedisError."""
     records = {TaskId(key.removeprefix(store.keys["task"])) async for key in _keys(store, store.keys["task"])}
     named: dict[TaskId, list[str]] = defaultdict(list)
     lists = [store.keys[name] for name in LISTS]

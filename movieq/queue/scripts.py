@@ -1,4 +1,4 @@
-"""Lua scripts, called by the names of their arguments and put together from the includes that they name."""
+"""The Lua scripts: assembled from the includes that they declare, and called with named arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST: Final = "..."
 
 
 class Script:
-    """A Lua script called by the names of its arguments, as its `-- args:` line declares them."""
+    """A Lua script that is called with named arguments, as its `-- args:` line declares them."""
 
     def __init__(self, connection: SharedConnection, path: Path, keys: Mapping[str, str]) -> None:
         source = path.read_text()
@@ -32,24 +32,24 @@ class Script:
         names = ", ".join(self.args)
         included = includes(path)
         save = "save()\n" if "record" in included else ""
-        # ARGV is unpacked by length, so that a long rest cannot overflow Lua's stack
+        # only the named arguments are unpacked: a long rest could overflow Lua's stack
         head = f"{shebang}\nlocal {names} = unpack(ARGV, 1, {len(self.args)})\n{''.join(included.values())}"
         whole = f"{head}local function main()\n{body}\nend\nlocal answer = main()\n{save}return answer\n"
         self._connection = connection
-        self.source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table in every call
+        self.source = re.sub(r"\bK\.(\w+)", lambda found: f"'{keys[found[1]]}'", whole)  # cheaper than a table built in every call
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, rest: Sequence[str | int], **args: str | int | float | bytes) -> Any:
         if args.keys() != set(self.args):
-            raise TypeError(f"expects {self.args}, got {sorted(args)}")
+            raise TypeError(f"expected {self.args}, got {sorted(args)}")
         arguments = [*(args[name] for name in self.args), *rest]
         try:
             return await self._connection.call("EVALSHA", self.sha, 0, *arguments)
-        except NoScriptError:  # a server that is new, or was started again
+        except NoScriptError:  # the server is new or was restarted
             return await self._connection.call("EVAL", self.source, 0, *arguments)
 
     async def finish(self, rest: Sequence[str | int] = (), **args: str | int | float | bytes) -> Any:
-        """Call the script; where the caller is cancelled, wait until the call has ended before the cancel goes on."""
+        """Call the script. If the caller is cancelled, wait for the call to end before raising CancelledError."""
         call = asyncio.ensure_future(self(rest, **args))
         try:
             return await asyncio.shield(call)
@@ -61,7 +61,7 @@ class Script:
 
 
 def load(redis: Redis, *names: str) -> dict[str, Script]:
-    """Return the scripts of these names, or every script where none is named."""
+    """Return the scripts with these names, or all scripts if no name is given."""
     paths = sorted(Path(__file__).with_name("lua").glob("[a-z]*.lua"))
     return {path.stem: Script(redis.shared, path, redis.key_names) for path in paths if not names or path.stem in names}
 
@@ -72,9 +72,9 @@ def named_includes(source: str) -> list[str]:
 
 
 def includes(path: Path) -> dict[str, str]:
-    """Return the source of every include that the Lua file needs, by name, each after those that it needs itself.
+    """Return the source of every include that the Lua file needs, by name; each include comes after its own includes.
 
-    Raises ValueError for an unknown name and for a circle.
+    Raises ValueError for an unknown include and for a circular one.
     """
     found: dict[str, str] = {}
     _include(path, path.parent / "includes", found, ())
@@ -85,9 +85,9 @@ def _include(path: Path, folder: Path, found: dict[str, str], circle: tuple[str,
     for name in named_includes(path.read_text()):
         include = folder / f"{name}.lua"
         if name in circle:
-            raise ValueError(f"{path.name}: the includes {' -> '.join((*circle, name))} are a circle")
+            raise ValueError(f"{path.name}: circular includes {' -> '.join((*circle, name))}")
         if not include.is_file():
-            raise ValueError(f"{path.name}: there is no include {name!r} in {folder.name}/")
+            raise ValueError(f"{path.name}: include {name!r} not found in {folder.name}/")
         if name not in found:
             _include(include, folder, found, (*circle, name))
             found[name] = include.read_text()

@@ -1,8 +1,8 @@
-"""The verbs: one method per Lua script that changes tasks.
+"""The verbs that change tasks: one method for each Lua script.
 
-A verb can be repeated after a lost answer: the same call gets the same answer. Every verb but submit, preview and leave finishes although
-its caller is cancelled. Redis's own errors pass through as `redis.exceptions.RedisError`: where it is away the API answers 503, and the
-worker waits. Left out: reads (`queries`), deliveries (`outbox`), uploads and files to delete (`files`), API keys (`api_keys`).
+A verb can safely be repeated if its answer was lost: the same call gets the same answer. Every verb except submit, preview and leave runs
+to its end even if its caller is cancelled. Redis errors are raised as `redis.exceptions.RedisError`: the API then answers 503, and a worker
+waits. Other modules have reads (`queries`), deliveries (`outbox`), uploads and files to delete (`files`), and API keys (`api_keys`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ from movieq.tasks.results import StoredResult
 from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId, TaskStatus, TaskType
 
 LEASE_MS: Final = 10_000
+"""Length of a lease."""
 RENEW_S: Final = 3.0
+"""Interval at which a worker renews its leases."""
 TIDY_S: Final = 1.0
+"""Interval at which each API process calls `tidy`."""
 TRIES_LIMIT: Final = 3
+"""Runs of a task that may end with a recoverable error; the last of them fails the task."""
 DEATHS_LIMIT: Final = 3
+"""Runs of a task in which the engine process may die; the last of them makes it a dead letter."""
 SILENCES_LIMIT: Final = 10
+"""Runs of a task whose lease may expire; the last of them makes it a dead letter."""
 OUTAGE_MS: Final = 5_000
+"""If `tidy` was not called for this long, Redis or all its clients were away, and no lease expires for `QUIET_MS`."""
 QUIET_MS: Final = 12_000
 FORGET_MS: Final = 300_000
+"""A worker without a heartbeat for this long is removed from the list of workers."""
 
 log = logs.get()
 
@@ -47,7 +55,7 @@ class Counts(StrEnum):
 
 
 class NewTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What submit stores. `kwargs` (msgpack map) are those of the arq job, `metadata` is JSON; both are stored as they are."""
+    """A task to submit. `kwargs` is a msgpack map, the keyword arguments of the arq job; `metadata` is JSON. Both are stored unchanged."""
 
     task_id: TaskId
     project_id: ProjectId
@@ -63,7 +71,7 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     estimate_ms: int
     max_ms: int
     batch: str = ""
-    """Tasks with the same key can be rendered at once, `batch_rows` at most."""
+    """Batch key: tasks with the same key can be rendered together, at most `batch_rows` of them."""
     batch_rows: int = 1
     callback_url: str = ""
     start_by_ms: int | None = None
@@ -75,16 +83,19 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_all: int = 0
     fingerprint: str = ""
     made: str = ""
-    """The completed task whose result is reused: `made_result` (JSON), with its files under `made_prefix`, at most `made_ms` old."""
+    """Id of the completed task whose stored result is reused.
+
+    `made_result` is that result (JSON), `made_prefix` the storage prefix of its files, `made_ms` their highest age (None: any).
+    """
     made_result: bytes = b""
     made_prefix: str = ""
     made_ms: int | None = None
     made_cms: str = ""
-    """Address of the CMS's collection that the reused result goes to."""
+    """Address of the CMS collection that gets the reused result."""
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """What a receipt says. `replayed`: this idempotency key was used with the same body before."""
+    """An accepted task, as its receipt shows it. `replayed`: the idempotency key had already been used with the same body."""
 
     task_id: TaskId
     created_at_ms: int
@@ -95,9 +106,9 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """A place for a task, or a batch of tasks, in a worker: the kinds that it serves and the models in its memory.
+    """A place for a task, or a batch of tasks, in a worker: the kinds that it serves and its loaded models.
 
-    One that is not `free` will be in a moment; no submit wakes its worker.
+    A slot that is not `free` is about to be: it gets tasks, but its worker is not woken by a submit.
     """
 
     kinds: tuple[str, ...]
@@ -106,9 +117,9 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Claimed(msgspec.Struct, frozen=True):
-    """A task that a worker is to run: `job` is arq's definition (msgpack). Tasks of one `slot` are a batch.
+    """A claimed task, which the worker has to run. `job` is arq's job definition (msgpack). Tasks with the same `slot` are a batch.
 
-    A task whose record cannot be read has the status `unknown`, and is to be requeued.
+    A task with a damaged record has the status `unknown`; the worker has to requeue it.
     """
 
     task: Task
@@ -118,7 +129,7 @@ class Claimed(msgspec.Struct, frozen=True):
 
 
 class Tidied(msgspec.Struct, frozen=True):
-    """How many expired leases, due retries and missed deadlines a call of `tidy` handled."""
+    """The number of expired leases, due retries and missed deadlines that a call of `tidy` handled."""
 
     reaped: int
     due: int
@@ -129,7 +140,7 @@ class Tidied(msgspec.Struct, frozen=True):
 
 
 class Store:
-    """Changes the tasks of an installation."""
+    """The verbs of an installation's tasks."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
@@ -139,14 +150,17 @@ class Store:
     # ── Verbs of clients ──
 
     async def submit(self, new: NewTask) -> Accepted:
-        """Submit a task: it is queued, or completed at once with a reused result. Raises IdempotencyMismatch, QueueFull."""
+        """Submit a task. It is queued, or completed at once with the stored result of an identical task.
+
+        Raises IdempotencyMismatch, QueueFull.
+        """
         arguments = {name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()}
         arguments["warnings"] = msgspec.json.encode(new.warnings)
-        # not shielded, as no worker hangs on it: a client that has gone submits again, or has changed its mind
+        # not shielded from a cancel: a client that disconnected either submits again or no longer wants the task
         answer = await self.scripts["submit"]((), **arguments)
         match answer[0]:
             case b"mismatch":
-                raise IdempotencyMismatch("this Idempotency-Key was used with another body: send the same body, or another key")
+                raise IdempotencyMismatch("this Idempotency-Key was used with a different body: send the same body, or a new key")
             case b"full" | b"full_all":
                 whose, most = (
                     (f"project {new.project_id} has", new.max_queued) if answer[0] == b"full" else ("there are", new.max_queued_all)
@@ -158,7 +172,7 @@ class Store:
         return _accepted(answer)
 
     async def cancel(self, task_id: TaskId) -> tuple[TaskStatus, int]:
-        """Cancel a task. Return its state before, and when it was cancelled (ms). Raises NotFound, InvalidState."""
+        """Cancel a task. Return its previous state and the time of the cancel (ms). Raises NotFound, InvalidState."""
         match await self.scripts["cancel"].finish(task_id=task_id):
             case [b"ok", previous, at_ms]:
                 return TaskStatus(previous.decode()), at_ms
@@ -177,7 +191,7 @@ class Store:
         return _accepted(answer)
 
     async def drop_dead_letter(self, task_id: TaskId) -> bool:
-        """Remove a task from the dead letters, and leave it failed; return False where it is none."""
+        """Remove a task from the dead letters; it stays failed. Return False if it is not a dead letter."""
         return bool(await self.redis.shared.call("ZREM", self.keys["dead"], task_id))
 
     # ── Verbs of workers ──
@@ -192,10 +206,11 @@ class Store:
         host: str = "",
         able: Able | None = None,
     ) -> list[Claimed]:
-        """Claim tasks for a worker, for each slot one task or one batch. A repeated call with the same nonce returns the same tasks.
+        """Claim tasks for a worker: one task or one batch for each slot. A repeated call with the same nonce returns the same tasks.
 
-        `weights`: JSON of project -> share of the queue. `rows`: batch key -> how many the worker can render at once, where it knows.
-        Tasks whose finished files lie on this `host` come beside the slots, as slot -1. `able`: what the worker can run; None for all.
+        `weights`: JSON of project -> share of the queue. `rows`: batch key -> the most tasks that the worker can render together.
+        Tasks with finished files on this `host` are returned in addition, as slot -1. `able`: the tasks that the worker can run; None
+        for all.
         """
         answer = await self.scripts["claim"].finish(
             worker_id=worker_id,
@@ -226,11 +241,11 @@ class Store:
         keep: bool = False,
         gpu: tuple[float, float] | None = None,
     ) -> None:
-        """Publish a run's progress; add it to the event log where it grew by half a percent, or `keep` is set. Raises RunLost.
+        """Publish a run's progress. Append it to the event log if it grew by half a percent, or if `keep` is set. Raises RunLost.
 
-        `gpu`: the GPU time of the run so far, in ms, and the share of a GPU that it has now, 0 to 1; None where it has none.
-        A run with finished files says where it will store them (`prefix`), the host that has them until then, and how long it rendered
-        (`made_ms`, 0 where it found them there).
+        `gpu`: the run's GPU time so far, in ms, and the share of a GPU that it uses now, 0 to 1; None without a GPU. A run with finished
+        files also passes `prefix`, the storage prefix for them; `host`, which has them until they are stored; and `made_ms`, how long it
+        rendered (0 if it found finished files of an earlier run).
         """
         answer = await self.scripts["report"].finish(
             task_id=task_id,
@@ -252,22 +267,22 @@ class Store:
         _fenced(answer, task_id)
 
     async def preview(self, task_id: TaskId, run: RunToken, jpeg: bytes) -> None:
-        """Publish a preview to the watchers of a task. It is not stored. Raises RunLost."""
+        """Publish a preview to the watchers of a task, without storing it. Raises RunLost."""
         image = b"data:image/jpeg;base64," + base64.b64encode(jpeg)
         _fenced(await self.scripts["preview"]((), task_id=task_id, run=run, image=image), task_id)
 
     async def watched(self, task_id: TaskId) -> bool:
-        """Return whether the task has a watcher, for whom a preview is worth its cost."""
+        """Return whether the task has a watcher, so that previews are worth rendering."""
         channel = self.keys["events"] + task_id
         ((_, watchers),) = await self.redis.pubsub_numsub(channel)
         return bool(watchers)
 
     async def complete(self, task_id: TaskId, run: RunToken, result: StoredResult, cms: str = "") -> None:
-        """Commit a result, and put its deliveries into the outbox; `cms` is the CMS's address, or empty. Raises RunLost."""
+        """Complete a task with its result, and add its deliveries to the outbox; `cms` is the CMS's address, or empty. Raises RunLost."""
         _fenced(await self.scripts["complete"].finish(task_id=task_id, run=run, result=msgspec.json.encode(result), cms=cms), task_id)
 
     async def fail(self, task_id: TaskId, run: RunToken, error: str, error_code: str) -> None:
-        """Fail a task. Raises RunLost."""
+        """Fail a task, without another try. Raises RunLost."""
         _fenced(await self.scripts["fail"].finish(task_id=task_id, run=run, error=error, error_code=error_code), task_id)
 
     async def requeue(
@@ -283,7 +298,7 @@ class Store:
         exit_code: int | None = None,
         stage: str | None = None,
     ) -> TaskStatus:
-        """Requeue a task, or fail it where its budget is used up. Return its state. Raises RunLost."""
+        """Requeue a task, or fail it if its budget is used up. Return its new state. Raises RunLost."""
         answer = await self.scripts["requeue"].finish(
             task_id=task_id,
             run=run,
@@ -306,7 +321,10 @@ class Store:
         has_gpu: bool,
         able: Able | None = None,
     ) -> tuple[list[tuple[TaskId, RunToken]], list[tuple[TaskId, RunToken]]]:
-        """Renew the leases of these runs for `LEASE_MS`. Return the lost ones, and the runs that the worker holds and did not name."""
+        """Renew the leases of a worker's runs for `LEASE_MS`, and store its heartbeat.
+
+        Return the runs that are lost, and the runs that belong to the worker although it did not name them.
+        """
         lost, unmentioned = await self.scripts["renew"].finish(
             [part for run in runs for part in run],
             worker_id=worker_id,
@@ -319,10 +337,10 @@ class Store:
 
     async def leave(self, worker_id: str) -> None:
         """Remove a worker from the list of workers."""
-        await self.scripts["leave"]((), worker_id=worker_id)  # nothing is lost where its caller has no time for it
+        await self.scripts["leave"]((), worker_id=worker_id)  # not shielded from a cancel: `tidy` would remove the worker later
 
     async def tidy(self) -> Tidied:
-        """Requeue expired leases, queue due retries and fail missed deadlines. Log the dangling entries that scripts have dropped."""
+        """Requeue expired leases, queue due retries and fail missed deadlines. Log the invalid entries that scripts have dropped."""
         reaped, due, past_deadline, dropped = await self.scripts["tidy"].finish(
             list(Kind), batch=100, silences_limit=SILENCES_LIMIT, outage_ms=OUTAGE_MS, quiet_ms=QUIET_MS, forget_ms=FORGET_MS
         )
@@ -331,38 +349,41 @@ class Store:
             log.warning(
                 "entries_dropped",
                 entries=entries,
-                cure="their tasks have no record, or do not belong there; `movieq doctor --repair` shows what else is inconsistent",
+                cure="the tasks have no record or do not belong in these lists: run `movieq doctor --repair` to find other inconsistencies",
             )
         return Tidied(reaped, due, past_deadline)
 
     # ── Retention ──
 
     async def take_turn(self, worker_id: str, turn_ms: int) -> bool:
-        """Give this worker the turn to sweep, unless another has it; 0 ends its turn. Return whether it has the turn now."""
+        """Give this worker the turn to sweep for `turn_ms`, unless another worker has it; 0 ends its turn.
+
+        Return whether it has the turn now.
+        """
         return bool(await self.scripts["take_turn"].finish(worker_id=worker_id, turn_ms=turn_ms))
 
     async def sweep(self, age_s: float, batch: int = 25) -> tuple[int, list[TaskId]]:
-        """Delete tasks that finished at least so long ago. Return how many, and those whose record was damaged.
+        """Delete tasks that ended at least `age_s` ago. Return how many, and which of them had a damaged record.
 
-        Where these are `batch`, there may be more. The default takes Redis about a millisecond.
+        If it is `batch`, there may be more. The default batch takes Redis about a millisecond.
         """
         count, damaged = await self.scripts["sweep"].finish(age_ms=int(age_s * 1000), batch=batch)
         return count, [TaskId(task_id.decode(errors="replace")) for task_id in damaged]
 
     async def retire(self, age_s: float, batch: int = 200) -> int:
-        """List the files of results that are at least so old for deletion. Return how many results; for `batch` there may be more."""
+        """List the files of results that are at least `age_s` old for deletion. Return how many results; if `batch`, there may be more."""
         return cast("int", await self.scripts["retire"].finish(age_ms=int(age_s * 1000), batch=batch))
 
     async def check_write(self) -> None:
-        """Write to Redis as a submit does. Raises redis's error where it refuses."""
+        """Write to Redis as a submit does. Raises RedisError if Redis refuses the write."""
         await self.scripts["write_check"]((), expires_ms=10_000)
 
     async def repair(self, task_id: TaskId, lists: Sequence[str], *, apply: bool) -> list[str]:
-        """Return what is inconsistent between a task and the `lists` that name it; repair it where `apply` is set."""
+        """Return the inconsistencies between a task and the `lists` that contain it; repair them if `apply` is set."""
         return [text(each) for each in await self.scripts["repair"].finish(lists, task_id=task_id, apply="1" if apply else "")]
 
     async def recount(self, *, apply: bool) -> list[str]:
-        """Return which counters differ from what they count; correct them where `apply` is set."""
+        """Return the counters that are wrong, as sentences; correct them if `apply` is set."""
         return [text(each) for each in await self.scripts["recount"].finish(apply="1" if apply else "")]
 
 
@@ -377,5 +398,5 @@ def _runs(flat: Sequence[bytes]) -> list[tuple[TaskId, RunToken]]:
 
 def _fenced(answer: bytes, task_id: TaskId) -> str:
     if answer == b"lost":
-        raise RunLost(f"task {task_id} was cancelled, ended or given to another run")
+        raise RunLost(f"task {task_id} was cancelled, has ended or belongs to another run")
     return answer.decode()

@@ -15,5 +15,5 @@ async def test_an_api_whose_subscriber_dies_ends_with_an_error(settings: Setting
         raise RuntimeError("the subscriber is dead")
 
     monkeypatch.setattr(Subscriber, "run", dies)
-    with pytest.raises(Internal, match="its log says which"):
+    with pytest.raises(Internal, match="background task of the API has failed"):
         await server.serve(settings, server.listen("127.0.0.1", 0))

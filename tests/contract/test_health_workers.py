@@ -182,7 +182,7 @@ async def test_a_worker_that_takes_nothing_says_why_and_is_an_alert_until_it_fal
     assert by_worker == {"w1": "its disk is full", "w2": None}
     alerts = (await api.get("/api/v1/tasks/health")).json["alerts"]
     assert [(alert["code"], alert["message"]) for alert in alerts] == [
-        ("worker_problem", "1 of 2 workers take no tasks: its disk is full; see /workers/status")
+        ("worker_problem", "1 of 2 workers accept no tasks: its disk is full; see /workers/status")
     ]
     await silent(store, "w1", 20)
     assert (await api.get("/api/v1/tasks/health")).json["alerts"] == []

@@ -121,7 +121,7 @@ async def test_a_storage_that_hangs_is_asked_by_one_thread_and_holds_up_nobody(
         api.state.storage.usable = usable  # type: ignore[method-assign]  # a file system that hangs cannot be had here
         try:
             for _ in range(30):  # more than there are threads
-                assert "does not answer" in failed(await api.get(READY, key=None))["storage"]
+                assert "does not respond" in failed(await api.get(READY, key=None))["storage"]
             assert await asyncio.wait_for(asyncio.to_thread(lambda: True), 60)
         finally:
             pipe = os.open(folder / "hangs", os.O_WRONLY)

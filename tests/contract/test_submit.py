@@ -101,7 +101,7 @@ async def test_null_means_absent(api: Client) -> None:
 
 async def test_warnings_name_what_nothing_reads(api: Client) -> None:
     answer = await api.submit(task_data={"prompt": "x", "colour": "red", "fps": 24})
-    assert [warning.split()[0] for warning in answer.json["warnings"]] == ["task_data.colour", "task_data.fps"]
+    assert answer.json["warnings"] == ["Unknown field ignored: task_data.colour", "Unknown field ignored: task_data.fps"]
 
 
 async def test_unread_keys_reach_the_worker_as_they_came(api: Client, store: Store) -> None:
@@ -225,7 +225,7 @@ async def test_an_idempotency_key_is_visible_ascii_of_bounded_length(api: Client
     head = f"POST /api/v1/tasks/submit HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(body)}\r\nX-API-Key: {ALL}\r\n"
     answer = await api.raw(f"{head}Idempotency-Key: {key}\r\n\r\n{body}".encode())
     assert answer.startswith(b"HTTP/1.1 400")
-    assert b"Idempotency-Key: 1 to 255" in answer
+    assert b"Idempotency-Key: expected 1 to 255" in answer
 
 
 async def test_an_idempotency_key_of_255_characters_is_accepted(api: Client) -> None:

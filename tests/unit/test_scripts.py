@@ -71,11 +71,11 @@ def test_an_include_comes_once_and_after_those_that_it_needs(folder: Path) -> No
 
 def test_an_unknown_include_is_an_error_that_names_the_file(folder: Path) -> None:
     script = write(folder, script="-- include: events\n", events="-- include: evnts\n")
-    with pytest.raises(ValueError, match=r"^events\.lua: there is no include 'evnts' in includes/$"):
+    with pytest.raises(ValueError, match=r"^events\.lua: include 'evnts' not found in includes/$"):
         includes(script)
 
 
 def test_a_circle_of_includes_is_an_error_that_names_the_file(folder: Path) -> None:
     script = write(folder, script="-- include: events\n", events="-- include: record\n", record="-- include: events\n")
-    with pytest.raises(ValueError, match=r"^record\.lua: the includes events -> record -> events are a circle$"):
+    with pytest.raises(ValueError, match=r"^record\.lua: circular includes events -> record -> events$"):
         includes(script)

@@ -3,8 +3,8 @@
 -- args: task_id
 --   task_id: of the task
 -- Returns {'ok', previous_state, cancelled_at_ms}, the same for a repeated call; {'refused', state} for a completed or failed task;
---   {'unknown'} if there is none.
--- Appends `cancelled`, tells the worker that runs the task, and fills the outbox. The log expires in 24 h.
+--   {'unknown'} if the task does not exist.
+-- Appends `cancelled`, notifies the worker that runs the task, and adds deliveries to the outbox. The log expires in 24 h.
 -- Cost: O(log n).
 -- include: time record finish
 local t = load(task_id)

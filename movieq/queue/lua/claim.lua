@@ -1,22 +1,22 @@
 #!lua flags=allow-oom
--- Gives waiting tasks to a worker: queued -> processing, attempt + 1, a lease. Fair by project: the one with the least virtual time is next and
--- is charged the task's estimate; every eighth claim takes the oldest task of the lane, unless its project is more than a task ahead of its
--- share. A task that this worker cannot run moves to the lane of its task type and model, where workers that can run it find it, and blocks no
--- task behind it. An entry without a record is dropped; a task whose parameters are gone fails.
+-- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Projects share the queue fairly: the project with the least
+-- virtual time is next, and is charged the task's estimate. Every eighth claim gets the oldest task of the lane, unless its project is more
+-- than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it does not
+-- block the tasks behind it. An entry without a record is dropped; a task whose parameters are gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
 --   worker_id: of the worker
---   nonce: random, of this call; a repeated call with it gets the same tasks
---   lease_ms: from now
---   weights: JSON of project -> weight; 1 for others
+--   nonce: random; a repeated call with the same nonce gets the same tasks
+--   lease_ms: length of the lease
+--   weights: JSON of project -> weight; other projects have weight 1
 --   rows: JSON of batch key -> the most tasks of a batch
---   slots: JSON of [{kinds, models, free}]; the kind `deliveries` has no tasks: its idle workers are woken for the outbox
---   host: of the worker; tasks whose finished files lie there come first, of whatever kind, in slot -1
---   able: JSON of {types, models}, what the worker can run; '' for everything
+--   slots: JSON of [{kinds, models, free}]; the kind `deliveries` has no tasks, but its idle workers are woken for the outbox
+--   host: of the worker; tasks of any kind with finished files on this host come first, as slot -1
+--   able: JSON of {types, models} that the worker can run; '' for all
 -- Returns [{task_id, run token, slot from 0, arq's definition (msgpack), the task's hash as field, value, ...}].
--- Appends `started`. A worker with a free slot left is added to the idle sets of its kinds: the next submit wakes it. The answer is stored for
---   60 s.
--- Cost: O(log n) a task; 32 reads more if the next task's model is not loaded in the slot, or it can be batched; at most 100 tasks a call are
---   moved or dropped.
+-- Appends `started`. A worker that still has a free slot is added to the idle sets of its kinds, so that the next submit wakes it. The answer
+--   is stored for 60 s.
+-- Cost: O(log n) a task; 32 more reads if the next task's model is not loaded in the slot, or the task can be batched; at most 100 tasks a
+--   call are moved or dropped.
 -- include: time counters record run_fields dropped index events lanes fair_share queue deadlines fence runs failure
 local weight_of, rows_of = cjson.decode(weights), cjson.decode(rows)
 local AFFINITY_MS, LOOK = 30000, 31
@@ -41,7 +41,7 @@ local function drop(kind, of, project, task_id)
   leave_share(kind, of, project)
 end
 
--- Returns the waiting task of this id in this lane; nil if there is none, and then its entry is removed.
+-- Returns the task if it waits in this lane; else removes its entry and returns nil.
 local function waiting_task(kind, of, project, task_id)
   local t = load(task_id)
   if t and t.status == 'queued' and lane(t) == of and t.project_id == project then return t end
@@ -49,7 +49,7 @@ local function waiting_task(kind, of, project, task_id)
   drop(kind, of, project, task_id)
 end
 
--- Returns whether this worker can run the task; if not, it moves to the lane of its type and model.
+-- Returns whether this worker can run the task; if not, moves it to the lane of its task type and model.
 local function runnable_or_moved(t)
   if can_run(t.task_type, t.model) then return true end
   moves_left = moves_left - 1
@@ -59,7 +59,7 @@ local function runnable_or_moved(t)
   return false
 end
 
--- Returns the first of a project's next tasks whose model is loaded in the slot, unless the very first has been passed over for half a minute.
+-- Returns the first of a project's next tasks whose model is loaded in the slot; `first` if there is none, or if it has been passed over for 30 s.
 local function by_affinity(first, is_loaded)
   if not next(is_loaded) or is_loaded[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(first), 1, LOOK)) do
@@ -76,7 +76,7 @@ local function by_affinity(first, is_loaded)
   return first
 end
 
--- Queues the oldest task of a lane again: its project has lost its virtual time there.
+-- Queues the oldest task of a lane again, because its project's virtual time is missing there.
 local function enqueue_oldest(kind, of)
   local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
   local t = load(oldest)
@@ -91,7 +91,7 @@ local function enqueue_oldest(kind, of)
   end
 end
 
--- Returns the next task of the lane that this worker can run, and the least virtual time; nil if there is none.
+-- Returns the next task of the lane that this worker can run, and the lane's least virtual time; nil if there is no such task.
 local function pick(kind, of, is_loaded)
   local turn = redis.call('INCR', K.claims .. of)
   while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
@@ -125,7 +125,7 @@ local function pick(kind, of, is_loaded)
   end
 end
 
--- Returns the lane of these kinds whose oldest task waits the longest, and its kind; nil if none has a task that this worker can run.
+-- Returns the lane of these kinds whose oldest task has waited longest, and its kind; nil if there is none. Skips lanes that this worker cannot run.
 local function pick_lane(kinds, passed)
   local found, found_kind, since
   for _, kind in ipairs(kinds) do
@@ -142,7 +142,7 @@ local function pick_lane(kinds, passed)
   return found, found_kind
 end
 
--- Returns the next task for a slot, its lane, and the least virtual time there; nil if there is none.
+-- Returns the next task for a slot, its lane, and the lane's least virtual time; nil if there is no task.
 local function next_task(slot)
   local is_loaded, passed = {}, {}
   for _, model in ipairs(slot.models) do is_loaded[model] = true end
@@ -155,7 +155,7 @@ local function next_task(slot)
   end
 end
 
--- Returns the task, and those of its project's next tasks that can be rendered in one batch with it.
+-- Returns the task, and those of its project's next tasks that can be rendered in the same batch.
 local function batch(t)
   local found, cap = {t}, math.min(tonumber(t.batch_rows or 1), rows_of[t.batch or ''] or math.huge)
   if cap < 2 then return found end
@@ -207,18 +207,18 @@ local function begin(t, slot, batch_size)
   move(t, 'processing')
   lease(t, lease_ms)
   watch_deadline(t)
-  if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- the first run has no log yet
+  if t.attempt ~= '1' then redis.call('PERSIST', K.log .. t.task_id) end -- a first run has no log yet
   log(t, 'started')
   claimed[#claimed + 1] = t.task_id .. ' ' .. run .. ' ' .. slot
   answer[#answer + 1] = answer_of(t, job, slot)
 end
 
--- Begins tasks whose finished files lie on this host.
+-- Starts runs of tasks with finished files on this host.
 local function begin_offered()
   for _, task_id in ipairs(redis.call('ZRANGEBYSCORE', K.offered .. host, '-inf', now, 'LIMIT', 0, 20)) do
     local t = load(task_id)
     redis.call('ZREM', K.offered .. host, task_id)
-    -- else it was cancelled or claimed meanwhile, or this worker cannot run it
+    -- else it has been cancelled or claimed, or this worker cannot run it
     if t and t.status == 'queued' and t.made_on == host and can_run(t.task_type, t.model) then
       guarded('offered', K.offered .. host, task_id, function() begin(t, -1, 1) end)
     end
@@ -236,7 +236,7 @@ for number, slot in ipairs(cjson.decode(slots)) do
     for _, each in ipairs(slot.kinds) do redis.call('SADD', K.idle .. each, worker_id) end
   end
 end
-if moves_left <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- there are more to move
+if moves_left <= 0 then redis.call('PUBLISH', K.control .. worker_id, 'wake') end -- more tasks have to be moved
 redis.call('DEL', K.claimed .. worker_id)
 redis.call('RPUSH', K.claimed .. worker_id, unpack(claimed))
 redis.call('EXPIRE', K.claimed .. worker_id, 60)

@@ -1,23 +1,23 @@
 #!lua flags=allow-oom
--- Stores the outcome of a try of a delivery: pending -> pending, delivered or failed. Once the delivery has ended, what waited for it is due.
--- The id that the CMS gave is stored beside the task's result, which is merged with it when it is read.
+-- Stores the outcome of a try of a delivery: pending -> pending, delivered or failed. Once the delivery has ended, the webhooks that waited for
+-- it are due. The id that the CMS assigned is stored in a field of its own, and merged into the task's result when that is read.
 -- args: delivery_id state tries status problem media_id
 --   delivery_id: TASK-NUMBER
---   state: of the delivery now
---   tries: how many there were
+--   state: the new state of the delivery
+--   tries: number of tries so far
 --   status: HTTP status of the answer; '' for none
 --   problem: a sentence; '' for none
 --   media_id: JSON of the CMS's id; '' for none
--- Returns the id (JSON) that the task's result has, '' for none: another one if another try was faster.
--- Appends `updated` if the id is new: to the project's log, and to the task's log unless that has expired: its end stays the terminal event. A
---   webhook that was begun without the id is followed by one of type `updated`.
+-- Returns the id (JSON) that the task's result has, '' for none. It differs from media_id if another try was faster.
+-- Appends `updated` if the id is new: to the project's log, and to the task's log if that has not expired. If a try of the webhook was started
+--   without the id, a webhook of type `updated` follows.
 -- Cost: O(log n), O(deliveries of the task).
 -- include: record events delivery_jobs outbox
 local key = K.delivery .. delivery_id
 local task_id, before, kind, webhook = unpack(redis.call('HMGET', key, 'task_id', 'state', 'kind', 'webhook'))
 local t = task_id and load(task_id)
-if not t then return '' end -- swept
-local known = t.payload_media_id or t.media_id or '' -- the latter in a record of an older version, which has the id in its result too
+if not t then return '' end -- the task was swept
+local known = t.payload_media_id or t.media_id or '' -- older versions wrote media_id, and the id into the result
 if before ~= 'pending' then return known end
 
 redis.call('HSET', key, 'state', state, 'tries', tries, 'last_problem', problem)

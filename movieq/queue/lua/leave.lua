@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Removes a worker that stops from the list of workers and the idle sets. Its runs are left to their leases.
+-- Removes a stopping worker from the list of workers and the idle sets. Runs that it still has are requeued when their leases expire.
 -- args: worker_id
 --   worker_id: of the worker
 -- Returns 'ok'.

@@ -4,7 +4,7 @@
 --   task_id: of the task
 --   run: the run token
 --   image: a data URL
--- Returns 'ok'; 'lost' if the run does not hold the task.
+-- Returns 'ok'; 'lost' if the task does not belong to the run.
 -- Publishes `preview` to the task's subscribers, not to the project's; appends nothing.
 -- Cost: O(1).
 -- include: time record messages fence

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Compares the counters of tasks with the lists that they count.
+-- Compares the task counters with the lists that they count.
 -- args: apply
---   apply: '1' to mend, '' only to look
+--   apply: '1' to correct the counters, '' only to check
 -- Returns the differences as sentences; {} if there are none.
 -- Cost: O(projects), and O(waiting tasks) of each kind that has at most 20,000.
 local found = {}

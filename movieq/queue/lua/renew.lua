@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
--- Stores a worker's heartbeat and renews the leases of its runs; a run whose lease expired resumes if its task still waits.
+-- Stores a worker's heartbeat and renews the leases of its runs. A run whose lease has expired resumes if its task is still waiting.
 -- args: worker_id lease_ms heartbeat has_gpu able ...
 --   worker_id: of the worker
---   lease_ms: from now
---   heartbeat: JSON of the worker's rows in GET /workers, stored unchanged
+--   lease_ms: length of the lease
+--   heartbeat: JSON of the worker's rows in GET /workers/status, stored unchanged
 --   has_gpu: '1' or '0'
---   able: JSON of {types, models}, what the worker can run; '' for everything
+--   able: JSON of {types, models} that the worker can run; '' for all
 --   ...: pairs of task_id and run token
--- Returns {{task_id, run, ...}, {task_id, run, ...}}: runs that are lost, since the task was cancelled or given to another run; then tasks that
---   this worker holds and did not name, since the answer of its claim was lost.
--- Appends `started` for a run that resumes. A GPU is remembered for 30 days.
+-- Returns {{task_id, run, ...}, {task_id, run, ...}}: first the runs that are lost, because the task was cancelled, has ended or belongs to
+--   another run; then the runs that belong to this worker although it did not name them, because the answer to its claim was lost.
+-- Appends `started` for a run that resumes. If has_gpu is '1', that is stored for 30 days.
 -- Cost: O(log n) a run.
 -- include: time record resume
 redis.call('HSET', K.workers, worker_id, heartbeat)

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Compares a task with the lists that name it, and mends inconsistencies.
+-- Compares a task with the lists that contain it, and repairs inconsistencies.
 -- args: task_id apply ...
 --   task_id: of the task, or of entries without a record
---   apply: '1' to mend, '' only to look
---   ...: keys of sorted sets that were seen to name the task
+--   apply: '1' to repair, '' only to check
+--   ...: keys of sorted sets in which the task was found
 -- Returns the inconsistencies, as clauses about the task; {} if there are none.
 -- Appends nothing; a pending delivery that is in no queue becomes due at once.
 -- Cost: O(log n), O(deliveries of the task).
@@ -11,7 +11,7 @@
 local found = {}
 local mending = apply == '1'
 
--- Notes an inconsistency, and mends it with the command that follows if asked to.
+-- Adds an inconsistency to the answer and, if `apply` is set, repairs it with the Redis command in `...`.
 local function note(text, ...)
   found[#found + 1] = text
   if mending and select('#', ...) > 0 then redis.call(...) end

@@ -3,19 +3,19 @@
 -- args: task_id run progress current_step stage step steps remaining_ms prefix host made_ms keep gpu_ms gpu_share lease_ms
 --   task_id: of the task
 --   run: the run token
---   progress: from 0 to below 1; the stored one never falls
+--   progress: at least 0, below 1; a lower value than the stored one is ignored
 --   current_step: of the contract
---   stage, step, steps: where the engine is; '' for none
+--   stage, step, steps: the engine's current stage and step; '' for none
 --   remaining_ms: the ETA; '' for none
 --   prefix: storage prefix under which the run is about to store its files; '' for none
---   host: of the finished files, which outlive the worker; '' for none
---   made_ms: how long the run worked until its files were finished, 0 if it found them finished; '' while it works
---   keep: '1' for what the log gets whatever the progress, else ''
---   gpu_ms: what the run has used of a GPU so far; '' for none
---   gpu_share: what it uses of one from now on, 0 to 1; '' for none
---   lease_ms: of a run that resumes
--- Returns 'ok'; 'lost' if the run does not hold the task.
--- Publishes `progress`; appends it if progress grew by half a percent since the last entry (at most 200 a run), or `keep` is set.
+--   host: that has the run's finished files, which outlive the worker; '' for none
+--   made_ms: how long the run rendered its files, 0 if it found finished files; '' while it renders
+--   keep: '1' to append to the log whatever the progress, else ''
+--   gpu_ms: GPU time of the run so far; '' for none
+--   gpu_share: share of a GPU that the run uses from now on, 0 to 1; '' for none
+--   lease_ms: length of the lease, if the run resumes
+-- Returns 'ok'; 'lost' if the task does not belong to the run.
+-- Publishes `progress`. Appends it if progress grew by half a percent since the last entry (at most 200 a run), or if `keep` is set.
 -- Cost: O(1).
 -- include: time record events deadlines gpu resume
 local t = load(task_id)
@@ -28,9 +28,9 @@ if remaining_ms ~= '' then fields.remaining_ms = remaining_ms end
 if prefix ~= '' then fields.prefix = prefix end
 if host ~= '' then fields.made_on = host end
 if made_ms ~= '' then fields.made_ms, fields.made_at_ms = made_ms, now end
-local logged = keep == '1' or fields.progress - (t.logged or 0) >= 0.00499 -- half a percent, less what binary fractions lose
+local logged = keep == '1' or fields.progress - (t.logged or 0) >= 0.00499 -- half a percent, less a margin for rounding
 if logged then fields.logged = fields.progress end
 set(t, fields)
-if made_ms ~= '' then watch_deadline(t) end -- a day to store them
+if made_ms ~= '' then watch_deadline(t) end -- the files must be stored within a day
 if logged then log(t, 'progress') else publish_event(t, 'progress') end
 return 'ok'

@@ -4,17 +4,17 @@
 --   task_id: of the task
 --   run: the run token
 --   counts: the budget: 'tries' (a recoverable error), 'deaths' (the engine process died) or 'drain' (the worker stops; no limit)
---   limit: how many of these fail the task
+--   limit: the size of the budget
 --   delay_ms: until the task is due again
 --   error: a sentence for the client
 --   error_code: of the contract
 --   exit_code, stage: of an engine process that died; '' for none
--- Returns 'queued' or 'failed', the same for a repeated call of the same run; 'lost' if the run does not hold the task.
--- Appends `retrying`, or `failed` and fills the outbox.
+-- Returns 'queued' or 'failed', the same for a repeated call of the same run; 'lost' if the task does not belong to the run.
+-- Appends `retrying`; or appends `failed` and adds deliveries to the outbox.
 -- Cost: O(log n).
 -- include: record resume failure requeue
 local t = load(task_id)
--- also if another run has begun meanwhile; not for a run whose lease expired: it ends only now
+-- even if another run has started since; but a run whose lease expired has not ended before this call
 if t and t.ended_run == run and t.ended_as and t.reaped ~= run then return t.ended_as end
 if not holds(t, run, 0) then return 'lost' end
 if counts ~= 'drain' then

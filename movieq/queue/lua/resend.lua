@@ -1,5 +1,5 @@
 #!lua
--- Sends a delivery again: delivered or failed -> pending, with a new budget of tries; a pending one is due now.
+-- Makes a delivery due again: delivered or failed -> pending, with a new budget of tries. A pending delivery is due now.
 -- args: task_id delivery_id
 --   task_id: of the task
 --   delivery_id: TASK-NUMBER
@@ -12,9 +12,9 @@ local owner, state, resent = unpack(redis.call('HMGET', key, 'task_id', 'state',
 if owner ~= task_id then return 'unknown' end
 if state == 'pending' and make_due(delivery_id) then return 'ok' end
 resent = (tonumber(resent or 0) or 0) + 1
-local job = delivery_id .. '.' .. resent -- a name of its own, so that the end of the job before does not remove it
+local job = delivery_id .. '.' .. resent -- a new name, so that the end of the previous job does not remove it
 redis.call('HSET', key, 'state', 'pending', 'tries', 0, 'resent', resent, 'job', job)
-redis.call('HDEL', key, 'media_id') -- the CMS is asked again
+redis.call('HDEL', key, 'media_id') -- the CMS is asked again for its document
 redis.call('EXPIRE', key, 30 * 86400)
 schedule(job, delivery_id, 0)
 return 'ok'

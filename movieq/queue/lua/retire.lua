@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Lists the files of results committed long ago for deletion; no other task reuses them any more.
+-- Lists the files of old results for deletion. No task reuses these results any more.
 -- args: age_ms batch
---   age_ms: since the commit
---   batch: the most in one call
--- Returns how many; if it is `batch`, there may be more.
+--   age_ms: time since the result was committed
+--   batch: the most results in one call
+-- Returns the number of results; if it is `batch`, there may be more.
 -- Appends nothing.
 -- Cost: O(batch log n).
 -- include: time

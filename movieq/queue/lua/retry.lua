@@ -1,11 +1,11 @@
 #!lua
--- Queues a failed task again: failed -> queued. Attempts go on counting; the budgets of tries are new.
+-- Queues a failed task again: failed -> queued. The attempt number goes on; the budgets of tries are reset.
 -- args: task_id nonce
 --   task_id: of the task
---   nonce: random, of this request; a repeated call with it gets the same answer
+--   nonce: random; a repeated call with the same nonce gets the same answer
 -- Returns {'ok', task_id, created_at_ms, queue_position, estimate_ms, warnings}; {'refused', state} for a task that has not failed;
---   {'unknown'} if there is none.
--- Appends `queued`; the log expires no more.
+--   {'unknown'} if the task does not exist.
+-- Appends `queued`. The log no longer expires.
 -- Cost: O(log n).
 -- include: time record run_fields index events lanes queue offers deadlines
 local t = load(task_id)
@@ -24,7 +24,7 @@ if t.finish_by_ms and tonumber(t.finish_by_ms) <= now then unset(t, 'finish_by_m
 move(t, 'queued')
 if not offer(t, 0) then enqueue(t) end
 watch_deadline(t)
-set(t, {retried_position = 1 + (redis.call('ZRANK', queue(t), task_id) or 0)}) -- the receipt of the submit keeps its own
+set(t, {retried_position = 1 + (redis.call('ZRANK', queue(t), task_id) or 0)}) -- queued_position belongs to the receipt of the submit
 redis.call('PERSIST', K.log .. task_id)
 log(t, 'queued')
 return receipt()

@@ -1,39 +1,41 @@
 #!lua
--- Accepts a task: none -> queued, and on to completed at once if the stored result of an identical task is reused. A full memory refuses it.
+-- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its memory
+-- is full.
 -- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
 --   priority: 1 to 3
---   bias_ms: how much older the priority makes the task in its project's queue
+--   bias_ms: by how much the priority moves the task ahead in its project's queue
 --   kwargs: msgpack map, the keyword arguments of the arq job
 --   metadata: JSON, stored unchanged
 --   callback_url: '' for none
 --   estimate_ms: used until the durations of five tasks of this shape are known
---   max_ms: the longest run
---   batch: key of tasks that can be rendered in one batch, batch_rows at most; '' for none
+--   max_ms: time limit of a run
+--   batch: key of tasks that can be rendered in one batch, at most batch_rows of them; '' for none
 --   batch_rows: see batch
 --   start_by_ms, finish_by_ms: deadlines, ms since 1970; '' for none
 --   warnings: JSON, stored unchanged
 --   idempotency: hash of caller, project and key; '' for none
 --   body_hash: of the bytes of the body
 --   max_queued, max_queued_all: limits of queued tasks of the project, and of all projects; 0 for none
---   fingerprint: hash of what determines the result; '' for none
+--   fingerprint: hash of everything that determines the result; '' for none
 --   made: completed task whose stored result is reused; '' for none
 --   made_result: JSON of that StoredResult
 --   made_prefix: storage prefix of its files
---   made_ms: how old these may be, since older ones are swept; '' for any age
+--   made_ms: highest age of the files, since older files are about to be swept; '' for any age
 --   made_cms: address of the CMS collection that gets the reused result; '' for none
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' for the same task_id,
 --   'replayed' for the same idempotency key and body; {'mismatch'} for that key with another body; {'full' or 'full_all', queued tasks, ms
 --   until a place is free} at a limit.
--- Appends `queued` to the project's log alone: an empty stream costs 4 KB, so the task's log begins with `started`. A reused result also appends
---   `started` and `completed` and fills the outbox; its files are then swept by the age of this task. The idempotency key expires in 24 h.
+-- Appends `queued` to the project's log only: the task's log starts with `started`, since each stream takes 4 KB. For a reused result, also
+--   appends `started` and `completed`, adds deliveries to the outbox, and counts the age of its files from now. The idempotency key expires in
+--   24 h.
 -- Cost: O(log n).
 -- include: time record index lanes queue deadlines events conclude
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
 end
 
--- Returns the milliseconds between two claims of the kind, by the last hundred; half a minute if there are too few.
+-- Returns the average time between claims of the kind over the last hundred (ms); half a minute if there are too few.
 local function claim_interval(of)
   local claims = redis.call('LRANGE', K.claim_times .. of, 0, 99)
   return #claims < 2 and 30000 or math.ceil((now - claims[#claims]) / #claims)
@@ -50,7 +52,7 @@ if idempotency ~= '' then
     if t then return receipt('replayed', t) end
   end
 end
--- Whether a stored result is reused: not that of a task that was swept meanwhile, nor files that are about to be swept.
+-- A stored result is reused unless its task has been swept or its files are about to be.
 local earlier = made ~= '' and load(made)
 local stored = earlier and earlier.status == 'completed' and earlier.project_id == project_id and redis.call('ZSCORE', K.media, made_prefix)
 local hit = stored and (made_ms == '' or now - stored < tonumber(made_ms))
@@ -65,7 +67,7 @@ if not hit and tonumber(max_queued_all) > 0 then
   if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, claim_interval(kind)} end
 end
 
--- The median of the latest durations of this shape, once there are five.
+-- The estimate is the median of the latest durations of this shape, once there are five.
 local past = redis.call('LRANGE', K.durations .. shape, 0, 20)
 if #past >= 5 then
   for i, ms in ipairs(past) do past[i] = tonumber(ms) or 0 end
@@ -100,7 +102,7 @@ if hit then
 else
   enqueue(t)
   watch_deadline(t)
-  -- Exact while one project waits; otherwise each other project has about one turn for each of ours.
+  -- Exact while only one project has waiting tasks; otherwise an estimate in which every project has one turn for each turn of this one.
   local ahead = redis.call('ZRANK', queue(t), task_id)
   local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
   set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.virtual_times .. kind) - 1))})

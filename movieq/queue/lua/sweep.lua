@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Deletes tasks that ended long ago: hash, definition, log, deliveries, and their entry in every list.
+-- Deletes tasks that ended long ago: hash, arq job, log, deliveries, and their entry in every list.
 -- args: age_ms batch
---   age_ms: since the end of the task
---   batch: the most in one call
--- Returns {how many it took off the list of ended tasks, {task_id of each with a damaged record, ...}}; if the first is `batch`, there may be
---   more.
--- A damaged record stops nothing: it is deleted, and lists that it cannot name keep its entry. A listed task that has not ended is kept.
+--   age_ms: time since the task ended
+--   batch: the most tasks in one call
+-- Returns {number of tasks removed from the list of ended tasks, {task_id of each with a damaged record, ...}}; if the number is `batch`, there
+--   may be more.
+-- A damaged record is deleted too, but some lists may keep its entry. A listed task that has not ended is not deleted.
 -- Files are swept by their own age. Appends nothing.
 -- Cost: O(batch log n).
 -- include: time counters record index lanes
@@ -18,7 +18,7 @@ local function sweep(task_id)
     redis.call('ZREM', index(t, status, t.task_type), task_id)
   end
   count(K.totals, t.status, -1)
-  local lists = {} -- of the project: if one was lost, the others show that it has tasks
+  local lists = {} -- of the project; several, since a single list could be missing although the project has tasks
   for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
   if redis.call('EXISTS', unpack(lists)) == 0 then
     redis.call('ZREM', K.projects, t.project_id)

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Gives one worker the turn to delete what retention does not cover, unless another has it.
+-- Gives a worker the turn to sweep, unless another worker has it.
 -- args: worker_id turn_ms
 --   worker_id: of the worker
---   turn_ms: how long the turn lasts, from now also for a worker that has it; '0' ends it
+--   turn_ms: length of the turn from now, also if the worker already has it; '0' ends it
 -- Returns 1 if the worker has the turn now, else 0.
--- The turn expires, so that a worker that dies with it blocks nobody.
+-- The turn expires, so that a dead worker does not block the sweep.
 -- Cost: O(1).
 local has = redis.call('GET', K.sweeper)
 if has and has ~= worker_id then return 0 end

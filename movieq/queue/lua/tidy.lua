@@ -1,17 +1,16 @@
 #!lua flags=allow-oom
--- Does what no claim and no run does: requeues tasks whose lease expired, queues delayed tasks that are due, fails tasks past their deadline,
--- and forgets dead workers.
+-- Handles what is due: requeues tasks whose lease has expired, queues delayed tasks, fails tasks past their deadline, and removes dead workers.
 -- args: batch silences_limit outage_ms quiet_ms forget_ms ...
---   batch: the most tasks of each sort in one call
---   silences_limit: how many expired leases fail a task
---   outage_ms: if nobody called for so long, or the time of Redis went back, no lease expires for quiet_ms
+--   batch: the most leases (of each kind), delayed tasks, deadlines and workers in one call
+--   silences_limit: the number of expired leases that makes a task a dead letter
+--   outage_ms: if the last call is longer ago than this, or the time of Redis went back, no lease expires for quiet_ms
 --   quiet_ms: see outage_ms
---   forget_ms: a worker without a heartbeat for so long is forgotten
---   ...: kinds that are looked at even if no list names them
+--   forget_ms: a worker without a heartbeat for this long is removed
+--   ...: kinds to check, in addition to those that have had tasks
 -- Returns {expired leases, delayed tasks that were due, tasks past their deadline, {"LIST TASK", ...}}: the last are entries that scripts have
 --   dropped since the last call.
--- Every worker calls it with its renewal, and every API process once a second.
--- Appends `retrying` or `failed`; the latter fills the outbox.
+-- Every worker calls it with each renewal, and every API process once a second.
+-- Appends `retrying`; or appends `failed` and adds deliveries to the outbox.
 -- Cost: O(log n) a task, O(kinds) without any.
 -- include: time record dropped queue runs failure requeue
 local last_call = tonumber(redis.call('GET', K.last_tidy) or '') or now
@@ -53,7 +52,7 @@ for _, task_id in ipairs(past) do
   guarded('deadlines', K.deadlines, task_id, function() fail_late(task_id) end)
 end
 
--- Requeues a task whose worker has not renewed its lease; after too many such silences it is a dead letter.
+-- Requeues a task whose lease has expired; if that happened too often, fails it as a dead letter.
 local function expire_lease(t)
   local silences = t.silences + 1
   set(t, {silences = silences})
@@ -92,7 +91,7 @@ for _, worker_id in ipairs(redis.call('ZRANGEBYSCORE', K.heartbeat_times, '-inf'
   redis.call('ZREM', K.heartbeat_times, worker_id)
   redis.call('HDEL', K.workers, worker_id)
   redis.call('HDEL', K.abilities, worker_id)
-  redis.call('DEL', K.worker_tasks .. worker_id) -- its leases expired long ago; what is left are tasks whose record was lost
+  redis.call('DEL', K.worker_tasks .. worker_id) -- its leases expired long ago, so only tasks without a record can be left
 end
 
 local noted, logged = unpack(redis.call('HMGET', K.sums, 'entries dropped', 'entries dropped, logged'))

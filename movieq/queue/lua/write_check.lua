@@ -1,7 +1,7 @@
 #!lua
--- Writes a key of its own as a submit would: Redis refuses it exactly when it would refuse a submit.
+-- Writes a test key. Redis refuses this exactly when it would refuse a submit.
 -- args: expires_ms
---   expires_ms: of the key
+--   expires_ms: time until the key expires
 -- Returns 'ok'.
 -- Cost: O(1).
 -- include: time

@@ -1,7 +1,7 @@
--- The end of a task that is in no queue and has no run.
+-- The end of a task that is in no queue and has no lease.
 -- include: time record index events outbox
 
--- The task gets its final state: the event is appended, the log expires in 24 h, the outbox is filled.
+-- Gives the task its final state, appends the event, lets the log expire in 24 h, and adds deliveries to the outbox.
 local function conclude(t, status, extra, cms)
   redis.call('ZADD', K.ended, now, t.task_id)
   set(t, {ended_at_ms = now})

@@ -1,7 +1,7 @@
--- Deliveries that are due: plain arq jobs in a queue of their own.
+-- The schedule of deliveries: plain arq jobs in a queue of their own.
 -- include: time wake
 
--- Queues an arq job that runs deliver(delivery_id) after a while.
+-- Queues an arq job that calls deliver(delivery_id) after delay_ms.
 local function schedule(job, delivery_id, delay_ms)
   -- {t: nil, f: 'deliver', a: [id], k: {}, et: now}; the empty map is spelled out, since cmsgpack would pack it as a list
   redis.call('SET', K.job .. job,

@@ -2,12 +2,12 @@
 -- include: time record messages finish
 
 local function fail(t, message, code, retryable)
-  unset(t, 'result') -- of a damaged record
+  unset(t, 'result') -- only a damaged record has one
   set(t, {error = message, error_code = code, retryable = retryable, ended_as = 'failed'})
   finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})
 end
 
--- Fails a task whose worker or engine died with it too often: a dead letter, with what is known of the last death.
+-- Fails a task as a dead letter: its worker or engine process has died with it too often.
 local function fail_as_dead_letter(t, message)
   redis.call('ZADD', K.dead, now, t.task_id)
   fail(t, message, 'worker_lost', true)

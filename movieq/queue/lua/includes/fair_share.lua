@@ -1,7 +1,7 @@
--- Fair shares: each project has a virtual time in each lane, and the one with the least is next.
+-- Fair shares: each project has a virtual time in each lane, and the project with the least is next.
 -- include: counters lanes
 
--- A project's task waits: it takes part, with at least the virtual time of the lane's last claim.
+-- Adds the task's project to the lane's shares, with at least the virtual time of the lane's last claim.
 local function join_share(t)
   if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then return end
   local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. lane(t), t.project_id) or 0)
@@ -9,8 +9,8 @@ local function join_share(t)
   redis.call('ZADD', K.virtual_times .. lane(t), math.max(idle or 0, claimed or 0), t.project_id)
 end
 
--- A project without waiting tasks in a lane takes part no more, and its virtual time is stored. A lane of one type and model ends with its
--- last task.
+-- Removes a project without waiting tasks from a lane's shares, and stores its virtual time. Removes a lane of a task type and model from the
+-- list of lanes when it is empty.
 local function leave_share(kind, of, project_id)
   if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
     local virtual = redis.call('ZSCORE', K.virtual_times .. of, project_id)
@@ -20,7 +20,7 @@ local function leave_share(kind, of, project_id)
   if of ~= kind and redis.call('EXISTS', K.virtual_times .. of) == 0 then redis.call('SREM', K.lanes .. kind, of) end
 end
 
--- Adds to the virtual time of the task's project: divided by its weight, and by the tasks that are rendered in one batch.
+-- Adds a duration to the virtual time of the task's project, divided by the project's weight and the number of tasks in the batch.
 local function charge(t, ms)
   ms = ms / (t.weight or 1) / (t.rows or 1)
   if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then

@@ -1,13 +1,13 @@
 -- The GPU time of tasks, projects and the installation.
 -- include: time counters record
 
--- Notes what the run has used of a GPU so far (ms), and its share of one from now on; the time of earlier runs is added.
+-- Stores the run's GPU time so far (ms), added to that of earlier runs, and its share of a GPU from now on.
 local function meter(t, ms, share)
   if not t.gpu_share then set(t, {gpu_before_ms = t.gpu_ms or 0}) end
   set(t, {gpu_ms = string.format('%.3f', t.gpu_before_ms + ms), gpu_share = share, gpu_at_ms = now})
 end
 
--- Adds the time since the run's last report when it ends, and counts it for the project and the installation.
+-- When a run ends: adds the GPU time since its last report, and counts its GPU time for the project and the installation.
 local function bill(t)
   if not t.gpu_share then return end
   set(t, {gpu_ms = string.format('%.3f', t.gpu_ms + (now - t.gpu_at_ms) * t.gpu_share), gpu_at_ms = now})

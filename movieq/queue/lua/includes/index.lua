@@ -1,7 +1,7 @@
 -- The lists of a project's tasks by state and task type, and the counters of all tasks by state.
 -- include: counters record
 
--- Returns when the task was submitted, in milliseconds with their fraction: two tasks of one millisecond keep their order.
+-- Returns the time of submission in milliseconds, with a fraction, so that tasks of the same millisecond keep their order.
 local function created(t)
   return t.created_at_ms + t.created_us / 1000
 end
@@ -10,7 +10,7 @@ local function index(t, status, task_type)
   return K.index .. t.project_id .. '|' .. status .. '|' .. task_type
 end
 
--- Gives the task its new state, and moves it to the lists of that state.
+-- Changes the task's state, and moves it to the lists of that state.
 local function move(t, status)
   if t.status then
     redis.call('ZREM', index(t, t.status, ''), t.task_id)

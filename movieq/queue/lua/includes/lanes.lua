@@ -1,4 +1,5 @@
--- Where a task waits: in its kind or, once a worker that cannot run it has met it, in the lane of its task type and model (see claim.lua).
+-- Lanes: a task waits in the lane of its kind or, once a worker that cannot run it has tried to claim it, in the lane of its task type and
+-- model (see claim.lua).
 
 local function lane(t)
   return t.lane or t.kind

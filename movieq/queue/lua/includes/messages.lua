@@ -1,6 +1,6 @@
--- Messages on pub/sub, and the JSON in them.
+-- Pub/sub messages, and their JSON.
 
--- Returns the time as RFC 3339 in UTC; the date by the days-to-civil algorithm of H. Hinnant.
+-- Returns the time (ms since 1970) as RFC 3339 in UTC. The date is computed with H. Hinnant's algorithm civil_from_days.
 local function rfc3339(ms)
   local days, rest = math.floor(ms / 86400000), ms % 86400000
   local z = days + 719468
@@ -21,8 +21,8 @@ local function json(value)
   return cjson.encode(value)
 end
 
--- Publishes to the subscribers of `name`, a task or project:PROJECT. `id` is that of the log entry; '>' and the time for what is in no log,
--- so that a client that has read the log knows what is old.
+-- Publishes to the subscribers of `name`, a task or project:PROJECT. `id` is the id of the log entry. For an event that is in no log it is '>'
+-- and the time, so that a receiver that has read the log can skip older messages.
 local function publish(name, id, event_type, data)
   redis.call('PUBLISH', K.events .. name, id .. '\n' .. event_type .. '\n' .. data)
 end

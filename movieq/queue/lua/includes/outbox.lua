@@ -1,7 +1,7 @@
--- The outbox: deliveries that are written together with what they report.
+-- The outbox: the deliveries of a task, added by the same script as the event that they report.
 -- include: time record delivery_jobs
 
--- Adds a delivery with the facts as they are now. Returns its id.
+-- Adds a delivery with the task's current facts. Returns its id.
 local function add_delivery(t, kind, url, event_type, delay_ms)
   set(t, {deliveries = (t.deliveries or 0) + 1})
   local id = t.task_id .. '-' .. t.deliveries
@@ -11,7 +11,7 @@ local function add_delivery(t, kind, url, event_type, delay_ms)
   for _, name in ipairs({
     'task_id', 'project_id', 'task_type', 'result', 'payload_media_id', 'error', 'error_code', 'started_at_ms', 'ended_at_ms',
   }) do
-    if t[name] and (name ~= 'started_at_ms' or t.run) then -- of the last attempt, unless the task ended while it waited
+    if t[name] and (name ~= 'started_at_ms' or t.run) then -- no start time for a task that ended while it waited
       facts[#facts + 1] = name
       facts[#facts + 1] = t[name]
     end
@@ -22,8 +22,8 @@ local function add_delivery(t, kind, url, event_type, delay_ms)
   return id
 end
 
--- Adds the deliveries of an event: to the CMS whose address is `cms`, if any, and to the callback, which waits half a minute at most for
--- the CMS. Pending webhooks of earlier events become due at once: they come first.
+-- Adds the deliveries of an event: one to the CMS at the address `cms`, if any, and one to the task's callback URL. The webhook waits at most
+-- half a minute for the CMS. Pending webhooks of earlier events become due at once, since webhooks are sent in order.
 local function deliver(t, event_type, cms)
   local first = cms and cms ~= '' and add_delivery(t, 'payload', cms, event_type, 0)
   if not t.callback_url then return end

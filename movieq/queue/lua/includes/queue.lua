@@ -1,7 +1,7 @@
 -- The queue: tasks in the order in which they are claimed.
 -- include: counters index lanes fair_share wake
 
--- Puts the task into the queue of its project and lane, at the place that its age and priority give it.
+-- Adds the task to the queue of its project and lane, ordered by age and priority.
 local function enqueue(t)
   redis.call('ZADD', queue(t), created(t) - t.bias_ms, t.task_id)
   redis.call('ZADD', K.waiting .. lane(t), created(t), t.task_id)

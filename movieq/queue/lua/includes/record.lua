@@ -1,10 +1,10 @@
--- The task's hash as a table: `load` reads it, `set` and `unset` change it, and the loader calls `save` after the script, which writes each
--- changed task once. Lua is not rolled back, so a script checks its arguments and reads what it needs before its first write.
+-- The task's hash as a table: `load` reads it, `set` and `unset` change it, and `save`, which is called after the script, writes each changed
+-- task once. Redis does not roll a script back, so a script checks its arguments and reads what it needs before its first write.
 -- include: time
 
 local loaded, changed = {}, {}
 
--- Sets fields: in the table at once, in the hash when the script ends.
+-- Sets fields, in the table at once, in the hash when the script ends.
 local function set(t, fields)
   local names = changed[t] or {}
   changed[t] = names
@@ -25,23 +25,23 @@ local function unset(t, ...)
   end
 end
 
--- Whether the text is a number that can be used; NaN is none. As a time it is at most in the year 2286.
+-- Returns whether the text is a usable number: not NaN, and as a time (ms) at most in the year 2286.
 local function numeric(text)
   local value = tonumber(text)
   return value and value > -1e13 and value < 1e13
 end
 
-local FIELDS, NUMBERS -- created when the first record is read: many calls read none
+local FIELDS, NUMBERS -- created when the first record is read, since many calls read none
 
--- Completes a record from which fields are missing, so that one damaged task stops neither itself nor others.
+-- Replaces missing and damaged fields of a record, so that a damaged task can be handled and affects no other task.
 local function mend(t)
-  -- The fields of every record, and the value of one that was lost or damaged.
+  -- The required fields, and the values that replace missing or damaged ones.
   FIELDS = FIELDS or {
     created_at_ms = now, created_us = 0, bias_ms = 0, priority = 2, estimate_ms = 60000, max_ms = 18000000, attempt = 0, tries = 0,
     deaths = 0, silences = 0, progress = 0, queued_position = 1, engine = '', model = '', shape = 'unknown',
     current_step = 'waiting_in_queue', warnings = '[]',
   }
-  -- Numbers that a record may hold: a damaged one counts as absent.
+  -- Optional numbers; a damaged one is removed.
   NUMBERS = NUMBERS or {
     'start_by_ms', 'finish_by_ms', 'ended_at_ms', 'remaining_ms', 'weight', 'rows', 'refunded', 'made_ms', 'made_at_ms', 'gpu_ms',
     'gpu_before_ms', 'gpu_billed_ms', 'gpu_at_ms', 'gpu_share', 'passed_ms', 'logged', 'batch_rows', 'deliveries', 'retried_position',
@@ -55,7 +55,7 @@ local function mend(t)
     if t[name] and not numeric(t[name]) then unset(t, name) end
   end
   if t.gpu_share and not (t.gpu_before_ms and t.gpu_at_ms and t.gpu_ms) then unset(t, 'gpu_share') end
-  if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- loops count up to it
+  if t.deliveries and tonumber(t.deliveries) > 10000 then unset(t, 'deliveries') end -- scripts loop up to this number
   for _, name in ipairs({'weight', 'rows'}) do
     if t[name] and tonumber(t[name]) <= 0 then unset(t, name) end -- it is a divisor
   end
@@ -71,11 +71,11 @@ local function mend(t)
   if next(mended) then set(t, mended) end
 end
 
--- Returns the task; nil if there is none, or if its project, type, kind or state is lost: nobody can tell what it was.
+-- Returns the task; nil if it does not exist, or if its project, task type, kind or state is missing, without which it cannot be handled.
 local function load(task_id)
   if loaded[task_id] then return loaded[task_id] end
   local flat = redis.pcall('HGETALL', K.task .. task_id)
-  if flat.err or #flat == 0 then return nil end -- a key of another type is no record either
+  if flat.err or #flat == 0 then return nil end -- an error: the key has another type
   local t = {}
   for i = 1, #flat, 2 do t[flat[i]] = flat[i + 1] end
   if not (t.project_id and t.task_type and t.kind and t.status) then return nil end
@@ -85,12 +85,12 @@ local function load(task_id)
   return t
 end
 
--- Forgets what was changed: `save` does not write this task.
+-- Discards the task's changes, so that `save` does not write them.
 local function discard(t)
   changed[t] = nil
 end
 
--- Writes the changed fields, one HSET and one HDEL a task.
+-- Writes the changed fields with at most one HSET and one HDEL for each task.
 local function save()
   for t, names in pairs(changed) do
     local written, deleted = {}, {}

@@ -1,4 +1,4 @@
--- The way back into the queue after a run without a result.
+-- Requeueing a task after a run without a result.
 -- include: time record run_fields index messages events queue offers deadlines runs
 
 -- Requeues the task, after a delay if there is one. Appends `retrying`.
@@ -7,7 +7,7 @@ local function requeue(t, delay_ms, message, code)
   move(t, 'queued')
   set(t, {ended_run = t.run, ended_as = 'queued'})
   show_as_waiting(t)
-  if offer(t, delay_ms) then -- workers of the host come first
+  if offer(t, delay_ms) then -- offered to the workers of its host first
   elseif delay_ms > 0 then
     redis.call('ZADD', K.delayed, now + delay_ms, t.task_id)
   else

@@ -1,8 +1,8 @@
--- The fence of the verbs of runs, which lets a run whose lease expired go on.
+-- Fencing for the verbs of runs. It lets a run whose lease has expired resume.
 -- include: time record run_fields index events queue deadlines fair_share fence runs
 
--- Returns whether the run holds its task. A run whose lease expired resumes here if the task still waits and the files that the run stored
--- are not about to be deleted; that appends `started`.
+-- Returns whether the task belongs to the run. A run whose lease has expired resumes if the task is still waiting and the files that the run
+-- stored are not about to be deleted; this appends `started`.
 local function holds(t, run, lease_ms)
   if is_current(t, run) then return true end
   if not t or t.status ~= 'queued' or t.reaped ~= run then return false end

@@ -1,3 +1,3 @@
--- The time of Redis: `now` in milliseconds since 1970, and the seconds and microseconds that it is made of.
+-- The time of Redis: `now` in milliseconds since 1970, computed from `seconds` and `micros`.
 local seconds, micros = unpack(redis.call('TIME'))
 local now = seconds * 1000 + math.floor(micros / 1000)

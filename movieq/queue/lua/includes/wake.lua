@@ -1,6 +1,6 @@
--- Idle workers, woken by pub/sub.
+-- Waking idle workers by pub/sub.
 
--- Wakes one idle worker of a kind; one that has gone receives nothing, so then the next.
+-- Wakes one idle worker of a kind. If nobody receives the message, the worker has left, and the next one is woken.
 local function wake(kind)
   for _ = 1, 16 do
     local worker = redis.call('SPOP', K.idle .. kind)
