@@ -1,7 +1,7 @@
-"""What an installation is made of, opened once, and closed in reverse order; the API and the worker both use it.
+"""The parts of an installation that the API and the worker share: Redis, storage, model table, CMS and secrets, opened and closed together.
 
-Where the settings have no signing secret, every process uses the one in Redis, and asks for it again each second, since a Redis that was
-emptied has a new one.
+If the settings have no signing secret, every process uses the one in Redis, and reads it again every second, because a Redis that has lost
+its data gets a new one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from movieq.storage import open as storages
 from movieq.storage.base import Storage
 
 REFRESH_S: Final = 1.0
+"""Interval at which the signing secret is read again."""
 
 log = logs.get()
 
 
 class Installation(msgspec.Struct, kw_only=True):
-    """An installation, as a process has opened it."""
+    """The opened parts of an installation."""
 
     settings: Settings
     models: dict[str, Model]
@@ -50,25 +51,28 @@ class Installation(msgspec.Struct, kw_only=True):
     files: Files
     api_keys: ApiKeys
     subscriber: Subscriber
-    """Its `run` must be running for anything to arrive."""
+    """Messages arrive only while its `run` is running."""
     guard: Guard
     storage: Storage
     signing_secrets: list[bytes]
-    """The first signs, all verify."""
+    """The first one signs; each of them is accepted."""
 
     async def follow_signing_secret(self) -> None:
-        """Take over a new signing secret of Redis, until cancelled; return at once where the settings have one."""
+        """Use the current signing secret of Redis, until cancelled. Return at once if the settings have a secret."""
         while not self.settings.signing_secret:
             await asyncio.sleep(REFRESH_S)
-            with contextlib.suppress(*REDIS_AWAY):  # others log that Redis is away
+            with contextlib.suppress(*REDIS_AWAY):  # other tasks log that Redis is unavailable
                 if (secret := await self.api_keys.signing_secret()) != self.signing_secrets[0]:
-                    log.warning("signing_secret_changed", hint="Redis lost the old secret: urls that it signed are refused")
+                    log.warning("signing_secret_changed", hint="Redis lost the old secret: URLs signed with it are no longer valid")
                     self.signing_secrets[:] = [secret]
 
 
 @asynccontextmanager
 async def opened(settings: Settings, public_url: str, *, patient: bool) -> AsyncIterator[Installation]:
-    """Open the installation of these settings for the length of a block; `patient` is for workers. Raises SettingsError, RedisError."""
+    """Open the installation of these settings, and close it at the end of the block. `patient`: as in `connect`, for workers.
+
+    Raises SettingsError, RedisError.
+    """
     models, cms = table.load(settings.models), payload.configured(settings)
     async with connect(settings.redis_url, patient=patient, prefix=settings.key_prefix) as redis:
         api_keys = ApiKeys(redis)

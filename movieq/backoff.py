@@ -1,15 +1,15 @@
-"""Waits between two tries that double from a shortest to a longest."""
+"""Exponential backoff: the wait between two tries doubles up to a limit."""
 
 from __future__ import annotations
 
 
 def wait_s(tries: int, shortest_s: float, longest_s: float) -> float:
-    """Return how long to wait after so many tries in a row; any number is accepted, since a damaged record may hold any."""
+    """Return how long to wait after this many failed tries. Any number is accepted, since a damaged record may hold any."""
     return float(min(shortest_s * (1 << min(max(tries - 1, 0), 30)), longest_s))
 
 
 class Backoff:
-    """The waits of a loop that tries again and again: each twice the last one, up to `longest_s`."""
+    """The backoff of a retry loop: each wait is twice the last one, up to `longest_s`."""
 
     __slots__ = ("_longest_s", "_shortest_s", "_tries")
 

@@ -1,7 +1,7 @@
-"""Checks that `movieq api`, `worker` and `up` run when they start, and `movieq doctor` at any time, in the same words.
+"""Checks of the machine, Redis and the settings. `movieq api`, `worker` and `up` run them at start, `movieq doctor` at any time.
 
-A `Finding` says what was found and what to do. What would lose tasks, or could never work, refuses the start; what may pass by itself, such
-as a full memory, is logged, and the start goes on. Left out: what only doctor checks (the CMS, the bucket, the API).
+Each check returns a `Finding`: what is wrong and what to do. A problem that would lose tasks, or that cannot go away by itself, prevents
+the start. A temporary problem, such as full memory, is only logged. The checks that only doctor runs (CMS, bucket, API) are in its module.
 """
 
 from __future__ import annotations
@@ -43,29 +43,34 @@ from movieq.queue.refusals import REDIS_AWAY, Refusal, is_fault, refusal
 from movieq.settings import Bucket, Settings, variable
 
 CHECK_S: Final = 10.0
+"""Longest time that a check of Redis may take."""
 REDIS_S: Final = 10.0
 """How long a starting process waits for Redis."""
 AGAIN_S: Final = 0.2
+"""Wait between two tries to reach Redis."""
 ANSWER_S: Final = 3.0
+"""Longest wait for a connection or an answer."""
 LOW_BYTES: Final = 2 * 1024**3
 FULL_BYTES: Final = 100 * 1024**2
+"""Free disk space below which a folder gets a warning, and below which it counts as full."""
 SKEW_S: Final = 2.0
+"""Largest difference between the clocks of this machine and of Redis that is not reported."""
 KEPT_MS: Final = 10_000
-"""How long a key that a check writes exists."""
+"""How long a key written by a check exists."""
 LEAST_REDIS: Final = (7, 0)
-"""The first version that knows scripts with flags (`#!lua`)."""
+"""The first Redis version that supports scripts with flags (`#!lua`)."""
 ACL_LINE: Final = "the guide Operating (movieq/web/docs/operating.md) has the ACL line"
-NOEVICTION: Final = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+NOEVICTION: Final = "run CONFIG SET maxmemory-policy noeviction, and set the same in its configuration file"
 
 _FSYNC: Final = {
-    "always": "an answered request is on disk",
+    "always": "every write is on disk before it is answered",
     "everysec": "a crash of its machine can lose the last second",
-    "no": "a crash of its machine can lose half a minute",
+    "no": "a crash of its machine can lose the last 30 seconds",
 }
-"""What each value of appendfsync keeps."""
+"""Consequences of each value of appendfsync."""
 
 _WRITE: Final = "#!lua\nreturn redis.call('SET', ARGV[1], 'check', 'PX', ARGV[2])"
-"""Writes as the scripts of movieq do: without KEYS, and refused while memory is full."""
+"""A script that writes as movieq's scripts do: without KEYS, and refused while memory is full."""
 
 COMMANDS: Final = """
     ping, time, eval x 0, evalsha 0 0, exists KEY, del KEY:gone, get KEY, set KEY:gone x xx, setex KEY:gone 0 x, psetex KEY:gone 0 x,
@@ -85,7 +90,7 @@ log = logs.get()
 
 
 class Mark(StrEnum):
-    """Good; worth knowing; broken."""
+    """The result of a check: good, a note, or broken."""
 
     GOOD = "✓"
     NOTE = "!"
@@ -93,7 +98,7 @@ class Mark(StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check found. `text` says what is so and, unless that is good, what to do; with `refuses`, no process starts."""
+    """The result of a check. `text` describes it and, unless it is good, says what to do. `refuses`: the process must not start."""
 
     mark: Mark
     subject: str
@@ -102,7 +107,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """The settings that the last process of a kind started with: by name, a salted hash of each part, in order."""
+    """The settings with which the latest API or worker process started. `settings` maps a name to salted hashes of its parts, in order."""
 
     host: str
     at_ms: int
@@ -110,12 +115,12 @@ class Started(msgspec.Struct, frozen=True):
 
 
 async def start(read: Settings, process: str, *, works: bool) -> None:
-    """Check what `process` ("api", "worker" or "up") needs, and log what is wrong. Raises SettingsError where it must not start.
+    """Check the requirements of `process` ("api", "worker" or "up"), and log problems. Raises SettingsError if it must not start.
 
-    `works`: whether it is a worker, or starts one.
+    `works`: the process is a worker or starts one.
     """
     found = [gpus(read), await asyncio.to_thread(spool, read)] if works else []
-    if isinstance(read.storage, Path) and process != "up":  # a storage that is away is waited for
+    if isinstance(read.storage, Path) and process != "up":  # processes wait for an unavailable storage
         found.append(msgspec.structs.replace(await asyncio.to_thread(storage, read.storage), refuses=False))
     if read.redis_url or process != "up":
         await reached(read)
@@ -131,41 +136,41 @@ async def start(read: Settings, process: str, *, works: bool) -> None:
 
 
 def unknown() -> list[Finding]:
-    """Find names in the environment and `.env` that look like settings and are none. Raises SettingsError where `.env` cannot be read."""
+    """Find variables in the environment and `.env` that look like settings but are not. Raises SettingsError if `.env` is unreadable."""
     return [Finding(Mark.NOTE, "settings", text) for text in settings.unknown().values()]
 
 
 def nvml() -> Any | None:
-    """Return NVIDIA's library, initialised; None on a machine without an NVIDIA GPU."""
+    """Return NVIDIA's management library, initialised; None without a usable NVIDIA GPU."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception as error:  # not installed, no driver, a driver of another version: no GPU that could be used
+    except Exception as error:  # not installed, no driver, or a driver of another version
         log.debug("no_gpu", problem=f"{type(error).__name__}: {error}")
         return None
     return pynvml
 
 
 def devices(setting: str) -> list[str]:
-    """Return the devices of MOVIEQ_DEVICES, such as "cuda:0": all for `auto`, none for `cpu`. Raises SettingsError for a missing one."""
+    """Return the devices of MOVIEQ_DEVICES, such as "cuda:0": all for `auto`, none for `cpu`. Raises SettingsError if one is missing."""
     library = None if setting == "cpu" else nvml()
     count = 0 if library is None else int(library.nvmlDeviceGetCount())
     there = [f"cuda:{number}" for number in range(count)]
     if setting in ("auto", "cpu"):
         return there
     named = [part.strip() for part in setting.split(",")]
-    takes = "allowed are auto, cpu, or a list such as cuda:0,cuda:1"
+    takes = "allowed: auto, cpu, or a list such as cuda:0,cuda:1"
     if missing := [name for name in named if name not in there]:
-        have = ", ".join(there) or "no GPU that NVIDIA's driver knows"
-        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} is not there; this machine has {have}; {takes}")
+        have = ", ".join(there) or "no NVIDIA GPU with a working driver"
+        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} not found; this machine has {have}; {takes}")
     if len(set(named)) < len(named):
         raise SettingsError(f"MOVIEQ_DEVICES: {setting!r} names a GPU twice; {takes}")
     return named
 
 
 def gpus(read: Settings) -> Finding:
-    """Check that the GPUs of MOVIEQ_DEVICES are there."""
+    """Check that this machine has the GPUs of MOVIEQ_DEVICES."""
     try:
         found = devices(read.devices)
     except SettingsError as error:
@@ -174,7 +179,7 @@ def gpus(read: Settings) -> Finding:
 
 
 def spool(read: Settings) -> Finding:
-    """Check that a worker can write to its folder."""
+    """Check that a worker can write to its working folder."""
     return folder(Path(read.spool) if read.spool else Path(tempfile.gettempdir()), "spool", variable("spool"))
 
 
@@ -184,26 +189,26 @@ def storage(path: Path) -> Finding:
 
 
 def folder(path: Path, subject: str, name: str) -> Finding:
-    """Check that files can be written to a folder, or the folder made, and that there is room."""
-    # `os.path.exists` is false, and raises nothing, below a folder that this user may not enter
+    """Check that a folder is writable, or can be created, and has enough free space."""
+    # unlike Path.exists, os.path.exists does not raise below a folder that this user may not enter
     there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110
-    advice = f"choose another with {name}, or give this user the right to write there"
+    advice = f"choose another folder with {name}, or give this user write permission"
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".movieq-doctor-") as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # somebody may make room later
-        cure = f"make room, or {advice.partition(',')[0]}" if full else advice
-        return Finding(Mark.BROKEN, subject, f"{there} cannot be written: {error.strerror}; {cure}", refuses=not full)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # temporary: space may be freed later
+        cure = f"free some space, or {advice.partition(',')[0]}" if full else advice
+        return Finding(Mark.BROKEN, subject, f"cannot write to {there}: {error.strerror}; {cure}", refuses=not full)
     free = shutil.disk_usage(there).free
-    made = "can be written" if there == path.absolute() else "is made when it is needed"
+    made = "is writable" if there == path.absolute() else "will be created when needed"
     text = f"{path} {made}, {free / 1024**3:,.1f} GiB free"
     if free < FULL_BYTES:
-        return Finding(Mark.BROKEN, subject, f"{text}: too little for a clip; make room, or {advice.partition(',')[0]}")
+        return Finding(Mark.BROKEN, subject, f"{text}: too little for a clip; free some space, or {advice.partition(',')[0]}")
     if free < LOW_BYTES:
-        return Finding(Mark.NOTE, subject, f"{text}: soon full; make room, or {advice.partition(',')[0]}")
+        return Finding(Mark.NOTE, subject, f"{text}: almost full; free some space, or {advice.partition(',')[0]}")
     return Finding(Mark.GOOD, subject, text)
 
 
@@ -211,9 +216,9 @@ def folder(path: Path, subject: str, name: str) -> Finding:
 
 
 async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
-    """Wait until Redis answers. Raises SettingsError, with the cure, where waiting does not help."""
+    """Wait until Redis answers. Raises SettingsError, with what to do, after `patience_s` or if waiting does not help."""
     if not read.redis_url:
-        raise SettingsError(f"{variable('redis_url')} is not set: name a Redis or Valkey, or use `movieq up`, which brings its own")
+        raise SettingsError(f"{variable('redis_url')} is not set: set it to a Redis or Valkey, or use `movieq up`, which starts its own")
     end_s = time.monotonic() + patience_s
     while True:
         client = _client(read)
@@ -223,7 +228,7 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
             return
         except REDIS_AWAY as error:
             if isinstance(error, ResponseError) and not is_fault(error):
-                return  # it answers, and refuses for now: `server` says why
+                return  # a temporary refusal: `server` reports it
             lasts = any(isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse, ssl.SSLError)) for cause in causes(error))
             if lasts or time.monotonic() > end_s:
                 raise SettingsError(f"{variable('redis_url')}: {await trouble(error, read.redis_url)}") from None
@@ -233,36 +238,34 @@ async def reached(read: Settings, patience_s: float = REDIS_S) -> None:
 
 
 def _client(read: Settings) -> Redis:
-    """Return a client that fails at once where it is refused, but waits for a slow server: a TLS handshake over a long distance, say."""
+    """Return a client that does not retry, but gives slow servers more time, for example for a TLS handshake over a long distance."""
     client = connect(read.redis_url, patient=False)
     client.connection_pool.connection_kwargs |= {"socket_connect_timeout": ANSWER_S, "socket_timeout": ANSWER_S}
     return client
 
 
 async def trouble(error: Exception, url: str) -> str:
-    """Return why the server at the url does not answer as it should, and what to do. Shows no password."""
+    """Return why the server at the URL does not answer as expected, and what to do. The text contains no password."""
     chain = list(causes(error))
     said = next((cause for cause in chain if isinstance(cause, (AuthenticationError, ResponseError, InvalidResponse))), error)
     parts, text = urlsplit(url), str(error)
     user = unquote(parts.username or "")
-    match said:  # redis-py wraps some of them in a ConnectionError with the same text
+    match said:  # redis-py wraps some of these in a ConnectionError with the same text
         case AuthenticationError() if "without any password" in text:
-            return "the server has no password for its default user: remove the password from the url, or set `requirepass`"
+            return "the server has no password for its default user: remove the password from the URL, or set `requirepass`"
         case AuthenticationError() if "required" in text:
             return "the server requires a password: write redis://:PASSWORD@HOST, or redis://USER:PASSWORD@HOST for a user of its ACL"
         case AuthenticationError() if user and not parts.password:
-            return f"the url has the user {user!r} and no password: a password alone is written with a colon, redis://:PASSWORD@HOST"
+            return f"the URL has the user {user!r} but no password: write a password without a user as redis://:PASSWORD@HOST"
         case AuthenticationError() if user:
             return (
-                f"the server refuses user {user!r} with this password, and does not say which is wrong: run ACL GETUSER {user} to see "
-                "whether the user exists and is on; if so, correct the password"
+                f"the server does not accept user {user!r} with this password: run ACL GETUSER {user} to see whether the user exists and "
+                "is on; if so, correct the password"
             )
         case AuthenticationError():
-            return (
-                "the password is wrong: the server refuses it for its default user; correct it, or name a user, redis://USER:PASSWORD@HOST"
-            )
+            return "the password is wrong for the server's default user: correct it, or add a user to the URL, redis://USER:PASSWORD@HOST"
         case NoPermissionError():
-            return f"its user lacks a right: {text}; {ACL_LINE}"
+            return f"its user lacks a permission: {text}; {ACL_LINE}"
         case BusyLoadingError():
             return "the server is still loading its data from disk (LOADING): wait until it has finished, then start again"
         case ResponseError() if "DB index" in text:
@@ -271,37 +274,37 @@ async def trouble(error: Exception, url: str) -> str:
         case _ if "protected mode" in text:
             return "the server accepts connections only from its own machine (protected mode): set a password on it (`requirepass`)"
         case _ if "max number of clients" in text:
-            return "the server has as many clients as it accepts: raise its `maxclients`, or disconnect some"
+            return "the server has reached its limit of clients: raise its `maxclients`, or disconnect some"
         case InvalidResponse() if "\\x15" in text:  # the alert of a TLS server
-            return "this port speaks TLS: write rediss://"
+            return "this port requires TLS: write rediss://"
         case InvalidResponse():
-            return f"what answers there is not Redis ({text}): correct host and port"
+            return f"the server at this address is not Redis ({text}): correct the host and port"
     for cause in chain:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate is not accepted ({cause.verify_message}): {_CERTIFICATE.get(cause.verify_code, 'replace it')}"
+            return f"its certificate is invalid ({cause.verify_message}): {_CERTIFICATE.get(cause.verify_code, 'replace it')}"
     if parts.scheme == "rediss" and (await _speaks(url, tls=False)):
-        return "this port speaks no TLS: write redis://, or name the port of its `tls-port`"
+        return "this port does not use TLS: write redis://, or use the server's `tls-port`"
     broken = any(isinstance(cause, ConnectionResetError) for cause in chain) or "closed by server" in text
     if parts.scheme == "rediss" and broken and await _speaks(url, tls=True):
-        return "the server closes the connection: if it requires a certificate of its clients, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
+        return "the server closes the connection: if it requires client certificates, add ?ssl_certfile=FILE&ssl_keyfile=FILE"
     if parts.scheme == "redis" and not any(isinstance(cause, ConnectionRefusedError) for cause in chain) and await _speaks(url, tls=True):
-        return "this port speaks TLS: write rediss://"
+        return "this port requires TLS: write rediss://"
     return f"the server does not answer: {text or type(error).__name__}; start it, or correct the address"
 
 
-_UNKNOWN_CA: Final = "name the authority that signed it in the url, ?ssl_ca_certs=FILE"
+_UNKNOWN_CA: Final = "add the certificate of its authority to the URL, ?ssl_ca_certs=FILE"
 _CERTIFICATE: Final = {
     10: "renew it",
     9: "set the clock of this machine",
-    62: "write the host as the certificate has it",
-    64: "write the host as the certificate has it",
+    62: "use a host name that the certificate contains",
+    64: "use a host name that the certificate contains",
     **dict.fromkeys((18, 19, 20, 21), _UNKNOWN_CA),
 }
-"""OpenSSL's verification codes (x509_vfy.h), and what to do."""
+"""What to do about each of OpenSSL's verification codes (x509_vfy.h)."""
 
 
 async def _speaks(url: str, *, tls: bool) -> bool:
-    """Return whether the port of the url answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
+    """Return whether the port of the URL answers as Redis without TLS or, with `tls`, completes a TLS handshake."""
     parts = urlsplit(url)
     context = ssl.create_default_context() if tls else None
     if context is not None:
@@ -324,7 +327,7 @@ async def _speaks(url: str, *, tls: bool) -> bool:
 
 
 async def server(read: Settings, process: str) -> list[Finding]:
-    """Check the Redis of the settings, for "doctor" or for an "api" or a "worker" that starts; the settings of these are noted in Redis."""
+    """Check the Redis of the settings for `process`: "doctor", "up", "api" or "worker". The last two record their settings in it."""
     client = _client(read)
     try:
         async with asyncio.timeout(CHECK_S):
@@ -344,7 +347,7 @@ async def server(read: Settings, process: str) -> list[Finding]:
 
 
 async def _asked(call: Any) -> dict[str, Any]:
-    """Return the answer; empty where the server refuses to give it, as managed servers and ACLs may."""
+    """Return the answer; empty if the server refuses the command, as managed servers and ACLs may."""
     try:
         return dict(await call)
     except ResponseError:
@@ -353,16 +356,16 @@ async def _asked(call: Any) -> dict[str, Any]:
 
 def _answers(info: dict[str, Any]) -> Finding:
     if not info:
-        return Finding(Mark.GOOD, "Redis", "the server answers; its version is unknown, since it does not allow INFO")
+        return Finding(Mark.GOOD, "Redis", "the server answers; its version is unknown because it does not allow INFO")
     valkey = info.get("valkey_version")
     version = str(valkey or info.get("redis_version", "?"))
     name = f"{'Valkey' if valkey else 'Redis'} {version}"
     if info.get("cluster_enabled") or info.get("redis_mode", "standalone") != "standalone":
         mode = "Sentinel" if info.get("redis_mode") == "sentinel" else "cluster"
-        return Finding(Mark.BROKEN, "Redis", f"{name} is a {mode}: movieq needs a single server; write the address of one", refuses=True)
+        return Finding(Mark.BROKEN, "Redis", f"{name} is a {mode}: movieq needs a single server; use the address of one", refuses=True)
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < LEAST_REDIS:
         least = ".".join(map(str, LEAST_REDIS))
-        return Finding(Mark.BROKEN, "Redis", f"{name} is too old: {least} or newer is needed, or any Valkey", refuses=True)
+        return Finding(Mark.BROKEN, "Redis", f"{name} is too old: use version {least} or newer, or any Valkey", refuses=True)
     return Finding(Mark.GOOD, "Redis", f"{name} answers")
 
 
@@ -380,16 +383,16 @@ async def _eviction(client: Redis, info: dict[str, Any], *, allowed: bool) -> Fi
 
 async def _persistence(client: Redis, info: dict[str, Any]) -> Finding:
     config = {**await _asked(client.config_get("appendfsync")), **await _asked(client.config_get("save"))}
-    cure = "CONFIG SET appendonly yes, and the same in its configuration"
+    cure = "run CONFIG SET appendonly yes, and set the same in its configuration file"
     if not info:
         return Finding(Mark.NOTE, "Redis disk", "the server does not allow INFO: make sure that its append-only file is on")
     if not info.get("aof_enabled"):
         saves = config.get("save")
         if saves == "":
-            return Finding(Mark.NOTE, "Redis disk", f"no append-only file and no dumps: a restart loses every task; {cure}")
-        return Finding(Mark.NOTE, "Redis disk", f"no append-only file: a crash loses every task since its last dump; {cure}")
+            return Finding(Mark.NOTE, "Redis disk", f"no append-only file and no snapshots: a restart loses every task; {cure}")
+        return Finding(Mark.NOTE, "Redis disk", f"no append-only file: a crash loses every task since the last snapshot; {cure}")
     if info.get("aof_last_write_status", "ok") != "ok":
-        return Finding(Mark.BROKEN, "Redis disk", "its append-only file cannot be written: make room on its disk")
+        return Finding(Mark.BROKEN, "Redis disk", "it cannot write its append-only file: free space on its disk")
     fsync = config.get("appendfsync")
     if fsync is None:
         return Finding(Mark.GOOD, "Redis disk", "append-only file on; the server does not show appendfsync")
@@ -403,7 +406,7 @@ def _names(read: Settings, client: Redis) -> Mapping[str, str]:
 
 
 async def _writes(read: Settings, client: Redis, info: dict[str, Any]) -> Finding:
-    """Check that a script can write now, to a key of its own that expires."""
+    """Check that a script can write now, using a temporary key."""
     try:
         await cast("Any", client).eval(_WRITE, 0, _names(read, client)["check"] + secrets.token_hex(8), KEPT_MS)
     except ResponseError as error:
@@ -412,10 +415,10 @@ async def _writes(read: Settings, client: Redis, info: dict[str, Any]) -> Findin
 
 
 def _why_refused(error: Exception, info: dict[str, Any]) -> str:
-    """Return why the server refuses writes, with what its INFO says, and what to do."""
+    """Return why the server refuses writes, with details from its INFO, and what to do."""
     text = str(error)
     if isinstance(error, NoPermissionError) or "ACL failure" in text:
-        return f"its user lacks a right: {text.partition(' script: ')[0]}; {ACL_LINE}"
+        return f"its user lacks a permission: {text.partition(' script: ')[0]}; {ACL_LINE}"
     match refusal(error):
         case None:
             return f"a script cannot write: {text}"
@@ -428,14 +431,14 @@ def _why_refused(error: Exception, info: dict[str, Any]) -> str:
 
 
 async def _rights(read: Settings, client: Redis) -> list[Finding]:
-    """Find rights that movieq needs and the user of the url lacks: each command is sent in a form that changes nothing."""
+    """Find permissions that the URL's user lacks, by sending each command that movieq uses in a form that changes nothing."""
     ours = _names(read, client)
     key = ours["check"] + secrets.token_hex(8)
     commands = [each.split() for each in COMMANDS.replace("KEY", key).replace("CHANNEL", ours["events"]).split(",")]
     if not await _set(client, key):
         commands = [
             command for command in commands if command[1:2] != [key]
-        ]  # these change nothing on a string, but would make a missing key
+        ]  # these change nothing if the key is a string, but would create a missing key
     prefixes = (job_key_prefix, in_progress_key_prefix, retry_key_prefix, result_key_prefix)
     names = [*(name for verb, name in ours.items() if verb not in CHANNELS), *prefixes]
     commands = [["publish", ours["control"] + key, "x"], *(["exists", name] for name in names), *commands]
@@ -451,7 +454,7 @@ async def _rights(read: Settings, client: Redis) -> list[Finding]:
             except NoPermissionError as error:
                 whose = "~" if re.search(r"access (a key|one of the keys)", str(error)) else "&" if "channel" in str(error) else ""
                 lacks[whose].append(command[1] if whose else command[0])
-            except ResponseError:  # the wrong type of key, say: the user may run the command
+            except ResponseError:  # for example the wrong type of key: the user may run the command
                 pass
     finally:
         await connection.disconnect(nowait=True)
@@ -460,7 +463,7 @@ async def _rights(read: Settings, client: Redis) -> list[Finding]:
     if not missing:
         return []
     user = unquote(urlsplit(read.redis_url).username or "default")
-    return [Finding(Mark.BROKEN, "Redis rights", f"its user lacks what movieq needs: ACL SETUSER {user} {' '.join(missing)}")]
+    return [Finding(Mark.BROKEN, "Redis rights", f"its user lacks permissions: run ACL SETUSER {user} {' '.join(missing)}")]
 
 
 async def _set(client: Redis, key: str) -> bool:
@@ -471,34 +474,34 @@ async def _set(client: Redis, key: str) -> bool:
 
 
 async def _clock(client: Redis) -> Finding:
-    """Check that the clock of this machine agrees with that of Redis, but for what the round trip can explain."""
+    """Check that this machine's clock agrees with that of Redis, allowing for the round trip."""
     before_s = time.time()
     seconds, micros = await client.time()
     after_s = time.time()
     ahead_s = (before_s + after_s) / 2 - (seconds + micros / 1e6)
     if abs(ahead_s) - (after_s - before_s) / 2 <= SKEW_S:
-        return Finding(Mark.GOOD, "clock", "agrees with that of Redis")
+        return Finding(Mark.GOOD, "clock", "agrees with the clock of Redis")
     return Finding(
         Mark.NOTE,
         "clock",
-        f"this machine's is {abs(ahead_s):,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of Redis: signed urls expire too early or "
-        "too late, and times in answers disagree; let NTP set both (chronyd, systemd-timesyncd)",
+        f"this machine's clock is {abs(ahead_s):,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of Redis: signed URLs expire too "
+        "early or too late, and times disagree; set both clocks with NTP (chronyd, systemd-timesyncd)",
     )
 
 
 # ── Whether every process has the same settings ───────────────────────────────────────────────────────────────────────────────────────
 
 _APART: Final = {
-    "storage": "what one stores the other cannot hand out",
-    "signing_secret": "urls that one signs the other refuses",
+    "storage": "one process cannot serve the files that another stores",
+    "signing_secret": "one process rejects the URLs that another signs",
     "webhook_secret": "receivers cannot verify some webhooks",
 }
-"""Settings that must be the same in every process, and what breaks where they differ."""
+"""Settings that must be the same in every process, and what breaks if they differ."""
 
 
 async def _same(read: Settings, process: str, client: Redis) -> list[Finding]:
-    """Compare with the api and the worker that started last, and note the settings of this process. Redis holds salted hashes of them."""
-    name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py: a union of its sync and its async form
+    """Compare this process's settings with those of the latest API and worker, and record them. Redis holds only salted hashes."""
+    name, redis = _names(read, client)["installation"], cast("Any", client)  # redis-py types answers as a union of sync and async
     try:
         if process != "doctor":
             await redis.hsetnx(name, "salt", secrets.token_hex(16))
@@ -510,25 +513,25 @@ async def _same(read: Settings, process: str, client: Redis) -> list[Finding]:
         mine = Started(socket.gethostname(), time.time_ns() // 1_000_000, await asyncio.to_thread(_fingerprints, read, process, salt))
         if process != "doctor":
             await redis.hset(name, process, msgspec.json.encode(mine))
-    except ResponseError as error:  # a server that takes no writes just now
-        return [Finding(Mark.NOTE, "settings", f"could not be compared with those of other processes: {error}")]
+    except ResponseError as error:  # for example a server that refuses writes for now
+        return [Finding(Mark.NOTE, "settings", f"cannot be compared with those of other processes: {error}")]
     found = [_difference(field, mine, sort, other) for sort, other in others.items() for field in _differing(mine, other)]
     if process == "doctor" and {"api", "worker"} <= others.keys():
         for field in _differing(others["api"], others["worker"]):
-            apart = f"{variable(field)}: it differs between the api and the worker that started last: {_APART[field]}"
-            found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set the same for every process, and restart them"))
+            apart = f"{variable(field)}: differs between the API and the worker that started last: {_APART[field]}"
+            found.insert(0, Finding(Mark.BROKEN, "settings", f"{apart}; set the same value for every process, and restart them"))
     return found
 
 
 def _started(blob: bytes) -> Started | None:
     try:
         return msgspec.json.decode(blob, type=Started)
-    except msgspec.MsgspecError:  # of another version
+    except msgspec.MsgspecError:  # written by another version
         return None
 
 
 def _differing(mine: Started, other: Started) -> list[str]:
-    """Return the settings in which they differ. Where secrets are being rotated, each must know the first of the other."""
+    """Return the settings that differ. Rotated secrets count as equal if each process knows the other's first secret."""
     return [
         field
         for field in _APART
@@ -541,15 +544,15 @@ def _difference(field: str, mine: Started, sort: str, other: Started) -> Finding
     return Finding(
         Mark.NOTE,
         "settings",
-        f"{variable(field)}: the {sort} that started last (on {other.host}, {since:%Y-%m-%d %H:%M:%S} UTC) differs from this process: "
-        f"{_APART[field]}; set the same for every process, and restart those that have the old value",
+        f"{variable(field)}: the {sort} that started last (on {other.host}, {since:%Y-%m-%d %H:%M:%S} UTC) has another value: "
+        f"{_APART[field]}; set the same value for every process, and restart those with the old value",
     )
 
 
 def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[str]]:
-    """Return salted, slow hashes of the settings that must be the same; for a folder, of the mark in it, since paths say little."""
+    """Return slow, salted hashes of the settings that must be the same. A storage folder is identified by the mark in it, not its path."""
     found = {"signing_secret": [secret.decode() for secret in read.signing_secret] or [""]}
-    if process == "worker" or read.webhook_secret:  # other processes sign no webhooks, and may lack the secret
+    if process == "worker" or read.webhook_secret:  # only workers sign webhooks, so others may have no secret
         found["webhook_secret"] = list(read.webhook_secret) or [""]
     if isinstance(place := read.storage, Bucket):
         found["storage"] = [f"{place.endpoint} {place.name} {place.prefix}"]
@@ -562,9 +565,9 @@ def _fingerprints(read: Settings, process: str, salt: bytes) -> dict[str, list[s
 
 
 def _mark_of(root: Path, *, make: bool) -> str | None:
-    """Return the name in the folder's `.installation`, by which processes recognise the same folder; None where there is none.
+    """Return the name in the folder's `.installation`, by which processes recognise the same folder; None if there is none.
 
-    With `make`, whoever starts first makes it. (One path may be two folders in two containers, and two paths the same folder.)
+    With `make`, create it if it is missing. Paths are not compared, because in two containers one path may be two folders.
     """
     home = root / ".installation"
     try:
@@ -574,9 +577,9 @@ def _mark_of(root: Path, *, make: bool) -> str | None:
             made.chmod(0o755)
             (made / secrets.token_hex(8)).mkdir()
             try:
-                made.rename(home)  # of several that start at once, one succeeds
+                made.rename(home)  # if several processes start at once, one succeeds
             except OSError:
                 shutil.rmtree(made)
         return next((path.name for path in home.iterdir()), None)
-    except OSError:  # the storage is away, say: uploads wait for it
+    except OSError:  # for example an unavailable storage, for which uploads wait
         return None

@@ -1,4 +1,4 @@
-"""End a process with the one that started it, however that one ends."""
+"""The kernel's parent-death signal, which ends a process when its parent dies, for whatever reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 def end_with_parent(signum: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `signum` when its parent dies; end it here and now where the parent has died already.
+    """Have the kernel send this process `signum` when its parent dies. Exit at once if the parent is already dead.
 
-    Only Linux can do this; elsewhere it does nothing. The kernel watches the parent's *thread*: start such a process from a thread that
-    lives as long as the parent. As `preexec_fn` it runs between fork and exec, which the request outlives.
+    Does nothing except on Linux. The kernel watches the *thread* that started this process, so start it from a thread that lives as long as
+    the parent process. Can be used as `preexec_fn`, since the setting survives exec. Raises OSError if the kernel refuses.
     """
     if sys.platform != "linux":
         return

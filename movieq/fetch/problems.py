@@ -1,6 +1,6 @@
-"""What went wrong with an HTTP request, told apart once: aiohttp's own messages carry resolved addresses and parts of the URL.
+"""Classification of the errors of HTTP requests, so that no message contains aiohttp's own texts, which show addresses and parts of URLs.
 
-Each caller has a text of its own for each fault, since each names another thing: an input, a callback address, the CMS, the server.
+Callers write their own message for each fault, since each talks to something else: an input, a callback URL, the CMS, the API.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import aiohttp
 
 
 class HttpFault(StrEnum):
-    """What went wrong with a request."""
+    """The reason why an HTTP request failed."""
 
     URL = "url"
-    """Its URL is malformed, or refused by the guard."""
+    """The URL is malformed, or refused by the guard."""
     HOST = "host"
-    """Its host was not found."""
+    """The host was not found."""
     TLS = "tls"
-    """The certificate or the TLS handshake was not accepted."""
+    """The TLS handshake failed, or the certificate is invalid."""
     TIMEOUT = "timeout"
     CONNECT = "connect"
-    """No connection could be made."""
+    """The connection could not be opened."""
     BROKE_OFF = "broke_off"
-    """The connection ended before the answer was complete."""
+    """The connection was closed before the response was complete."""
     NOT_HTTP = "not_http"
-    """What answered does not speak HTTP."""
+    """The response is not HTTP."""
     OTHER = "other"
 
 
 def http_fault(error: BaseException) -> HttpFault:
-    """Return what went wrong. The order matters: many of aiohttp's errors are subclasses of others."""
-    match error:
+    """Return the fault that an error of aiohttp stands for."""
+    match error:  # the order matters, since many of aiohttp's errors are subclasses of others
         case aiohttp.InvalidURL():
             return HttpFault.URL
         case aiohttp.ClientConnectorDNSError():
@@ -51,10 +51,10 @@ def http_fault(error: BaseException) -> HttpFault:
 
 
 def reason(error: BaseException) -> str:
-    """Return why, in words that name no address: the guard's, those of the operating system, or else the type of the error; may be ''."""
+    """Return the reason without addresses: the guard's text, the operating system's text, or else the error's type name; may be ''."""
     match error:
         case aiohttp.InvalidURL():
             return error.description or ""
         case aiohttp.ClientConnectorError():
-            return os.strerror(error.os_error.errno) if error.os_error.errno else ""  # asyncio's text carries the address
+            return os.strerror(error.os_error.errno) if error.os_error.errno else ""  # asyncio's text contains the address
     return type(error).__name__

@@ -64,7 +64,7 @@ def test_a_worker_uses_all_gpus_or_those_that_are_named(setting: str, found: lis
 
 @pytest.mark.usefixtures("two")
 def test_a_gpu_that_is_not_there_is_named_with_those_that_are() -> None:
-    with pytest.raises(SettingsError, match="'cuda:2' is not there; this machine has cuda:0, cuda:1"):
+    with pytest.raises(SettingsError, match="'cuda:2' not found; this machine has cuda:0, cuda:1"):
         devices("cuda:0,cuda:2")
 
 
@@ -72,7 +72,7 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert devices("auto") == []
     assert gpus.read("cuda:0") is None
-    with pytest.raises(SettingsError, match="no GPU that NVIDIA's driver knows"):
+    with pytest.raises(SettingsError, match="no NVIDIA GPU with a working driver"):
         devices("cuda:0")
 
 

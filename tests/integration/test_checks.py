@@ -123,7 +123,7 @@ async def test_where_the_server_tells_nothing_of_itself_that_is_said_and_nothing
     assert not [finding for finding in findings.values() if finding.mark is Mark.BROKEN or finding.refuses]
 
 
-@pytest.mark.parametrize(("save", "words"), [("", "a restart loses every task"), ("3600 1", "since its last dump")])
+@pytest.mark.parametrize(("save", "words"), [("", "a restart loses every task"), ("3600 1", "since the last snapshot")])
 async def test_a_redis_without_an_append_only_file_is_warned_of(own: Valkey, asked: Any, save: str, words: str) -> None:
     await asked.config_set("appendonly", "no")
     await asked.config_set("save", save)
@@ -143,7 +143,7 @@ async def test_api_and_worker_say_at_their_start_what_doctor_says(folder: Path) 
         api = await made.api()
         await made.worker()
         _, out, _ = await movieq("doctor", folder=folder, MOVIEQ_REDIS_URL=made.valkey.url, MOVIEQ_PUBLIC_URL=api.url)
-        (said,) = re.findall(r"Redis disk +(no append-only file and no dumps.*)", out)
+        (said,) = re.findall(r"Redis disk +(no append-only file and no snapshots.*)", out)
         for process in made.processes:
             log = process.log.read_text()
             assert said in log
@@ -265,7 +265,7 @@ class Clock:
         ("redis://nobody:wrong-password@127.0.0.1:PORT/0", "user 'nobody'"),
         ("redis://wrong-password@127.0.0.1:PORT/0", "redis://:PASSWORD@HOST"),
         (f"redis://:{PASSWORD}@127.0.0.1:PORT/99", "no database 99"),
-        (f"rediss://:{PASSWORD}@127.0.0.1:PORT/0", "speaks no TLS: write redis://"),
+        (f"rediss://:{PASSWORD}@127.0.0.1:PORT/0", "does not use TLS: write redis://"),
     ],
 )
 async def test_a_url_that_the_server_does_not_take_is_refused_with_the_cure(own: Valkey, asked: Any, url: str, words: str) -> None:
@@ -321,9 +321,9 @@ async def test_faults_of_tls_are_told_apart(own: Valkey, asked: Any, folder: Pat
             assert finding.mark is Mark.BROKEN
             return finding.text
 
-        assert "speaks TLS: write rediss://" in await said(f"redis://127.0.0.1:{port}/0")
+        assert "requires TLS: write rediss://" in await said(f"redis://127.0.0.1:{port}/0")
         assert "ssl_ca_certs=FILE" in await said(f"rediss://localhost:{port}/0")
-        assert "write the host as the certificate has it" in await said(
+        assert "use a host name that the certificate contains" in await said(
             f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={authority}&ssl_check_hostname=true"
         )
         for query in (f"ssl_ca_certs={authority}", "ssl_cert_reqs=none"):
@@ -510,7 +510,7 @@ async def test_a_gpu_that_is_not_there_is_refused_by_worker_and_up_and_doctor(ow
     needed = {"MOVIEQ_REDIS_URL": own.url, "MOVIEQ_PUBLIC_URL": "http://127.0.0.1:1", "MOVIEQ_DEVICES": "cuda:7"}
     for command in ("worker", "up", "doctor"):
         code, out, err = await movieq(command, folder=folder, **needed)
-        assert (code, "'cuda:7' is not there; this machine has" in out + err) == (1, True), command
+        assert (code, "'cuda:7' not found; this machine has" in out + err) == (1, True), command
         assert "Traceback" not in err
 
 

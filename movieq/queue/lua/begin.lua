@@ -2,8 +2,8 @@
 -- Starts a try of a delivery. From now on the content of a webhook no longer changes.
 -- args: delivery_id
 --   delivery_id: TASK-NUMBER
--- Returns the delivery's hash as field, value, ...; {} if it does not exist or was swept; {'wait'} for a webhook while an earlier one of the
---   same task is pending, since webhooks are sent in order.
+-- Returns the delivery's hash as field, value, ...; {} if it does not exist or was swept; {'wait'} for a webhook while an earlier one of
+--   the same task is pending, since webhooks are sent in order.
 -- Cost: O(deliveries of the task).
 local key = K.delivery .. delivery_id
 local kind, begun = unpack(redis.call('HMGET', key, 'kind', 'begun'))

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Projects share the queue fairly: the project with the least
--- virtual time is next, and is charged the task's estimate. Every eighth claim gets the oldest task of the lane, unless its project is more
--- than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it does not
--- block the tasks behind it. An entry without a record is dropped; a task whose parameters are gone fails.
+-- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Projects share the queue fairly: the project with the
+-- least virtual time is next, and is charged the task's estimate. Every eighth claim gets the oldest task of the lane, unless its project
+-- is more than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it
+-- does not block the tasks behind it. An entry without a record is dropped; a task whose parameters are gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
 --   worker_id: of the worker
 --   nonce: random; a repeated call with the same nonce gets the same tasks
@@ -13,8 +13,8 @@
 --   host: of the worker; tasks of any kind with finished files on this host come first, as slot -1
 --   able: JSON of {types, models} that the worker can run; '' for all
 -- Returns [{task_id, run token, slot from 0, arq's definition (msgpack), the task's hash as field, value, ...}].
--- Appends `started`. A worker that still has a free slot is added to the idle sets of its kinds, so that the next submit wakes it. The answer
---   is stored for 60 s.
+-- Appends `started`. A worker that still has a free slot is added to the idle sets of its kinds, so that the next submit wakes it. The
+--   answer is stored for 60 s.
 -- Cost: O(log n) a task; 32 more reads if the next task's model is not loaded in the slot, or the task can be batched; at most 100 tasks a
 --   call are moved or dropped.
 -- include: time counters record run_fields dropped index events lanes fair_share queue deadlines fence runs failure
@@ -59,7 +59,8 @@ local function runnable_or_moved(t)
   return false
 end
 
--- Returns the first of a project's next tasks whose model is loaded in the slot; `first` if there is none, or if it has been passed over for 30 s.
+-- Returns the first of a project's next tasks whose model is loaded in the slot; `first` if there is none, or if it has been passed over
+-- for 30 s.
 local function by_affinity(first, is_loaded)
   if not next(is_loaded) or is_loaded[first.model] or first.engine == 'animatic' or now - (first.passed_ms or now) >= AFFINITY_MS then return first end
   for _, task_id in ipairs(redis.call('ZRANGE', queue(first), 1, LOOK)) do
@@ -125,7 +126,8 @@ local function pick(kind, of, is_loaded)
   end
 end
 
--- Returns the lane of these kinds whose oldest task has waited longest, and its kind; nil if there is none. Skips lanes that this worker cannot run.
+-- Returns the lane of these kinds whose oldest task has waited longest, and its kind; nil if there is none. Skips lanes that this worker
+-- cannot run.
 local function pick_lane(kinds, passed)
   local found, found_kind, since
   for _, kind in ipairs(kinds) do

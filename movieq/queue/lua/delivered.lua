@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Stores the outcome of a try of a delivery: pending -> pending, delivered or failed. Once the delivery has ended, the webhooks that waited for
--- it are due. The id that the CMS assigned is stored in a field of its own, and merged into the task's result when that is read.
+-- Stores the outcome of a try of a delivery: pending -> pending, delivered or failed. Once the delivery has ended, the webhooks that waited
+-- for it are due. The id that the CMS assigned is stored in a field of its own, and merged into the task's result when that is read.
 -- args: delivery_id state tries status problem media_id
 --   delivery_id: TASK-NUMBER
 --   state: the new state of the delivery
@@ -9,8 +9,8 @@
 --   problem: a sentence; '' for none
 --   media_id: JSON of the CMS's id; '' for none
 -- Returns the id (JSON) that the task's result has, '' for none. It differs from media_id if another try was faster.
--- Appends `updated` if the id is new: to the project's log, and to the task's log if that has not expired. If a try of the webhook was started
---   without the id, a webhook of type `updated` follows.
+-- Appends `updated` if the id is new: to the project's log, and to the task's log if that has not expired. If a try of the webhook was
+--   started without the id, a webhook of type `updated` follows.
 -- Cost: O(log n), O(deliveries of the task).
 -- include: record events delivery_jobs outbox
 local key = K.delivery .. delivery_id

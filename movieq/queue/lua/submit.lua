@@ -1,6 +1,6 @@
 #!lua
--- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its memory
--- is full.
+-- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its
+-- memory is full.
 -- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
 --   priority: 1 to 3
@@ -27,8 +27,8 @@
 --   'replayed' for the same idempotency key and body; {'mismatch'} for that key with another body; {'full' or 'full_all', queued tasks, ms
 --   until a place is free} at a limit.
 -- Appends `queued` to the project's log only: the task's log starts with `started`, since each stream takes 4 KB. For a reused result, also
---   appends `started` and `completed`, adds deliveries to the outbox, and counts the age of its files from now. The idempotency key expires in
---   24 h.
+--   appends `started` and `completed`, adds deliveries to the outbox, and counts the age of its files from now. The idempotency key expires
+--   in 24 h.
 -- Cost: O(log n).
 -- include: time record index lanes queue deadlines events conclude
 local function receipt(code, t)

@@ -3,8 +3,8 @@
 -- args: age_ms batch
 --   age_ms: time since the task ended
 --   batch: the most tasks in one call
--- Returns {number of tasks removed from the list of ended tasks, {task_id of each with a damaged record, ...}}; if the number is `batch`, there
---   may be more.
+-- Returns {number of tasks removed from the list of ended tasks, {task_id of each with a damaged record, ...}}; if the number is `batch`,
+--   there may be more.
 -- A damaged record is deleted too, but some lists may keep its entry. A listed task that has not ended is not deleted.
 -- Files are swept by their own age. Appends nothing.
 -- Cost: O(batch log n).

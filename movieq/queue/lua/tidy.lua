@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Handles what is due: requeues tasks whose lease has expired, queues delayed tasks, fails tasks past their deadline, and removes dead workers.
+-- Handles what is due: requeues tasks whose lease has expired, queues delayed tasks, fails tasks past their deadline, and removes dead
+-- workers.
 -- args: batch silences_limit outage_ms quiet_ms forget_ms ...
 --   batch: the most leases (of each kind), delayed tasks, deadlines and workers in one call
 --   silences_limit: the number of expired leases that makes a task a dead letter
@@ -7,8 +8,8 @@
 --   quiet_ms: see outage_ms
 --   forget_ms: a worker without a heartbeat for this long is removed
 --   ...: kinds to check, in addition to those that have had tasks
--- Returns {expired leases, delayed tasks that were due, tasks past their deadline, {"LIST TASK", ...}}: the last are entries that scripts have
---   dropped since the last call.
+-- Returns {expired leases, delayed tasks that were due, tasks past their deadline, {"LIST TASK", ...}}: the last are entries that scripts
+--   have dropped since the last call.
 -- Every worker calls it with each renewal, and every API process once a second.
 -- Appends `retrying`; or appends `failed` and adds deliveries to the outbox.
 -- Cost: O(log n) a task, O(kinds) without any.

@@ -1,7 +1,7 @@
 -- Deadlines: when `tidy` fails a task that has not started or finished.
 
--- Sets the task's deadline. While it waits: the earlier of start_by (only before its first run) and finish_by. While it runs: the earlier of
--- finish_by and the time limit of its run or, once its files are finished, a day to store them.
+-- Sets the task's deadline. While it waits: the earlier of start_by (only before its first run) and finish_by. While it runs: the earlier
+-- of finish_by and the time limit of its run or, once its files are finished, a day to store them.
 local function watch_deadline(t)
   local at = tonumber(t.finish_by_ms or math.huge)
   if t.status == 'processing' then

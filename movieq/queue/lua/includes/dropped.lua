@@ -9,8 +9,8 @@ local function note_dropped(list, task_id)
   redis.call('EXPIRE', K.dropped, 86400)
 end
 
--- Calls `act` for a task in the sorted set `key`. If that fails because the record is damaged, removes the entry, so that other tasks are not
--- affected.
+-- Calls `act` for a task in the sorted set `key`. If that fails because the record is damaged, removes the entry, so that other tasks are
+-- not affected.
 local function guarded(list, key, task_id, act)
   if pcall(act) then return end
   if loaded[task_id] then discard(loaded[task_id]) end

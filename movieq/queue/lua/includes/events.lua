@@ -14,7 +14,8 @@ local function event(t, event_type, extra)
   return '{' .. table.concat(parts, ',') .. '}'
 end
 
--- Appends to the project's log, which holds the last thousand events (or a few more, since whole nodes are trimmed) for 24 h after the last.
+-- Appends to the project's log, which holds the last thousand events (or a few more, since whole nodes are trimmed) for 24 h after the
+-- last.
 local function log_in_project(t, event_type, data)
   local name = 'project:' .. t.project_id
   publish(name, redis.call('XADD', K.log .. name, 'MAXLEN', '~', 1000, '*', 'type', event_type, 'data', data), event_type, data)

@@ -9,8 +9,8 @@ local function join_share(t)
   redis.call('ZADD', K.virtual_times .. lane(t), math.max(idle or 0, claimed or 0), t.project_id)
 end
 
--- Removes a project without waiting tasks from a lane's shares, and stores its virtual time. Removes a lane of a task type and model from the
--- list of lanes when it is empty.
+-- Removes a project without waiting tasks from a lane's shares, and stores its virtual time. Removes a lane of a task type and model from
+-- the list of lanes when it is empty.
 local function leave_share(kind, of, project_id)
   if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
     local virtual = redis.call('ZSCORE', K.virtual_times .. of, project_id)

@@ -21,8 +21,8 @@ local function json(value)
   return cjson.encode(value)
 end
 
--- Publishes to the subscribers of `name`, a task or project:PROJECT. `id` is the id of the log entry. For an event that is in no log it is '>'
--- and the time, so that a receiver that has read the log can skip older messages.
+-- Publishes to the subscribers of `name`, a task or project:PROJECT. `id` is the id of the log entry. For an event that is in no log it is
+-- '>' and the time, so that a receiver that has read the log can skip older messages.
 local function publish(name, id, event_type, data)
   redis.call('PUBLISH', K.events .. name, id .. '\n' .. event_type .. '\n' .. data)
 end

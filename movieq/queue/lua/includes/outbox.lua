@@ -22,8 +22,8 @@ local function add_delivery(t, kind, url, event_type, delay_ms)
   return id
 end
 
--- Adds the deliveries of an event: one to the CMS at the address `cms`, if any, and one to the task's callback URL. The webhook waits at most
--- half a minute for the CMS. Pending webhooks of earlier events become due at once, since webhooks are sent in order.
+-- Adds the deliveries of an event: one to the CMS at the address `cms`, if any, and one to the task's callback URL. The webhook waits at
+-- most half a minute for the CMS. Pending webhooks of earlier events become due at once, since webhooks are sent in order.
 local function deliver(t, event_type, cms)
   local first = cms and cms ~= '' and add_delivery(t, 'payload', cms, event_type, 0)
   if not t.callback_url then return end

@@ -1,5 +1,5 @@
--- The task's hash as a table: `load` reads it, `set` and `unset` change it, and `save`, which is called after the script, writes each changed
--- task once. Redis does not roll a script back, so a script checks its arguments and reads what it needs before its first write.
+-- The task's hash as a table: `load` reads it, `set` and `unset` change it, and `save`, which is called after the script, writes each
+-- changed task once. Redis does not roll a script back, so a script checks its arguments and reads what it needs before its first write.
 -- include: time
 
 local loaded, changed = {}, {}

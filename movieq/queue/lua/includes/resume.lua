@@ -1,8 +1,8 @@
 -- Fencing for the verbs of runs. It lets a run whose lease has expired resume.
 -- include: time record run_fields index events queue deadlines fair_share fence runs
 
--- Returns whether the task belongs to the run. A run whose lease has expired resumes if the task is still waiting and the files that the run
--- stored are not about to be deleted; this appends `started`.
+-- Returns whether the task belongs to the run. A run whose lease has expired resumes if the task is still waiting and the files that the
+-- run stored are not about to be deleted; this appends `started`.
 local function holds(t, run, lease_ms)
   if is_current(t, run) then return true end
   if not t or t.status ~= 'queued' or t.reaped ~= run then return false end

@@ -12,8 +12,8 @@ local function worked(t)
   return tonumber(t.made_ms or now - t.started_at_ms)
 end
 
--- Ends the run: its GPU time is counted, its lease removed, its charge corrected from the estimate to the true time, and its stored files are
--- listed for deletion unless committed.
+-- Ends the run: its GPU time is counted, its lease removed, its charge corrected from the estimate to the true time, and its stored files
+-- are listed for deletion unless committed.
 local function release(t, committed)
   bill(t)
   if t.reaped ~= t.run then forget(t, 'gpu') end -- a run whose lease expired may resume, and still uses its GPU
