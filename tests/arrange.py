@@ -1,4 +1,4 @@
-"""Arranging that tests share: tasks and what to do with them."""
+"""Helpers that several tests share: create tasks, claim them, run them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings_of(**texts: str) -> Settings:
 
 
 def raw(store: Store) -> Any:
-    """The client, untyped: redis-py types each answer as a union of its sync and its async form."""
+    """Return the untyped client: redis-py types each answer as a union of its sync and its async form."""
     return store.redis
 
 
@@ -46,14 +46,14 @@ async def now_ms(store: Store) -> int:
 
 
 async def later(store: Store, ms: int = 1) -> None:
-    """Return when Redis's clock has moved on by more than so many milliseconds."""
+    """Wait until Redis's clock has moved on by more than this many milliseconds."""
     before = await now_ms(store)
     while await now_ms(store) - before <= ms:
         pass
 
 
 async def contents(store: Store) -> dict[str, Any]:
-    """What every key holds. (`DUMP` compresses the same value to other bytes now and then.)"""
+    """Return key -> value of all keys. (`DUMP` does not serve: it now and then compresses equal values differently.)"""
     redis, found = raw(store), {}
     for key in sorted(await redis.keys("*")):
         match await redis.type(key):
@@ -73,7 +73,7 @@ async def contents(store: Store) -> dict[str, Any]:
 
 
 def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask:
-    """A task that can be submitted."""
+    """Return a task that can be submitted."""
     defaults: dict[str, Any] = {
         "task_id": TaskId(str(uuid.uuid4())),
         "project_id": ProjectId(project),
@@ -93,24 +93,24 @@ def new_task(project: str = "film", priority: int = 2, **fields: Any) -> NewTask
 
 
 async def claim(store: Store, worker: str = "w1", slots: int = 1) -> list[Claimed]:
-    """What a worker with free slots gets."""
+    """Claim tasks for a worker with this many free slots."""
     return await store.claim(worker, f"nonce{next(_nonces)}", CPU * slots)
 
 
 def parts(store: Store, storage: Storage, fetcher: Fetcher, spool: Path, **rest: Any) -> Parts:
-    """Return what a run works with."""
+    """Return the parts that runs share."""
     return Parts(store, Queries(store.redis), Files(store.redis), storage, fetcher, spool, **rest)
 
 
 def delivery_parts(
     store: Store, storage: Storage, session: aiohttp.ClientSession, secrets: tuple[str, ...] = (), **rest: Any
 ) -> DeliveryParts:
-    """Return what a delivery works with."""
+    """Return the parts that deliveries share."""
     return DeliveryParts(store.redis, Outbox(store.redis), Queries(store.redis), storage, session, secrets, **rest)
 
 
 async def ran(child: Child, request: Run, on_message: Callable[[Progress], None] = lambda message: None) -> Done:
-    """What a child made of a run that has it for itself."""
+    """Render a run that has the child for itself; return its output."""
     group = child.slots.reserve([TaskId(request.task_id)])
     try:
         return await child.run(request, on_message, group)
@@ -119,14 +119,14 @@ async def ran(child: Child, request: Run, on_message: Callable[[Progress], None]
 
 
 async def running(store: Store, worker: str = "w1", **fields: Any) -> tuple[TaskId, RunToken]:
-    """A task in processing: its id and its run."""
+    """Submit a task and claim it; return its id and its run."""
     await store.submit(new_task(**fields))
     (claimed,) = await claim(store, worker)
     return claimed.task.task_id, claimed.run
 
 
 def result(key: str = "projects/film/image/t/r/output.jpg") -> StoredResult:
-    """A result of one file."""
+    """Return a result of one file."""
     return StoredResult(
         [StoredMedia(key, "character_design", "image/jpeg", 1000)], {"engine": "animatic", "list": [], "n": 12345678901234567}
     )

@@ -1,4 +1,4 @@
-"""Chains of certificates, made on the spot: to sign with, as an authority of C2PA would issue them but for its name, and for TLS."""
+"""Chains of certificates, generated when needed: for signing, like those of a C2PA authority except for its name, and for TLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOLDER = "Lighthouse Pictures"
 
 
 class Chain(NamedTuple):
-    """Files as the settings name them, and the root that a reader is to trust."""
+    """A chain of certificates: files to name in settings, and the root that a reader must trust."""
 
     certificate: Path
     key: Path
@@ -28,12 +28,12 @@ class Chain(NamedTuple):
 
     @property
     def settings(self) -> dict[str, str]:
-        """The variables that name them."""
+        """The variables that name the files."""
         return {"MOVIEQ_C2PA_CERTIFICATE": str(self.certificate), "MOVIEQ_C2PA_KEY": str(self.key)}
 
 
 def new_key(kind: str) -> Any:
-    """A private key: es256, es384, ps256 or ed25519."""
+    """Return a private key: es256, es384, ps256 or ed25519."""
     match kind:
         case "es256":
             return ec.generate_private_key(ec.SECP256R1())
@@ -45,7 +45,7 @@ def new_key(kind: str) -> Any:
 
 
 def chain(folder: Path, *, kind: str = "es256", days: float = 90, signs: bool = True) -> Chain:
-    """A certificate of `HOLDER` for so many days from yesterday, under a root; `signs`: whether it is one for signing."""
+    """Return a certificate of `HOLDER`, valid for this many days from yesterday, under a root; `signs`: whether it allows signing."""
     folder.mkdir(parents=True, exist_ok=True)
     root_key, key = new_key("es256"), new_key(kind)
     root = _certificate("A root of the tests", "A root of the tests", root_key, root_key, 365, "key_cert_sign")
@@ -58,7 +58,7 @@ def chain(folder: Path, *, kind: str = "es256", days: float = 90, signs: bool = 
 
 
 def tls(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
-    """The certificate of an authority, and the TLS of a server of this name that it has signed for."""
+    """Return the certificate of an authority, and a TLS context of a server with this name, whose certificate it signed."""
     root_key, key = new_key("es256"), new_key("es256")
     root = _certificate("A root of the tests", "A root of the tests", root_key, root_key, 30, "key_cert_sign", name)
     (folder / "ca.pem").write_bytes(_pem(root))

@@ -1,6 +1,6 @@
-"""The real servers that tests run against: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix.
+"""The real servers of the tests: Valkey on a unix socket, emptied for each test, and SeaweedFS, where each test has a prefix.
 
-A process that several tests share is replaced after a test that failed, which may have left it in the middle of something.
+A process that several tests share is replaced after a test has failed, which may have left it in the middle of something.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ LONG: Final = {
     "test_deploys.py",
     "test_animatic.py",
 }
-"""Files that take long for the number of their tests. They run first: at the end, one of them would leave the other cores idle."""
+"""Files that take long for the number of their tests. They run first: as the last one, each would leave the other cores idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first; `--no-loadscope-reorder` has xdist keep that order."""
+    """Put the long files first; with `--no-loadscope-reorder` xdist leaves them there."""
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, object, object]:
-    """Note each fixture of ours, not of a plug-in, that several tests share and that has something to close."""
+    """Record each fixture of ours, not of a plug-in, that several tests share and that must be closed."""
     if fixturedef.scope != "function" and fixturedef.baseid and inspect.isgeneratorfunction(fixturedef.func):
         request.session.stash.setdefault(_SHARED, {})[fixturedef] = request
     return (yield)
@@ -52,7 +52,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.Fix
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note that a test has failed."""
+    """Record that a test has failed."""
     report = yield
     item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
     return report
@@ -60,7 +60,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Close what a failed test shares with others, so that the next test that asks for it gets a new one."""
+    """Close the fixtures that a failed test shares with others, so that the next test that uses one gets a new one."""
     closed = False
     try:
         answer = yield
@@ -74,7 +74,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why tests were skipped, in one line for each reason."""
+    """Print why tests were skipped, in one line for each reason."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
@@ -82,14 +82,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    """A Valkey of this session's own."""
+    """Yield a Valkey for this session alone."""
     with valkey(tmp_path_factory.mktemp("valkey"), appendfsync="everysec") as running:
         yield running
 
 
 @pytest.fixture
 async def redis(server: Valkey) -> AsyncIterator[Redis]:
-    """A client of an empty Valkey."""
+    """Yield a client of an empty Valkey."""
     async with connect(server.url, patient=True) as client:
         await client.flushall()
         yield client
@@ -97,19 +97,19 @@ async def redis(server: Valkey) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 def store(redis: Redis) -> Store:
-    """The store of an empty Valkey."""
+    """Return a store on an empty Valkey."""
     return Store(redis)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty folder."""
+    """Return an empty folder."""
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """An S3 server of this session's own."""
+    """Yield an S3 server for this session alone."""
     with seaweed(tmp_path_factory.mktemp("seaweed")) as running:
         asyncio.run(running.make_bucket("film"))
         yield running
@@ -117,13 +117,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 @pytest.fixture
 def bucket(s3_server: Seaweed) -> Bucket:
-    """A bucket under whose prefix nothing lies."""
+    """Return a bucket with an empty prefix."""
     return Bucket("film", f"tests/{secrets.token_hex(4)}/", s3_server.endpoint, KEY_ID, SECRET)
 
 
 @pytest.fixture
 def s3_settings(bucket: Bucket) -> dict[str, Any]:
-    """What makes a process store into the bucket."""
+    """Return the variables that make a process store files in the bucket."""
     return {
         "MOVIEQ_STORAGE": f"s3://{bucket.name}/{bucket.prefix}",
         "MOVIEQ_R2_ENDPOINT": bucket.endpoint,

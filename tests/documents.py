@@ -1,4 +1,4 @@
-"""The documents for people, and the blocks of code in them."""
+"""The documents for people, and their blocks of code."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import movieq
 
 ROOT: Final = Path(movieq.__file__).parents[1]
 GUIDES: Final = (ROOT / "README.md", *sorted((ROOT / "movieq" / "web" / "docs").glob("*.md")))
-"""The pages for users."""
+"""The README and the guides: the pages for users."""
 DOCUMENTS: Final = (
     *GUIDES,
     *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CHANGELOG", "CONTRIBUTING", "GLOSSARY", "SECURITY")),
     ROOT / "deploy/payload/README.md",
     ROOT / "tests/bench/README.md",
 )
-"""These and the pages for developers."""
+"""All pages for users and developers."""
 
 _BLOCK: Final = re.compile(r"(?:^<!-- (\w+) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A block of code. `schema` names what a JSON block is an example of, as a comment before it says; it is empty without one."""
+    """A block of code. `schema` is the schema that a JSON block must fit, as a comment before it says; empty if there is none."""
 
     language: str
     text: str

@@ -1,4 +1,4 @@
-"""API processes and workers started one by one, over a Valkey of their own: what `movieq up` would hide by starting it again."""
+"""API processes and workers that are started one by one on a Valkey of their own. (`movieq up` would start one that ends again.)"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_S = 60.0
 
 
 class Fleet:
-    """Processes of movieq and the Valkey that they share. `store` goes to it directly."""
+    """Processes of movieq and the Valkey that they share. `store` is connected to it directly."""
 
     def __init__(self, folder: Path, valkey: Valkey, store: Store) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Fleet:
         self.processes: list[Process] = []
 
     async def api(self, redis_url: str = "", port: int = 0, **settings: str) -> Service:
-        """An API process that takes requests, as a client sees it."""
+        """Start an API process; return it, once it serves, as a client sees it."""
         process = self.start("api", redis_url, ["--port", str(port)], settings)
         assert process.popen.stdout is not None
         line = await asyncio.to_thread(process.popen.stdout.readline)
@@ -44,14 +44,14 @@ class Fleet:
         return Service(self.folder, process.popen, line.removeprefix("movieq ready at ").strip(), KEY)
 
     async def worker(self, redis_url: str = "", **settings: str) -> Process:
-        """A worker whose child serves."""
+        """Start a worker; return it once its child serves."""
         process = self.start("worker", redis_url, [], settings)
         await eventually(lambda: '"child_ready"' in process.log.read_text() or process.popen.poll() is not None)
         assert process.popen.poll() is None, process.log.read_text()
         return process
 
     def start(self, name: str, redis_url: str, options: list[str], settings: dict[str, str]) -> Process:
-        """Start a process, without waiting until it serves."""
+        """Start a process, and do not wait until it serves."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
             "MOVIEQ_REDIS_URL": redis_url or self.valkey.url,
@@ -87,30 +87,30 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process still runs."""
         return self.popen.poll() is None
 
     def child(self) -> psutil.Process:
-        """The engine's process of a worker."""
+        """Return the engine process of a worker."""
         (found,) = [each for each in psutil.Process(self.popen.pid).children() if "workers.child" in each.cmdline()]
         return found
 
     def send(self, signum: signal.Signals) -> None:
-        """The process, and nobody else, gets the signal."""
+        """Send the signal to this process alone, not to its children."""
         self.popen.send_signal(signum)
 
     async def ended(self, within_s: float = STOP_S) -> int:
-        """Its exit code."""
+        """Wait until the process ends; return its exit code."""
         return await asyncio.to_thread(self.popen.wait, within_s)
 
     def said(self, message: str) -> int:
-        """How often it logged this."""
+        """Return how often the process has logged this event."""
         return self.log.read_text().count(f'"{message}"')
 
 
 @asynccontextmanager
 async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator[Fleet]:
-    """A Valkey for the length of a block; whatever was started over it is ended with it."""
+    """Yield a fleet with a Valkey for the block, then end all its processes."""
     folder.mkdir(parents=True, exist_ok=True)
     valkey = Valkey(folder / "valkey", appendfsync=appendfsync)
     valkey.start()
@@ -130,12 +130,12 @@ async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator
 
 
 def python_path(folder: Path) -> str:
-    """What PYTHONPATH is to be for a process that finds this folder's modules first."""
+    """Return a PYTHONPATH with which a process finds the modules of this folder first."""
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which nothing listens."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -143,7 +143,7 @@ def free_port() -> int:
 
 
 async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = WAIT_S) -> None:
-    """Return as soon as it is true; fail where it does not become true within the time."""
+    """Return as soon as the condition is true; fail if it is still false after this time."""
     end = time.monotonic() + within_s
     while True:
         answer = true()

@@ -1,4 +1,4 @@
-"""Contact sheets of all that the animatic draws, to look at: `python -m tests.gallery OUT_DIR`, or `make gallery`."""
+"""Contact sheets of everything that the animatic draws, to look at: `python -m tests.gallery OUT_DIR`, or `make gallery`."""
 
 from __future__ import annotations
 

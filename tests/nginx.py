@@ -1,4 +1,4 @@
-"""The nginx of this machine with the configuration of deploy/, in front of one API process or more."""
+"""The nginx of this machine, with the configuration of deploy/, in front of one or more API processes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Nginx:
 
     @property
     def log(self) -> str:
-        """What it wrote of the requests that have ended."""
+        """Return its access log."""
         return (self._folder / "access.log").read_text()
 
     @property
     def errors(self) -> str:
-        """What it wrote of what went wrong."""
+        """Return its error log."""
         return "".join((self._folder / name).read_text() for name in ("error.log", "site-error.log"))
 
 
 def command(folder: Path, port: int, *api_ports: int) -> list[str]:
-    """How to start an nginx at a port, in front of the APIs at others; its files are written into the folder."""
+    """Return the command that starts an nginx on a port, in front of APIs on other ports; its files are written to the folder."""
     folder.mkdir()
     site = SITE.read_text()
     for written, here in [
@@ -52,7 +52,7 @@ def command(folder: Path, port: int, *api_ports: int) -> list[str]:
 
 @contextmanager
 def nginx(folder: Path, port: int, *api_ports: int) -> Iterator[Nginx]:
-    """An nginx at a port, in front of the APIs at others."""
+    """Yield an nginx on a port, in front of the APIs on other ports."""
     process = subprocess.Popen(command(folder, port, *api_ports), start_new_session=True)
     try:
         yield Nginx(f"http://127.0.0.1:{port}", folder)

@@ -1,4 +1,4 @@
-"""Programs and npm packages that only some machines have. A test that needs one is skipped where it is missing, and fails in CI."""
+"""Programs and npm packages that not all machines have. Where one is missing, a test that needs it is skipped, or fails in CI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def program(name: str, package: str) -> str:
-    """Return the path of a program of this machine."""
+    """Return the path of a program on this machine."""
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
     return found or missing(f"{name} (apt-get install {package})")
 
@@ -25,7 +25,7 @@ def node(folder: Path) -> str:
 
 
 def missing(what: str) -> NoReturn:
-    """Skip the test for want of something that this machine could have."""
+    """Skip the test because this machine lacks something; fail in CI."""
     if os.environ.get("CI"):
         pytest.fail(f"needs {what}")
     pytest.skip(f"needs {what}")

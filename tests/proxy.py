@@ -1,6 +1,6 @@
-"""A real proxy in front of a Valkey: it swallows one answer, holds answers back, cuts connections, or stands still.
+"""A real proxy in front of a Valkey. It can lose an answer, hold answers back, cut connections, or let nothing through.
 
-A lost answer is always the end of its connection: no network drops one message from the middle of a stream.
+A lost answer always ends its connection, since no network drops one message from the middle of a stream.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from movieq.queue.store import Store
 
 Command = list[bytes]
 Match = Callable[[Command, bytes], bool]
-"""Of a command and its answer, as it comes over the wire."""
+"""Whether to act on a command and its answer, given as bytes from the connection."""
 EMPTY = b"*0\r\n"
 
 
 def script(store: Store, name: str, *words: str) -> Match:
-    """Recognises the calls of a script that did something: with all of these words among the arguments, and no empty list for an answer."""
+    """Match calls of a script that changed something: all these words are among the arguments, and the answer is no empty list."""
     sha, source = store.scripts[name].sha.encode(), store.scripts[name].source.encode()
     wanted = {word.encode() for word in words}
 
@@ -33,13 +33,13 @@ def script(store: Store, name: str, *words: str) -> Match:
 
 
 class Proxy:
-    """What stands between; `url` is what a client is given in place of the server's."""
+    """A proxy in front of a Valkey; `url` is the address for clients."""
 
     def __init__(self, server: Path, path: Path) -> None:
         self.url = f"unix://{path}"
         self.swallowed: Command | None = None
         self.happened = asyncio.Event()
-        """An answer was swallowed, or is held back."""
+        """Set when an answer is lost or held back."""
         self._server = server
         self._swallow: Match | None = None
         self._hold: Match | None = None
@@ -49,36 +49,36 @@ class Proxy:
         self._open: set[_Pair] = set()
 
     def swallow(self, match: Match) -> None:
-        """The next answer to such a command is lost: the server has done it, the client hears nothing and is hung up on."""
+        """Lose the next answer to such a command: the server has run it, but the client gets no answer and its connection is closed."""
         self._swallow, self.swallowed = match, None
         self.happened.clear()
 
     def hold(self, match: Match) -> None:
-        """The next answer to such a command, and what follows it over that connection, is kept back until `release`."""
+        """Hold back the next answer to such a command, and all that follows on that connection, until `release`."""
         self._hold = match
         self.happened.clear()
         self._released.clear()
 
     def release(self) -> None:
-        """What was held back goes on."""
+        """Pass on what was held back."""
         self._hold = None
         self._released.set()
 
     def cut(self) -> None:
-        """Every connection ends."""
+        """Close every connection."""
         for pair in list(self._open):
             pair.close()
 
     def freeze(self) -> None:
-        """Connections stay, and are taken, but nothing goes over them: half open."""
+        """Accept and leave open connections, but pass nothing on: they are half open."""
         self._flowing.clear()
 
     def thaw(self) -> None:
-        """Everything goes on, with what had been sent meanwhile."""
+        """Pass on everything again, also what was sent meanwhile."""
         self._flowing.set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass everything on over one connection, until it ends."""
+        """Pass on everything on one connection until it ends."""
         try:
             there = await asyncio.open_unix_connection(str(self._server))
         except OSError:
@@ -135,7 +135,7 @@ class _Pair:
 
 
 async def _frame(reader: asyncio.StreamReader) -> tuple[bytes, Command]:
-    """The next whole message of Redis's protocol as it came, and its strings. Raises EOFError at the end."""
+    """Return the next whole message of Redis's protocol as bytes, and its strings. Raises EOFError at the end."""
     line = await reader.readline()
     if not line.endswith(b"\r\n"):
         raise EOFError
@@ -154,7 +154,7 @@ async def _frame(reader: asyncio.StreamReader) -> tuple[bytes, Command]:
 
 @asynccontextmanager
 async def proxy(server: Path) -> AsyncIterator[Proxy]:
-    """A proxy on a socket of its own, for the length of a block."""
+    """Yield a proxy on a socket of its own for the block."""
     with tempfile.TemporaryDirectory(prefix="movieq-proxy-") as folder:
         made = Proxy(server, Path(folder) / "proxy.sock")
         serving: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that refuses what R2 refuses, and fails in the ways that a far server fails."""
+"""A proxy in front of an S3 server that refuses what R2 refuses, and fails in the ways that a remote server fails."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Match = Callable[[web.BaseRequest], bool]
 
 
 class R2:
-    """What stands between; `endpoint` is what a client is given in place of the server's."""
+    """A proxy in front of an S3 server; `endpoint` is the address for clients."""
 
     def __init__(self, server: str, session: aiohttp.ClientSession) -> None:
         self.endpoint = ""
         self.asked: list[str] = []
-        """Method and path with query, of every request."""
+        """Method, and path with query, of every request."""
         self.refused: list[str] = []
-        """What R2 would not have taken."""
+        """What R2 refuses in the requests so far."""
         self.parts_at_once = 0
-        """The most that were under way together."""
+        """Most parts that were uploaded at the same time."""
         self.happened = asyncio.Event()
-        """A fault has begun."""
+        """Set when a fault begins."""
         self._server = server
         self._session = session
         self._sizes: dict[str, dict[int, int]] = defaultdict(dict)
@@ -36,7 +36,7 @@ class R2:
         self._fault: tuple[Match, int, Callable[[web.BaseRequest], Any]] | None = None
 
     def answer(self, status: int, code: str, match: Match, times: int = 1) -> None:
-        """The next requests that match are answered with this error."""
+        """Answer the next requests that match with this error."""
 
         async def fail(request: web.BaseRequest) -> web.StreamResponse:
             async for _ in request.content.iter_any():
@@ -46,7 +46,7 @@ class R2:
         self._set(match, times, fail)
 
     def cut(self, match: Match, after_bytes: int = 0, times: int = 1) -> None:
-        """The connections of the next requests that match end after so much of their bodies came."""
+        """Cut the connections of the next requests that match, after this many bytes of their bodies."""
 
         async def hang_up(request: web.BaseRequest) -> web.StreamResponse:
             came = 0
@@ -57,7 +57,7 @@ class R2:
         self._set(match, times, hang_up)
 
     def hang(self, match: Match, times: int = 1) -> None:
-        """Nothing is read of the next requests that match, and nothing answered."""
+        """Read nothing of the next requests that match, and answer nothing."""
 
         async def sleep(request: web.BaseRequest) -> web.StreamResponse:
             await asyncio.sleep(3600)
@@ -66,7 +66,7 @@ class R2:
         self._set(match, times, sleep)
 
     def slow(self, match: Match, seconds: float, times: int = 1) -> None:
-        """The next requests that match are passed on so much later."""
+        """Pass on the next requests that match only after this many seconds."""
 
         async def wait(request: web.BaseRequest) -> web.StreamResponse:
             await asyncio.sleep(seconds)
@@ -75,7 +75,7 @@ class R2:
         self._set(match, times, wait)
 
     def heal(self) -> None:
-        """No more faults."""
+        """End all faults."""
         self._fault = None
         self.happened.clear()
 
@@ -123,7 +123,7 @@ class R2:
         return None
 
     async def passed_on(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Return what the server answers to a request that is passed on to it as it came."""
+        """Pass a request on unchanged; return the server's answer."""
         url = URL(self._server + request.raw_path, encoded=True)
         body = request.content if request.can_read_body else None
         headers = {name: value for name, value in request.headers.items() if name != "Expect"}
@@ -160,7 +160,7 @@ def _error(status: int, code: str) -> web.Response:
 
 @asynccontextmanager
 async def r2(server: str) -> AsyncIterator[R2]:
-    """A proxy on a free port, for the length of a block."""
+    """Yield a proxy on a free port for the block."""
     async with aiohttp.ClientSession(
         auto_decompress=False, skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
     ) as session:

@@ -28,7 +28,7 @@ PORTS = [f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "a
 
 
 class Seaweed:
-    """The server of a folder. It keeps its ports, so that an endpoint stays good when it is killed and started again."""
+    """An S3 server on a folder. Its ports stay the same when it is killed and started again."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Seaweed:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """It answers."""
+        """Start the server; return once it answers."""
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         identity = {"name": "movieq", "actions": ["Admin"], "credentials": [{"accessKey": KEY_ID, "secretKey": SECRET}]}
@@ -70,24 +70,24 @@ class Seaweed:
         raise AssertionError((self.folder / "log").read_text()[-2000:])
 
     def client(self, endpoint: str = "") -> Any:
-        """Plain aiobotocore, for the length of a block: to look at what there is, past our own code."""
+        """Return a plain aiobotocore client, to look at the bucket without our own code."""
         return AioSession().create_client(
             "s3", endpoint_url=endpoint or self.endpoint, region_name="us-east-1", aws_access_key_id=KEY_ID, aws_secret_access_key=SECRET
         )
 
     async def make_bucket(self, name: str) -> None:
-        """The bucket is there, and empty."""
+        """Create an empty bucket."""
         async with self.client() as client:
             await client.create_bucket(Bucket=name)
 
     @property
     def pid(self) -> int:
-        """Of the server that runs."""
+        """The process id of the running server."""
         assert self._process is not None
         return self._process.pid
 
     def kill(self) -> None:
-        """As a crash does it."""
+        """Kill the server, as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -99,7 +99,7 @@ class Seaweed:
 
 @contextmanager
 def seaweed(folder: Path, *options: str) -> Iterator[Seaweed]:
-    """A server for the length of a block."""
+    """Yield a server for the block."""
     server = Seaweed(folder, *options)
     try:
         server.start()

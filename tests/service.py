@@ -1,4 +1,4 @@
-"""The whole service as a user runs it: `movieq up` in a folder of its own, and how a client talks to it."""
+"""The whole service as a user runs it, `movieq up` in a folder of its own, and the requests of a client."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Service:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Every line that it logged so far."""
+        """All lines that it has logged so far."""
         return [json.loads(line) for line in (self.folder / "log").read_text().splitlines() if line.startswith("{")]
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """The processes that it started that have these words for a name or in their command line, children of children too."""
+        """Return its child processes, at any depth, that have these words as name or in their command line."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -47,7 +47,7 @@ class Service:
         return found
 
     async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
+        """Send a request; return the status and the JSON of the answer."""
         async with (
             aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
             session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=70), **options) as answer,
@@ -55,14 +55,14 @@ class Service:
             return answer.status, await answer.json()
 
     async def submit(self, task_type: str, task_data: dict[str, Any], project: str = "film", **fields: Any) -> str:
-        """The id of an accepted task."""
+        """Submit a task; return its id."""
         body = {"project_id": project, "task_type": task_type, "task_data": task_data, **fields}
         status, answer = await self.call("POST", "/tasks/submit", json=body)
         assert status == 201, answer
         return str(answer["task_id"])
 
     async def ended(self, task_id: str, within_s: float = 120) -> dict[str, Any]:
-        """The status of a task that has ended."""
+        """Wait until the task ends; return its status."""
         end = time.monotonic() + within_s
         while True:
             _, answer = await self.call("GET", f"/tasks/{task_id}/status?wait={max(1, min(30, int(end - time.monotonic())))}")
@@ -71,14 +71,14 @@ class Service:
             assert time.monotonic() < end, answer
 
     async def upload(self, body: bytes, project: str = "film") -> str:
-        """The reference of an upload."""
+        """Upload a file; return its reference."""
         status, answer = await self.call("POST", f"/projects/{project}/uploads", data=body)
         assert status == 201, answer
         return str(answer["url"])
 
     @asynccontextmanager
     async def events(self, task_id: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        """The data of a task's events, as they come."""
+        """Yield the data of a task's events, as they come."""
         async with (
             aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
             session.get(f"{self.url}/api/v1/tasks/{task_id}/events", timeout=aiohttp.ClientTimeout(total=120)) as answer,
@@ -96,7 +96,7 @@ class Service:
                 yield {**json.loads(value), "event": name}
 
     async def until(self, task_id: str, condition: str, value: Any, within_s: float = 60) -> dict[str, Any]:
-        """The first event of the task whose field has this value."""
+        """Return the first event of the task in which this field has this value."""
         async with asyncio.timeout(within_s), self.events(task_id) as events:
             async for event in events:
                 if event.get(condition) == value:
@@ -105,14 +105,14 @@ class Service:
 
 
 async def fetched(url: str) -> tuple[int, Any, bytes]:
-    """Status, headers and body of an address, as anybody gets them."""
+    """Fetch a URL without a key; return status, headers and body."""
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, answer.headers, await answer.read()
 
 
 @contextmanager
 def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator[Service]:
-    """`movieq up` for the length of a block; afterwards nothing that it started is left."""
+    """Yield a `movieq up` for the block; afterwards none of its processes is left."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
         "MOVIEQ_LOG_FORMAT": "json",
@@ -141,7 +141,7 @@ def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator
 
 
 class Receiver:
-    """A receiver of webhooks: what came, and what is answered (the last answer goes on)."""
+    """A receiver of webhooks. It records the requests, and answers with these statuses in turn; the last one repeats."""
 
     def __init__(self, *answers: int) -> None:
         self.answers = list(answers) or [200]
@@ -155,7 +155,7 @@ class Receiver:
         return web.Response(status=self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
 
     async def wait_for(self, count: int, within_s: float = 60) -> list[tuple[dict[str, str], bytes]]:
-        """The requests, when there are as many."""
+        """Wait for this many requests, and return all."""
         async with asyncio.timeout(within_s):
             while len(self.requests) < count:
                 self._came.clear()
@@ -165,7 +165,7 @@ class Receiver:
 
 @asynccontextmanager
 async def receiver(*answers: int) -> AsyncIterator[Receiver]:
-    """A receiver on a free port of this machine."""
+    """Yield a receiver on a free port of this machine."""
     made = Receiver(*answers)
     async with serving({"/hook": made.handle}, "POST") as url:
         made.url = f"{url}/hook"
@@ -174,7 +174,7 @@ async def receiver(*answers: int) -> AsyncIterator[Receiver]:
 
 @asynccontextmanager
 async def serving(routes: dict[str, Any], method: str = "GET", port: int = 0) -> AsyncIterator[str]:
-    """A web server of these handlers, on a free port unless one is named; its address."""
+    """Run a web server with these handlers, on a free port or this one; yield its URL."""
     application = web.Application()
     for path, handler in routes.items():
         application.router.add_route(method, path, handler)

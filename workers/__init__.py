@@ -1,1 +1,1 @@
-"""The worker: claims tasks, drives its engines' processes, stores and delivers what they make."""
+"""The worker: claims tasks, drives the engine processes, and stores and delivers their output."""

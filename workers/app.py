@@ -1,4 +1,4 @@
-"""Run one worker process from its settings until it is told to end."""
+"""Run one worker process from its settings until a signal ends it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from workers.supervisor import Child, ChildUnfit
 from workers.worker import Worker
 
 DELIVERIES: Final = 32
-"""How many a worker has in hand at once."""
+"""Most deliveries that a worker runs at once."""
 
 log = logs.get()
 
 
 async def serve(settings: Settings) -> None:
-    """Run a worker of these settings until a signal ends it. Raises SettingsError."""
+    """Run a worker with these settings until a signal ends it. Raises SettingsError."""
     provenance = Provenance(settings.file_tags, credentials.load(settings), settings.c2pa_required)
     children = _children(settings)
     worker_id = f"{socket.gethostname().partition('.')[0]}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -83,7 +83,7 @@ async def serve(settings: Settings) -> None:
                 retention=Retention(worker_id, found.store, found.files, found.storage, settings),
                 functions=[
                     *(func(run_task, name=task_type) for task_type in REGISTRY.tasks),
-                    # its own limits are shorter: what arq cuts off, it would not begin again
+                    # `deliver` has shorter limits of its own: arq never retries a job that it has cut off
                     func(deliver, name="deliver", max_tries=1_000_000, keep_result=0, timeout=DAY_S),
                 ],
                 queue_name=found.redis.default_queue_name,
@@ -104,7 +104,7 @@ async def serve(settings: Settings) -> None:
 
 
 async def _work(worker: Worker, found: assembly.Installation) -> None:
-    """Run the worker until it ends. Raises SettingsError where no engine can work."""
+    """Run the worker until it ends. Raises SettingsError if no engine can work on this machine."""
     try:
         async with asyncio.TaskGroup() as group:
             following = group.create_task(found.follow_signing_secret())
@@ -122,33 +122,36 @@ async def _work(worker: Worker, found: assembly.Installation) -> None:
 
 @contextmanager
 def _spool(settings: Settings) -> Iterator[Path]:
-    """Yield the worker's folder. Raises SettingsError where it cannot be made."""
+    """Yield the worker's folder. Raises SettingsError if it cannot be created."""
     try:
         entered = ExitStack()
         folder = entered.enter_context(spool(Path(settings.spool) if settings.spool else None))
     except OSError as error:
         where = settings.spool or tempfile.gettempdir()
         raise SettingsError(
-            f"{variable('spool')}: no folder can be made in {where}: {error.strerror}; name a folder with room that this user may write to"
+            f"{variable('spool')}: cannot create a folder in {where}: {error.strerror}; name one with space that this user may write to"
         ) from None
     with entered:
         yield folder
 
 
 def _gone_within(seconds: float) -> None:
-    """End the process by then, even if a thread or a system call of it never returns."""
+    """End the process after this many seconds, even if one of its threads or system calls never returns."""
     timer = threading.Timer(seconds, _leave)
     timer.daemon = True
     timer.start()
 
 
 def _leave() -> None:
-    log.error("worker_cut_off", problem="something did not end within its time")
+    log.error("worker_cut_off", problem="a part of the worker did not end in time")
     os._exit(1)
 
 
 def _children(settings: Settings) -> list[Child]:
-    """A child for each GPU, and those for the CPU: which serve the queues of GPUs only where there is none and they are named."""
+    """Return a child for each GPU and `cpu_slots` children for the CPU.
+
+    Children for the CPU serve the queues of GPUs only if the settings name these queues and the machine has no GPU.
+    """
     devices = checks.devices(settings.devices)
     on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.queues or list(Kind) if kind is not Kind.CPU_INTENSIVE)
     on_cpu = settings.queues or (Kind.CPU_INTENSIVE,)

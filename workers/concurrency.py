@@ -1,4 +1,4 @@
-"""Waiting for events, work beside a block, and work that no cancel may cut short."""
+"""Wait for events, run work beside a block, and shield work from a cancel."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Final, TypeVar
 from movieq import logs
 
 CANCEL_AGAIN_S: Final = 0.5
-"""After so long a task that has not ended is cancelled again."""
+"""Wait before a task that has not ended is cancelled again, in seconds."""
 
 T = TypeVar("T")
 log = logs.get()
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set, or the time is over."""
+    """Wait until the event is set, but at most this many seconds."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -27,7 +27,7 @@ async def set_within(event: asyncio.Event, seconds: float) -> None:
 
 @asynccontextmanager
 async def beside(**parts: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run parts, each under its name, for as long as the block runs. One that raises is logged at once, and the block goes on."""
+    """Run the named coroutines while the block runs, then cancel them. If one raises, that is logged at once and the block goes on."""
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     for task in tasks:
         task.add_done_callback(_log_death)
@@ -43,7 +43,7 @@ def _log_death(task: asyncio.Task[Any]) -> None:
 
 
 async def first(*waits: Coroutine[Any, Any, Any], within_s: float | None = None) -> None:
-    """Wait until the first of these has ended, or the time is over; then cancel the others. Raises what the first raised."""
+    """Wait until the first of these ends, but at most `within_s`; then cancel the others. Raises what the first one raised."""
     tasks = [asyncio.ensure_future(each) for each in waits]
     try:
         done, _ = await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
@@ -54,7 +54,7 @@ async def first(*waits: Coroutine[Any, Any, Any], within_s: float | None = None)
 
 
 async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait until they have ended. A cancel that a library swallows is repeated: else this would wait for ever."""
+    """Cancel the tasks and wait until they have ended. The cancel is repeated, because a library may swallow one."""
     left = set(tasks)
     while left:
         for task in left:
@@ -63,9 +63,9 @@ async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T], unless: Callable[[], bool] = lambda: False) -> T:
-    """Return the result of `work`, which runs to its end though its caller is cancelled; then that cancel goes on.
+    """Return the result of `work`. If the caller is cancelled, `work` still runs to its end before the cancel goes on.
 
-    A cancel for which `unless()` holds cancels the work too.
+    If `unless()` is true when the cancel comes, `work` is cancelled too.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

@@ -1,9 +1,10 @@
-"""Deliver how a task ended: plain arq jobs that write its result to the CMS and send a webhook to `callback_url`.
+"""Deliver the outcome of tasks: plain arq jobs that write results to the CMS and send webhooks to `callback_url`.
 
-The script that finished the task stored the facts in the outbox; here they become a body or a document, with URLs signed at the time of
-sending, and go out until the receiver accepts them: ten tries over a day and a half. Delivery is at least once: another worker
-takes over the job of one that died after half a minute. The CMS has one document for each task all the same: a try looks for one before it
-creates one, and where the answer to a try was lost, so that it may have created a second one, doubles are removed a minute later.
+The script that ends a task writes its deliveries to the outbox. A job turns each of them into a webhook body or a CMS document, with URLs
+signed at the time of sending, and tries until the receiver accepts it: ten times over a day and a half. Delivery is at least once: if a
+worker dies, another takes over its job after half a minute. Even so the CMS ends up with one document for each task: a try looks for a
+document before it creates one. If the answer to a try was lost, the try may have created a second document; a minute later duplicates are
+removed.
 """
 
 from __future__ import annotations
@@ -40,27 +41,30 @@ from workers.concurrency import beside
 
 TRIES: Final = 10
 SCHEDULE_S: Final = (0.0, 5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
-"""The wait before each try, counted from the one before; the last one repeats."""
+"""Waits before the first try, the second and so on, in seconds; the last one repeats."""
 JITTER: Final = 0.1
-"""By how much of itself a wait varies, so that deliveries that failed together do not come back together."""
+"""Share by which a wait varies at random, so that deliveries that failed together are not retried together."""
 INTERRUPTED_S: Final = 5.0
 TURN_S: Final = 30.0
-"""How often a webhook checks whether the one before it, of the same task, has ended; that end makes this one due anyway."""
+"""Wait of a webhook for an earlier delivery of its task, in seconds. The end of that one makes the webhook due sooner."""
 DOUBT_S: Final = 60.0
-"""How long a CMS that hung has to finish what it is still doing, before doubles are removed."""
+"""Time in which a CMS that hung may finish its writes before duplicates are removed, in seconds."""
 DEPOSITS: Final = 8
-"""How many uploads to the CMS a worker has in progress: its other places are for webhooks, also while a CMS hangs."""
+"""Most CMS deliveries that a worker runs at once. The rest of its jobs stay free for webhooks, even while a CMS hangs."""
 BUSY_S: Final = 3.0, 9.0
-"""Shortest and longest wait of a delivery to the CMS that found no place."""
+"""Shortest and longest wait of a CMS delivery while `DEPOSITS` others run, in seconds."""
 HELD_S: Final = 30.0
-"""How long the job of a worker that died is left alone."""
+"""Time until the job of a worker that died is taken over, in seconds."""
 
 log = logs.get()
 _EVENT: Final = {TaskStatus.COMPLETED: "complete", TaskStatus.FAILED: "error", TaskStatus.CANCELLED: "cancelled"}
 
 
 class DeliveryParts(msgspec.Struct, frozen=True):
-    """What a delivery works with. `cms` is None where there is none; its files pass through `spool`, or the system's temporary folder."""
+    """The connections and settings that deliveries share.
+
+    `cms` is None if the installation has none. Files for the CMS pass through `spool`, or through the system's temporary folder.
+    """
 
     redis: Redis
     outbox: Outbox
@@ -74,7 +78,7 @@ class DeliveryParts(msgspec.Struct, frozen=True):
 
 
 class _Attempt(msgspec.Struct, frozen=True):
-    """The outcome of a try. `final`: another cannot help. `doubt`: the CMS may have other documents than that of `media_id`."""
+    """The outcome of a try. `final`: another try cannot help. `doubt`: the CMS may have duplicates of the document `media_id`."""
 
     ok: bool
     final: bool = False
@@ -86,7 +90,7 @@ class _Attempt(msgspec.Struct, frozen=True):
 
 
 async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
-    """Try a delivery: the arq function of deliveries. Raises Retry where it is to be tried again."""
+    """Try a delivery once (the arq function of deliveries). Raises Retry if it is to be tried again."""
     parts: DeliveryParts = ctx["delivery_parts"]
     try:
         async with _held(parts.redis, ctx["job_id"]):
@@ -94,7 +98,7 @@ async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
     except (Retry, asyncio.CancelledError):
         raise
     except REDIS_AWAY as error:
-        # to arq any other exception is the end of the job, and the delivery would be lost
+        # after any other exception arq would end the job, and the delivery would be lost
         log.warning("deliver_interrupted", delivery_id=delivery_id, problem=str(error) or type(error).__name__)
         raise Retry(defer=INTERRUPTED_S) from error
     except Exception as error:
@@ -103,7 +107,7 @@ async def deliver(ctx: dict[str, Any], delivery_id: str) -> None:
 
 
 def wait_s(tries: int) -> float:
-    """Return the wait after so many tries."""
+    """Return the wait after this many tries, in seconds."""
     return SCHEDULE_S[min(tries, len(SCHEDULE_S) - 1)] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # spreads load, hides nothing
 
 
@@ -136,7 +140,7 @@ async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, trie
     facts = {"delivery_id": delivery_id, "kind": delivery.kind, "url": logs.without_query(delivery.url), "tries": tries}
     over = not tried.ok and (tried.final or tries >= TRIES)
     state = DeliveryState.DELIVERED if tried.ok else DeliveryState.FAILED if over else DeliveryState.PENDING
-    media_id = None if state is DeliveryState.PENDING else tried.media_id  # else a document is still to be pointed at it
+    media_id = None if state is DeliveryState.PENDING else tried.media_id  # while pending, another document still has to point at it
     known = await parts.outbox.delivered(delivery_id, state, tries, tried.status, tried.problem, media_id)
     match state:
         case DeliveryState.DELIVERED:
@@ -147,14 +151,14 @@ async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, trie
             again_s = max(wait_s(tries), tried.retry_after_s)
             log.warning("deliver_again", **facts, problem=tried.problem, again_in_s=round(again_s, 1))
             raise Retry(defer=again_s)
-    if tried.doubt or (media_id is not None and known not in (None, media_id)):  # or another worker was faster with the same delivery
+    if tried.doubt or (media_id is not None and known not in (None, media_id)):  # `known`: another worker was first
         await parts.outbox.doubt(delivery_id, True)
         raise Retry(defer=DOUBT_S)
 
 
 @asynccontextmanager
 async def _held(redis: Redis, job_id: str) -> AsyncIterator[None]:
-    """Keep the job from other workers while the block runs, and for half a minute after this worker died in it."""
+    """Hold the job while the block runs. If this worker dies in it, another can take over the job after half a minute."""
 
     async def hold() -> None:
         while True:
@@ -208,11 +212,11 @@ def webhook(delivery: Delivery, storage: Storage) -> Webhook:
 
 
 async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _Attempt:
-    """Write a document of the result to the CMS, and point the document that the task's metadata name at it."""
+    """Write the result to the CMS as a document, and make the document that the task's metadata name refer to it."""
     media_id, doubt = delivery.media_id, delivery.doubt
     try:
         if parts.cms is None:
-            raise CmsFault("this worker knows no CMS: MOVIEQ_PAYLOAD_URL is not set where it runs")
+            raise CmsFault("this worker has no CMS: set MOVIEQ_PAYLOAD_URL where it runs")
         if media_id is None:
             known = await parts.cms.find(delivery.task_id)
             document = known[0] if known else await _create(parts, parts.cms, delivery_id, delivery)
@@ -226,17 +230,17 @@ async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -
         return _Attempt(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)
     except StorageFault as fault:
         log.warning("result_not_read", delivery_id=delivery_id, problem=fault.message)  # the message names folders of this machine
-        return _Attempt(False, problem="the result cannot be read from the storage just now")
+        return _Attempt(False, problem="the result cannot be read from the storage at the moment")
     return _Attempt(True, status=200, media_id=media_id, doubt=doubt)
 
 
 async def _check_size(cms: Payload, document: Document, delivery: Delivery) -> None:
-    """Remove a document whose file the CMS did not store whole, and raise CmsFault."""
+    """Raise CmsFault if the CMS did not store the whole file, and remove the document."""
     assert delivery.result is not None
     media = delivery.result.media[0]
     if cms.takes_files and not document.whole(media):
         await cms.remove(document.id)
-        raise CmsFault(f"the CMS stored {document.filesize} of {media.size_bytes} bytes: see its log, and the disk of its `staticDir`")
+        raise CmsFault(f"the CMS stored {document.filesize} of {media.size_bytes} bytes: check its log, and the disk of its `staticDir`")
 
 
 async def _create(parts: DeliveryParts, cms: Payload, delivery_id: str, delivery: Delivery) -> Document:
@@ -250,18 +254,18 @@ async def _create(parts: DeliveryParts, cms: Payload, delivery_id: str, delivery
         if cms.takes_files:
             file = Path(folder) / "file"
             if await parts.storage.open(media.key, file) is None:
-                raise CmsFault("the file is not in the storage any more", final=True)
+                raise CmsFault("the file is no longer in the storage", final=True)
         await parts.outbox.doubt(delivery_id, True)
         try:
             return await cms.create(fields, file, name, media.content_type)
         except CmsFault as fault:
             if fault.status is not None and fault.status < 500 and not delivery.doubt:
-                await parts.outbox.doubt(delivery_id, False)  # it refused: there is none
+                await parts.outbox.doubt(delivery_id, False)  # the CMS refused the document, so there is none
             raise
 
 
 async def _remove_doubles(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> None:
-    """Remove the documents that tries with a lost answer have created, except the one that the task's result names."""
+    """Remove the duplicates that tries with a lost answer have created; the document that the task's result names stays."""
     task = await parts.queries.task(delivery.task_id)
     named = task.result.payload_media_id if task is not None and task.result is not None else None
     if parts.cms is None or named is None:

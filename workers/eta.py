@@ -1,8 +1,8 @@
-"""How far a run is, and how many seconds it has left, from its stages and its measured speed.
+"""The progress of a run and its ETA, from its stages and its measured speed.
 
-The engine announces what share of the time each stage has. The remaining time follows from the speed that was measured: for the current
-stage from its first step to its latest (what comes before the first step is paid once), for later stages from all that was done so far.
-Until enough was done to know these, the task's estimate stands in: the median of what tasks of its shape took lately.
+The engine announces which share of the time each stage has. The remaining time follows from the measured speed: for the current stage, the
+speed from its first step to its latest (the work before the first step comes only once); for later stages, the speed of all work so far.
+Until enough work is done to measure these, the task's estimate is used: the median time of recent tasks of its shape.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from workers.protocol import Stage
 FETCH_SHARE: Final = 0.02
 ENGINE_SHARE: Final = 0.93
 UPLOAD_AT: Final = FETCH_SHARE + ENGINE_SHARE
-"""The shares of progress that fetching the inputs and the engine have; the upload has the rest, and the commit makes it 1."""
+"""The progress when the upload begins, after the shares of fetching the inputs and of the engine. The commit sets it to 1."""
 LEAST_WEIGHT: Final = 1e-6
-"""The weight of a stage whose announced one is not positive and finite. The heaviest stage has 1."""
+"""The least weight of a stage, also used if the announced weight is not positive and finite. The heaviest stage has 1."""
 KNOWN_AT: Final = 0.2
-"""The share of the engine's work after which its measured speed counts alone, and the estimate no longer."""
+"""The share of the engine's work after which only its measured speed counts, no longer the estimate."""
 STAGE_KNOWN_AT: Final = 0.1
-"""The same for a stage and its own speed."""
+"""The share of a stage after which only the stage's own speed counts for it."""
 
 
 class Eta:
-    """The progress and the remaining time of one run, from its start."""
+    """The progress and the remaining time of one run."""
 
     def __init__(self, estimate_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._estimate_s = estimate_s
@@ -38,21 +38,21 @@ class Eta:
         self._stages: tuple[Stage, ...] = ()
         self._place = 0
         self._share = 0.0
-        """How much of the current stage is done."""
+        """The share of the current stage that is done, 0 to 1."""
         self._first: tuple[float, float] | None = None
-        """The share that the first step of the stage did, and when."""
+        """The share of the stage that was done after its first step, and the time of that step."""
         self._engine_started_s = self._latest_s = self._started_s
         self.progress = 0.0
 
     def plan(self, stages: tuple[Stage, ...]) -> Stage | None:
-        """Note that the engine starts and has these stages; return the first."""
+        """Record that the engine starts with these stages; return the first, or None if there is none."""
         self._stages = _normalised(stages)
         self._engine_started_s = self._latest_s = self._clock()
         self.progress = FETCH_SHARE
         return self._stages[0] if stages else None
 
     def step(self, name: str, step: int, steps: int) -> Stage | None:
-        """Note that `step` of `steps` of a stage are done; return the stage, or None where it was not announced, or is over."""
+        """Record that `step` of `steps` of a stage are done; return the stage, or None if it was not announced or has ended."""
         place = next((place for place, stage in enumerate(self._stages) if stage.name == name and place >= self._place), None)
         if place is None:
             return None
@@ -65,7 +65,7 @@ class Eta:
         return self._stages[place]
 
     def remaining_s(self) -> float:
-        """Return the seconds until the end of the run, as far as is known now."""
+        """Return the estimated seconds until the end of the run."""
         tail_s = self._estimate_s * (1 - UPLOAD_AT)
         if not self._stages:
             return max(self._estimate_s - (self._clock() - self._started_s), tail_s)
@@ -91,7 +91,7 @@ class Eta:
 
 
 def _normalised(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Return the stages with weights from `LEAST_WEIGHT` to 1, whatever a plug-in announces: weights that add up to a finite number."""
+    """Return the stages with weights from `LEAST_WEIGHT` to 1, so that their sum is finite whatever a plug-in announces."""
     heaviest = max((stage.weight for stage in stages if 0 < stage.weight < math.inf), default=1.0)
     return tuple(msgspec.structs.replace(stage, weight=_share_of(stage.weight, heaviest)) for stage in stages)
 

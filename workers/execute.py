@@ -1,8 +1,8 @@
-"""One task from claim to commit: fetch its inputs, have the engine render, store the files, commit the result.
+"""Run one task from claim to commit: fetch its inputs, let the engine render, store the files, commit the result.
 
-The outcome of a run is a value (workers/outcome.py), reported to the store once, by one verb, which is repeated while Redis is away. A
-failed upload does not cost another rendering: the run keeps its lease, frees its slot and goes on trying; where its worker dies, another
-worker of this host finds the files.
+The outcome of a run is a value (workers/outcome.py). It is reported to the store once, by one verb, which is repeated while Redis is away.
+A failed upload does not cause another rendering: the run holds its lease, frees its slot and retries the upload. If its worker dies,
+another worker of this host finds the files.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from workers.retry import insist, retry_delay_ms
 from workers.running import Parts, Running, Stop
 
 OUT: Final = "out"
-"""The folder of a run's spool that its engine writes files to."""
+"""The folder in a run's spool that its engine writes files to."""
 UPLOAD_S: Final = 1.0, 60.0
-"""Shortest and longest wait before a file that could not be stored is tried again."""
+"""Shortest and longest wait before a failed upload is tried again, in seconds."""
 
 log = logs.get()
 
 
 async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
-    """Run a task: the arq function of every task type. When it returns, the outcome of the run is reported.
+    """Run a task and report its outcome (the arq function of every task type).
 
     `ctx` holds `parts` and `running`.
     """
@@ -73,20 +73,20 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
 
 
 async def refuse_task(ctx: dict[str, Any], problem: str, *, damaged: bool = False) -> None:
-    """Requeue a task for which this worker has no function, uncounted; one whose parameters are `damaged` counts as a try.
+    """Requeue a task that this worker cannot run; called in place of `run_task`.
 
-    Called in place of `run_task`.
+    The run counts as a try only if the parameters are `damaged`.
     """
     running: Running = ctx["running"]
     task = running.task
-    requeued = Requeued(problem, InternalFault.code, delay_ms=retry_delay_ms(task.attempt))  # perhaps no worker has it yet
+    requeued = Requeued(problem, InternalFault.code, delay_ms=retry_delay_ms(task.attempt))  # perhaps no worker can run it yet
     with _started(running):
         await _report(ctx["parts"], running, unreadable(problem, task) if damaged else requeued)
 
 
 @contextmanager
 def _started(running: Running) -> Iterator[None]:
-    """The run has begun, and every line of the log names its task. In the end its slot is free."""
+    """Mark the run as started and bind its task to the log lines of the block; free its slot in the end."""
     running.started = True
     try:
         with logs.bound(task_id=running.task.task_id, project_id=running.task.project_id):
@@ -96,7 +96,7 @@ def _started(running: Running) -> Iterator[None]:
 
 
 async def _outcome(parts: Parts, running: Running, task_data: dict[str, Any]) -> Outcome:
-    """Run the task and return how that ended, also where the run was cancelled: `_report` lets the cancel go on."""
+    """Run the task and return its outcome, also if the run is cancelled: `_report` lets the cancel go on."""
     try:
         if running.stop_reason is not None:
             return _stopped(running.stop_reason)
@@ -113,7 +113,7 @@ async def _outcome(parts: Parts, running: Running, task_data: dict[str, Any]) ->
 
 
 def _stopped(reason: Stop | None) -> Outcome:
-    """Return the outcome of a run that was stopped; without a reason its worker is."""
+    """Return the outcome of a stopped run. Without a reason it was its worker that was stopped."""
     if reason is not None and not reason.may_write:
         return Lost(reason)
     overdue = reason is Stop.OVERDUE
@@ -124,27 +124,27 @@ def _stopped(reason: Stop | None) -> Outcome:
 
 
 def check_able(parts: Parts, task: Task) -> None:
-    """Raise Unable where this worker lacks the engine or the model of the task."""
+    """Raise Unable if this worker lacks the engine or the model of the task."""
     if task.engine not in REGISTRY.engines:
-        raise Unable(f"this worker has no engine {task.engine}: the task waits for one that has", EngineUnavailable.code)
+        raise Unable(f"this worker has no engine {task.engine}: the task waits for a worker that has it", EngineUnavailable.code)
     if task.engine != models.ANIMATIC and task.model not in parts.models:
-        raise Unable(f"this worker has no model {task.model}: the task waits for one that has", ModelUnavailable.code)
+        raise Unable(f"this worker has no model {task.model}: the task waits for a worker that has it", ModelUnavailable.code)
 
 
 def _parsed(task: Task, task_data: Any) -> Params:
-    """Return the parameters of the task. Raises Unable, or Unreadable where a worker of another version may be able to read them."""
+    """Return the parameters of the task. Raises Unable if the task type is unknown, Unreadable if the parameters cannot be read."""
     if (spec := REGISTRY.tasks.get(TaskType(task.task_type))) is None:
-        raise Unable(f"this worker does not know {task.task_type}: the task waits for one that does", EngineUnavailable.code)
+        raise Unable(f"this worker has no task type {task.task_type}: the task waits for a worker that has it", EngineUnavailable.code)
     try:
         return params.convert(spec.params, task_data)
     except (msgspec.ValidationError, AttributeError) as error:
         place = str(error).partition(" - at `$")[2].removesuffix("`")
         log.warning("params_unread", problem=str(error))
-        raise Unreadable(f"this worker cannot read task_data{place}: it was accepted by another version") from None
+        raise Unreadable(f"this worker cannot read task_data{place}: another version of movieq accepted it") from None
 
 
 async def _rendered(parts: Parts, running: Running, parsed: Params, task_data: dict[str, Any], spool: Path) -> Finished:
-    """Return the files of the task, rendered, signed and saved where they outlive this worker. The slot is free then."""
+    """Render the task and free its slot; return the files, signed and saved where they outlive this worker."""
     assert running.child is not None
     assert running.group is not None
     async with reporting(parts.store, running) as reporter:
@@ -194,7 +194,7 @@ def _request(parts: Parts, running: Running, parsed: Params, task_data: dict[str
 
 
 async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredResult:
-    """Store the files and return the result; try for as long as the run holds its lease. Raises what only another run can mend."""
+    """Store the files and return the result. Failed uploads are retried; raises faults that only another run can cure."""
     task, done = running.task, finished.done
     spec = REGISTRY.tasks[TaskType(task.task_type)]
     prefix = f"projects/{task.project_id}/{spec.folder}/{task.task_id}/{running.run}"
@@ -211,7 +211,7 @@ async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredR
             host=socket.gethostname() if finished.folder else "",
             made_ms=running.rendered_ms,
         )
-    )  # before the first byte: whatever becomes of the run, its files are known
+    )  # before the first byte, so that the files can be found and deleted however the run ends
     running.prefix = prefix
     try:
         keys = {produced.role: await _put(parts, running, finished, prefix, produced) for produced in done.files}
@@ -235,7 +235,7 @@ async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredR
 
 
 async def _put(parts: Parts, running: Running, finished: Finished, prefix: str, produced: Produced) -> tuple[str, int]:
-    """Return the key that a file is stored under, and its size in bytes. Raises what another try cannot mend."""
+    """Store a file; return its storage key and its size in bytes. Raises faults that another try cannot cure."""
     path = Path(produced.path)
     key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{path.suffix}"
     backoff = Backoff(*UPLOAD_S)
@@ -255,7 +255,7 @@ async def _put(parts: Parts, running: Running, finished: Finished, prefix: str, 
 
 
 def _raise_where_final(fault: StorageFault, path: Path) -> None:
-    """Raise where the file cannot be stored by trying again: its key is taken, it is gone, or this machine cannot open it."""
+    """Raise if another try cannot help: the storage key is taken, the file is gone, or this machine cannot open it."""
     if isinstance(fault, KeyTaken):
         raise fault
     if any(isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE) for cause in causes(fault)):
@@ -264,21 +264,24 @@ def _raise_where_final(fault: StorageFault, path: Path) -> None:
         log.error("finished_file_gone", path=str(path))
         if not path.parent.is_dir():
             raise HostFault(PLACE[errno.ENOENT]) from None
-        raise InternalFault("a rendered file was gone before it was stored") from None
+        raise InternalFault("a rendered file disappeared before it was stored") from None
 
 
 # ── Reporting ──
 
 
 async def _report(parts: Parts, running: Running, outcome: Outcome) -> None:
-    """Report the outcome; a cancel that came before or meanwhile goes on once the store has answered, or the worker abandons the run."""
+    """Report the outcome. A cancel that came before or meanwhile goes on once the store has answered or the worker abandons the run."""
     await uninterrupted(_reported(parts, running, outcome), unless=lambda: running.abandoned)
     if (task := asyncio.current_task()) is not None and task.cancelling():
         raise asyncio.CancelledError
 
 
 async def _reported(parts: Parts, running: Running, outcome: Outcome) -> None:
-    """The run is over, whatever its last verb meets: it is named in no renewal, so that its task is requeued."""
+    """Write the outcome; if that fails, write the outcome that follows from the failure.
+
+    A fault of a script is only logged: the run has ended and its lease is not renewed, so its task is requeued.
+    """
     try:
         await _write(parts, running, outcome)
     except RunLost:
@@ -293,7 +296,7 @@ async def _reported(parts: Parts, running: Running, outcome: Outcome) -> None:
 
 
 async def _write(parts: Parts, running: Running, outcome: Outcome) -> None:
-    """Write the outcome to the store, and log it. Raises RunLost where another run has the task."""
+    """Write the outcome to the store, and log it. Raises RunLost if the run no longer holds its task."""
     store, task, run = parts.store, running.task, running.run
     match outcome:
         case Completed():
@@ -317,7 +320,7 @@ async def _write(parts: Parts, running: Running, outcome: Outcome) -> None:
             else:
                 log.info("run_lost", attempt=task.attempt)
             if (prefix := running.prefix) is not None:
-                # its files are to be deleted, also those stored after the task was given on: this process may have stood still for hours
+                # its files must be deleted, also those stored after another run got the task: this process may have been frozen for hours
                 await insist(lambda: parts.files.add_orphan(prefix))
 
 

@@ -1,6 +1,6 @@
-"""Whether an exception is the fault of the task or of this machine, and its text for clients.
+"""Tell faults of this machine from faults of a task, and turn exceptions into text for clients.
 
-Used on both sides of the pipe. The log has the whole error; the text for clients names no path and no class.
+The worker and its engine processes use this. The log has the whole error; the text for clients names no path and no class.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HOST: Final = {
     errno.EDQUOT: "its disk quota is used up",
     errno.EFBIG: "it may not write files of this size",
     errno.EROFS: "its disk is read-only",
-    errno.EIO: "its disk fails",
-    errno.ESTALE: "its disk has gone",
+    errno.EIO: "its disk reports errors",
+    errno.ESTALE: "its disk is no longer there",
     errno.EMFILE: "it has too many files open",
     errno.ENFILE: "it has too many files open",
 }
-"""Errors of the operating system that no task causes, and what is wrong with the machine then, as a clause about it."""
+"""Errors of the operating system that no task causes -> the problem of the machine, as a clause about it."""
 PLACE: Final = {
     errno.ENOENT: "its working folder is gone",
     errno.ENOTDIR: "its working folder is gone",
@@ -33,7 +33,7 @@ PLACE: Final = {
     errno.EACCES: "it may not write to its working folder",
     errno.EPERM: "it may not write to its working folder",
 }
-"""The same for errors about a file in the folder that the worker works in."""
+"""The same for errors about a file in the worker's spool."""
 _LIBRARIES: Final = "av."
 """Modules whose "input/output error" may mean a damaged file: PyAV."""
 LONGEST: Final = 500
@@ -41,11 +41,11 @@ LONGEST: Final = 500
 _DEVICE: Final = re.compile(
     r"ECC|uncorrectable|no CUDA-capable device|device\(s\) is/are busy|unavailable|initialization error|NVLink|unknown error"
 )
-"""What CUDA says where the device itself is at fault, whatever it was given to do."""
+"""Matches the messages of CUDA that mean that the device itself is at fault, whatever task it ran."""
 
 
 class HostFault(MovieqError):
-    """This machine, or with `device` one device of it, cannot work: the next task would fail too. The message says why."""
+    """This machine, or with `device` one of its devices, cannot work: the next task would fail too. The message names the problem."""
 
     def __init__(self, message: str, *, device: bool = False) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class HostFault(MovieqError):
 
 
 def host_problem(error: BaseException | None, *places: Path) -> str | None:
-    """Return what is wrong with this machine, where the error or a cause of it says so. `places`: the folders that the worker works in."""
+    """Return the problem of this machine that the error or one of its causes shows, if any. `places`: the folders of the worker."""
     for cause in causes(error):
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError) and cause.errno is not None:
             foreign = type(cause).__module__.startswith(_LIBRARIES)
@@ -65,7 +65,7 @@ def host_problem(error: BaseException | None, *places: Path) -> str | None:
 
 
 def device_problem(error: BaseException | None) -> str | None:
-    """Return what is wrong with the device, where CUDA says so. A kernel that failed is no such case: its input may be at fault."""
+    """Return the problem of the device that CUDA reports, if any. A failed kernel is not one: its input may be at fault."""
     found = any("CUDA" in str(cause) and _DEVICE.search(str(cause)) for cause in causes(error))
     return "its GPU does not work" if found else None
 
@@ -85,7 +85,7 @@ def said(error: BaseException) -> str:
 
 
 def _own_places() -> list[str]:
-    """Folders of this process. Asking for them opens no file: there may be too many open."""
+    """Return the folders of this process. This opens no file, since too many may be open."""
     places = [sys.prefix, sys.base_prefix, *filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP", "HOME")))]
     with contextlib.suppress(OSError):  # the working directory may be gone
         places.append(os.getcwd())  # noqa: PTH109  # as text
@@ -93,7 +93,7 @@ def _own_places() -> list[str]:
 
 
 def without_paths(text: str, *places: Path | str) -> str:
-    """Return the text with every path cut down to the file's name: paths in these places and in common folders of any machine."""
+    """Return the text with each path cut to its file name: paths under `places`, folders of this process and common system folders."""
     roots = {str(place).rstrip("/") for place in (*places, *_own_places())}
     named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
     return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)

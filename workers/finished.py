@@ -1,7 +1,7 @@
-"""Finished files that are not stored yet, in folders beside the spools: they outlive their worker, and the next run of the task finds them.
+"""Finished files that are not stored yet, in folders beside the spools. They outlive their worker, and the next run of the task finds them.
 
-A folder appears whole, by a rename, with a manifest that names its files; a power cut cannot have damaged what it names. It is removed a
-minute after its task was committed (a failover of Redis can lose the commit), and a day after the last try to store its files.
+A folder is synced and then renamed, so that it appears whole or not at all, even after a power cut. Its manifest lists its files. It is
+removed a minute after its task is committed (a failover of Redis can lose the commit), or a day after the last try to store its files.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ from workers.spool import FOLDER
 PREFIX: Final = "movieq-made-"
 MANIFEST: Final = "made.msgpack"
 UNSTORED_S: Final = 24 * 3600.0
-"""How long a folder stays after the last try to store its files."""
+"""Time from the last try to store the files of a folder to its removal, in seconds."""
 COMMITTED_S: Final = 60.0
-"""How long a folder stays once its task is completed or cancelled."""
+"""The same for a folder whose task is completed or cancelled."""
 SWEEP_S: Final = 30.0
-"""Between two sweeps."""
+"""Time between two sweeps, in seconds."""
 
 log = logs.get()
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """What an engine rendered for a task. `folder` outlives the worker; None where the files are still in the run's own folder."""
+    """The output of an engine for a task. `folder` outlives the worker; it is None if the files are still in the run's own folder."""
 
     done: Done
     folder: Path | None = None
 
 
 class _Manifest(msgspec.Struct, frozen=True):
-    """`done` with paths relative to the folder, and the size of each file in bytes."""
+    """What a folder holds: `done` with paths relative to the folder, and the size of each file in bytes."""
 
     done: Done
     sizes: tuple[int, ...]
 
 
 class FinishedFiles:
-    """The folders of this user under `parent`, whichever worker made them."""
+    """The folders of finished files under `parent` that belong to this user, from any worker."""
 
     def __init__(self, parent: Path) -> None:
         self._parent = parent
 
     def save(self, task_id: TaskId, run: RunToken, out_dir: Path, done: Done) -> Finished:
-        """Move the files of `out_dir` to a folder that outlives this worker; where that fails they stay where they are."""
+        """Move the files of `out_dir` to a folder that outlives this worker. If that fails, they stay in `out_dir`."""
         folder = self._parent / f"{PREFIX}{task_id}.{run}"
         try:
             named = _moved(done, lambda path: path.relative_to(out_dir))
@@ -73,7 +73,7 @@ class FinishedFiles:
         return Finished(_moved(named, folder.joinpath), folder)
 
     def find(self, task_id: TaskId) -> Finished | None:
-        """Return what an earlier run of the task has finished here; None where there is nothing whole."""
+        """Return the finished files of an earlier run of the task on this host; None if there is no complete set."""
         try:
             folders = list(self._parent.glob(f"{PREFIX}{task_id}.*"))
         except OSError as error:
@@ -92,19 +92,19 @@ class FinishedFiles:
         return None
 
     def touch(self, finished: Finished) -> None:
-        """Start the folder's day again."""
+        """Reset the age of the folder, so that it stays another day."""
         if finished.folder is not None:
             with contextlib.suppress(OSError):
                 os.utime(finished.folder)
 
     async def sweep(self, queries: Queries, committed_s: float = COMMITTED_S) -> None:
-        """Remove the folders whose time is over."""
+        """Remove old folders: those of completed and cancelled tasks after `committed_s`, others after `UNSTORED_S`."""
         if not (ages := await asyncio.to_thread(self._ages_s)):
             return
         tasks_of = {folder: TaskId(folder.name.removeprefix(PREFIX).partition(".")[0]) for folder in ages}
         states = {task.task_id: task.status for task in await queries.tasks(list(tasks_of.values()))}
         for folder, age_s in ages.items():
-            # one that this Redis does not know may be another installation's
+            # a task that this Redis does not know may belong to another installation
             over = states.get(tasks_of[folder]) in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)
             if age_s >= (committed_s if over else UNSTORED_S):
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -124,7 +124,7 @@ def _moved(done: Done, where: Callable[[Path], Path]) -> Done:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether this is a folder, not a link, and this user's: anybody can put anything into a temporary folder."""
+    """Whether this is a folder of this user, and not a link: anybody can put anything into a temporary folder."""
     try:
         fd = os.open(folder, FOLDER)
     except OSError:

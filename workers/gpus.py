@@ -13,7 +13,7 @@ log = logs.get()
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """The state of one GPU at a moment; None where the card does not report a value."""
+    """The state of one GPU at a moment. A value is None if the card does not report it."""
 
     utilization: float
     """0 to 1."""
@@ -26,7 +26,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 def read(device: str) -> Reading | None:
-    """Return the state of the GPU "cuda:N"; None where it cannot be read."""
+    """Return the state of the GPU "cuda:N"; None if it cannot be read."""
     library = nvml()
     if library is None:
         return None
@@ -40,13 +40,13 @@ def read(device: str) -> Reading | None:
             _reported(lambda: float(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))),
             _reported(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1000),
         )
-    except Exception as error:  # a GPU that has fallen off the bus, say: the worker goes on
+    except Exception as error:  # for example, the GPU has fallen off the bus: the worker goes on
         log.warning("gpu_unread", device=device, problem=f"{type(error).__name__}: {error}")
         return None
 
 
 def _reported(ask: Any) -> float | None:
-    """Return what a card reports; some do not report everything."""
+    """Return a value of the card; None if the card does not report it."""
     try:
         return float(ask())
     except Exception:

@@ -1,6 +1,6 @@
-"""The machine that a worker runs on: while it cannot work, or store finished files, the worker takes no tasks and shows the reason.
+"""The problems of the machine that a worker runs on. While there is one, the worker claims no tasks and shows the problem.
 
-Its disk and its open files are examined until they are in order. The storage is tried by the runs that wait for it.
+A problem of the disk or of open files lasts until an examination passes. A problem of the storage lasts until the waiting runs can upload.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from workers.concurrency import set_within
 from workers.faults import HOST, host_problem, said
 
 FLOOR_BYTES: Final = 32 * 1024 * 1024
-"""With less free space than this, no task is taken."""
+"""Least free space on the disk, in bytes. With less, the worker claims no tasks."""
 SAMPLE_BYTES: Final = 1024 * 1024
-"""How much an examination writes and reads again."""
+"""Size of the file that an examination writes and reads back, in bytes."""
 SAMPLE_FILES: Final = 16
-"""So many files a machine in order can open beside those that it has open."""
+"""Number of files that the worker must be able to open beside those that are open."""
 EXAMINE_S: Final = 2.0, 30.0
-"""Shortest and longest wait before a machine at fault is examined again; the first run that ends well resets it."""
+"""Shortest and longest wait before a machine with a problem is examined again, in seconds. A completed run resets the wait."""
 LOOK_S: Final = 5.0
-"""Between two checks of the free space and the open files of a machine that is in order."""
+"""Time between two checks of free space and open files while there is no problem, in seconds."""
 UPLOADS_MOST: Final = 4
-"""So many runs, for each child, may wait for a storage that refuses their files before no task is taken."""
+"""Number of runs, for each child, that wait for a storage which refuses their files, at which the worker stops claiming tasks."""
 
 log = logs.get()
 
 
 class Host:
-    """What is wrong with this machine, if anything. It recovers only while `monitor` runs."""
+    """The problem of this machine, if there is one. A problem of the disk or of open files ends only while `monitor` runs."""
 
     def __init__(self, folder: Path, children: int = 1) -> None:
         self._fault: str | None = None
@@ -51,12 +51,12 @@ class Host:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, in words for users; None while nothing is."""
+        """The problem, in words for users; None while there is none."""
         return self._fault or self._storage_problem
 
     @property
     def can_store(self) -> bool:
-        """Whether runs that only store finished files can be claimed: the state of the disk does not matter to them."""
+        """Whether runs that only store finished files can be claimed. They do not write to the disk."""
         return self._storage_problem is None and self._fault != HOST[errno.EMFILE]
 
     @property
@@ -66,32 +66,32 @@ class Host:
         return f"its finished files cannot be stored: {next(reversed(self._refused.values()))}"
 
     def blame(self, problem: str) -> None:
-        """Take no more tasks until an examination passes."""
+        """Record a problem: the worker claims no tasks until an examination passes."""
         if self._fault is None:
             log.error("worker_problem", problem=problem)
         self._fault = problem
         self._blamed.set()
 
     def refused(self, run: RunToken, problem: str) -> None:
-        """Note that the storage refuses the files of a run, which waits. Where too many wait, no more tasks are taken."""
+        """Record that a run waits because the storage refuses its files. When too many wait, the worker claims no tasks."""
         before = self._storage_problem
         self._refused[run] = problem
         if before is None and self._storage_problem is not None:
             log.error("worker_problem", problem=self._storage_problem)
 
     def waits_no_more(self, run: RunToken) -> None:
-        """Note that a run no longer waits for the storage."""
+        """Record that a run no longer waits for the storage."""
         before = self._storage_problem
         self._refused.pop(run, None)
         if before is not None and self._storage_problem is None:
             log.info("worker_problem_over", was=before)
 
     def proven(self) -> None:
-        """Note that a run ended well: the next fault is a new one."""
+        """Record that a run completed: the waits between examinations start again from the shortest."""
         self._backoff.reset()
 
     async def monitor(self, on_room: Callable[[], None]) -> None:
-        """Examine a machine at fault until it is in order, then call `on_room`; watch the free space and open files of one in order."""
+        """Look for problems. While there is one, examine the machine again and again; when an examination passes, call `on_room`."""
         while True:
             if self._fault is None:
                 if (problem := await asyncio.to_thread(_look, self._folder)) is not None:
@@ -111,7 +111,7 @@ class Host:
 
 
 def examine(folder: Path) -> str | None:
-    """Return what is wrong with the working folder; None where a file can be written there, synced and read again."""
+    """Return the problem of the working folder; None if a file can be written there, synced and read back."""
     try:
         spool.mend(folder)
         sample = os.urandom(SAMPLE_BYTES)

@@ -12,7 +12,7 @@ from workers.running import Parts
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
-    """Fetch each reference of the parameters; return the local file of each. Raises InputUnavailable or InvalidInput, which name it."""
+    """Fetch each reference of the parameters; return reference -> local file. Raises InputUnavailable or InvalidInput, naming it."""
     kinds = (download.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (download.Kind.IMAGE,)
     found: dict[str, str] = {}
     for number, reference in enumerate(parsed.references):
@@ -31,7 +31,7 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
 async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:
     upload = await parts.files.upload(upload_id)
     if upload is None or upload.project_id != project_id or await parts.storage.open(upload.key, dest) is None:
-        raise InputUnavailable(f"{reference}: this project has no such upload (uploads are kept for seven days)")
+        raise InputUnavailable(f"{reference}: this project has no such upload (uploads are stored for seven days)")
 
 
 async def _result_of(parts: Parts, project_id: ProjectId, task_id: TaskId, reference: str, other_id: str, dest: Path) -> None:
@@ -41,8 +41,8 @@ async def _result_of(parts: Parts, project_id: ProjectId, task_id: TaskId, refer
     if other is None or other.project_id != project_id:
         raise InputUnavailable(f"{reference}: this project has no such task")
     if other.status is not TaskStatus.COMPLETED or other.result is None:
-        raise InputUnavailable(f"{reference}: that task is {other.status}, only a completed one has a result")
+        raise InputUnavailable(f"{reference}: that task is {other.status}; only a completed task has a result")
     media = other.result.media[0]
     key = media.key if media.content_type.startswith(("image/", "audio/")) else media.poster_key or media.key
     if await parts.storage.open(key, dest) is None:
-        raise InputUnavailable(f"{reference}: the file of that task is not there any more")
+        raise InputUnavailable(f"{reference}: the file of that task is no longer in the storage")

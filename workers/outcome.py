@@ -1,4 +1,4 @@
-"""How a run ended, as a value: `workers.execute` reports it to the store, once."""
+"""The outcome of a run, as a value that `workers.execute` reports to the store once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from workers.retry import retry_delay_ms, unreadable_delay_ms
 from workers.supervisor import ChildDied
 
 UNCOUNTED: Final = 10
-"""From this attempt on a fault of the machine counts against the task: it may be the task that causes it."""
+"""From this attempt on, a fault of the machine counts as a try of the task, which may be its cause."""
 UNREADABLE_LIMIT: Final = 4
-"""So many tries fail a task that no worker can read: with their waits a newer worker has minutes to come."""
-BROKE: Final = "a fault of the worker: its log says more"
+"""Tries of a task that no worker can read. With the waits between them, a newer worker has some minutes to start."""
+BROKE: Final = "the worker had an internal error: see its log"
 
 log = logs.get()
 
 
 class Completed(msgspec.Struct, frozen=True):
-    """The result is stored, and is to be committed. `finished` are the files on this machine."""
+    """The files are stored, and the result is to be committed. `finished` are the files on this machine."""
 
     result: StoredResult
     finished: Finished
@@ -42,7 +42,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Requeued(msgspec.Struct, frozen=True):
-    """The task goes back to its queue, or fails where the budget that this run counts against is used up (`limit`; 0: not counted)."""
+    """The task goes back to its queue, or fails if its count of such runs (`counts`) reaches `limit`. With limit 0 it is not counted."""
 
     error: str
     code: str
@@ -50,25 +50,25 @@ class Requeued(msgspec.Struct, frozen=True):
     limit: int = 0
     delay_ms: int = 0
     exit_code: int | None = None
-    """Of the engine process, where that died. Negative for a signal."""
+    """Exit code of the engine process, if that died. Negative for a signal."""
     stage: str | None = None
     """The stage in which the engine process died."""
     host_problem: str = ""
-    """What is wrong with this machine, where that is the reason."""
+    """The problem of this machine, if that is the reason."""
 
 
 class Lost(msgspec.Struct, frozen=True):
     """The task was cancelled, ended or given to another run: this run may write nothing more."""
 
     reason: str = ""
-    """Why the run was stopped; empty where the store refused its verb."""
+    """Why the run was stopped; empty if the store refused its verb."""
 
 
 Outcome = Completed | Failed | Requeued | Lost
 
 
 class Unable(TaskFault):
-    """This worker lacks what the task needs; another worker may have it. `code` is the task's `error_code` if none has."""
+    """This worker lacks the engine or the model of the task; another may have it. `code` becomes the task's `error_code` if none has."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -80,7 +80,7 @@ class Unreadable(InternalFault):
 
 
 def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = None) -> Outcome:
-    """Return the outcome of a run that raised this. `spool` is the worker's folder, `own` the run's folder in it, where it has one."""
+    """Return the outcome of a run that raised `error`. `spool` is the worker's folder, `own` the run's folder in it, if it has one."""
     match error:
         case RunLost():
             return Lost()
@@ -92,7 +92,7 @@ def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = Non
             return _host_at_fault(error.message, task, device=error.device)
         case Unable():
             log.warning("task_unsupported", problem=error.message)
-            return Requeued(error.message, error.code, delay_ms=retry_delay_ms(task.attempt))  # perhaps no worker has it yet
+            return Requeued(error.message, error.code, delay_ms=retry_delay_ms(task.attempt))  # perhaps no worker can run it yet
         case Unreadable():
             return unreadable(error.message, task)
     if (problem := _host_problem(error, spool, own)) is not None:
@@ -113,7 +113,7 @@ def unreadable(problem: str, task: Task) -> Requeued:
 
 
 def _host_at_fault(problem: str, task: Task, *, device: bool = False) -> Requeued:
-    """Another worker gets the task at once; this one takes no more before its machine was examined."""
+    """Return the outcome for a problem of this machine: another worker gets the task, at once if the run does not count as a try."""
     error, blamed = f"the worker cannot work: {problem}", "" if device else problem
     if task.attempt < UNCOUNTED:
         return Requeued(error, InternalFault.code, host_problem=blamed)
@@ -121,12 +121,12 @@ def _host_at_fault(problem: str, task: Task, *, device: bool = False) -> Requeue
 
 
 def _host_problem(error: Exception, spool: Path, own: Path | None) -> str | None:
-    """Return what is wrong with this machine, where the error says so, or the run's folder is gone."""
+    """Return the problem of this machine if the error shows one or the run's folder is gone, else None."""
     if isinstance(error, KeyTaken):
         return None
     if own is not None and not own.is_dir():
         return PLACE[errno.ENOENT]
     cause = error.__cause__ if isinstance(error, StorageFault) else None
     if isinstance(cause, OSError) and cause.errno in (errno.EIO, errno.ESTALE) and cause.filename and not inside(cause.filename, spool):
-        return None  # the storage's disk, not the worker's
+        return None  # the disk of the storage, not of the worker
     return host_problem(error, spool)

@@ -2,8 +2,8 @@
 
 A frame is a big-endian uint32 length and that many bytes of msgpack: one of the Structs below, told apart by their tag. The child sends
 `Ready` once; then, for each `Run`, one `Plan`, any number of `Step`s, `Note`s and `Preview`s, and exactly one of `Done`, `Failed` and
-`Cancelled`. `Free` comes before that, where the next run may start while the rest of this one is done on the CPU.
-End of file on the child's input makes it end at once; on its output it means that the child is dead.
+`Cancelled`. `Free` comes before that if the next run may start while the rest of this one is done on the CPU.
+End of file on its input ends the child at once; end of file on its output means that the child is dead.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 EXIT_UNFIT = 78
 """Exit code of a child that cannot work here at all (EX_CONFIG of sysexits.h). Its standard error has the reason."""
 EXIT_BROKEN = 70
-"""Exit code of a child whose device is beyond repair for this process: the next process may use it."""
+"""Exit code of a child that can no longer use its device; a new process may be able to."""
 HEADER = struct.Struct(">I")
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
     """Render this task. `inputs` maps each reference in `params` (a url, `upload:ID`, ...) to the local file it was fetched to.
 
-    Files go into `out_dir`, which exists and is empty. `seed` is the resolved one. `entry` is that of `model` in the worker's
-    table, `sound` the name and the entry of the model that makes sound for a picture; None where the table has none.
+    Files go into `out_dir`, which exists and is empty. `seed` is set, also if the task has none. `entry` is the entry of
+    `model` in the worker's model table; `sound` is the name and the entry of the model for the sound of a clip. None: the table has none.
     """
 
     run: str
@@ -46,23 +46,23 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     entry: Model | None = None
     sound: tuple[str, Model] | None = None
     file_tags: bool = True
-    """Whether its files name the prompt, seed and model that they were rendered with."""
+    """Whether its files carry tags with the prompt, seed and model."""
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch"):
-    """Render these tasks in one call of their model. They have one batch key: they differ in their texts and seeds alone."""
+    """Render these tasks in one call of their model. They share a batch key: they differ only in their texts and seeds."""
 
     runs: tuple[Run, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop this run between two steps and answer `Cancelled`. A run that does not run, or no longer, is no error."""
+    """Stop this run between two steps and answer `Cancelled`. It is no error if the run has not started or has ended."""
 
     run: str
 
 
 class Watched(msgspec.Struct, frozen=True, tag="watched"):
-    """The run has watchers now, or none any more: previews are for them. A run that has ended is no error."""
+    """The run now has watchers, who get previews, or has none any more. It is no error if the run has ended."""
 
     run: str
     watched: bool
@@ -75,7 +75,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     device: str
     device_name: str
     models: tuple[str, ...] = ()
-    """Those loaded."""
+    """The loaded models."""
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -103,14 +103,14 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 class Note(msgspec.Struct, frozen=True, tag="note"):
-    """A line for the task's log: a fall-back, for example."""
+    """A text for the task's event log, for example about a fallback."""
 
     run: str
     text: str
 
 
 class Free(msgspec.Struct, frozen=True, tag="free"):
-    """The run used the device for `device_s`, which was idle for `idle_s` before; the rest of the run is done beside the next one."""
+    """The run no longer needs the device, which was idle for `idle_s` and then used for `device_s`. The next run may start."""
 
     run: str
     device_s: float
@@ -118,7 +118,7 @@ class Free(msgspec.Struct, frozen=True, tag="free"):
 
 
 class Rows(msgspec.Struct, frozen=True, tag="rows"):
-    """The memory has room for so many runs of the run's batch key in one call, and for no more."""
+    """Memory has room for at most `rows` runs of the run's batch key in one call."""
 
     run: str
     rows: int
@@ -149,11 +149,11 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     files: tuple[Produced, ...]
     metadata: dict[str, Any]
     models: tuple[str, ...] = ()
-    """Those loaded now, the one used last at the end."""
+    """The models loaded now, the most recently used one last."""
     models_parked: tuple[str, ...] = ()
-    """Those offloaded to the host's memory."""
+    """The models offloaded to host memory."""
     model_swaps: ModelSwaps = ModelSwaps()
-    """Since the child started."""
+    """Counted since the child started."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -166,7 +166,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     broken: bool = False
     """Whether the child ends now, since its next run would fail too."""
     problem: str = ""
-    """What is wrong with this machine, or where `broken` with the device; empty where the run is at fault."""
+    """The problem of this machine, or of the device if `broken`; empty if the run is at fault."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
@@ -184,7 +184,7 @@ from_child_decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder
 
 
 class Unsendable(ValueError):
-    """A message cannot go over the pipe; the text has the reason."""
+    """A message cannot be sent over the pipe; the text gives the reason."""
 
 
 class _Batch(msgspec.Struct, frozen=True, tag="batch"):
@@ -198,34 +198,34 @@ def encoded(message: ToChild | FromChild) -> bytes:
     try:
         body = _encoder.encode(message)
     except OverflowError:
-        raise Unsendable("a whole number beyond 64 bits cannot be passed on") from None
+        raise Unsendable("it contains a whole number beyond 64 bits") from None
     except RecursionError:
         raise Unsendable("it is nested too deeply") from None
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise Unsendable("it holds something other than text, numbers, true, false, null, lists and maps") from error
+        raise Unsendable("it contains something other than text, numbers, true, false, null, lists and maps") from error
     if len(body) > MAX_FRAME_BYTES:
         raise Unsendable(f"it has {len(body)} bytes, at most {MAX_FRAME_BYTES} are allowed")
     return body
 
 
 def encoded_run(run: Run) -> bytes:
-    """Return the run in msgpack, as a child can read it. Raises Unsendable."""
+    """Return the run in msgpack, after checking that a child can decode it. Raises Unsendable."""
     body = encoded(run)
     try:
         to_child_decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise Unsendable("it cannot be read again") from error
+        raise Unsendable("it cannot be decoded again") from error
     return body
 
 
 def frame(message: ToChild | FromChild) -> bytes:
-    """Return the message as it goes over the pipe. Raises Unsendable."""
+    """Return the message as a frame for the pipe. Raises Unsendable."""
     body = encoded(message)
     return HEADER.pack(len(body)) + body
 
 
 def framed(runs: Sequence[bytes]) -> bytes:
-    """Return encoded runs as they go over the pipe: together, as a Batch, unless that is too long for one frame."""
+    """Return encoded runs as frames for the pipe: several as one Batch, unless that is too long for one frame."""
     bodies = runs
     if len(runs) > 1:
         batch = _encoder.encode(_Batch(tuple(map(msgspec.Raw, runs))))

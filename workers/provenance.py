@@ -1,4 +1,4 @@
-"""The origin of a result: tags that the engine writes, and Content Credentials that are signed here once the file is whole."""
+"""The provenance of results: the engine writes tags into files; here the finished files are signed with Content Credentials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logs.get()
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """The settings of origin: whether files carry tags, who signs them, and whether unsigned files may be published."""
+    """The settings of provenance: whether files carry tags, what they are signed with, and whether signing is required."""
 
     tags: bool = True
     credentials: Credentials | None = None
@@ -29,13 +29,13 @@ class Provenance(msgspec.Struct, frozen=True):
 async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) -> Done:
     """Return the output with each file signed, and the signer in its metadata.
 
-    Where a file cannot be signed, a warning in the metadata says so; raises Unsigned where unsigned files must not be published. A
-    cancelled caller leaves at once; the thread that signs ends after the current file.
+    If a file cannot be signed, the metadata get a warning, or Unsigned is raised where signing is required. On a cancel this
+    ends at once, and the thread that signs ends after the current file.
     """
     credentials = provenance.credentials
     if credentials is None:
         return done
-    source = str(done.metadata.get("digital_source_type", "trainedAlgorithmicMedia"))  # an engine that names none gets the most cautious
+    source = str(done.metadata.get("digital_source_type", "trainedAlgorithmicMedia"))  # the most cautious one if the engine names none
     agent, version = "movieq", None
     details: dict[str, Any] = {"task_id": task.task_id, "task_type": task.task_type}
     if provenance.tags:

@@ -20,20 +20,20 @@ from workers.running import Running, Stop
 from workers.supervisor import Progress
 
 REPORT_S: Final = 0.1
-"""Between two reports."""
+"""Time between two reports, in seconds."""
 PREVIEW_S: Final = 0.5
-"""Between two previews."""
+"""Time between two previews, in seconds."""
 PREVIEW_BYTES: Final = 10_000
-"""A larger preview is dropped."""
+"""Size above which a preview is dropped."""
 WATCHERS_S: Final = 2.0
-"""Between two checks whether the task has watchers."""
+"""Time between two checks whether the task has watchers, in seconds."""
 
 log = logs.get()
 
 
 @asynccontextmanager
 async def reporting(store: Store, running: Running) -> AsyncIterator[Reporter]:
-    """Yield a reporter of the run, which works for as long as the block runs."""
+    """Yield a reporter of the run that sends while the block runs."""
     reporter = Reporter(store, running)
     async with beside(send_reports=reporter.send_reports(), pass_watchers_on=reporter.pass_watchers_on()):
         yield reporter
@@ -42,7 +42,7 @@ async def reporting(store: Store, running: Running) -> AsyncIterator[Reporter]:
 class Reporter:
     """Reports the latest state of a run, at most ten times a second.
 
-    A run that is lost is stopped. Nothing else that a report meets, or a message of the engine brings, ends the run or the later reports.
+    If the run is lost, it is stopped. No other error of a report or of an engine's message ends the run or prevents later reports.
     """
 
     def __init__(self, store: Store, running: Running) -> None:
@@ -56,13 +56,13 @@ class Reporter:
         self._preview_due_s = 0.0
 
     def report(self, current_step: str, *, stage: str, step: int | None = None, steps: int | None = None) -> None:
-        """Report this step, unless a later one comes before it is sent."""
+        """Report this step, unless a later one replaces it before it is sent."""
         self._latest = current_step, stage, step, steps
         self._stage = stage
         self._news.set()
 
     def on_message(self, message: Progress) -> None:
-        """Report what the engine sends. A message that cannot be understood is logged and skipped."""
+        """Report a message of the engine. A message that cannot be understood is logged and skipped."""
         try:
             self._understand(message)
         except Exception:
@@ -90,7 +90,7 @@ class Reporter:
                     self._news.set()
 
     async def send_reports(self) -> None:
-        """Send what is new, until the run is lost."""
+        """Send each new state, note and preview, until the run is lost."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -100,10 +100,10 @@ class Reporter:
                 self._running.stop(Stop.LOST)
                 return
             except Exception as error:
-                if log_failure("report_failed", error):  # the same note would fail again
+                if log_failure("report_failed", error):  # the same notes would fail again
                     self._notes.clear()
             await asyncio.sleep(REPORT_S)
-            if self._preview is not None:  # one that came too soon after the last
+            if self._preview is not None:  # it came too soon after the last one
                 self._news.set()
 
     async def _send_news(self) -> None:
@@ -133,7 +133,7 @@ class Reporter:
         )
 
     async def pass_watchers_on(self) -> None:
-        """Tell the child when the task gets its first watcher, and when it loses the last: previews are for them."""
+        """Notify the child when the task gets its first watcher, and when it loses the last: previews are for watchers."""
         passed_on = watched = False
         while True:
             try:

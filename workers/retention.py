@@ -1,8 +1,8 @@
-"""Delete what is past its retention: old finished tasks, files of old results, old uploads, and files that runs stored but never committed.
+"""Delete what is past its retention: old ended tasks, files of old results, old uploads, and files that runs stored but never committed.
 
-Every worker runs this, and one at a time has the turn, for a few seconds. It deletes in small batches while anything is due, and rests
-after each batch for longer than the batch took Redis, so that nobody waits. What cannot be deleted is skipped, logged once and tried again
-later. A Redis whose memory is full accepts all of it. The settings of the worker that has the turn count.
+Every worker runs this, but only one at a time has the turn, for some seconds; its settings apply. It deletes in small batches. After each
+batch it rests for longer than the batch took Redis, so that other commands do not wait. What cannot be deleted is skipped, logged once and
+tried again later. All of this also works while Redis's memory is full.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from movieq.storage.base import Storage, checked_key
 
 DAY_S: Final = 86400
 LOOK_S: Final = 1.0
-"""Between two rounds."""
+"""Time between two rounds, in seconds."""
 ROUND_S: Final = 10.0
-"""How long a worker keeps its turn, even where more is due."""
+"""Longest turn of a worker, in seconds, even if more is due."""
 TURN_MS: Final = 30_000
-"""After so long the turn of a worker that died ends."""
+"""Time until the turn of a worker that died ends, in ms."""
 REST: Final = 2.0
 """The pause after a batch in Redis, as a multiple of the time that the batch took."""
 TASKS_AT_ONCE: Final = 25
 RESULTS_AT_ONCE: Final = 200
 FILES_AT_ONCE: Final = 64
 DELETERS: Final = 8
-"""How many prefixes are deleted at once: few enough to leave threads, and requests to a bucket, for uploads."""
+"""Prefixes that are deleted at once: few enough to leave threads, and requests to a bucket, for uploads."""
 DELETE_S: Final = 120.0
-"""How long deleting one prefix may take."""
+"""Time limit for deleting one prefix, in seconds."""
 AGAIN_S: Final = 300.0
-"""After so long a prefix that could not be deleted is tried again."""
+"""Wait before a prefix that could not be deleted is tried again, in seconds."""
 FAULT_S: Final = 30.0
-"""For how long tasks, results or files are left alone after a fault of Redis or of the whole storage."""
+"""Pause in deleting tasks, results or files after a fault of Redis or of the whole storage, in seconds."""
 
 log = logs.get()
 
 
 class Retention:
-    """The part of a worker that deletes. `run` goes on until it is cancelled."""
+    """The part of a worker that deletes what is past its retention."""
 
     def __init__(
         self,
@@ -65,22 +65,22 @@ class Retention:
         self._tasks_s = settings.keep_tasks_days * DAY_S
         self._media_s = settings.keep_media_days * DAY_S
         self._failed: dict[str, float] = {}
-        """Prefixes that could not be deleted, and when they are tried again."""
+        """Prefix that could not be deleted -> the time at which it is tried again."""
         self._not_before: dict[str, float] = {}
-        """When tasks, results or files are tried again after a fault."""
+        """"tasks", "results" or "files" -> the time at which they are tried again after a fault."""
 
     async def run(self) -> None:
-        """Delete what is due, once a second."""
+        """Delete what is due, once a second, until cancelled."""
         while True:
             try:
                 await self.round()
             except REDIS_AWAY as error:
-                if is_fault(error):  # else it is away, which the renewal of leases logs
+                if is_fault(error):  # while Redis is away, the renewal of leases logs it
                     log.exception("sweep_failed", what="turn")
             await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
     async def round(self) -> None:
-        """Delete what is due until the time of a round is over; do nothing where another worker has the turn."""
+        """Delete what is due, for at most `ROUND_S`; do nothing if another worker has the turn."""
         if not await self._store.take_turn(self._worker_id, TURN_MS):
             return
         end_s = self._clock() + ROUND_S
@@ -122,7 +122,7 @@ class Retention:
             log.info("tasks_forgotten", count=forgotten)
 
     async def _retire_results(self, end_s: float) -> None:
-        """List files that are old enough for `_delete_files`."""
+        """Hand the files of old results to `_delete_files`."""
         while True:
             begun_s = self._clock()
             count = await self._store.retire(self._media_s, RESULTS_AT_ONCE)
@@ -153,7 +153,7 @@ class Retention:
             log.info("files_deleted", count=deleted)
 
     async def _deleted(self, prefixes: list[str]) -> list[str]:
-        """Delete what lies under these prefixes; return those under which nothing is left. The others are tried again later."""
+        """Delete the files under these prefixes; return the prefixes under which none is left. The others are tried again later."""
         gone: list[str] = []
         problems: dict[str, str] = {}
         waiting = iter(prefixes)
@@ -163,14 +163,14 @@ class Retention:
                 try:
                     checked_key(prefix)
                 except ValueError:
-                    log.error("prefix_invalid", prefix=ascii(prefix))  # nothing can be stored there: it only leaves the list
+                    log.error("prefix_invalid", prefix=ascii(prefix))  # no file can have such a prefix: only take it off the list
                     gone.append(prefix)
                     continue
                 try:
                     async with asyncio.timeout(DELETE_S):
                         await self._storage.delete_prefix(prefix)
                     gone.append(prefix)
-                except Exception as error:  # it concerns this prefix alone
+                except Exception as error:  # only this prefix has failed
                     problems[prefix] = str(error) or type(error).__name__
 
         async with asyncio.TaskGroup() as group:

@@ -1,4 +1,4 @@
-"""When a task is tried again, and how long a verb is repeated while Redis is away."""
+"""How long a task waits before it is tried again, and how a verb is repeated while Redis is away."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from movieq.backoff import Backoff, wait_s
 from movieq.queue.refusals import REDIS_AWAY, is_fault
 
 RETRY_S: Final = 2.0, 60.0
-"""Shortest and longest wait before a task that failed with a recoverable error is tried again."""
+"""Shortest and longest wait before a task that failed with a recoverable error is tried again, in seconds."""
 UNREADABLE_S: Final = 30.0, 600.0
-"""Shortest and longest wait before a task that this version cannot read is tried again."""
+"""Shortest and longest wait before a task that this version cannot read is tried again, in seconds."""
 JITTER: Final = 0.25
-"""By how much of itself the wait of a retry varies, so that tasks that failed together do not come back together."""
+"""Share by which the wait of a retry varies at random, so that tasks that failed together are not retried together."""
 VERB_S: Final = 0.1, 1.0
-"""Shortest and longest wait before a verb is sent again to a Redis that is away."""
+"""Shortest and longest wait before a verb is sent again while Redis is away, in seconds."""
 
 T = TypeVar("T")
 log = logs.get()
@@ -30,14 +30,14 @@ def retry_delay_ms(attempt: int) -> int:
 
 
 def unreadable_delay_ms(attempt: int) -> int:
-    """Return how long a task waits for a worker of the version that wrote it, in ms."""
+    """Return how long a task waits for a worker that can read it, in ms."""
     return int(wait_s(attempt, *UNREADABLE_S) * 1000)
 
 
 async def insist(verb: Callable[[], Awaitable[T]]) -> T:
-    """Return the answer of a verb; send it again for as long as Redis is away, which is safe since verbs are idempotent.
+    """Return the answer of a verb. It is sent again while Redis is away, which is safe because verbs are idempotent.
 
-    Raises the errors that the store raises on purpose, and faults of a script.
+    Raises the errors of the store, and faults of a script.
     """
     backoff = Backoff(*VERB_S)
     while True:

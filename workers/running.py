@@ -1,4 +1,4 @@
-"""A run of a task in this worker, and what it works with."""
+"""A run in this worker, and the parts that all runs share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.supervisor import Child
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """What every run of a worker works with."""
+    """The connections and settings that all runs of a worker share."""
 
     store: Store
     queries: Queries
@@ -37,11 +37,11 @@ class Parts(msgspec.Struct, frozen=True):
     models: dict[str, Model] = {}
     provenance: Provenance = Provenance()
     finished: FinishedFiles | None = None
-    """Where finished files outlive this worker; None where they need not."""
+    """Saves finished files where they outlive this worker; None if they need not."""
     cms: str = ""
-    """Address of the collection that results go into; empty where there is no CMS."""
+    """Address of the collection that results are written to; empty if there is no CMS."""
     host: Host | None = None
-    """Where faults of this machine are noted."""
+    """Records problems of this machine."""
     places: tuple[Path, ...] = ()
     """Folders that no error for clients may name."""
 
@@ -52,7 +52,7 @@ class Stop(StrEnum):
     CANCELLED = "cancelled"
     """Its task was cancelled, or missed its deadline."""
     LOST = "lost"
-    """Its task is another run's."""
+    """Another run has its task."""
     DRAIN = "drain"
     """Its worker stops."""
     OVERDUE = "overdue"
@@ -65,9 +65,9 @@ class Stop(StrEnum):
 
 
 class Running:
-    """A run in progress: on a child, as one of a group there. `stop` notes the reason before anything is cancelled.
+    """A run in progress, as one of a group on a child.
 
-    Where an earlier run has rendered the files, and this one is to store them, it has `finished` in place of a child.
+    A run that only stores the files which an earlier run has rendered has `finished` in place of a child.
     """
 
     def __init__(self, claimed: Claimed, child: Child | None = None, group: Group | None = None, finished: Finished | None = None) -> None:
@@ -76,7 +76,7 @@ class Running:
         self.run: RunToken = claimed.run
         self.child = child
         self.group = group
-        """The runs that the child renders in the same call, and their place on its device."""
+        """The runs that the child renders in the same call; the group holds a slot of the device."""
         self.finished = finished
         self.asyncio_task: asyncio.Task[None] | None = None
         self.stop_reason: Stop | None = None
@@ -86,13 +86,13 @@ class Running:
         self.spool: Path | None = None
         """Its folder, once it has one."""
         self.prefix: str | None = None
-        """Where in the storage its files are, once there may be some."""
+        """Prefix of its files in the storage, once there may be some."""
         self.started_s = time.monotonic()
         self.rendered_ms = 0
-        """How long fetching and rendering took; 0 until then, and where an earlier run did it."""
+        """Time that fetching and rendering took, in ms; 0 until then, and if an earlier run did it."""
         self.eta = Eta(0.0 if finished else self.task.estimate_ms / 1000)
         self._gpu: tuple[float, float, float] | None = None
-        """The GPU time that it had, in ms, until when (s), and which share of a GPU it has had since."""
+        """The GPU time that it had used in ms, at what time in s, and the share of a GPU that it has had since."""
         if group is not None:
             group.remaining_s = self.eta.remaining_s
 
@@ -100,7 +100,7 @@ class Running:
         """Cancel the run for this reason, unless it is being stopped already."""
         if self.stop_reason is None and self.asyncio_task is not None:
             self.stop_reason = reason
-            if self.started:  # an asyncio task that is cancelled before its first step never comes to requeue anything
+            if self.started:  # an asyncio task that is cancelled before its first step could not requeue its task
                 self.asyncio_task.cancel()
 
     def abandon(self) -> None:
@@ -111,20 +111,20 @@ class Running:
             self.asyncio_task.cancel()
 
     def use_gpu(self, share: float) -> None:
-        """Note that the run has this share of its child's GPU from now on; on a CPU nothing is counted."""
+        """Record that the run has this share of its child's GPU from now on. On a CPU nothing is counted."""
         if self.child is not None and self.child.device != "cpu":
             used_ms, _ = self.gpu or (0.0, 0.0)
             self._gpu = used_ms, time.monotonic(), share
 
     @property
     def gpu(self) -> tuple[float, float] | None:
-        """The GPU time that the run has had so far, in ms, and the share of a GPU that it has; None where it had none."""
+        """The GPU time that the run has used so far, in ms, and its share of a GPU now; None if it has used none."""
         if self._gpu is None:
             return None
         used_ms, since_s, share = self._gpu
         return used_ms + (time.monotonic() - since_s) * 1000 * share, share
 
     def free_slot(self) -> None:
-        """Give up its place on the device, which is another group's once all runs of this group have."""
+        """Leave the slot on the device, which is free once all runs of the group have left it."""
         if self.child is not None and self.group is not None:
             self.child.slots.leave(self.group, self.run)

@@ -1,4 +1,4 @@
-"""The slots of a device: which runs have it, and which may be claimed to come next."""
+"""The slots of a device: which runs use it, and when the next ones may be claimed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from movieq.tasks.states import TaskId
 from workers.protocol import framed
 
 AHEAD_S: Final = 2.0
-"""A run is claimed ahead while the one before it has no longer than this left, so that its inputs are there when the device is free."""
+"""Seconds before the estimated end of a run at which the next is claimed, so that its inputs are there when the device is free."""
 AHEAD_MOST_S: Final = 10.0
-"""A run that has waited so long for its device is requeued: the one before it takes longer than expected."""
+"""Longest wait of a run for its device, in seconds. Then it is requeued: the one before it takes longer than expected."""
 
 
 class Group:
-    """Runs that were claimed for one call of a child, mostly one: from the claim until they no longer need the device."""
+    """Runs that were claimed for one call of a child, mostly one. The group lasts until they no longer need the device."""
 
     def __init__(self, task_ids: Sequence[TaskId], model: str, batch: str) -> None:
         self.task_ids = tuple(task_ids)
@@ -26,13 +26,13 @@ class Group:
         self.batch = batch
         self.since_s = time.monotonic()
         self.remaining_s: Callable[[], float] = lambda: math.inf
-        """Returns the seconds until its end, as far as is known now."""
+        """Returns the estimated seconds until its end."""
         self.started = asyncio.Event()
-        """Set once the child has it."""
+        """Set once the group was sent to the child."""
         self.overdue = False
-        """Whether it takes longer than expected: nothing more is claimed to come after it."""
+        """Whether it takes longer than expected: then no further run is claimed ahead."""
         self.waited = False
-        """Whether it was there before the device became free."""
+        """Whether it was claimed before the device became free."""
         self._missing = len(task_ids)
         self._left: set[str] = set()
         self._requests: dict[str, bytes] = {}
@@ -43,7 +43,7 @@ class Group:
         self._requests[run] = request
 
     def remove(self, run: str) -> bool:
-        """Remove a run, whether it was added or not; return whether it was the last one. Removing it again changes nothing."""
+        """Remove a run, whether it was added or not; return whether none is left. Removing it again changes nothing."""
         if run not in self._left:
             self._left.add(run)
             if self._requests.pop(run, None) is None:
@@ -51,14 +51,14 @@ class Group:
         return not self._missing and not self._requests
 
     def frames(self) -> bytes | None:
-        """Return what the child is sent; None until every run was added or removed, or where all were removed."""
+        """Return the frames for the child; None until every run was added or removed, or if all were removed."""
         return None if self._missing or not self._requests else framed(list(self._requests.values()))
 
 
 class Slots:
     """The two slots of a device: one for the group that is on it, one for the group that comes next.
 
-    `send` passes frames to the child. A group is put on the device once that is free and open, and all runs of the group are ready.
+    `send` passes frames to the child. A group goes to the device once the device is free and open, and all runs of the group are ready.
     """
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
@@ -82,18 +82,18 @@ class Slots:
 
     @property
     def task_id(self) -> TaskId | None:
-        """The task that is on the device or about to be; of a batch the first."""
+        """The task on the device, else the one that comes next; of a batch, the first."""
         group = self.on_device or (self.groups[0] if self.groups else None)
         return group.task_ids[0] if group else None
 
     def open(self) -> None:
-        """Let groups onto the device: the child serves."""
+        """Let groups onto the device, since the child serves."""
         self._open = True
         self.advance()
         self.on_room()
 
     def close(self) -> None:
-        """Let no more groups onto the device: there is no child, or it is not to be trusted."""
+        """Let no more groups onto the device, since there is no child, or it cannot be trusted."""
         self._open = False
 
     def reserve(self, task_ids: Sequence[TaskId], model: str = "", batch: str = "") -> Group:
@@ -108,7 +108,7 @@ class Slots:
         self.advance()
 
     def leave(self, group: Group, run: str) -> None:
-        """Remove a run that no longer needs the device, or never got so far; the slot is free once all runs of the group have left."""
+        """Remove a run that no longer needs the device, or never got to it; the slot is free once all runs of the group have left."""
         if group.remove(run):
             self.release(group)
         else:
@@ -124,14 +124,14 @@ class Slots:
             self.on_room()
 
     def late(self) -> Group | None:
-        """Return the group that has waited longer than it was claimed for, and is to be requeued; mark the one on the device as overdue."""
+        """Return the group that has waited too long and must be requeued, if there is one; mark the group before it as overdue."""
         if len(self.groups) < 2 or time.monotonic() - self.groups[1].since_s < AHEAD_MOST_S or self.groups[1].started.is_set():
             return None
         self.groups[0].overdue = True
         return self.groups[1]
 
     def advance(self) -> None:
-        """Put the oldest complete group on the device, where that is open and free."""
+        """Send the oldest complete group to the device, if that is open and free."""
         if not self._open or self.on_device is not None:
             return
         for group in self.groups:

@@ -1,6 +1,6 @@
-"""The folder that a worker works in. It is removed with its worker; where that was killed, by the next worker that starts.
+"""The folder that a worker works in. The worker removes it at its end; if the worker is killed, the next worker that starts removes it.
 
-A lock on the folder shows that its worker lives: the kernel releases it however its holder ends. (systemd-tmpfiles respects it too.)
+A lock on the folder shows that its worker lives: the kernel releases it however the worker ends. (systemd-tmpfiles respects it too.)
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from movieq import logs
 
 PREFIX: Final = "movieq-spool-"
 FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-"""How a folder is opened: in a temporary folder anybody can put a link to anywhere."""
+"""Flags for opening a folder that refuse a link: anybody can put a link into a temporary folder."""
 
 log = logs.get()
 
 
 @contextmanager
 def spool(parent: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder under `parent`, else under the system's temporary folder, for a block. Folders of dead workers are removed."""
+    """Yield a new folder for the block, under `parent` or the system's temporary folder. Folders of dead workers are removed."""
     parent = parent or Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(parent)
@@ -39,13 +39,13 @@ def spool(parent: Path | None = None) -> Iterator[Path]:
 
 
 def mend(folder: Path) -> None:
-    """Make the folder again where it was removed, locked for as long as the process lives. Raises OSError."""
+    """Create the folder again if it was removed, and lock it until the process ends. Raises OSError."""
     try:
         folder.mkdir(mode=0o700, parents=True)
     except FileExistsError:
         return
     with contextlib.suppress(OSError):
-        fcntl.flock(os.open(folder, FOLDER), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock says that its worker lives
+        fcntl.flock(os.open(folder, FOLDER), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock shows that the worker lives
 
 
 def _new_folder(parent: Path) -> tuple[Path, int]:
@@ -56,9 +56,9 @@ def _new_folder(parent: Path) -> tuple[Path, int]:
             lock = os.open(folder, FOLDER)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # a file system without such locks: nobody else gets one either, and the folder is left alone
+        with contextlib.suppress(OSError):  # a file system without such locks: no other worker gets one either, so none removes the folder
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else a worker that starts at the same moment took it for a dead one's
+        if folder.exists():  # else a worker that started at the same moment has removed it as a dead worker's
             return folder, lock
         os.close(lock)
 

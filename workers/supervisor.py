@@ -1,7 +1,7 @@
 """The worker's side of an engine process: start it, wait until it serves, drive one run after another, cancel, kill.
 
-A child that dies, hangs or grows too old costs one attempt and one respawn, never the worker. It has a session of its own, so that signals
-of a terminal or of systemd do not reach it, and none of movieq's settings, so that no engine can read a secret.
+A child that dies or hangs costs one attempt and one restart, never the worker. It has a session of its own, so that signals of a terminal
+do not reach it, and none of movieq's settings, so that no engine can read a secret.
 """
 
 from __future__ import annotations
@@ -56,35 +56,35 @@ from workers.protocol import (
 from workers.slots import Group, Slots
 
 START_S: Final = 120.0
-"""From spawn to Ready: the imports of a GPU child on a cold disk take their time."""
+"""Longest time from spawn to Ready, in seconds: the imports of a GPU child take long on a cold disk."""
 CANCEL_GRACE_S: Final = 5.0
-"""How long a child may take to stop a run, or to end once it has closed its output."""
+"""Longest time that a child may take to stop a run, or to end once it has closed its output, in seconds."""
 RESPAWN_S: Final = 0.1, 30.0
-"""Shortest and longest wait before a child that died is started again; long lives reset it."""
+"""Shortest and longest wait before a child that died is started again, in seconds. The end of a long-lived child resets the wait."""
 FAILURES: Final = 3
-"""After so many different tasks in a row failed on a device, it is examined before it takes more."""
+"""Number of different tasks in a row that must fail on a device for it to be examined before it gets more."""
 EXAMINE_S: Final = 120.0
-"""How long the self-test of a device may take."""
+"""Time limit of the self-test of a device, in seconds."""
 LOOK_S: Final = 1.0
-"""Between two checks, by a run that waits for its device, whether that still works."""
+"""Time between two checks whether a device still works, by a run that waits for it, in seconds."""
 IDLES: Final = 1000
-"""How many waits of a device are remembered for the median."""
+"""Number of idle times of a device that the median is taken of."""
 STDERR_LINES: Final = 40
-"""How many lines of a child's standard error are remembered for its error."""
+"""Number of last lines of a child's standard error that are stored for an error message."""
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
-"""What an engine must not do, whoever started the worker: fetch models, or run code that comes with them."""
+"""Variables that forbid an engine to download models, and to run code that comes with models."""
 
 SELF_TEST: Final = "self-test"
 ENDS: Final = frozenset(each.__struct_config__.tag for each in (Done, Failed, Cancelled))
 
 Progress = Plan | Step | Note | Rows | Preview | Free
-"""What a child sends about a run before its end."""
+"""Messages that a child sends about a run before its end."""
 
 log = logs.get()
 
 
 class _Header(msgspec.Struct, frozen=True):
-    """The part of a message that tells its type and its run, where the rest cannot be read."""
+    """The type and the run of a message, for one whose rest cannot be decoded."""
 
     type: str
     run: str
@@ -94,13 +94,13 @@ _header = msgspec.msgpack.Decoder(_Header)
 
 
 class ChildUnfit(MovieqError):
-    """A child reported that it cannot work here: a GPU that is not there, a library that is missing. Another would report the same."""
+    """A child reported that it cannot work on this machine, where a GPU or a library is missing. Another child would report the same."""
 
 
 class ChildDied(MovieqError):
-    """The child ended, or had to be killed, with a run. `exit_code` is negative for a signal; `stage` the last one that it reported.
+    """The child ended, or was killed, during a run. `exit_code` is negative for a signal; `stage` is the last that the run reported.
 
-    `blameless`: it was killed because of another run.
+    `blameless`: the child was killed because of another run.
     """
 
     def __init__(self, message: str, exit_code: int | None, stage: str | None, *, blameless: bool = False) -> None:
@@ -111,13 +111,13 @@ class ChildDied(MovieqError):
 
 
 class _Driven:
-    """A run that the child works on, or will: its messages so far unread, its last stage, and whether the child has ended it."""
+    """A run that the child renders or will render: its unread messages, its last stage, and whether the child has ended it."""
 
     def __init__(self, run: str, group: Group) -> None:
         self.run = run
         self.group = group
         self.messages: asyncio.Queue[FromChild | None] = asyncio.Queue()
-        """None: the child is dead."""
+        """The unread messages; None means that the child is dead."""
         self.stage: str | None = None
         self.ended = False
 
@@ -132,26 +132,26 @@ class Child:
         self.slots = Slots(self._send)
         self.tasks_completed = 0
         self.models: list[str] = []
-        """Those loaded on its device."""
+        """The models loaded on its device."""
         self.models_parked: list[str] = []
-        """Those offloaded to the host's memory."""
+        """The models offloaded to host memory."""
         self.model_swaps = ModelSwaps()
         self.rows: dict[str, int] = {}
-        """Batch key -> how many rows fit in its memory, where that is known to be fewer than the model table allows."""
+        """Batch key -> how many rows fit in its memory, if that is known to be fewer than the model table allows."""
         self.idle_s: deque[float] = deque(maxlen=IDLES)
-        """How long the device waited between two groups, where the second was there before the first was done."""
+        """Idle times of the device between two groups, in seconds, where the second was claimed before the first ended."""
         self.problem: str | None = None
-        """What is wrong with its device, in words for users; None while nothing is. While there is a problem it takes no tasks."""
+        """The problem of its device, in words for users; None while there is none. While there is one, the child gets no tasks."""
         self.unfit: str | None = None
-        """Why it cannot work here at all, where it reported that."""
+        """Why it cannot work on this machine, if it reported that."""
         self.served = False
         """Whether it has ever worked."""
         self.spool: Path | None = None
-        """Where its self-test writes; None for the system's temporary folder."""
+        """The folder for its self-test; None for the system's temporary folder."""
         self._suspect = False
-        """Whether it is to be restarted and examined once it has no run."""
+        """Whether it must be restarted and examined once it has no run."""
         self._failed: list[Group] = []
-        """Groups of different tasks that failed since the last one that was done."""
+        """Groups of different tasks that have failed since a run last completed."""
         self._step_timeout_s = step_timeout_s
         self._ready: Ready | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -164,7 +164,7 @@ class Child:
 
     @property
     def models_next(self) -> list[str]:
-        """The models that will be on its device when it takes what is claimed now: one still to be loaded may push out all others."""
+        """The models that will be loaded when a run that is claimed now starts. A model still to be loaded may evict all others."""
         coming = [group.model for group in self.slots.groups if group.model not in self.models]
         return coming or self.models
 
@@ -174,16 +174,17 @@ class Child:
         return self._ready.pid if self._ready else None
 
     def memory_bytes(self) -> int:
-        """Return the resident memory of the child, 0 while there is none."""
+        """Return the resident memory of the child in bytes; 0 while there is none."""
         try:
             return int(psutil.Process(self.pid).memory_info().rss) if self.pid else 0
         except (psutil.Error, OSError):  # it has ended; or this process has too many files open
             return 0
 
     async def supervise(self, on_room: Callable[[], None], on_unfit: Callable[[], None] = lambda: None) -> None:
-        """Start the child, again whenever it ended, and end it when cancelled. `on_room` is called whenever a slot becomes free.
+        """Start the child, start it again whenever it ends, and end it when cancelled.
 
-        `on_unfit` is called each time that the child reports that it cannot work here; what that raises ends this.
+        `on_room` is called whenever a slot becomes free, and `on_unfit` each time that the child reports that it cannot work on this
+        machine. If `on_unfit` raises, the supervision ends with that error.
         """
         self.slots.on_room = on_room
         backoff = Backoff(*RESPAWN_S)
@@ -199,18 +200,18 @@ class Child:
             if self.unfit is not None:
                 on_unfit()
             if self._killed or time.monotonic() - started_s > RESPAWN_S[1]:
-                backoff.reset()  # it was in order, or is not to blame
+                backoff.reset()  # it was killed for a run, or worked for long
             else:
                 await asyncio.sleep(backoff.next_s())
 
     # ── A run ──
 
     async def run(self, request: Run, on_message: Callable[[Progress], None], group: Group) -> Done:
-        """Return what the child rendered for this run, one of its group.
+        """Render one run of the group, and return its output.
 
-        Raises the TaskFault that the engine reports; ChildDied where the child ended, or showed no progress for so long that it was killed.
-        Waits for its turn, and for the next child where the one that was free has died since: that death was not this run's. Cancelled, it
-        stops the child between two steps, kills it after a grace, and leaves only when the child is free of it or gone.
+        Raises the TaskFault that the engine reports, and ChildDied if the child ended, or was killed for showing no progress too long.
+        Waits for the device; if the child dies before it gets the run, waits for the next child. When cancelled, stops the run between two
+        steps, kills the child after `CANCEL_GRACE_S`, and returns only when the child has ended the run or is dead.
         """
         body = _sendable(request)
         driven = self._driven[request.run] = _Driven(request.run, group)
@@ -223,16 +224,16 @@ class Child:
             self._failed.clear()
             self._note_models(message)
             return message
-        except BaseException:  # a cancel, or what `on_message` raised: the child may still work on it
+        except BaseException:  # a cancel, or an error of `on_message`: the child may still render the run
             if group.started.is_set() and not driven.ended:
-                await uninterrupted(self._stop(driven))  # no cancel may leave a child that still works; bounded by the grace
+                await uninterrupted(self._stop(driven))  # no cancel may leave a child that still renders; `CANCEL_GRACE_S` bounds this
             raise
         finally:
             del self._driven[request.run]
             self._restart_if_suspect()
 
     async def _wait_for_device(self, group: Group) -> None:
-        """Wait until the child has the group. Raises HostFault where there is no child for too long."""
+        """Wait until the child has the group. Raises HostFault if there is no child for too long."""
         since_s = time.monotonic()
         while not group.started.is_set():
             try:
@@ -245,7 +246,7 @@ class Child:
                     raise HostFault(self.problem or "its engine does not start again", device=True) from None
 
     async def _next(self, driven: _Driven) -> Progress | Done:
-        """Return the next message of the run. Raises where the child ended it without a result, died, or is silent for too long."""
+        """Return the next message of the run. Raises if the child ended the run without a result, died, or is silent for too long."""
         try:
             async with asyncio.timeout(self._step_timeout_s):
                 message = await driven.messages.get()
@@ -263,7 +264,7 @@ class Child:
                 return message
             case Failed():
                 if message.broken:
-                    self._stop_serving()  # it ends by itself: nothing must be sent to it any more
+                    self._stop_serving()  # it ends by itself: no more may be sent to it
                     self._blamed = driven.run
                 raise self._fault(message, driven.group)
             case None:
@@ -286,7 +287,7 @@ class Child:
                 on_message(message)
 
     async def _stop(self, driven: _Driven) -> None:
-        """Stop a run: then the child has answered, or is dead."""
+        """Stop a run; return when the child has answered or was killed."""
         self._send(frame(Cancel(driven.run)))
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
@@ -297,7 +298,7 @@ class Child:
             self.kill(driven.run)
 
     def set_watched(self, run: str, watched: bool) -> bool:
-        """Tell the child whether this run has watchers; return whether the child has the run."""
+        """Notify the child whether this run has watchers; return whether the child has the run."""
         if run not in self._driven or not self._driven[run].group.started.is_set():
             return False
         self._send(frame(Watched(run, watched)))
@@ -306,7 +307,7 @@ class Child:
     # ── Failures ──
 
     def suspect(self, problem: str) -> None:
-        """Take no more tasks on a device that may be at fault until its child was restarted and passed a self-test."""
+        """Record a problem of the device: it gets no tasks until its child was restarted and has passed a self-test."""
         if not self._suspect:
             log.error("device_problem", child=self.name, device=self.device, problem=problem)
         self._suspect, self.problem = True, problem
@@ -314,7 +315,7 @@ class Child:
         self._failed.clear()
 
     def _count_failure(self, group: Group) -> None:
-        """Count a group that failed by a fault of the engine; too many of different tasks make the device suspect."""
+        """Count a group that failed by a fault of the engine. `FAILURES` groups of different tasks in a row make the device suspect."""
         ids = set(group.task_ids)
         if not any(ids & set(each.task_ids) for each in self._failed):
             self._failed.append(group)
@@ -336,14 +337,14 @@ class Child:
     async def _death(self, driven: _Driven) -> ChildDied:
         exit_code = await self._process.wait() if self._process else None
         how = f"signal {_signal(-exit_code)}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
-        text = f"the engine's process ended with {how}{f' at {driven.stage}' if driven.stage else ''}"
+        text = f"the engine process ended with {how}{f' in stage {driven.stage}' if driven.stage else ''}"
         death = ChildDied(text, exit_code, driven.stage, blameless=self._blamed not in (None, driven.run))
         if not death.blameless:
             self._count_failure(driven.group)
         return death
 
     def _note_failure(self, error: BaseException) -> None:
-        """Log why the child ended, and suspect a device on which it never served."""
+        """Log why the child ended; if it never served, its device becomes suspect."""
         if isinstance(error, ChildUnfit):
             self.unfit = error.message
         log.error("child_failed", child=self.name, problem=str(error) or type(error).__name__)
@@ -358,7 +359,7 @@ class Child:
     # ── The process ──
 
     def kill(self, blamed: str | None = None) -> None:
-        """Kill the child and what it started, because of one run or of all; the next child starts at once."""
+        """Kill the child and the processes that it started; the next child starts at once. `blamed` is the run that caused it, if any."""
         self._killed, self._blamed = True, blamed
         self._kill()
 
@@ -368,7 +369,7 @@ class Child:
             _kill_session(self._process.pid)
 
     def _note_models(self, message: Ready | Done) -> None:
-        """Note what its memory holds by this message."""
+        """Record the models that the message reports."""
         self.models = list(message.models)
         self.models_parked = list(message.models_parked) if isinstance(message, Done) else []
         self.model_swaps = message.model_swaps if isinstance(message, Done) else ModelSwaps()
@@ -379,7 +380,7 @@ class Child:
         self.models, self.models_parked = [], []
 
     async def _live(self) -> None:
-        """Start the child and follow it to its end. Raises ChildUnfit, and OSError where it ended before it served."""
+        """Start the child and follow it to its end. Raises ChildUnfit, and OSError if it ended before it served."""
         self._killed, self._blamed = False, None
         self._process = process = await self._spawn()
         assert process.stdout is not None
@@ -397,12 +398,12 @@ class Child:
         reason = " / ".join(list(self._stderr)[-3:])
         if process.returncode == EXIT_UNFIT:
             raise ChildUnfit(f"{self.name}: {reason}")
-        raise OSError(f"it ended with {process.returncode} before it served: {reason}")
+        raise OSError(f"it ended with exit code {process.returncode} before it served: {reason}")
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # the folder that this runs in may hold a `workers` of its own
+            "-P",  # the working directory may hold another package `workers`
             "-m",
             "workers.child",
             "--device",
@@ -433,17 +434,17 @@ class Child:
         self._notify_of_death()
 
     async def _ended(self, process: asyncio.subprocess.Process) -> None:
-        """Wait for the end of a child that has closed its output, and kill it where it does not end, and what it started."""
+        """Wait for the end of a child that has closed its output; kill it if it does not end, and the processes that it started."""
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
                 await process.wait()
         except TimeoutError:
             self._kill()
             await process.wait()
-        _kill_session(process.pid)  # what it started lets go of its standard error
+        _kill_session(process.pid)  # else a process that it started could hold its standard error open
 
     async def _end(self) -> None:
-        """Leave no process, and nobody who waits for it."""
+        """Kill the child if it still runs, wait for its end, and notify its runs."""
         self._stop_serving()
         if self._process is not None:
             self._kill()
@@ -451,13 +452,13 @@ class Child:
         self._notify_of_death()
 
     def _notify_of_death(self) -> None:
-        """Notify every run that the child had."""
+        """Notify every run on the child of its death."""
         for driven in self._driven.values():
             if driven.group.started.is_set():
                 driven.messages.put_nowait(None)
 
     async def _examine(self, stdout: asyncio.StreamReader) -> None:
-        """Have the new child render a small picture before it gets anything else. Raises OSError where it cannot."""
+        """Test a new child: let it render a small picture. Raises OSError if it cannot."""
         with tempfile.TemporaryDirectory(dir=self.spool, prefix="self-test-") as folder:
             params = {"prompt": "a self-test", "resolution": "64x64"}
             run = Run(SELF_TEST, SELF_TEST, SELF_TEST, GENERATE_IMAGE, models.ANIMATIC, models.ANIMATIC, params, {}, {}, 1, folder)
@@ -466,10 +467,13 @@ class Child:
                 while isinstance(answer := await self._receive(stdout), Progress):
                     pass
         if not isinstance(answer, Done):
-            raise OSError(f"it did not pass its self-test: {answer.message if isinstance(answer, Failed) else 'no result'}")
+            raise OSError(f"it failed its self-test: {answer.message if isinstance(answer, Failed) else 'no result'}")
 
     async def _receive(self, stream: asyncio.StreamReader) -> FromChild | None:
-        """Return the next message; None at the end. One that cannot be read is logged and skipped, or ends its run where it was an end."""
+        """Return the next message; None at end of file.
+
+        A message that cannot be decoded is logged and skipped. If it is one that ends its run, `Failed` is returned in its place.
+        """
         try:
             while True:
                 (size,) = HEADER.unpack(await stream.readexactly(HEADER.size))
@@ -482,12 +486,12 @@ class Child:
                     header = _header.decode(body)
                     log.error("child_unreadable", child=self.name, what=header.type, run=header.run, problem=str(error))
                     if header.type in ENDS:
-                        return Failed(header.run, InternalFault.code, "the engine's answer cannot be read")
+                        return Failed(header.run, InternalFault.code, "the answer of the engine cannot be read")
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
     def _send(self, frames: bytes) -> None:
-        """Write without waiting for room in the pipe: a child that hangs makes none, and what one run sends fits in memory."""
+        """Write frames without waiting for room in the pipe: a child that hangs makes none, and the frames of a run fit in memory."""
         process = self._process
         if process is None or process.stdin is None or process.returncode is not None:
             return  # the reader notices that the child is gone
@@ -502,7 +506,7 @@ class Child:
 
 
 def _sendable(request: Run) -> bytes:
-    """Return the encoded request. Raises InvalidInput where it cannot go over the pipe."""
+    """Return the encoded request. Raises InvalidInput if it cannot be sent over the pipe."""
     try:
         return encoded_run(request)
     except Unsendable as error:
@@ -511,7 +515,7 @@ def _sendable(request: Run) -> bytes:
 
 
 def _kill_session(pid: int) -> None:
-    """Kill a process that leads a session of its own, and what it started."""
+    """Kill the leader of a session and the processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 

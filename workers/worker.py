@@ -1,7 +1,7 @@
 """The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
 
-A claim brings what arq would fetch for a task, and only the verb scripts write what arq would write; arq's lifecycle, signals, context and
-registered functions stay. Deliveries are plain jobs of a plain arq queue, polled and finished by arq's own code.
+For tasks, the verb scripts do arq's reads and writes: a claim returns what arq would read, and only the verbs write. arq's lifecycle,
+signals, context and registered functions are used as they are. Deliveries are plain jobs in a plain arq queue, run by arq's own code.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ from workers.running import Running, Stop
 from workers.supervisor import CANCEL_GRACE_S, Child, ChildUnfit
 
 POLL_S: Final = 1.0
-"""How often it polls, in case a wake is missed."""
+"""Time between two polls, in case a wake is missed, in seconds."""
 POLL_MOST_S: Final = 5.0
-"""How long a poll for deliveries may take."""
+"""Time limit of a poll for deliveries, in seconds."""
 AWAY_S: Final = 0.5
-"""Between two tries to renew while Redis is away, beside the patience of each."""
+"""Pause between two tries to renew while Redis is away, in seconds. Each try waits for Redis too."""
 LAST_S: Final = CANCEL_GRACE_S + 1.5
-"""How long runs have after the drain to be requeued: an engine that does not stop has its grace first."""
+"""Time after the drain in which runs are requeued, in seconds. An engine that does not stop first has its grace."""
 GONE_S: Final = 10.0
-"""How long after the drain a worker has ended, whatever Redis, its engines and its disk do. Its runs have `LAST_S` of it, ..."""
+"""Time after the drain until the worker has ended, in seconds, whatever Redis, its engines and its disk do. It holds `LAST_S`, ..."""
 LETTING_GO_S: Final = 0.4
-"""... cancelled asyncio tasks have this to end, twice, ..."""
+"""... twice this time, in which cancelled asyncio tasks end, ..."""
 GOODBYE_S: Final = 1.0
-"""... and telling Redis that the worker leaves may take this."""
+"""... and this time limit for removing the worker from Redis."""
 AGAIN_S: Final = 1.0
-"""How long a part of the worker that broke waits before it starts again."""
+"""Wait before a part of the worker that failed starts again, in seconds."""
 
 UNREADABLE: Final = "its record in Redis cannot be read by this version of movieq"
 UNREADABLE_PARAMETERS: Final = "its parameters in Redis cannot be read"
@@ -120,17 +120,17 @@ class Worker(ArqWorker):
         """Whether one of its engines has served."""
         self._full = False
         self._doubt = asyncio.Event()
-        """Set where Redis was away, or this process stood still: leases are renewed at once, before anything is claimed."""
+        """Set after Redis was away or a message may have been missed: leases are renewed at once, before anything is claimed."""
         self._renewed_s = time.monotonic()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
         self.on_signal: Callable[[float], None] = lambda seconds: None
-        """Called at each signal with the seconds within which the worker must be gone."""
-        # a renewal must not meet a claim half way: it would take the claimed tasks for forgotten ones
+        """Called at each signal with the seconds within which the worker must end."""
+        # a renewal in the middle of a claim would treat the claimed tasks as forgotten ones
         self._leases = asyncio.Lock()
 
     async def main(self) -> None:
-        """Work until a signal asks it to end; then finish or requeue what it holds."""
+        """Work until a signal asks the worker to end; then finish or requeue its runs."""
         self.ctx["redis"] = self.pool
         if self.on_startup:
             await self.on_startup(self.ctx)
@@ -157,15 +157,15 @@ class Worker(ArqWorker):
         log.info("worker_ended", worker=self.worker_id)
 
     def _on_room(self) -> None:
-        """Claim at once. The first time that an engine serves, say that the worker is ready."""
+        """Claim at once. When the first engine serves, print that the worker is ready."""
         if not self._ready and any(child.served for child in self.children):
             self._ready = True
-            with suppress(OSError):  # nobody has to read it
+            with suppress(OSError):  # standard output may be closed
                 print(logs.WORKER_READY, flush=True)  # noqa: T201
         self._wake.set()
 
     def _on_unfit(self) -> None:
-        """Raise ChildUnfit where every child of this worker reports that it cannot work, and none ever has."""
+        """Raise ChildUnfit if every child of this worker reports that it cannot work, and none has ever served."""
         if all(child.unfit is not None and not child.served for child in self.children):
             raise ChildUnfit(str(self.children[0].unfit))
 
@@ -180,7 +180,7 @@ class Worker(ArqWorker):
         self._wake.set()
 
     async def close(self) -> None:
-        """Leave the list of workers, and close what arq opened."""
+        """Remove this worker from the list of workers, and close the connections that arq opened."""
         try:
             async with asyncio.timeout(GOODBYE_S):
                 await self.store.leave(self.worker_id)
@@ -200,14 +200,14 @@ class Worker(ArqWorker):
             self._wake.clear()
             try:
                 await self.claim(runs)
-                async with asyncio.timeout(POLL_MOST_S):  # arq's own patience would hold up a drain
+                async with asyncio.timeout(POLL_MOST_S):  # arq itself would wait longer, and delay a drain
                     await self._poll_iteration()
                 if self.burst and await self._burst_over():
                     return
             except Exception as error:
                 self._doubt.set()
                 if log_failure("claim_failed", error, away="redis_away"):
-                    self._nonce = None  # what was claimed is handed back by the next renewal
+                    self._nonce = None  # the next renewal requeues what was claimed
             await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
 
     async def _burst_over(self) -> bool:
@@ -217,9 +217,9 @@ class Worker(ArqWorker):
         return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """Start jobs as arq does, but at once and without asking about those that run here already: arq makes four round trips for each.
+        """Start jobs as arq does, but several at once, and without those that run here already: arq makes four round trips for each.
 
-        A job that Redis did not let it start does not count as one that runs. An entry that is not text is dropped.
+        A job whose start failed in Redis is not counted as running. An entry that is not text is dropped.
         """
         due = []
         for job_id in job_ids:
@@ -237,13 +237,13 @@ class Worker(ArqWorker):
                     raise error
             self._full = self.job_counter >= self.max_jobs
         except BaseException:
-            await asyncio.sleep(0)  # jobs that ended have counted themselves out
+            await asyncio.sleep(0)  # let jobs that ended lower the counter first
             for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
                 self._release_sem_dec_counter_on_complete()
             raise
 
     async def run_job(self, job_id: str, score: int) -> None:
-        """Run a job as arq does. Where its keys are damaged, write them again, as its name tells them; it is due as before."""
+        """Run a job as arq does. If its keys are damaged, write them again from its name; it is due as before."""
         try:
             await super().run_job(job_id, score)
         except ResponseError as error:
@@ -262,7 +262,7 @@ class Worker(ArqWorker):
     async def claim(self, runs: asyncio.TaskGroup) -> None:
         """Claim a task for each slot, and start the runs in `runs`."""
         if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
-            await self.renew()  # what is still ours must not be claimed anew
+            await self.renew()  # what this worker still holds must not be claimed again
         if self._draining.is_set():
             return
         async with self._leases:
@@ -282,23 +282,23 @@ class Worker(ArqWorker):
                                 runs.create_task(self._requeue(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
 
     def _slots(self) -> list[Slot]:
-        """Return where a task can run now, or in a moment."""
+        """Return the slots in which a task can run now, or in a moment."""
         found = [
             Slot(child.kinds, tuple(name for name in child.models_next if name != models.ANIMATIC), child.slots.free)
             for child in self._available()
         ]
-        return [Slot(("deliveries",)), *found]  # no task has this kind: with it the end of a task wakes an idle worker for its deliveries
+        return [Slot(("deliveries",)), *found]  # no task has this kind: it lets the end of a task wake an idle worker for the deliveries
 
     def _available(self) -> list[Child]:
-        """Return the children that can be given a task."""
+        """Return the children that can get a task."""
         return [child for child in self.children if (child.slots.free or child.slots.soon) and self._problem(child) is None]
 
     def _problem(self, child: Child) -> str | None:
-        """Return why the child takes no tasks; None while it does."""
+        """Return the problem for which the child gets no tasks; None while there is none."""
         return (self._host.problem if self._host else None) or child.problem
 
     def _start_group(self, runs: asyncio.TaskGroup, together: list[Claimed]) -> None:
-        """Start runs that were claimed together: now or as soon as a child is free, or without one where their files are finished here."""
+        """Start runs that were claimed together, on a child that is free now or soon; those with finished files here need no child."""
         to_render = []
         for claimed in together:
             if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
@@ -325,11 +325,11 @@ class Worker(ArqWorker):
             self._wake.set()
 
     def start(self, runs: asyncio.TaskGroup, running: Running) -> None:
-        """Start a run in `runs`; when it ends its slot is free."""
+        """Start a run in `runs`; its end frees its slot."""
         claimed = running.claimed
         self.runs[claimed.run] = running
         running.asyncio_task = runs.create_task(self._run(running), name=claimed.task.task_id)
-        running.asyncio_task.add_done_callback(lambda _: self._forget(running))  # even where it never started
+        running.asyncio_task.add_done_callback(lambda _: self._forget(running))  # even if it never started
 
     def _forget(self, running: Running) -> None:
         """Forget the run, and free its slot."""
@@ -337,7 +337,7 @@ class Worker(ArqWorker):
         running.free_slot()
 
     async def _run(self, running: Running) -> None:
-        """Run the task; whatever it raises concerns no other."""
+        """Run the task. An exception requeues this task and affects no other."""
         claimed = running.claimed
         context = {**self.ctx, "job_id": claimed.task.task_id, "job_try": claimed.task.attempt, "running": running}
         try:
@@ -345,7 +345,7 @@ class Worker(ArqWorker):
                 job = msgspec.msgpack.decode(claimed.job)
                 if job["f"] in self.functions:
                     coroutine = self.functions[job["f"]].coroutine(context, *job["a"], **job["k"])
-                else:  # of a newer version, or of a plug-in
+                else:  # a function of a newer version, or of a plug-in
                     log.error("no_such_job", task_id=claimed.task.task_id, function=job["f"])
                     coroutine = refuse_task(context, f"this worker cannot run {claimed.task.task_type}")
             except Exception as error:
@@ -371,7 +371,7 @@ class Worker(ArqWorker):
         except RunLost:
             pass
         except Exception as error:
-            log_failure("requeue_failed", error)  # the next renewal names the task again
+            log_failure("requeue_failed", error)  # the next renewal returns the task again
 
     # ── Leases ──
 
@@ -399,7 +399,7 @@ class Worker(ArqWorker):
     def tend(self) -> None:
         """Drop runs, and groups in slots, that have had no running asyncio task since this was last called.
 
-        Their tasks are missing from the next renewal, and so are requeued.
+        The next renewal does not name their tasks, and so they are requeued.
         """
         found: set[RunToken | int] = set()
         for run, running in list(self.runs.items()):
@@ -426,7 +426,7 @@ class Worker(ArqWorker):
             await asyncio.sleep(SWEEP_S)
 
     async def _read_gpus(self) -> None:
-        """Read the state of the GPUs apart from the renewals: a driver that hangs must not cost the leases."""
+        """Read the state of the GPUs, apart from the renewals: a driver that hangs must not cost the worker its leases."""
         while devices := [child.device for child in self.children if child.device != "cpu"]:
             for device in devices:
                 if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
@@ -437,7 +437,7 @@ class Worker(ArqWorker):
         """Renew the leases of all runs; stop those that are lost, and requeue tasks that this worker holds without running them."""
         try:
             self._heartbeat = self.rows()
-        except Exception:  # too many open files, say: the leases are renewed all the same
+        except Exception:  # with too many open files, for example: the leases are renewed even so
             log.exception("heartbeat_failed")
         async with self._leases:
             self._doubt.clear()
@@ -454,7 +454,7 @@ class Worker(ArqWorker):
                 raise
             self._renewed_s = time.monotonic()
             if self._nonce is not None and not self._draining.is_set():
-                forgotten = []  # of a claim whose answer was lost: it is repeated, and its answer names them
+                forgotten = []  # they belong to a claim whose answer was lost: the repeated claim returns them
         for _, run in lost:
             if run in self.runs:
                 self.runs[run].stop(Stop.LOST)
@@ -463,9 +463,9 @@ class Worker(ArqWorker):
             await self._requeue(task_id, run)
 
     async def _listen(self) -> None:
-        """Subscribe to the worker's own channel; the subscriber does so again over every new connection."""
+        """Subscribe to the worker's own channel; the subscriber repeats this on every new connection."""
         channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt)
-        with suppress(TimeoutError):  # it is subscribed as soon as Redis is back; until then the poll serves
+        with suppress(TimeoutError):  # the subscriber goes on once Redis is back; until then the worker polls
             await channel.wait()
 
     def _on_doubt(self) -> None:
@@ -479,7 +479,7 @@ class Worker(ArqWorker):
             case ["cancel", _, run]:
                 if (running := self.runs.get(RunToken(run))) is not None:
                     running.stop(Stop.CANCELLED)
-            case _:  # of a newer version, or not from movieq
+            case _:  # a message of a newer version, or not from movieq
                 log.warning("unknown_message", text=message[:100].decode(errors="replace"))
 
     def rows(self) -> list[WorkerStatus]:
@@ -517,9 +517,9 @@ class Worker(ArqWorker):
     # ── Draining ──
 
     async def _drain(self, working: asyncio.Task[None]) -> None:
-        """Requeue at once what cannot end within the grace, wait for the rest, then requeue what is left.
+        """Requeue at once the runs that cannot end within `drain_s`, wait for the others, then requeue what is left.
 
-        A claim in flight may end within the grace; what it brings is requeued.
+        A claim in flight may still end meanwhile; its tasks are requeued.
         """
         for running in list(self.runs.values()):
             if running.finished is None and running.eta.remaining_s() > self._drain_s:
@@ -535,7 +535,7 @@ class Worker(ArqWorker):
         await _let_go([working, *(running.asyncio_task for running in self.runs.values() if running.asyncio_task), *self.tasks.values()])
 
     async def _ended_within(self, seconds: float, unless: asyncio.Event | None = None) -> None:
-        """Wait until all runs and jobs have ended, the time is over, or the event is set."""
+        """Wait until all runs and jobs have ended or the event is set, but at most this many seconds."""
         tasks: set[asyncio.Task[Any]] = {running.asyncio_task for running in self.runs.values() if running.asyncio_task}
         tasks.update(self.tasks.values())
         if tasks:
@@ -546,7 +546,7 @@ class Worker(ArqWorker):
 
 
 async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """Run a part of the worker until it returns or is cancelled; start it again where it fails. Raises ChildUnfit."""
+    """Run a part of the worker until it returns or is cancelled; start it again if it fails. Raises ChildUnfit."""
     while True:
         try:
             await part()
@@ -559,7 +559,7 @@ async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _let_go(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait for them, but not for ever. One that is still reporting its outcome to Redis needs the second cancel."""
+    """Cancel the tasks and wait for them, for a limited time. One that is reporting its outcome to Redis needs the second cancel."""
     for _ in range(2):
         if not (left := {task for task in tasks if not task.done()}):
             return

@@ -1,4 +1,4 @@
-"""A client that holds every answer to the contract: its error body, its schema in /openapi.json, its times."""
+"""A client that checks every answer against the contract: its error body, its schema in /openapi.json, its times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 TIMES: Final = {"timestamp", "time", "created_at", "started_at", "completed_at", "cancelled_at", "last_heartbeat"}
 STATUS_OF: Final = {error.code: error.status for error in RequestError.__subclasses__()}
 DEADLINE_S: Final = 60.0
-"""How long a test waits for what must come."""
+"""How long a test waits for an event that must come, in seconds."""
 
 
 class Answer(NamedTuple):
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The code of an error."""
+        """The error code."""
         return str(self.json["error"])
 
     @property
@@ -66,14 +66,14 @@ class Event(NamedTuple):
 
 
 class Stream:
-    """An open stream: its events one by one, and how it began."""
+    """An open stream: its first answer, and its events one by one."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
         self.retries: list[int] = []
 
     async def next(self, seconds: float = DEADLINE_S) -> Event | None:
-        """The next event; None where the stream has ended. Raises TimeoutError."""
+        """Return the next event; None at the end of the stream. Raises TimeoutError."""
         fields: dict[str, str] = {}
         async with asyncio.timeout(seconds):
             while line := (await self.response.content.readline()).decode():
@@ -87,7 +87,7 @@ class Stream:
         return None
 
     async def until(self, *types: str) -> list[Event]:
-        """The events up to one of these types."""
+        """Return the events up to the first of one of these types."""
         found: list[Event] = []
         while (event := await self.next()) is not None:
             found.append(event)
@@ -96,7 +96,7 @@ class Stream:
         raise AssertionError(f"the stream ended without {types}: {found}")
 
     async def rest(self) -> list[Event]:
-        """The events up to the end of the stream."""
+        """Return the events up to the end of the stream."""
         found: list[Event] = []
         while (event := await self.next()) is not None:
             found.append(event)
@@ -104,7 +104,7 @@ class Stream:
 
 
 class Client:
-    """Asks the API. `state` is what its process holds, `signatures` are those it has given out."""
+    """A client of the API. `state` is the state of the API process, `signatures` are those that it has issued."""
 
     def __init__(self, url: str, state: Api) -> None:
         self.url = url
@@ -121,7 +121,7 @@ class Client:
     async def ask(
         self, method: str, path: str, *, key: str | None = ALL, headers: Mapping[str, str] | None = None, data: Any = None
     ) -> Answer:
-        """The answer; `path` may be an absolute url. Whatever it is, it keeps what the contract says of every answer."""
+        """Send a request and return the answer, checked against the contract. `path` may be an absolute URL."""
         sent = {**({} if key is None else {"X-API-Key": key}), **(headers or {})}
         async with self._session.request(method, self._at(path), headers=sent, data=data, allow_redirects=False) as response:
             answer = Answer(response.status, response.headers, await response.read())
@@ -139,22 +139,22 @@ class Client:
         return await self.ask("DELETE", path, **options)
 
     async def submit(self, key: str | None = ALL, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
-        """A task is handed in: the plainest there is, with these top-level fields instead."""
+        """Submit a task with the fewest fields, except for these top-level fields."""
         return await self.submit_bytes(json.dumps({**BODY, **fields}).encode(), key=key, headers=headers)
 
     async def submit_bytes(self, body: Any, key: str | None = ALL, headers: Mapping[str, str] | None = None) -> Answer:
-        """These bytes, or chunks, are posted as a task."""
+        """Post these bytes, or chunks, as a task."""
         return await self.post("/api/v1/tasks/submit", key=key, headers={"Content-Type": "application/json", **(headers or {})}, data=body)
 
     async def status(self, task_id: str) -> Any:
-        """The JSON of a task's status."""
+        """Return the JSON of a task's status."""
         answer = await self.get(f"/api/v1/tasks/{task_id}/status")
         assert answer.status == 200, answer
         return answer.json
 
     @asynccontextmanager
     async def events(self, task_id: str, query: str = "", *, key: str | None = ALL, **headers: str) -> AsyncIterator[Stream]:
-        """The stream of a task, of `projects/PROJECT`, or of an absolute `events_url`; `last_event_id` and `origin` are headers."""
+        """Open the stream of a task, of `projects/PROJECT`, or of an absolute `events_url`; `last_event_id` and `origin` are headers."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()} | ({} if key is None else {"X-API-Key": key})
         what = task_id if "/" in task_id else f"tasks/{task_id}"
         url = task_id if task_id.startswith("http") else f"{self.url}/api/v1/{what}/events{query}"
@@ -163,7 +163,7 @@ class Client:
             yield Stream(response)
 
     async def raw(self, *parts: bytes) -> bytes:
-        """What comes back when these bytes are sent as they are; the connection is read to its end."""
+        """Send these bytes as they are; return all that comes back until the connection ends."""
         host, port = self.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
@@ -179,7 +179,7 @@ class Client:
 
 
 def kept(method: str, path: str, answer: Answer) -> None:
-    """Raises AssertionError where an answer breaks what the contract says of every one."""
+    """Raise AssertionError if an answer breaks what the contract promises of every answer."""
     if method == "HEAD" or answer.status in (204, 206):
         return
     if answer.status >= 400 and not (path.endswith(("/health", "/health/ready")) and answer.status == 503):
@@ -222,5 +222,5 @@ def _operation(method: str, path: str) -> dict[str, Any] | None:
 
 @cache
 def schema(name: str) -> Draft202012Validator:
-    """Validates against a Struct, as /openapi.json has it."""
+    """Return a validator for a Struct, from its schema in /openapi.json."""
     return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": _document()["components"]})

@@ -1,4 +1,4 @@
-"""The real API over a real socket, in the test's own loop, on the session's Valkey; keys of every sort; answers held to /openapi.json."""
+"""The real API on a real socket, in the test's own loop, on the session's Valkey, with keys of every kind."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.contract.client import ADMIN, ALL, DEADLINE_S, FILM, KEYS, READ, SUBM
 
 @asynccontextmanager
 async def served(settings: Settings, send_buffer: int | None = None, port: int = 0) -> AsyncIterator[Client]:
-    """A client of the API with these settings. Afterwards the API has ended, in order, with every stream told.
+    """Yield a client of an API with these settings. At the end the API shuts down in order, and every stream is notified.
 
-    `send_buffer` is how many bytes the kernel takes of the API for a client that does not read.
+    `send_buffer` is the number of bytes that the kernel accepts from the API for a client that does not read.
     """
     listening = serving.listen("127.0.0.1", port)
     if send_buffer is not None:
@@ -62,7 +62,7 @@ async def served(settings: Settings, send_buffer: int | None = None, port: int =
 
 @pytest.fixture
 def settings(server: Valkey, folder: Path) -> Settings:
-    """An installation with a key of each sort."""
+    """Return the settings of an installation with a key of each kind."""
     return settings_of(
         redis_url=server.url,
         storage=str(folder / "media"),
@@ -73,13 +73,13 @@ def settings(server: Valkey, folder: Path) -> Settings:
 
 @pytest.fixture
 def quiet_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the first tidy: what Redis is asked, a request or a stream asks."""
+    """Run `tidy` only once, so that every other call to Redis comes from a request or a stream."""
     monkeypatch.setattr(app, "TIDY_S", 3600)
 
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
-    """Everything that is logged, down to debug."""
+    """Return the list of everything that is logged, down to debug."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(logging.getLogger("uvicorn.access"), "disabled", True)  # pytest opens the ears that uvicorn has shut
     structlog.configure(
@@ -93,7 +93,7 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 async def api(settings: Settings, redis: ArqRedis, logged: pytest.LogCaptureFixture) -> AsyncIterator[Client]:
-    """A client of the API on an empty Valkey. In the end nothing was logged as an error, and no key or signature at all."""
+    """Yield a client of the API on an empty Valkey. At the end no error, key or signature may be in the log."""
     async with served(settings) as client:
         yield client
     assert [record.getMessage() for record in logged.records if record.levelno >= logging.ERROR] == []
@@ -102,7 +102,7 @@ async def api(settings: Settings, redis: ArqRedis, logged: pytest.LogCaptureFixt
 
 @contextmanager
 def stopped(server: Valkey) -> Iterator[None]:
-    """The server hangs: it takes connections and answers nothing."""
+    """Stop the server for the block, so that it accepts connections and answers nothing."""
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)
     try:
@@ -113,21 +113,21 @@ def stopped(server: Valkey) -> Iterator[None]:
 
 @pytest.fixture
 def own(folder: Path) -> Iterator[Valkey]:
-    """A Valkey that may be killed."""
+    """Yield a Valkey that a test may kill."""
     with valkey(folder / "own") as running:
         yield running
 
 
 @pytest.fixture
 async def away(own: Valkey, settings: Settings) -> AsyncIterator[Client]:
-    """The API on that Valkey."""
+    """Yield a client of the API on that Valkey."""
     async with served(msgspec.structs.replace(settings, redis_url=own.url)) as api:
         yield api
 
 
 @pytest.fixture
 async def direct(own: Valkey) -> AsyncIterator[Any]:
-    """A client of that Valkey."""
+    """Yield a client of that Valkey."""
     client = connect(own.url, patient=True)
     yield client
     await client.aclose()
@@ -140,11 +140,11 @@ REFUSALS: Final = {
     "read-only": "read-only",
     "cannot save": "cannot save",
 }
-"""States in which Redis takes no writes, and what an answer says of each."""
+"""States in which Redis refuses writes -> words of the API's answer."""
 
 
 async def refuse_writes(server: Valkey, direct: Any, state: str) -> None:
-    """The server is in this state."""
+    """Bring the server into a state in which it refuses writes."""
     match state:
         case "out of memory":
             await direct.config_set("maxmemory", 1)
@@ -162,7 +162,7 @@ async def refuse_writes(server: Valkey, direct: Any, state: str) -> None:
 
 
 async def take_writes(direct: Any) -> None:
-    """The server takes writes again."""
+    """Let the server accept writes again."""
     await direct.config_set("maxmemory", 0)
     await direct.config_set("min-replicas-to-write", 0)
     await direct.replicaof("NO", "ONE")
@@ -170,25 +170,25 @@ async def take_writes(direct: Any) -> None:
 
 
 class Tasks:
-    """Tasks that were submitted over the API and brought into a state by the verbs of a worker."""
+    """Tasks that are submitted by the API and brought into a state by the verbs of a worker."""
 
     def __init__(self, api: Client, store: Store) -> None:
         self._api = api
         self.store = store
 
     async def queued(self, **fields: Any) -> TaskId:
-        """A waiting task."""
+        """Submit a task; return its id."""
         answer = await self._api.submit(**fields)
         assert answer.status == 201, answer
         return TaskId(answer.json["task_id"])
 
     async def processing(self, **fields: Any) -> tuple[TaskId, RunToken]:
-        """A running task, the only one waiting, and its run."""
+        """Submit a task and claim it, as the only one that waits; return its id and its run."""
         task_id = await self.queued(**fields)
         return task_id, await self.claim()
 
     async def claim(self) -> RunToken:
-        """The run of the one waiting task."""
+        """Claim the only task that waits; return its run."""
         (claimed,) = await claim(self.store)
         return claimed.run
 
@@ -208,7 +208,7 @@ class Tasks:
         return task_id
 
     async def in_state(self, status: TaskStatus) -> TaskId:
-        """A task in this state."""
+        """Return a task in this state."""
         make: dict[TaskStatus, Callable[[], Awaitable[Any]]] = {
             TaskStatus.QUEUED: self.queued,
             TaskStatus.PROCESSING: self.processing,
@@ -222,5 +222,5 @@ class Tasks:
 
 @pytest.fixture
 def tasks(api: Client, store: Store) -> Tasks:
-    """Tasks in every state."""
+    """Return a factory of tasks in every state."""
     return Tasks(api, store)

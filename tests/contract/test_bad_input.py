@@ -1,4 +1,4 @@
-"""Whatever is sent to submit: a 400 or 413 that names the field, what was given and what is allowed; and the API lives on."""
+"""Bad input to submit: a 400 or 413 that names the field, the value and what is allowed; the API goes on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HEAD = (
 
 
 def refused(answer: Answer, *words: str) -> None:
-    """It is a 400 whose message has these words."""
+    """Assert that the answer is a 400 whose message has these words."""
     assert (answer.status, answer.error, answer.json["retryable"]) == (400, "validation_failed", False), answer
     assert [word for word in words if word not in answer.message] == [], answer.message
 
 
 def short(value: object) -> str:
-    """Names a case."""
+    """Return a short name for a case."""
     return ascii(value)[:40]
 
 
@@ -44,7 +44,7 @@ def bytes_of(**fields: Any) -> bytes:
 
 @pytest.fixture(autouse=True)
 async def lives_on(api: Client) -> AsyncIterator[None]:
-    """After whatever the test did the next task is fine, and nothing else was accepted."""
+    """Check after the block that the next task is accepted, and that no other was."""
     yield
     assert (await api.submit(project_id="next")).status == 201
     assert (await api.get("/api/v1/projects/film/tasks")).json["pagination"]["total"] == 0

@@ -1,4 +1,4 @@
-"""Deliveries are listed for whoever may read the task, and sent again by admins; those of other projects do not exist."""
+"""A key that may read a task lists its deliveries; an admin key resends them. Deliveries of other projects do not exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ URL = "https://cms.example/hooks?token=hush"
 
 
 async def delivered(store: Store, project: str = "film") -> TaskId:
-    """A task with a delivery to the CMS that was given up, and a webhook on its way."""
+    """Return a task whose delivery to the CMS has failed for good, and whose webhook is pending."""
     task_id, run = await running(store, project=project, callback_url=URL)
     await store.complete(task_id, run, result(), "https://cms.example/api/media")
     await Outbox(store.redis).delivered(f"{task_id}-1", DeliveryState.FAILED, 1, 400, "alt: This field is required.")

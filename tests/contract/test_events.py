@@ -1,4 +1,4 @@
-"""The stream of a task: snapshot, log, live, end; resumed anywhere without a gap or a double; open to browsers by its signature."""
+"""The stream of a task: snapshot, log, live events, end. It resumes without a gap or a duplicate; its signature opens it in browsers."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ PROGRESS = {
 
 
 async def log_of(store: Store, task_id: TaskId) -> list[str]:
-    """The ids of a task's log."""
+    """Return the ids of a task's event log."""
     return [entry.id for entry in await Queries(store.redis).log_after(task_id, None, 100_000)]
 
 
 async def work(store: Store, task_id: TaskId, run: RunToken, steps: int = 10) -> None:
-    """Reports of a run, in steps of a percent."""
+    """Report a run in steps of one percent."""
     for step in range(1, steps + 1):
         await store.report(task_id, run, step / 100, "generating_image", stage="denoise", step=step, steps=steps)
 
 
 async def soon(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    """The condition holds, within the deadline."""
+    """Wait until the condition holds, at most until the deadline."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             holds = condition()
@@ -212,7 +212,7 @@ async def test_a_comment_is_sent_while_nothing_happens(api: Client, tasks: Tasks
 
 @pytest.fixture
 async def ended(tasks: Tasks, store: Store) -> TaskId:
-    """A completed task with a log of twelve."""
+    """Return a completed task whose log has twelve entries."""
     task_id, run = await tasks.processing()
     await work(store, task_id, run)
     await store.complete(task_id, run, result())
@@ -356,7 +356,7 @@ async def test_an_empty_resume_point_is_none(api: Client, ended: TaskId) -> None
 
 @pytest.fixture
 async def signed(api: Client, ended: TaskId) -> str:
-    """The events_url of a task that has ended."""
+    """Return the events_url of an ended task."""
     return str((await api.status(ended))["events_url"])
 
 
@@ -494,7 +494,7 @@ async def test_a_watcher_that_comes_while_the_last_one_leaves_misses_nothing(api
 
 
 async def quiet(*streams: Stream) -> None:
-    """Return when each stream has had many comments and nothing else."""
+    """Wait until each stream has received many comments and nothing else."""
     async with asyncio.timeout(DEADLINE_S):
         for stream in streams:
             for _ in range(20):
@@ -519,7 +519,7 @@ async def test_idle_streams_cost_redis_nothing(settings: Settings, store: Store,
 
 
 class Slow:
-    """A client whose socket takes almost nothing until it is read."""
+    """A client whose socket accepts almost nothing until it is read."""
 
     def __init__(self, api: Client, task_id: str) -> None:
         self.found = b""
@@ -531,12 +531,12 @@ class Slow:
         self.sock.setblocking(False)
 
     def sip(self, size: int) -> None:
-        """It takes a little of what has come."""
+        """Read a few bytes of what has arrived."""
         with contextlib.suppress(BlockingIOError):
             self.found += self.sock.recv(size)
 
     async def read(self) -> str:
-        """Everything, to the end of the stream or of the connection."""
+        """Return everything up to the end of the stream or of the connection."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(DEADLINE_S):
             with contextlib.suppress(ConnectionResetError):
@@ -629,7 +629,7 @@ async def test_when_the_server_goes_every_stream_says_goodbye(api: Client, tasks
 
 @pytest.fixture
 def own(folder: Path) -> Iterator[Valkey]:
-    """A Valkey that may be killed."""
+    """Yield a Valkey that a test may kill."""
     with valkey(folder / "own") as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""A task of the API that dies ends the process: a load balancer and `movieq up` see it, and no client waits for events that never come."""
+"""If a background task of the API fails, the process ends, so that a load balancer and `movieq up` notice and no client waits in vain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guides, run as written against one service: every command succeeds, and every answer has the shape that is shown below it."""
+"""The guides, run as written on one service: every command succeeds, and every answer has the shape shown below it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tests.service import Service, receiver, service
 
 MARK = "--- end of block ---"
 OF_THE_HEARTBEAT = (".status", ".current_task_id", ".idle_gap", ".models")
-"""Of a worker's row: how it was at its last heartbeat, before its engine was there or while a task still ran, perhaps."""
+"""Fields of a worker's row that depend on when its last heartbeat was: perhaps before its engine served, or during a task."""
 NEW, OLD, OTHER = ("whsec_" + base64.b64encode(secret).decode() for secret in (b"new" * 8, b"old" * 8, b"other" * 8))
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that rotates the secret of its webhooks."""
+    """Yield a service that rotates the secret of its webhooks."""
     with service(tmp_path_factory.mktemp("guides"), MOVIEQ_WEBHOOK_SECRET=f"{NEW},{OLD}") as up:
         yield up
 
 
 def with_language(*languages: str) -> list[Path]:
-    """The guides that have blocks in one of these languages."""
+    """Return the guides that have blocks in one of these languages."""
     return [page for page in GUIDES if any(block.language in languages for block in blocks(page))]
 
 
@@ -48,7 +48,7 @@ def named(page: Path) -> str:
 
 
 def walk(page: Path) -> list[tuple[str, str]]:
-    """Each block of commands, and the answer that is shown below it, or nothing."""
+    """Return each block of commands with the answer shown below it, or ""."""
     found: list[tuple[str, str]] = []
     before = ""
     for block in blocks(page):
@@ -61,7 +61,7 @@ def walk(page: Path) -> list[tuple[str, str]]:
 
 
 def answers(folder: Path, page: Path, url: str, key: str) -> list[str]:
-    """What each block prints, run one after the other in one shell; `URL` and `KEY` are those of the service at hand."""
+    """Run the blocks one after the other in one shell, with `URL` and `KEY` of this service; return what each prints."""
     setting = f"URL={url}\nKEY={key}\n"
     script = f"set -eu\n{setting}" + "".join(f"{text}\necho; echo '{MARK}'\n" for text, _ in walk(page))
     script = re.sub(r"^URL=.*\nKEY=.*\n", lambda _: setting, script, flags=re.MULTILINE)
@@ -71,7 +71,7 @@ def answers(folder: Path, page: Path, url: str, key: str) -> list[str]:
 
 
 def same_shape(shown: Any, real: Any, where: str) -> None:
-    """The same keys and types everywhere; texts without digits (states, messages, names) are equal."""
+    """Assert the same keys and types everywhere; texts without digits (states, messages, names) must be equal."""
     if ".workers[" in where and where.endswith(OF_THE_HEARTBEAT):
         return
     assert type(shown) is type(real) or {type(shown), type(real)} <= {int, float}, f"{where}: {real!r}, the guide shows {shown!r}"
@@ -126,7 +126,7 @@ async def test_every_example_in_json_is_an_answer_or_fits_its_schema(page: Path,
 
 
 async def document(running: Service) -> dict[str, Any]:
-    """/openapi.json."""
+    """Return /openapi.json."""
     async with aiohttp.ClientSession() as session, session.get(f"{running.url}/openapi.json") as answer:
         return dict(await answer.json())
 
@@ -135,7 +135,7 @@ async def document(running: Service) -> dict[str, Any]:
 
 
 def rows(heading: str) -> dict[str, str]:
-    """The fields and the defaults of the table of the reference that begins with this word."""
+    """Return field -> default of the table in the API reference whose header begins with this word."""
     table = guide("api").read_text().partition(f"| `{heading}` | default |")[2].partition("\n\n")[0]
     return dict(re.findall(r"^\| `([a-z_]+)` \| (.*?) ?\| ", table, re.MULTILINE))
 
@@ -153,7 +153,7 @@ async def test_the_reference_lists_every_field_of_task_data_with_its_default(run
 
 
 def properties(schema: dict[str, Any]) -> dict[str, Any]:
-    """The properties of a JSON Schema whose root may be a reference."""
+    """Return the properties of a JSON Schema whose root may be a reference."""
     if "$ref" in schema:
         schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
     return dict(schema["properties"])

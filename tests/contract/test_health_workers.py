@@ -1,4 +1,4 @@
-"""Health without a key, who works, and what a key may see of it; task types."""
+"""Health, which needs no key; the list of workers, and which of it a key may see; task types."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORKER = {
 
 
 async def beat(store: Store, worker: str = "w1", task_id: TaskId | None = None, **fields: Any) -> None:
-    """A heartbeat of a worker of one child."""
+    """Send a heartbeat of a worker with one child."""
     row: dict[str, Any] = {
         **{"worker_id": worker, "worker_type": Kind.CPU_INTENSIVE, "status": WorkerState.IDLE, "current_task_id": task_id},
         **{"gpu_utilization": 0.0, "memory_usage": 1000, "tasks_completed": 3, "last_heartbeat": utc(0), "queues": [Kind.CPU_INTENSIVE]},
@@ -40,7 +40,7 @@ async def beat(store: Store, worker: str = "w1", task_id: TaskId | None = None, 
 
 
 async def silent(store: Store, worker: str, seconds: int) -> None:
-    """The worker's last heartbeat was so long ago."""
+    """Move the worker's last heartbeat back by this many seconds."""
     await raw(store).zincrby(KEYS["heartbeat_times"], -seconds * 1000, worker)
 
 

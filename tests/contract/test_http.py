@@ -1,4 +1,4 @@
-"""Clients that speak HTTP in another way: they offer an upgrade, or know HTTP/1.0 only."""
+"""Clients with another kind of HTTP: they offer an upgrade, or know only HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.contract.client import ALL, BODY, DEADLINE_S, Client
 from tests.contract.conftest import Tasks
 
 OFFER: Final = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\nUpgrade: h2c\r\n"
-"""What the HttpClient of Java says in each request to a server that it does not know."""
+"""Headers that Java's HttpClient sends in each request to a server that it does not know."""
 KEY: Final = f"Host: a\r\nX-API-Key: {ALL}\r\n".encode()
 SUBMIT: Final = b"POST /api/v1/tasks/submit HTTP/1.1\r\nContent-Type: application/json\r\n" + KEY
 HEALTH: Final = b"GET /health HTTP/1.1\r\n" + KEY

@@ -1,4 +1,4 @@
-"""Who may do what, the order in which that is checked, and that what a key may not see does not exist."""
+"""What each key may do, and in which order that is checked. What a key may not see does not exist for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signed files: whole and in ranges, of the right type, for any origin; and closed to every other address."""
+"""Signed files: whole and in ranges, of the right type, for any origin. Every other URL is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTES = bytes(range(256)) * 1000
 
 @pytest.fixture
 async def url(api: Client, folder: Path) -> str:
-    """The address of a stored file."""
+    """Return the signed URL of a stored file."""
     source = folder / "file"
     source.write_bytes(BYTES)
     await api.state.storage.put(KEY, source, "image/jpeg")

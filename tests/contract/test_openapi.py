@@ -1,4 +1,4 @@
-"""/openapi.json: a true account of the routes. That every answer fits its schema is asked of each answer in client.py."""
+"""/openapi.json describes the routes as they are. (client.py checks that every answer fits its schema.)"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.contract.client import BODY, Client, schema
 
 @pytest.fixture
 async def document(api: Client) -> dict[str, Any]:
-    """The document as it is served."""
+    """Return the document as it is served."""
     answer = await api.get("/openapi.json", key=None)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     return dict(answer.json)

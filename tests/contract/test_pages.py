@@ -1,4 +1,4 @@
-"""A project's pages: newest first, filtered, bounded; and the project itself."""
+"""The pages of a project's tasks: newest first, filtered, limited; and the project itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream of a project: a snapshot, changes of state with ids of its log, progress without; resumed, filtered, isolated, signed."""
+"""The stream of a project: a snapshot, state changes with ids, progress without; resumed, filtered, isolated, signed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ FILM_STREAM = "projects/film"
 
 
 async def log_of(store: Store) -> list[str]:
-    """The ids of the project's log."""
+    """Return the ids of the project's event log."""
     return [entry.id for entry in await Queries(store.redis).log_after(LOG, None, 100_000)]
 
 
 async def began(stream: Stream) -> Any:
-    """The data of the snapshot with which the stream begins."""
+    """Read the snapshot with which the stream begins; return its data."""
     event = await stream.next()
     assert event is not None
     assert (event.id, event.type) == (None, "snapshot")
@@ -44,7 +44,7 @@ async def began(stream: Stream) -> Any:
 
 
 async def some(stream: Stream, count: int) -> list[Event]:
-    """The next events."""
+    """Return the next events."""
     return [event for event in [await stream.next() for _ in range(count)] if event is not None]
 
 
@@ -349,7 +349,7 @@ async def test_head_answers_without_a_stream(api: Client, tasks: Tasks) -> None:
 
 @pytest.fixture
 async def signed(api: Client, tasks: Tasks) -> str:
-    """The events_url of the project."""
+    """Return the events_url of the project."""
     await tasks.queued()
     return str((await api.get("/api/v1/projects/film")).json["events_url"])
 

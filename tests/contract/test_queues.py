@@ -1,4 +1,4 @@
-"""What operators and autoscalers see: queues, dead letters, totals, alerts; and what is swept."""
+"""What operators and autoscalers see: queues, dead letters, totals, alerts; and what a sweep deletes of it."""
 
 from __future__ import annotations
 

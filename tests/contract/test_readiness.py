@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether tasks can be accepted and run: true answers that cost little and tell nothing of the inside."""
+"""Liveness, and readiness to accept and run tasks: correct answers that cost little and reveal nothing internal."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LIVE, READY, HEALTH = "/health/live", "/health/ready", "/health"
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request is answered anew."""
+    """Check anew for each request, instead of reusing the last answer."""
     monkeypatch.setattr(readiness, "FRESH_S", 0.0)
 
 
 def failed(answer: Answer) -> dict[str, str]:
-    """The checks that failed, and what each says."""
+    """Return name -> message of the checks that failed."""
     checks = answer.json["checks"]
     assert [check["name"] for check in checks] == ["redis", "storage", "worker"]
     assert all(check["ok"] == (check["message"] == "") for check in checks)

@@ -1,4 +1,4 @@
-"""Redis away, hung, unwilling or back: 503 and nothing worse. A fault of a script is none of these."""
+"""Redis is away, hangs, refuses writes or returns: the API answers 503, and never worse. A fault of a script is another matter."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.fleet import eventually
 
 
 async def ask(api: Client, method: str, path: str, data: bytes | None = None) -> Answer:
-    """Return the answer to a request with a body of JSON."""
+    """Send a request with a JSON body; return the answer."""
     return await api.ask(method, f"/api/v1{path}", data=data, headers={"Content-Type": "application/json"})
 
 
 async def everything(api: Client, task_id: str) -> dict[str, Answer]:
-    """Return what every operation answers at this moment."""
+    """Call every operation; return the answer of each."""
     asked = [
         ("POST", "/tasks/submit", json.dumps(BODY).encode()),
         ("GET", f"/tasks/{task_id}/status", None),

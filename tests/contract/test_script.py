@@ -1,4 +1,4 @@
-"""`/movieq.js` and its types, as pages of any origin get them."""
+"""`/movieq.js` and its types, as pages of any origin load them."""
 
 from __future__ import annotations
 

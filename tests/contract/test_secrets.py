@@ -1,4 +1,4 @@
-"""The API as a process: it says goodbye on SIGTERM, and neither its log nor its output holds a key or a signature."""
+"""The API as a process: it ends in order on SIGTERM, and neither its log nor its output contains a key or a signature."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Process:
 
 @pytest.fixture(params=["json", "console"])
 def process(server: Valkey, store: Store, folder: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
-    """The API alone, at its most talkative."""
+    """Run the API alone, at log level debug."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")} | {
         "MOVIEQ_REDIS_URL": server.url,
         "MOVIEQ_API_KEYS": f"{ALL},{FILM}=film",

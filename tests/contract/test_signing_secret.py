@@ -1,4 +1,4 @@
-"""The signing secret that is kept in Redis is lost with it: every process takes the new one, and no restart is needed."""
+"""If the signing secret that is stored in Redis is lost, every process adopts the new one without a restart."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.service import fetched, receiver
 
 WITHIN_S = 20.0
 GOOD = [200, 200, 404]
-"""What the addresses of a task's stream, its project's and its file answer: no file was stored."""
+"""Answers of the URLs of a task's stream, its project's stream and its file (none was stored)."""
 
 
 async def addresses(api: Client, store: Store) -> list[str]:
-    """The signed addresses that the API gives of a new task, without the server."""
+    """Return the signed URLs that the API gives for a new task, without the server."""
     status = await api.status(await Tasks(api, store).completed())
     project = (await api.get("/api/v1/projects/film")).json
     return [url.removeprefix(api.url) for url in (status["events_url"], project["events_url"], status["result"]["media_url"])]
 
 
 async def answers(api: Client, urls: list[str]) -> list[int]:
-    """The status with which each is answered."""
+    """Return the status of the answer to each URL."""
     return [(await api.ask("HEAD" if "/events" in url else "GET", api.url + url, key=None)).status for url in urls]
 
 

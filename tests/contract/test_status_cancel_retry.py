@@ -1,4 +1,4 @@
-"""Status in each state, and what cancel and retry answer there."""
+"""The status in each state, and the answers of cancel and retry."""
 
 from __future__ import annotations
 

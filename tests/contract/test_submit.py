@@ -1,4 +1,4 @@
-"""Submitting: the receipt, what it warns of, and the same receipt again under the same Idempotency-Key."""
+"""Submit: the receipt, its warnings, and the same receipt again for the same Idempotency-Key."""
 
 from __future__ import annotations
 

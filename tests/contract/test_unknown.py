@@ -1,4 +1,4 @@
-"""What this version cannot read, as a newer one wrote it or it is damaged, is shown as what it is; everything beside it as ever."""
+"""A record that this version cannot read, because it is newer or damaged, is shown as unknown; all others are unaffected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.contract.conftest import Tasks
 
 
 def stored_result(key: str, **fields: Any) -> str:
-    """The JSON of a result with one file."""
+    """Return the JSON of a result with one file."""
     media = {"key": key, "media_type": "character_design", "content_type": "image/jpeg", "size_bytes": 1, **fields}
     return json.dumps({"media": [media], "metadata": {}})
 

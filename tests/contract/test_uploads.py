@@ -1,4 +1,4 @@
-"""Uploads: images and sounds by their bytes, bounded, of one project; whatever else is refused."""
+"""Uploads: images and sounds are recognised by their bytes, limited in size, and belong to one project; all else is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image(kind: str, size: tuple[int, int] = (16, 8), mode: str = "RGB") -> byte
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG that says it is this large."""
+    """Return the beginning of a PNG that declares this size."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
 
@@ -45,7 +45,7 @@ def sound() -> bytes:
 
 
 def stored(settings: Settings) -> list[Path]:
-    """Every file in the storage."""
+    """Return all files in the storage."""
     assert isinstance(settings.storage, Path)
     return [path for path in settings.storage.rglob("*") if path.is_file()]
 
@@ -136,7 +136,7 @@ async def test_a_compressed_upload_is_refused(api: Client) -> None:
 
 
 async def zeros(size: int) -> AsyncIterator[bytes]:
-    """A PNG, with zeros behind it up to this size."""
+    """Yield a PNG, followed by zeros up to this size."""
     head = image("PNG")
     yield head
     for _ in range((size - len(head)) // MIB):

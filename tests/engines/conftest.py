@@ -44,7 +44,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "vits": {"pipeline": "VitsModel", "languages": ["en"]},
     "csm": {"pipeline": "CsmForConditionalGeneration", "languages": ["en"], "voices": True},
 }
-"""Every model of `tiny`, as an entry of the table."""
+"""Name -> entry in the model table, for every model of `tiny`."""
 
 IMAGES = {"sd", "sd3", "flux", "z_image"}
 ANIMATIONS = {"animatediff"}
@@ -67,7 +67,7 @@ def task_of(name: str) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's cache folder, with the colour maps of models in folders: each is fitted once a session."""
+    """Yield the user's cache folder with the colour maps of models in folders, each of which is fitted once a session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["XDG_CACHE_HOME"])
@@ -75,7 +75,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, built on first use."""
+    """Return a function that returns the folder of a tiny model, built on first use."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -104,7 +104,7 @@ class Result(NamedTuple):
 
     @property
     def decoded(self) -> npt.NDArray[np.float32]:
-        """The file's pictures, 0 to 1, or samples, -1 to 1."""
+        """Return the pictures of the file, 0 to 1, or its samples, -1 to 1."""
         return decoded(self.path)
 
 
@@ -149,7 +149,7 @@ class Studio:
 
 @pytest.fixture
 def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
-    """An engine with no model in memory."""
+    """Yield an engine without loaded models."""
     model_cache.clear()
     yield Studio(folders, folder)
     model_cache.clear()
@@ -157,7 +157,7 @@ def studio(folders: Callable[[str], Path], folder: Path) -> Iterator[Studio]:
 
 @pytest.fixture
 def stills(folder: Path) -> dict[str, Path]:
-    """Two references and their files: a light disc on dark, and a dark one on light."""
+    """Return two references and their files: a light disc on dark, and a dark one on light."""
     found = {}
     for number, (ground, ink) in enumerate([("#202028", "#f0e0c0"), ("#e8e0d0", "#302018")]):
         still = Image.new("RGB", (320, 180), ground)

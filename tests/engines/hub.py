@@ -1,4 +1,4 @@
-"""A model hub on this machine: the routes of Hugging Face that a pull uses, over a folder, with faults on demand."""
+"""A local model hub, with faults on demand: it serves a folder by the routes of Hugging Face that a pull uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE: Final = ".safetensors"
 
 
 class Hub:
-    """Serves a repository, `team/model`, from a folder. `url` is what HF_ENDPOINT is set to."""
+    """A server of a repository, `team/model`, from a folder. `url` is the value for HF_ENDPOINT."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,7 +78,7 @@ class Hub:
 
 @asynccontextmanager
 async def hub(folder: Path) -> AsyncIterator[Hub]:
-    """Serve a hub over a folder, on a free port."""
+    """Yield a hub that serves a folder on a free port."""
     served = Hub(folder)
     application = web.Application()
     application.router.add_get("/api/models/team/model/revision/{revision}", served.info)

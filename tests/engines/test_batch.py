@@ -1,4 +1,4 @@
-"""Several pictures in one call of a model: each is the same as alone, and a failure of one does not affect the others."""
+"""Several pictures in one call of a model: each is the same as when rendered alone, and the failure of one does not affect the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALIKE: list[dict[str, Any]] = [
 
 
 class Batch:
-    """Jobs of one batch key, and the messages that each sent. `on_message` is called for each of them."""
+    """Jobs with one batch key, and the messages that each of them sent. `on_message` is called for each message."""
 
     def __init__(
         self, studio: Studio, name: str, on_message: Callable[[int, FromChild], None] = lambda number, message: None, **more: Any
@@ -44,7 +44,7 @@ class Batch:
         self._on_message(number, message)
 
     def outputs(self) -> list[Output]:
-        """Render the batch to its end; nothing may fail."""
+        """Render the batch to its end; none may fail."""
         return [result() if callable(result) else self._no_error(result) for result in self.render()]
 
     def render(self) -> list[Output | Finish | Exception]:
@@ -52,7 +52,7 @@ class Batch:
         return diffusion.render_batch(self.jobs)
 
     def of(self, kind: type[FromChild]) -> list[Any]:
-        """Return the messages of a kind, and which job sent each."""
+        """Return the messages of one type, with the job that sent each."""
         return [(number, message) for number, message in self.sent if isinstance(message, kind)]
 
     def _no_error(self, result: Output | Exception) -> Output:

@@ -1,4 +1,4 @@
-"""Every kind of pipeline renders what was asked for: the same for a seed, different for another prompt; a cancel leaves no trace."""
+"""Every kind of pipeline renders the request: the same result for a seed, another for another prompt; a cancel leaves no trace."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def asked(name: str, prompt: str = "a lighthouse in a storm") -> dict[str, Any]:
 
 
 def with_images(name: str) -> dict[str, Any]:
-    """Return the image that the model cannot do without, if any."""
+    """Return the parameters with the image that the model needs, if it needs one."""
     return {"storyboard_images": [FIRST]} if "pipeline" not in ENTRIES[name] else {}
 
 
@@ -252,7 +252,7 @@ def test_a_line_is_spoken_in_the_voice_of_a_sample_else_of_its_own_first_sentenc
 
 
 def tone(path: Path, hertz: int) -> Path:
-    """Write 21 seconds of a tone."""
+    """Write a sound file with 21 seconds of a tone; return its path."""
     samples = np.sin(np.arange(21 * 16_000) * 2 * np.pi * hertz / 16_000).astype(np.float32)[:, None]
     encode.write_sound(
         path,
@@ -338,7 +338,7 @@ def test_weights_that_are_not_safetensors_are_refused(studio: Studio, folder: Pa
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """Let the decoder run out of memory so many times, and then work."""
+    """Make the decoder run out of memory this many times before it works."""
     from diffusers import AutoencoderKL
 
     left = [times]

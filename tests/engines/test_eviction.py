@@ -1,6 +1,6 @@
-"""Which models stay on the device, which are offloaded to host memory, and that an offloaded model is not read from disk again.
+"""Which models stay on the device, which are offloaded to host memory; an offloaded model is not read from disk again.
 
-Device and host are both the CPU here: what is tested is the order of eviction, and that a model that was offloaded works afterwards.
+Device and host are both the CPU here. Tested are the order of eviction, and that an offloaded model works afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GB = 2**30
 
 
 class Machine:
-    """A machine with as much room for models as the test sets."""
+    """A machine with the memory for models that the test sets."""
 
     def __init__(self, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
         self.studio = studio
@@ -61,7 +61,7 @@ def where() -> tuple[list[str], list[str]]:
 
 
 def room_for(*loaded: Loaded, host: int = 0) -> Budget:
-    """Return a budget in which all of these fit while the largest of them runs."""
+    """Return a memory budget that holds all of these while the largest of them runs."""
     largest = max(each.size_bytes for each in loaded)
     return Budget(sum(each.size_bytes for each in loaded) - largest + int(largest * MEMORY_PER_WEIGHT), host)
 

@@ -1,4 +1,4 @@
-"""What an engine can do to its process, by a plug-in that does it: each costs a try and a restart, and the worker goes on."""
+"""All that an engine can do to its process, done by a plug-in: each costs one try and a restart, and the worker goes on."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ plugin = Plugin(
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with that engine; it kills an engine process that reports no progress for three seconds."""
+    """Yield a service with that engine; it kills an engine process that reports no progress for three seconds."""
     folder = tmp_path_factory.mktemp("faults")
     site = folder / "site"
     site.mkdir()

@@ -1,4 +1,4 @@
-"""What NVIDIA's library tells becomes a worker's rows; where tests run there is none, so it is played here, as it is documented."""
+"""NVIDIA's library NVML fills a worker's rows. Machines without a GPU lack it, so a stand-in with its documented interface is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers import gpus
 
 
 class Nvml(SimpleNamespace):
-    """Two cards, of which the second does not tell its power."""
+    """A stand-in for NVML with two cards, of which the second does not report its power."""
 
     NVML_TEMPERATURE_GPU = 0
 
@@ -46,7 +46,7 @@ class Nvml(SimpleNamespace):
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two GPUs."""
+    """Simulate a machine with two GPUs."""
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
 
 

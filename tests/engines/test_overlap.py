@@ -1,4 +1,4 @@
-"""A device does not wait: the next task is ready when it is free, and work that needs no device is done beside the next task."""
+"""A device does not wait: the next task is ready when it becomes free, and work without the device runs beside the next task."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ plugin = Plugin(
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with that engine, whose tasks are estimated to take a second."""
+    """Yield a service with that engine, whose tasks are estimated to take a second."""
     folder = tmp_path_factory.mktemp("gated")
     site = folder / "site"
     site.mkdir()
@@ -80,7 +80,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def gate(folder: Path) -> Iterator[Path]:
-    """A file for which tasks wait; it exists at the latest when the test ends, so that no task waits on."""
+    """Yield a file for which tasks wait; at the end of the test it is created, so that no task waits on."""
     yield folder / "gate"
     (folder / "gate").touch()
 

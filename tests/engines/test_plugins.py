@@ -1,4 +1,4 @@
-"""A plug-in package adds a task type with an engine of its own: installed as a user would, and run from POST to file."""
+"""A plug-in package adds a task type with an engine of its own: it is installed as a user would, and runs from submit to file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).with_name("palettes")
 
 
 def installed(folder: Path, *names: tuple[str, str]) -> Path:
-    """Return a folder for PYTHONPATH with packages of one module each, which are plug-ins by their name."""
+    """Return a folder for PYTHONPATH with these one-module packages, each a plug-in named after its module."""
     for name, module in names:
         (folder / f"{name}.py").write_text(module)
         (folder / f"{name}-1.0.dist-info").mkdir()
@@ -32,7 +32,7 @@ def installed(folder: Path, *names: tuple[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with the example plug-in installed."""
+    """Yield a service with the example plug-in installed."""
     folder = tmp_path_factory.mktemp("plugged")
     source = folder / "source"
     source.mkdir()

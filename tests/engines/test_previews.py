@@ -1,4 +1,4 @@
-"""A preview resembles the finished picture, is small and rare, and does not change the result; it is sent if asked for or watched."""
+"""A preview resembles the finished picture, is small and rare, and does not change the result; it is sent on request or if watched."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def likeness(result: Result, stride: int) -> float:
 
 
 class Lens(nn.Module):
-    """A decoder whose colours are linear in the latents, as those of trained VAEs nearly are; those of random weights are not."""
+    """A decoder with colours linear in the latents, as in trained VAEs nearly; those of random weights are not."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Lens(nn.Module):
 
 @pytest.fixture
 def linear_vae(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Every model that is loaded decodes with a `Lens`, and every step is previewed."""
+    """Decode with a `Lens` in every loaded model, and send a preview of every step."""
     fit = previews.colour_map
 
     def with_lens(vae: Any, stored: Path | None) -> ColourMap | None:
@@ -142,7 +142,7 @@ def test_a_map_shows_the_colours_of_a_picture_that_it_was_not_fitted_to() -> Non
 
 
 def trained() -> Any:
-    """Return a small VAE that was trained a little."""
+    """Return a small VAE with a little training."""
     torch.manual_seed(0)
     vae = model_cache.library_class("AutoencoderKL")(
         block_out_channels=[8, 16],
@@ -300,7 +300,7 @@ def test_with_a_perfect_model_each_step_estimates_the_finished_latents(name: str
 
 
 def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -> tuple[Tensor, Any, Any]:
-    """Return the latents at a step as the scheduler has them, and the shares of picture and noise in them."""
+    """Return the latents of a step as the scheduler has them, and the shares of picture and noise in them."""
     if not hasattr(scheduler, "sigmas"):
         alpha, sigma = scheduler.alphas_cumprod[int(at)] ** 0.5, (1 - scheduler.alphas_cumprod[int(at)]) ** 0.5
         return alpha * wanted + sigma * noise, alpha, sigma

@@ -1,4 +1,4 @@
-"""Real models through the whole service: API, queue, worker, engine process, storage. Also what ends an engine process."""
+"""Real models through the whole service: API, queue, worker, engine process, storage; and the ways in which an engine process ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.supervisor import Child
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Iterator[Service]:
-    """A service whose table has tiny models, and whose default is real models."""
+    """Yield a service with tiny models in its table."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "models.toml").write_text(
         f'''
@@ -171,7 +171,7 @@ async def test_the_workers_status_says_which_models_are_in_memory(running: Servi
 
 
 async def body(url: str) -> bytes:
-    """What is at an address."""
+    """Fetch a URL; return the body."""
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         assert answer.status == 200
         return await answer.read()

@@ -1,4 +1,4 @@
-"""`movieq models`: pulling from a hub that breaks off, sends wrong bytes or is not there; and that only the pinned weights are loaded."""
+"""`movieq models`: a pull from a hub that breaks off, sends wrong bytes or is down; and only the pinned weights are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 async def source(folder: Path, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
-    """A hub that has the tiny Stable Diffusion, and a table with an entry for it."""
+    """Yield a hub with the tiny Stable Diffusion, after writing a model table with its entry."""
     table = (
         f'[tiny]\nengine = "diffusers"\nkind = "cpu_intensive"\ntasks = {{ generate_image = 1 }}\npipeline = "StableDiffusionPipeline"\n'
         f'weights = {{ repository = "team/model", revision = "{COMMIT}" }}\nlicence = "mit"\n'
@@ -34,7 +34,7 @@ async def source(folder: Path, folders: Callable[[str], Path], monkeypatch: pyte
 
 
 async def models(source: Hub, folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code and output of `movieq models ...`."""
+    """Run `movieq models ...`; return its exit code and output."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("MOVIEQ_", "HF_"))},
         "MOVIEQ_MODELS": str(folder / "models.toml"),

@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, built from configs without a network and saved as real ones are: what the engine loads in tests.
+"""Tiny pipelines with random weights for the tests, built from configs without a network and saved like real ones.
 
 Sizes are the smallest that the classes accept.
 """
@@ -292,7 +292,7 @@ def ltx(path: Path) -> None:
 
 
 def ltx_condition(path: Path) -> None:
-    """Text, or images at given frames. It makes its own sigmas: with dynamic shifting it dies asking for `mu`."""
+    """Build LTX with text, or images at given frames. It computes its own sigmas: with dynamic shifting it fails, asking for `mu`."""
     from diffusers import LTXConditionPipeline
 
     LTXConditionPipeline(**_ltx_parts(shifting=False)).save_pretrained(path)
@@ -337,7 +337,7 @@ def wan(path: Path) -> None:
 
 
 def wan_i2v(path: Path) -> None:
-    """Like Wan 2.2 A14B: two experts, 36 channels (16 noise, 4 mask, 16 image), no image encoder. It cleans its prompts with ftfy."""
+    """Build one like Wan 2.2 A14B: two experts, 36 channels (16 noise, 4 mask, 16 image), no image encoder. ftfy cleans its prompts."""
     from diffusers import WanImageToVideoPipeline
 
     WanImageToVideoPipeline(image_encoder=None, image_processor=None, **_wan_parts(36)).save_pretrained(path)
@@ -445,7 +445,7 @@ def vits(path: Path) -> None:
 
 
 def csm(path: Path) -> None:
-    """Speaks on in the voice that it hears."""
+    """Build a speech model that goes on in the voice that it hears."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import CsmConfig, CsmForConditionalGeneration, CsmProcessor, EncodecFeatureExtractor, PreTrainedTokenizerFast
 

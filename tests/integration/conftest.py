@@ -1,4 +1,4 @@
-"""What the tests of several processes share."""
+"""Fixtures for tests with several processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.fleet import Fleet, fleet
 
 @pytest.fixture
 async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
-    """API processes and workers that a test starts one by one, over a Valkey of their own."""
+    """Yield a fleet: API processes and workers that a test starts one by one, on a Valkey of their own."""
     async with fleet(tmp_path) as started:
         yield started

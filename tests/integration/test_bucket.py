@@ -1,4 +1,4 @@
-"""The whole service with its results in a bucket: addresses that open, references, and a storage that is down when it is needed."""
+"""The whole service with a bucket: result URLs that work, references, and a storage that fails when it is needed."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_up_stores_where_its_env_file_says(folder: Path, s3_settings: dict[str, 
 
 @pytest.fixture
 async def far(bucket: Bucket) -> Any:
-    """The S3 server as R2."""
+    """Yield the S3 server as R2."""
     async with r2(bucket.endpoint) as between:
         yield between
 
 
 async def cannot_store(made: Fleet, far: R2, settings: dict[str, Any]) -> tuple[Service, Process, TaskId, bytes]:
-    """API, worker, and a task whose file is made and cannot be stored."""
+    """Return an API, a worker, and a task whose file is rendered but cannot be stored."""
     far.answer(503, "SlowDown", put, times=10_000)
     api, worker = await asyncio.gather(made.api(**settings), made.worker(**settings))
     task_id = TaskId(await api.submit("generate_image", SMALL))

@@ -1,4 +1,4 @@
-"""Cancelling: at once while a task waits, between two steps while it runs, by force where its engine is deaf; in any race one end."""
+"""Cancel: at once for a waiting task, between two steps of a run, by force if the engine does not react; and only one end in any race."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_a_cancel_reaches_the_worker_before_a_renewal_would_tell_it_and_th
 
 
 async def stopped(api: Service, worker: Process, task_id: str) -> None:
-    """Cancel a task, and return when its worker has stopped the run."""
+    """Cancel a task, and wait until its worker has stopped the run."""
     before = worker.said("run_stopped")
     status, answer = await cancel(api, task_id)
     assert (status, answer["previous_state"]) == (200, "processing")
@@ -191,7 +191,7 @@ async def test_a_cancel_that_meets_the_commit_of_a_run_makes_one_end_and_one_web
 
 
 async def commit_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
-    """A task whose commit is done, and whose worker does not know it yet, when the cancel comes."""
+    """Cancel a task that is committed already, before its worker has received the answer to the commit."""
     between.hold(script(made.store, "complete"))
     task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
     await asyncio.wait_for(between.happened.wait(), 60)
@@ -202,7 +202,7 @@ async def commit_first(made: Fleet, between: Proxy, api: Service, hook: Receiver
 
 
 async def cancel_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
-    """A task that is cancelled while its commit is on its way to Redis."""
+    """Cancel a task while its commit is on its way to Redis."""
     between.hold(script(made.store, "report", "uploading_result"))
     task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
     await asyncio.wait_for(between.happened.wait(), 60)
@@ -215,7 +215,7 @@ async def cancel_first(made: Fleet, between: Proxy, api: Service, hook: Receiver
 
 
 async def are_over(worker: Process, count: int) -> None:
-    """The worker is done with so many runs."""
+    """Wait until the worker has ended this many runs."""
     await eventually(lambda: sum(map(worker.said, ("complete", "run_lost", "run_stopped"))) == count)
 
 
@@ -247,7 +247,7 @@ async def test_a_cancelled_task_leaves_nothing_behind_that_an_ended_one_does_not
 
 
 async def tried_before(store: Store, hook: str) -> TaskId:
-    """A task that waits until its next try is due."""
+    """Return a task that waits for its next try."""
     task_id, run = await running(store, callback_url=hook)
     await requeue(store, task_id, run)
     await claimed(store)  # the last claim of a worker is kept
@@ -259,7 +259,7 @@ async def has_delivered(store: Store) -> bool:
 
 
 async def places(store: Store, task_id: str) -> set[str]:
-    """Every key that names the task or holds it, whatever its id, its end and its worker are."""
+    """Return every key that names or holds the task because of its id, its end or its worker."""
     redis, found = raw(store), set()
     for key in await redis.keys("*"):
         read = {
@@ -289,13 +289,13 @@ async def found(store: Store, task_id: TaskId) -> Any:
 
 
 async def ends_of(store: Store, task_id: str) -> list[Any]:
-    """The terminal entries of a task's log."""
+    """Return the terminal entries of a task's log."""
     return [entry for entry in await Queries(store.redis).log_after(TaskId(task_id), None) if entry.type in TERMINAL_EVENTS]
 
 
 async def test_a_cancel_that_comes_as_the_connection_breaks_is_not_lost() -> None:
     class Breaking:
-        """A connection that answers a cancel of its write as `asyncio.wait_for` may: with the error that came at the same moment."""
+        """A connection that answers the cancel of a write with an error that came at the same moment, as `asyncio.wait_for` may."""
 
         def __init__(self) -> None:
             self.closed = False

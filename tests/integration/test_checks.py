@@ -1,4 +1,4 @@
-"""What a process checks before it starts, and doctor whenever it is asked, against real servers that are wrong in each way."""
+"""The checks before a process starts, and those of doctor, against real servers with every kind of wrong configuration."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ PASSWORD = "a-password-of-the-tests"
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    """A Valkey of these tests alone, whose configuration they may change."""
+    """Yield a Valkey whose configuration these tests may change."""
     with valkey(tmp_path_factory.mktemp("checks"), appendfsync="everysec") as running:
         yield running
 
 
 @pytest.fixture
 async def asked(own: Valkey) -> AsyncIterator[Any]:
-    """A client of an empty server, which is as it was afterwards."""
+    """Yield a client of an empty server, and restore the server's configuration afterwards."""
     client: Any = connect(own.url, patient=True)
     await client.flushall()
     before = {name: (await client.config_get(name))[name] for name in ("maxmemory", "maxmemory-policy", "appendonly", "save")}
@@ -64,25 +64,25 @@ async def asked(own: Valkey) -> AsyncIterator[Any]:
 
 
 def installation(own: Valkey, redis_url: str = "", **texts: str) -> Settings:
-    """The settings of an installation on this server, or behind another url."""
+    """Return the settings of an installation on this server, or on another URL."""
     found = settings_of(**{"storage": str(own.folder / "media"), **texts})
     return msgspec.structs.replace(found, redis_url=redis_url or own.url)
 
 
 async def found(settings: Settings, process: str = "doctor") -> dict[str, Finding]:
-    """What was found of each subject."""
+    """Run the checks; return subject -> finding."""
     return {finding.subject: finding for finding in await checks.server(settings, process)}
 
 
 def acl_line() -> list[str]:
-    """The line of the operating guide for a user who may only do what movieq does."""
+    """Return the ACL command of the operating guide, for a user with no more rights than movieq needs."""
     line = re.search(r"^ACL SETUSER movieq on >PASSWORD (.*)$", GUIDE.replace("\\\n", ""), re.MULTILINE)
     assert line is not None
     return ["ACL", "SETUSER", "movieq", "on", f">{PASSWORD}", *line[1].split()]
 
 
 def as_user(own: Valkey, user: str = "movieq", password: str = PASSWORD) -> str:
-    """The url of the server for a user."""
+    """Return the URL of the server for a user."""
     return own.url.replace("unix://", f"unix://{user}:{password}@")
 
 
@@ -209,7 +209,7 @@ async def test_a_redis_that_still_loads_is_named(folder: Path) -> None:
 
 @contextmanager
 def process_of_valkey(folder: Path, *options: str) -> Iterator[str]:
-    """The url of a server on a port, with these options."""
+    """Run a Valkey with these options on a port; yield its URL."""
     port = free_port()
     command = [str(get_binary_path()), "--port", str(port), "--dir", str(folder), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -245,7 +245,7 @@ async def test_a_clock_that_is_not_that_of_redis_is_named(
 
 
 class Clock:
-    """The time of a machine whose clock is not set right: a real one cannot be set by a test."""
+    """The time of a machine with a wrong system clock, which a test cannot set."""
 
     def __init__(self, ahead_s: float) -> None:
         self._ahead_s = ahead_s
@@ -288,7 +288,7 @@ async def test_a_password_for_a_server_that_has_none_is_refused(own: Valkey, ask
 
 @asynccontextmanager
 async def over_tcp(own: Valkey, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """A port at which the server can be reached, by TLS where there is a context."""
+    """Yield a port that leads to the server, with TLS if a context is given."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

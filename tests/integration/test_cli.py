@@ -1,4 +1,4 @@
-"""The `movieq` command as somebody at a terminal uses it: real processes, a real `movieq up`, and what they say."""
+"""The `movieq` command as a user runs it in a terminal: real processes, a real `movieq up`, and their output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A `movieq up`, with its key where a command that is started in its folder looks for it."""
+    """Yield a `movieq up`, with its key where a command in its folder looks for it."""
     folder = tmp_path_factory.mktemp("up")
     with service(folder, MOVIEQ_DRAIN_S="0") as running:
         (folder / ".movieq").symlink_to("data")
@@ -44,12 +44,12 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """The environment without settings but these."""
+    """Return the environment with only these settings."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")}, **settings}
 
 
 async def movieq(*arguments: str, folder: Path, stdin: str = "", **settings: str) -> tuple[int, str, str]:
-    """A command has ended: its exit code, and what it said on both of its outputs."""
+    """Run a command to its end; return its exit code and both outputs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "movieq.cli", *arguments,
         cwd=folder, env=environment(**settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -222,7 +222,7 @@ async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped
 
 
 def marked(out: str) -> dict[str, str]:
-    """The mark of each subject that doctor speaks of."""
+    """Return subject -> mark of doctor's output."""
     return {match[2].strip(): match[1] for match in re.finditer(r"^ (.) (.{13}) ", out, re.MULTILINE)}
 
 

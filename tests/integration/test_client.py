@@ -1,4 +1,4 @@
-"""The Python client against a real API process: operations, faults of the connection, streams over restarts of the server, files."""
+"""The Python client with a real API process: operations, connection faults, streams across restarts of the server, files."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ class Api:
         }
 
     def start(self) -> None:
-        """It takes requests."""
+        """Start the process; return once it accepts requests."""
         command = [sys.executable, "-m", "movieq.cli", "api", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=self._environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline().startswith(serving.READY)
 
     def end(self, signum: int = signal.SIGTERM) -> None:
-        """It has ended."""
+        """End the process."""
         self.process.send_signal(signum)
         self.process.wait(60)
         assert self.process.stdout is not None
@@ -83,7 +83,7 @@ class Api:
 
 @contextmanager
 def running(redis_url: str, folder: Path, **settings: str) -> Iterator[Api]:
-    """An API for the length of a block."""
+    """Yield an API process for the block."""
     api = Api(redis_url, folder, **settings)
     api.start()
     try:
@@ -94,21 +94,23 @@ def running(redis_url: str, folder: Path, **settings: str) -> Iterator[Api]:
 
 @pytest.fixture(scope="module")
 def shared(server: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """An API for the tests of this file that leave it as it was."""
+    """Yield an API process for the tests that do not change it."""
     with running(server.url, tmp_path_factory.mktemp("api"), MOVIEQ_MAX_QUEUED_PER_PROJECT="3") as api:
         yield api
 
 
 @pytest.fixture
 async def client(shared: Api, store: Store) -> AsyncIterator[Client]:
-    """A client of the shared API on an empty Valkey."""
+    """Yield a client of the shared API on an empty Valkey."""
     async with Client(shared.url, KEY, patience_s=3) as client:
         yield client
 
 
 class Proxy:
-    """A TCP proxy in front of a port: it breaks off connection `swallow_answer_of` instead of passing its answer on; while `mute` is set
-    nothing comes over its first connection, which stays open."""
+    """A TCP proxy in front of a port. It breaks off connection `swallow_answer_of` instead of passing its answer on.
+
+    While `mute` is set, nothing is passed on over the first connection, which stays open.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -118,7 +120,7 @@ class Proxy:
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass everything on over one connection, until it ends."""
+        """Pass everything on over one connection until it ends."""
         self.connections += 1
         number = self.connections
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -145,7 +147,7 @@ class Proxy:
 
 @asynccontextmanager
 async def proxy(port: int) -> AsyncIterator[Proxy]:
-    """A proxy for the length of a block."""
+    """Yield a proxy for the block."""
     made = Proxy(port)
     handlers: set[asyncio.Task[None]] = set()
 
@@ -172,18 +174,18 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
 
 
 async def step(store: Store, task_id: TaskId, run: RunToken, progress: float) -> None:
-    """The run reports."""
+    """Report progress of the run."""
     await store.report(task_id, run, progress, "generating_image")
 
 
 async def all_of(events: AsyncIterator[ClientEvent], within_s: float = 20) -> list[ClientEvent]:
-    """The events to the end of the stream."""
+    """Return the events up to the end of the stream."""
     async with asyncio.timeout(within_s):
         return [event async for event in events]
 
 
 async def logged(store: Store, task_id: TaskId) -> list[str]:
-    """The ids of the task's log."""
+    """Return the ids of the task's log."""
     return [entry.id for entry in await Queries(store.redis).log_after(task_id, None)]
 
 
@@ -482,7 +484,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def breaking_once(body: bytes) -> tuple[Handler, list[Any]]:
-    """A handler that breaks off half way the first time, and the headers of every request to it."""
+    """Return a handler that breaks off half way through its first answer, and the headers of all its requests."""
     requests: list[Any] = []
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -515,7 +517,7 @@ async def test_a_download_is_whole_or_not_at_all_and_sends_no_key(client: Client
 
 @pytest.fixture
 def png() -> bytes:
-    """A small picture."""
+    """Return a small picture."""
     import io
 
     from PIL import Image

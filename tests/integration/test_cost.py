@@ -1,6 +1,6 @@
-"""What runs had of GPUs: counted for each task over all its runs, however they ended, for its project and for the installation.
+"""GPU time of runs: it is counted for each task over all its runs, however they end, for its project and for the installation.
 
-The runs here say that they have a GPU; nothing below the scripts can tell.
+The runs here only report that they have a GPU; the scripts cannot tell the difference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Clock:
 
 
 async def cost(store: Store, task_id: TaskId) -> tuple[float, float, float]:
-    """GPU seconds of the task, of its project and of all projects."""
+    """Return the GPU seconds of the task, of its project and of all projects."""
     task, project = await Queries(store.redis).task(task_id), await Queries(store.redis).project(PROJECT)
     assert task is not None
     assert project is not None
@@ -40,12 +40,12 @@ async def cost(store: Store, task_id: TaskId) -> tuple[float, float, float]:
 
 
 async def say(store: Store, task_id: TaskId, run: RunToken, ms: float, share: float) -> None:
-    """The run has had so much of a GPU, and has this share of one now."""
+    """Report that the run has used this much GPU time, and now has this share of a GPU."""
     await store.report(task_id, run, 0.1, "generating_image", gpu=(ms, share))
 
 
 async def elapsed(store: Store, task_id: TaskId, ms: int) -> None:
-    """Make the run's last report so much older."""
+    """Move the run's last report back by this time."""
     await raw(store).hincrby(KEYS["task"] + task_id, "gpu_at_ms", -ms)
 
 

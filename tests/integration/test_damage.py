@@ -1,4 +1,4 @@
-"""Records that are missing or damaged: each costs no more than itself, whichever key or field it is and whichever verb meets it."""
+"""Missing or damaged records: each affects only itself, whichever key or field it is and whichever verb meets it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ IDS = {
     name: TaskId(f"00000000-0000-4000-8000-00000000000{number}")
     for number, name in enumerate(["queued", "delayed", "processing", "reaped", "completed", "failed", "cancelled", "offered", "batched"])
 }
-"""Tasks of the busy installation, by what they are in."""
+"""State or list -> the task of the busy installation that is in it."""
 
 REFUSALS = (RunLost, NotFound, InvalidState)
 
 
 async def busy(store: Store) -> dict[bytes, bytes]:
-    """Every key, serialised, of an installation with a task in every state, deliveries, leases, deadlines and orphans."""
+    """Return all keys, serialised, of an installation with a task in every state, deliveries, leases, deadlines and orphans."""
     hook: dict[str, Any] = {"callback_url": "http://127.0.0.1:1/", "max_ms": 10_000_000}
     for name in ("completed", "failed", "cancelled", "processing", "reaped", "delayed"):
         await store.submit(new_task(task_id=IDS[name], fingerprint=name, idempotency=name, body_hash="b", **hook))
@@ -55,7 +55,7 @@ async def busy(store: Store) -> dict[bytes, bytes]:
 
 
 async def put(store: Store, keys: dict[bytes, bytes]) -> None:
-    """Just these keys are there."""
+    """Store exactly these keys."""
     await raw(store).flushdb()
     async with raw(store).pipeline(transaction=False) as pipe:
         for key, value in keys.items():
@@ -64,7 +64,7 @@ async def put(store: Store, keys: dict[bytes, bytes]) -> None:
 
 
 async def all_verbs(store: Store) -> None:
-    """Every script and every read is called, and refuses at most as it does where nothing is damaged."""
+    """Call every script and every read; only refusals that undamaged records cause too are accepted."""
     run = RunToken((await raw(store).get("runs") or b"gone").decode())
     reaped = RunToken((await raw(store).get("reaped_run") or b"gone").decode())
     task = IDS["processing"]
@@ -119,7 +119,7 @@ async def all_verbs(store: Store) -> None:
 
 
 async def another_project_is_served(store: Store) -> None:
-    """A task of a project that has nothing to do with it goes its way, whatever else waits."""
+    """Assert that a new task of another project is claimed and completed, whatever else waits."""
     task = new_task("other", kind=Kind.CPU_INTENSIVE)
     await store.submit(task)
     for _ in range(40):
@@ -236,7 +236,7 @@ async def test_a_record_that_cannot_be_read_is_claimed_as_unknown_and_can_be_giv
 
 @pytest.fixture
 def logged() -> Iterator[list[MutableMapping[str, Any]]]:
-    """What is logged, as it comes."""
+    """Yield the list of log entries."""
     with structlog.testing.capture_logs() as entries:
         yield entries
 

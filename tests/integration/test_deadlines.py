@@ -1,4 +1,4 @@
-"""Times that a task must keep, its type's longest run and its request's deadline: past them it fails, and makes room for the next."""
+"""Time limits of a task: the longest run of its type, and the deadline of its request. A task that exceeds one fails and frees its slot."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def moment(at_s: float) -> str:
 
 
 async def submit_long(made: Fleet, max_ms: int) -> str:
-    """The id of a long task whose type may run for so long."""
+    """Submit a long task whose run may take this long; return its id."""
     task = new_task(task_type=GENERATE_VIDEO, kwargs=msgspec.msgpack.encode({"task_data": LONG}), shape="long", max_ms=max_ms)
     await made.store.submit(task)
     return task.task_id
 
 
 async def the_next_completes(api: Service) -> None:
-    """A task that comes now completes in its first attempt."""
+    """Assert that a new task completes in its first attempt."""
     status = await api.ended(await api.submit("generate_image", SMALL))
     assert (status["status"], status["attempt"]) == ("completed", 1)
 

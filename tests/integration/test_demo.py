@@ -1,4 +1,4 @@
-"""`movieq demo` as a newcomer runs it: what it makes, what it says, and that nothing of it stays behind."""
+"""`movieq demo` as a new user runs it: what it renders, what it prints, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from movieq.local.embedded import valkey
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """The temporary folder of one demo; its name tells the processes of that demo. Short: unix sockets lie in it."""
+    """Yield a temporary folder that identifies the processes of one demo. Its path is short, because unix sockets lie in it."""
     folder = Path(tempfile.mkdtemp(prefix="mq"))
     yield folder
     shutil.rmtree(folder)
 
 
 def left(temporary: Path) -> list[str]:
-    """The processes of the demo with that temporary folder, and what lies in it."""
+    """Return the processes of the demo with that temporary folder, and what lies in it."""
     found = [path.name for path in temporary.iterdir()]
     for process in psutil.process_iter():
         try:
@@ -44,7 +44,7 @@ def left(temporary: Path) -> list[str]:
 
 
 async def started(temporary: Path, folder: Path, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
-    """A demo that has begun."""
+    """Start a demo."""
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "movieq.cli", "demo", *arguments,
         cwd=folder, env={**os.environ, "TMPDIR": str(temporary), **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -52,7 +52,7 @@ async def started(temporary: Path, folder: Path, *arguments: str, **environment:
 
 
 async def said(process: asyncio.subprocess.Process) -> tuple[int | None, str, str]:
-    """It has ended: exit code and outputs."""
+    """Wait until the demo ends; return its exit code and outputs."""
     async with asyncio.timeout(60):
         out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()

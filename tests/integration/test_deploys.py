@@ -1,4 +1,4 @@
-"""Workers that are stopped, and replaced, as deploys, terminals and systemd do it: tasks go on, and nothing is counted against them."""
+"""Workers are stopped and replaced by deploys, terminals and systemd: tasks go on, and nothing counts against them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.proxy import proxy
 from tests.service import Service, serving
 
 CLIP: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 3, "fps": 24}
-"""A clip that takes a few seconds: long enough to be met while it is made."""
+"""A clip that takes a few seconds, so that a signal can come while it renders."""
 LONG: dict[str, Any] = {**CLIP, "duration": 30, "fps": 60}
 SPEECH: dict[str, Any] = {"text": "The lamp must not go out. " * 40}
-"""A text whose speaker is a process of its own, below the engine's."""
+"""A text that is spoken by a child of the engine process."""
 GRACE = "100"
 Stop = Callable[[Process], None]
 
@@ -92,12 +92,12 @@ async def test_a_worker_that_drains_takes_nothing_new(made: Fleet) -> None:
 
 
 def ctrl_c(worker: Process) -> None:
-    """As a terminal sends it: to every process of the group in the foreground."""
+    """Send SIGINT as a terminal does, to every process of the foreground group."""
     os.killpg(os.getpgid(worker.popen.pid), signal.SIGINT)
 
 
 def stop_unit(worker: Process) -> None:
-    """As systemd stops a unit: every process in it gets the signal."""
+    """Send SIGTERM as systemd does, to every process of the unit."""
     process = psutil.Process(worker.popen.pid)
     for each in (*process.children(recursive=True), process):
         each.terminate()
@@ -122,7 +122,7 @@ async def test_a_speaker_below_the_engine_outlasts_the_signal_to_its_unit(made: 
 
 
 async def ends_undisturbed(made: Fleet, api: Service, worker: Process, task_id: str) -> None:
-    """The task completes in the run that it is in, and then the worker ends, which is no fault."""
+    """Assert that the task completes in its current run, and that the worker then ends without a fault."""
     status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 1)
     assert await counted(made, task_id) == (0, 0, 0)
@@ -132,7 +132,7 @@ async def ends_undisturbed(made: Fleet, api: Service, worker: Process, task_id: 
 
 
 def speaks(worker: Process) -> bool:
-    """Whether a speaker is at work below the worker."""
+    """Whether a speech process runs below the worker."""
     for process in psutil.Process(worker.popen.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "workers.child.animatic.espeak" in process.cmdline():
@@ -175,5 +175,5 @@ async def test_a_worker_whose_engine_does_not_listen_ends_all_the_same(made: Fle
 
 
 async def counted(made: Fleet, task_id: str) -> tuple[int, ...]:
-    """What was counted against the task: tries, deaths, silences."""
+    """Return what counts against the task: tries, deaths, silences."""
     return tuple(map(int, await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths", "silences")))

@@ -1,4 +1,4 @@
-"""A device at fault is started anew and passes a self-test before it takes more; the tasks that wait, and the other devices, go on."""
+"""A faulty device gets a new engine process, which must pass a self-test before it gets tasks; tasks and other devices are unaffected."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def render(job):
 
 plugin = Plugin(engines={"animatic": "sick"})
 """
-"""The animatic, which fails while a file is there: a library, or a device, at fault."""
+"""An animatic that fails while a file exists, as with a faulty library or device."""
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 
 
 def sick(folder: Path) -> tuple[Path, str]:
-    """The mark that makes the engine fail, and the PYTHONPATH of a worker that has such an engine."""
+    """Return the file that makes the engine fail, and the PYTHONPATH for a worker with that engine."""
     site, mark = folder / "site", folder / "mark"
     site.mkdir()
     return mark, python_path(installed(site, ("sick", SICK.replace("MARK", repr(str(mark))))))
 
 
 async def row(store: Store, *, problem: bool) -> WorkerStatus:
-    """The worker's row, once it says that it has a problem, or none."""
+    """Wait until a worker reports a problem, or none; return its row."""
     found: list[WorkerStatus] = []
 
     async def there() -> bool:
@@ -54,7 +54,7 @@ async def row(store: Store, *, problem: bool) -> WorkerStatus:
 
 
 async def tries(store: Store, task_id: str) -> int:
-    """How many runs of the task count against it."""
+    """Return how many runs of the task count as tries."""
     return int(await raw(store).hget(KEYS["task"] + task_id, "tries") or 0)
 
 

@@ -1,4 +1,4 @@
-"""What a claim does for the GPU: it keeps to the model that is loaded, and takes at once what can be made at once; and stays fair."""
+"""How claims save GPU time: they prefer the loaded model, and claim a batch at once; and they stay fair."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ SDXL = Slot((Kind.GPU_MEDIUM,), ("sdxl",))
 
 
 def gpu_task(model: str, project: str = "film", **fields: Any) -> NewTask:
-    """A task for a model."""
+    """Return a task for this model."""
     return new_task(project, kind=Kind.GPU_MEDIUM, engine="diffusers", model=model, **fields)
 
 
 async def submitted(store: Store, *tasks: NewTask) -> list[TaskId]:
-    """Their ids, in order."""
+    """Submit the tasks; return their ids in order."""
     return [(await store.submit(task)).task_id for task in tasks]
 
 
 async def claimed(store: Store, *slots: Slot, **options: Any) -> list[Claimed]:
-    """What these slots get."""
+    """Claim for these slots."""
     return await store.claim("w1", f"nonce{next(_nonces)}", slots, **options)
 
 
 async def ids(store: Store, *slots: Slot, **options: Any) -> list[TaskId]:
-    """Of what these slots get."""
+    """Claim for these slots; return the ids of the tasks."""
     return [each.task.task_id for each in await claimed(store, *slots, **options)]
 
 
@@ -138,7 +138,7 @@ async def test_what_is_made_at_once_is_charged_once(store: Store, how: str) -> N
 
 
 async def ended(store: Store, task_id: TaskId, run: RunToken, how: str) -> None:
-    """The run is over."""
+    """Complete the run, or requeue its task."""
     if how == "complete":
         await store.complete(task_id, run, result())
     else:

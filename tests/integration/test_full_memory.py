@@ -1,4 +1,4 @@
-"""A Redis whose memory is full refuses what is new, and nothing that ends a task or makes room."""
+"""A Redis whose memory is full refuses new data, but nothing that ends a task or frees memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.service import receiver
 
 
 async def over(store: Store, *names: str) -> bool:
-    """Whether nothing is in these lists."""
+    """Whether these lists are empty."""
     return not await raw(store).exists(*(KEYS[name] for name in names))
 
 
 async def refused(store: Store, kwargs: bytes) -> bool:
-    """Whether a task with these arguments is."""
+    """Whether a task with these arguments is refused."""
     try:
         await store.submit(new_task(kwargs=kwargs))
     except OutOfMemoryError:

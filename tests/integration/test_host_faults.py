@@ -1,4 +1,4 @@
-"""A machine whose disk cannot be worked on costs no task a try: it says so, takes nothing more, and comes back by itself."""
+"""A fault of a machine's disk costs no task a try: the worker reports it, claims nothing more, and recovers by itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASKS = 8
 
 @pytest.fixture
 def disk(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A small file system of its own, and what gives it another size."""
+    """Yield a small file system, and a function that resizes it."""
     place = folder / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(place)], check=False, capture_output=True).returncode:
@@ -49,7 +49,7 @@ def disk(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
 
 
 async def rows(store: Store, *, with_problem: bool) -> list[WorkerStatus]:
-    """The workers that say that they have a problem, or those that say that they have none."""
+    """Return the workers that report a problem, or those that report none."""
     return [row for row in await Queries(store.redis).workers() if (row.problem is not None) is with_problem]
 
 
@@ -61,7 +61,7 @@ async def healed(store: Store, count: int) -> None:
 
 
 async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
-    """Every task completed, and nothing counted against it."""
+    """Assert that every task completes, and that nothing counts against it."""
     for task_id in task_ids:
 
         async def ended(task_id: str = task_id) -> bool:
@@ -82,7 +82,7 @@ async def submitted(api: Service, count: int = TASKS, **data: Any) -> list[str]:
 
 
 def fill(place: Path, leave: int) -> Path:
-    """A file that leaves so many bytes on a file system of its own, whatever else is written there meanwhile."""
+    """Write a file that leaves only this many bytes on the file system, and return it."""
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file:
         with contextlib.suppress(OSError):  # it is full
@@ -128,7 +128,7 @@ async def problem_of(store: Store) -> list[WorkerStatus]:
 
 
 async def no_path_in_any_event(made: Fleet, task_ids: list[str]) -> bool:
-    """Whether no client heard of a folder of this machine."""
+    """Assert that no event of these tasks contains a path of this machine."""
     for task_id in task_ids:
         for entry in await Queries(made.store.redis).log_after(task_id, None):
             assert str(made.folder).encode() not in entry.data, entry.data

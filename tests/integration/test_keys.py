@@ -1,4 +1,4 @@
-"""Keys that are kept in Redis: made, listed and taken back by the command, and honoured by the API."""
+"""API keys in Redis: created, listed and revoked by the command, and accepted by the API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from movieq.settings import Grant, Scope, key_hash
 
 
 def movieq(server: Valkey, *words: str) -> subprocess.CompletedProcess[str]:
-    """A `movieq keys` command against the test's server."""
+    """Run a `movieq keys` command against the server of the test."""
     environment = {**os.environ, "MOVIEQ_REDIS_URL": server.url}
     return subprocess.run(
         [sys.executable, "-m", "movieq.cli", "keys", *words], env=environment, capture_output=True, text=True, timeout=30, check=False

@@ -1,4 +1,4 @@
-"""Tasks that not every worker can run (a plug-in on some machines, a rolling upgrade): they wait for one that can, and hold up nobody."""
+"""Tasks that only some workers can run, because of a plug-in or a rolling upgrade, wait for one of these and block no other task."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_what_no_live_worker_can_run_is_named(store: Store) -> None:
 
 
 def row(worker: str) -> WorkerStatus:
-    """The row of a worker that serves the CPU's queue."""
+    """Return the row of a worker that serves the CPU queue."""
     return WorkerStatus(
         worker_id=f"{worker}/cpu0",
         worker_type=Kind.CPU_INTENSIVE,

@@ -1,4 +1,4 @@
-"""Every script's answer lost once on its way: the end is the same as without, no task is held by nobody, and each receiver hears once."""
+"""The answer of every script is lost once: the end is the same as without, no task stays held, and each receiver gets one delivery."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_every_script_has_a_scene() -> None:
 
 
 async def everything(store: Store) -> dict[str, Any]:
-    """All that Redis holds, without what differs from one second to the next."""
+    """Return all that Redis holds, except for what differs from one second to the next."""
     found = {}
     for key, value in (await contents(store)).items():
         digits = -3 if key.split(":")[1] in MEASURED else 6
@@ -240,11 +240,11 @@ async def everything(store: Store) -> dict[str, Any]:
 
 VOLATILE = {b"retried", b"ended_at_ms", b"refunded", b"created_us", b"generate_image ms"}
 MEASURED = ("flows", "spent", "clock", "durations")
-"""Keys with milliseconds that were measured; to the second they show one estimate more or less."""
+"""Keys with measured milliseconds. They are compared to the second, which still shows a missing or double estimate."""
 
 
 def _steady(value: Any, digits: int = 6) -> Any:
-    """The value without times of the day, numbers rounded."""
+    """Return the value without times of day, and with rounded numbers."""
     match value:
         case dict():
             return {key: None if key in VOLATILE else _steady(each, digits) for key, each in value.items()}
@@ -265,7 +265,7 @@ def _steady(value: Any, digits: int = 6) -> Any:
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[tuple[Fleet, Proxy, Receiver]]:
-    """An API on the Valkey itself, a worker to be started through the proxy, a receiver of webhooks."""
+    """Yield an API on the Valkey, a proxy through which a worker can be started, and a receiver of webhooks."""
     async with fleet(tmp_path) as made, proxy(made.valkey.socket) as between, receiver() as hook:
         yield made, between, hook
 

@@ -1,4 +1,4 @@
-"""Each script with each key that it reads missing: it refuses and writes nothing, or it adds no inconsistency to the records."""
+"""Every script with each of the keys that it reads missing: it refuses and writes nothing, or adds no inconsistency."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.integration.test_damage import IDS, REFUSALS, busy, put
 
 END = "the end of what was monitored"
 FIRST, SECOND = f"{IDS['completed']}-1", f"{IDS['completed']}-2"
-"""Deliveries of the completed task: to the CMS, and the webhook."""
+"""The deliveries of the completed task: to the CMS, and the webhook."""
 NEW = TaskId("00000000-0000-4000-8000-00000000000a")
 
 
 class Runs(NamedTuple):
-    """Runs of the busy installation: one that holds its lease, and one whose lease expired."""
+    """Runs of the busy installation: one that holds its lease, and one whose lease has expired."""
 
     current: RunToken
     reaped: RunToken
@@ -34,7 +34,7 @@ Call = Callable[[Store, Runs], Awaitable[Any]]
 
 
 def run_calls(act: Callable[[Store, TaskId, RunToken], Awaitable[Any]]) -> list[Call]:
-    """The verb by the run that holds its lease, and by the one whose lease expired."""
+    """Return calls of the verb by the run that holds its lease, and by the run whose lease has expired."""
     return [
         lambda store, runs: act(store, IDS["processing"], runs.current),
         lambda store, runs: act(store, IDS["reaped"], runs.reaped),
@@ -42,7 +42,7 @@ def run_calls(act: Callable[[Store, TaskId, RunToken], Awaitable[Any]]) -> list[
 
 
 def expire(name: str, act: Call) -> Call:
-    """The call, once what stands in this list is due."""
+    """Return the call, preceded by making everything in this list due."""
 
     async def call(store: Store, runs: Runs) -> Any:
         for key in await raw(store).keys(store.keys[name] + "*"):
@@ -101,13 +101,13 @@ def test_every_script_has_calls() -> None:
 
 
 async def found(store: Store) -> set[tuple[TaskId | None, str]]:
-    """What is inconsistent; of a counter only that it is, since it moves with what it counts."""
+    """Return the inconsistencies, without the values of counters."""
     return {(each.task_id, each.text.partition(" as ")[0]) async for each in inconsistencies(store, apply=False)}
 
 
 @contextlib.asynccontextmanager
 async def reads(store: Store, keys: dict[bytes, bytes], into: set[bytes]) -> AsyncIterator[None]:
-    """Those of these keys that commands name while the block runs."""
+    """Collect in `into` those of these keys that commands name while the block runs."""
     async with raw(store).monitor() as monitor:
         yield
         await raw(store).echo(END)
@@ -116,7 +116,7 @@ async def reads(store: Store, keys: dict[bytes, bytes], into: set[bytes]) -> Asy
 
 
 WITHOUT: dict[bytes, set[tuple[TaskId | None, str]]] = {}
-"""What is inconsistent in the busy installation without a key, once it was looked for."""
+"""Missing key -> inconsistencies of the busy installation without it, as far as they were looked up."""
 CASES = [(name, number) for name, calls in CALLS.items() for number in range(len(calls))]
 
 

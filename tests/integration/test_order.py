@@ -1,6 +1,6 @@
-"""Who goes next: simulations over the real scripts. Time is simulated by moving a task's start back before it is completed.
+"""The order of claims, by simulations with the real scripts. Before a task is completed its start is moved back, to simulate time.
 
-Redis's clock gives the order of arrival and nothing else here, so that hours of work pass in seconds.
+Redis's clock only gives the order of arrival, so that hours of work pass in seconds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.arrange import CPU, new_task, raw, result
 
 # MOVIEQ_TEST_EXAMPLES=100 for a long look
 EIGHTH = 1 / 8
-"""The share of claims that take the oldest task: a project whose fair share is smaller may get as much as this."""
+"""The share of claims that get the oldest task. A project with a smaller fair share may get this much."""
 
 
 class Farm:
-    """Slots that work on what the scripts give them, on a clock of their own (ms)."""
+    """Slots that run what the scripts give them, on a simulated clock (in ms)."""
 
     def __init__(self, store: Store, slots: int, weights: dict[str, float], durations: Callable[[str], int]) -> None:
         self.store = store
@@ -50,7 +50,7 @@ class Farm:
         return [task.task_id for task in tasks]
 
     async def fill(self) -> None:
-        """Every free slot takes what is next."""
+        """Claim a task for every free slot."""
         if (free := self.slots - len(self._busy)) > 0:
             for claimed in await self.store.claim("farm", f"n{next(self._number)}", CPU * free, self.weights):
                 project = claimed.task.project_id
@@ -59,7 +59,7 @@ class Farm:
                 heapq.heappush(self._busy, (self.now_ms + duration_ms, next(self._number), claimed, duration_ms))
 
     async def step(self) -> bool:
-        """The next task ends, and its slot takes another; False where nothing runs."""
+        """End the next task, and claim another for its slot; return False if nothing runs."""
         await self.fill()
         if not self._busy:
             return False
@@ -74,7 +74,7 @@ class Farm:
 
 
 def simulate(server: Valkey, play: Callable[[Store], Awaitable[None]]) -> None:
-    """One play on an empty Valkey."""
+    """Run this function on an empty Valkey."""
 
     async def run() -> None:
         client = connect(server.url, patient=True)
@@ -89,10 +89,10 @@ def simulate(server: Valkey, play: Callable[[Store], Awaitable[None]]) -> None:
 
 
 def assert_shares(served_ms: Counter[str], weights: dict[str, float], error_ms: Mapping[str, float] | None = None) -> None:
-    """Each project got its share of the time within a tenth.
+    """Assert that each project got its share of the time within a tenth.
 
-    The oldest task goes first now and then while its project is ahead by no more than that task was taken for: one that was taken for
-    `error_ms` too long puts its project ahead by so much, once.
+    Now and then the oldest task goes first, while its project is ahead by no more than the estimate of that task. An estimate that is
+    `error_ms` too long puts its project ahead by that much, once.
     """
     whole, total = sum(served_ms.values()), sum(weights.values())
     for project, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The outbox: when a delivery is tried again, what it says each time, in which order, and that nothing takes it away."""
+"""The outbox: when a delivery is tried again, what each try sends, in which order, and that no delivery is lost."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ CMS: Final = "http://cms.test/api/media"
 
 @pytest.fixture
 async def parts(store: Store, folder: Path) -> AsyncIterator[DeliveryParts]:
-    """What deliveries work with while their secret is being rotated."""
+    """Yield the parts that deliveries share while their secret is rotated."""
     async with aiohttp.ClientSession() as session:
         yield delivery_parts(store, FolderStorage(folder, "http://127.0.0.1:1", (b"signs media",)), session, (NEW, OLD))
 
 
 async def failed(store: Store, url: str, **fields: Any) -> TaskId:
-    """A task that has failed, with a webhook to this address."""
+    """Return a failed task with a webhook to this URL."""
     task_id, run = await running(store, callback_url=url, **fields)
     await store.fail(task_id, run, "it broke", "internal")
     return task_id
 
 
 async def completed(store: Store, url: str, cms: str = CMS) -> TaskId:
-    """A task that has completed: its first delivery is for the CMS, where there is one, the next is a webhook to this address."""
+    """Return a completed task: its first delivery is for the CMS, if there is one, the next a webhook to this URL."""
     task_id, run = await running(store, callback_url=url)
     await store.complete(task_id, run, result(), cms)
     return task_id
 
 
 async def tried(parts: DeliveryParts, task_id: TaskId, number: int = 1) -> float | None:
-    """A delivery has been tried: after how long it is to be tried again, None where it is not."""
+    """Try a delivery; return the seconds until its next try, or None if there is none."""
     delivery_id = f"{task_id}-{number}"
     try:
         await deliver({"delivery_parts": parts, "job_id": delivery_id, "job_try": 1}, delivery_id)
@@ -67,19 +67,19 @@ async def tried(parts: DeliveryParts, task_id: TaskId, number: int = 1) -> float
 
 
 async def facts(store: Store, task_id: TaskId, number: int = 1) -> Delivery:
-    """How far a delivery is."""
+    """Return the state of a delivery."""
     return next(delivery for id, delivery, _ in await Outbox(store.redis).deliveries(task_id) if id == f"{task_id}-{number}")
 
 
 async def due_in_s(store: Store, job: str) -> float:
-    """When the job is due."""
+    """Return the seconds until the job is due."""
     seconds, micros = await raw(store).time()
     due_ms: float = await raw(store).zscore(KEYS["deliveries"], job)
     return due_ms / 1000 - float(seconds) - float(micros) / 1_000_000
 
 
 def said(hook: Receiver) -> list[tuple[str, Any]]:
-    """Type, and the id that the CMS gave, of each webhook that came."""
+    """Return the type and the CMS's id of each webhook that was received."""
     bodies = [json.loads(body) for _, body in hook.requests]
     return [(body["type"], body["result"] and body["result"]["payload_media_id"]) for body in bodies]
 

@@ -1,4 +1,4 @@
-"""The packages that a release uploads: what they hold, and that they work where neither the source tree nor this environment is."""
+"""The packages of a release: what they contain, and that they work without the source tree and this environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENVIRONMENT: Final = {name: value for name, value in os.environ.items() if not n
 
 
 def run(*command: str | Path, cwd: Path, timeout_s: float = 300) -> str:
-    """What the command said on both its outputs; it has succeeded."""
+    """Run a command that must succeed; return both its outputs."""
     done = subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
     )
@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path, timeout_s: float = 300) -> str:
 
 
 def build(kind: str, source: Path, to: Path) -> Path:
-    """A package of the source, built as pip builds it, where every warning is an error."""
+    """Build a package of the source as pip does, with every warning an error; return it."""
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]), file=sys.stderr)"
     run(sys.executable, "-W", "error", "-c", code, to, cwd=source)
     (made,) = to.glob("*.tar.gz" if kind == "sdist" else "*.whl")
@@ -40,7 +40,7 @@ def build(kind: str, source: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist of a clean copy of the source tree, and the wheel of what is in the sdist."""
+    """Return the sdist of a clean copy of the source tree, and the wheel built from that sdist."""
     source, to = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("movieq", "workers"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -53,7 +53,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def ours(names: list[str]) -> set[str]:
-    """Those that are of our packages."""
+    """Return the names that belong to our packages."""
     return {name for name in names if name.startswith(("movieq/", "workers/"))}
 
 

@@ -1,4 +1,4 @@
-"""Tasks that a worker cannot pass on, read or run, among others: each fails or goes back by itself, and the others are done."""
+"""Tasks that a worker cannot pass on, read or run: each fails or is requeued by itself, and the other tasks complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from workers.worker import Worker
 
 SMALL = {"prompt": "a lamp", "resolution": "64x64"}
 BEYOND = b'{"n": 123456789012345678901234567890}'
-"""Metadata that JSON can carry and msgpack cannot."""
+"""Metadata that JSON can hold and msgpack cannot."""
 
 
 def kwargs(task_data: Any) -> bytes:
@@ -146,7 +146,7 @@ async def test_a_record_that_this_version_cannot_read_leaves_a_newer_worker_minu
 
 
 async def ended_unread(store: Store, task_id: TaskId) -> Task:
-    """What became of a task that waits long between its tries; here the waits are cut short."""
+    """Wait until the task has ended, cutting short the waits between its tries; return it."""
     redis = raw(store)
 
     async def over() -> bool:
@@ -163,7 +163,7 @@ async def ended_unread(store: Store, task_id: TaskId) -> Task:
 
 
 async def waits_s(store: Store, task_id: TaskId) -> list[float]:
-    """The waits that its retries said."""
+    """Return the waits that its `retrying` events name."""
     entries = [entry.data for entry in await Queries(store.redis).log_after(task_id, None) if entry.type == "retrying"]
     return [msgspec.json.decode(data)["retry_in"] for data in entries]
 
@@ -212,7 +212,7 @@ async def test_a_fault_of_a_script_is_logged_as_that_and_the_worker_goes_on(fold
 
 @asynccontextmanager
 async def books(store: Store) -> AsyncIterator[tuple[Worker, Child]]:
-    """A worker that runs nothing, and its child, which is not started."""
+    """Yield a worker that runs nothing, and its child, which is not started."""
     child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
     worker = Worker(
         worker_id="w1",
@@ -231,7 +231,7 @@ async def books(store: Store) -> AsyncIterator[tuple[Worker, Child]]:
 
 
 async def _nothing(ctx: dict[str, Any]) -> None:
-    """arq wants a function or a cron job."""
+    """Do nothing: arq requires a function or a cron job."""
 
 
 async def test_a_run_without_a_living_task_loses_its_slot_and_its_lease_and_its_task_waits_again(store: Store) -> None:
@@ -275,7 +275,7 @@ async def test_a_run_that_raises_what_nobody_expected_ends_no_other_and_counts_a
 
 
 class AlwaysFree(Slots):
-    """Slots that are free without a process, and raise for one task."""
+    """Slots that are free without a process, and that raise for one task."""
 
     free = True
     bad = TaskId("")
@@ -395,7 +395,7 @@ plugin = Plugin(
     models={"odd": {"engine": "odd", "kind": "cpu_intensive", "tasks": {"odd": 1}}},
 )
 """
-"""An engine of a plug-in that says what no engine of ours says."""
+"""An engine of a plug-in that sends what no engine of ours sends."""
 
 
 async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Path) -> None:
@@ -420,7 +420,7 @@ async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Pa
 
 
 async def tried(store: Store, task_id: TaskId) -> bool:
-    """Whether a run of the task was given back for a fault."""
+    """Whether a run of the task has counted as a try."""
     return bool(await raw(store).hget(KEYS["task"] + task_id, "tries") == b"1")
 
 

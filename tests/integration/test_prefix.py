@@ -1,4 +1,4 @@
-"""Several installations on one server: each has its keys and channels to itself, in one database and in several."""
+"""Several installations on one server, in one database or in several: each has its own keys and channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user downloads is signed: clip, poster, picture and sound, verified by C2PA's own reader; or it is not published at all."""
+"""Every file of a result (clip, poster, picture, sound) is signed, as C2PA's own reader verifies, or it is not published."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CLIP = {"scene_description": "Marrakesh by night", "duration": 1, "fps": 12, "re
 
 @pytest.fixture(scope="module")
 def issued(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """A chain of certificates."""
+    """Return a chain of certificates."""
     return chain(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")
 def signing(tmp_path_factory: pytest.TempPathFactory, issued: Chain) -> Iterator[Service]:
-    """An installation that publishes nothing unsigned, and says in no file how it was made."""
+    """Yield an installation that publishes only signed files, and writes no tags into files."""
     settings = issued.settings | {"MOVIEQ_C2PA_REQUIRED": "true", "MOVIEQ_FILE_TAGS": "false"}
     with service(tmp_path_factory.mktemp("up"), None, **settings) as up:
         yield up

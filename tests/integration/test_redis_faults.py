@@ -1,6 +1,6 @@
-"""Redis restarted, killed, hung, full, read-only or without its replica, while a task runs: what was accepted ends, once.
+"""Redis restarts, dies, hangs, is full, read-only or without its replica during a task: every accepted task ends, and only once.
 
-The API refuses with a 503 meanwhile; workers wait and go on; the run is none the worse for it.
+Meanwhile the API answers 503, and workers wait. Afterwards they go on, and the run is unharmed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUNNING: dict[str, Any] = {"prompt": "a way up the stairs", "duration": 4, "fps"
 
 @asynccontextmanager
 async def busy(folder: Path) -> AsyncIterator[tuple[Fleet, Service, Process, TaskId]]:
-    """An installation whose Redis forgets nothing that it answered; its one worker is in the middle of a task, whose webhook comes too."""
+    """Yield an installation in the middle of a task, with a Redis that loses no answered write; finally await the task's webhook."""
     async with fleet(folder, appendfsync="always") as made, receiver() as hook:
         api, worker = await asyncio.gather(made.api(), made.worker())
         task_id = TaskId(await api.submit("generate_video", RUNNING, callback_url=hook.url))
@@ -42,7 +42,7 @@ async def busy(folder: Path) -> AsyncIterator[tuple[Fleet, Service, Process, Tas
 
 
 async def submitted(api: Service) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, headers and body of the answer to a submit that a client says again and again, with one Idempotency-Key."""
+    """Submit with the same Idempotency-Key each time; return status, headers and body of the answer."""
     body = {"project_id": "film", "task_type": "generate_image", "task_data": SMALL}
     async with (
         aiohttp.ClientSession(headers={"X-API-Key": api.key, "Idempotency-Key": "the-same"}) as session,
@@ -52,14 +52,14 @@ async def submitted(api: Service) -> tuple[int, dict[str, str], dict[str, Any]]:
 
 
 async def refused(api: Service) -> None:
-    """That submit is answered with a 503 that says when to come again."""
+    """Assert that this submit is answered with a 503 and a Retry-After."""
     status, headers, answer = await submitted(api)
     assert (status, answer["error"], answer["retryable"]) == (503, "unavailable", True)
     assert int(headers["Retry-After"]) > 0
 
 
 async def said_again(api: Service) -> str:
-    """Return the id that it gets as soon as Redis takes it."""
+    """Repeat this submit until Redis accepts it; return the id of the task."""
     answers: list[dict[str, Any]] = []
 
     async def taken() -> bool:
@@ -73,18 +73,18 @@ async def said_again(api: Service) -> str:
 
 
 async def noticed(worker: Process) -> None:
-    """Return when the worker has asked Redis in vain."""
+    """Wait until the worker has noticed that Redis is away."""
     before = worker.said("redis_away")
     await eventually(lambda: worker.said("redis_away") > before)
 
 
 async def accepted(api: Service, count: int = 1) -> list[str]:
-    """Tasks whose receipts a client has."""
+    """Submit tasks; return their ids."""
     return [await api.submit("generate_image", SMALL, project=f"other{number}") for number in range(count)]
 
 
 async def all_ended_once(made: Fleet, api: Service, worker: Process, task_ids: list[str]) -> None:
-    """Every task completed in its first attempt, which its log tells once, and nothing else was made."""
+    """Assert that every task completed in its first attempt, once by its log, and that nothing else was rendered."""
     for task_id in task_ids:
         status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 1), (status, worker.log.read_text()[-2000:])

@@ -1,4 +1,4 @@
-"""`movieq doctor --repair`: it finds whatever was deleted by hand, says so, and with --apply mends it; then every task ends."""
+"""`movieq doctor --repair` finds and reports whatever was deleted by hand, and repairs it with --apply; then every task ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a run, whatever a message of its engine or a report meets."""
+"""The progress of a run is reported, whatever errors a message of its engine or a report causes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP = {"prompt": "a long way up the stairs", "duration": 2, "fps": 24, "resolut
 
 
 class OddEta(Eta):
-    """Raises at the first step that it gets."""
+    """An ETA that raises at its first step."""
 
     raised = False
     steps = 0

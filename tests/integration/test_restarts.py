@@ -1,4 +1,4 @@
-"""API processes that are restarted under load: no request that reached one, or nginx in front of two, is lost."""
+"""API processes restart under load: no request that reached one of them, or the nginx in front of two, is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ASK = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 class Load:
-    """Clients that submit and ask for states by turns, one request after the other."""
+    """Clients that in turn submit a task and request its status, one request after the other."""
 
     def __init__(self, url: str) -> None:
         self.url = f"{url}/api/v1"
@@ -41,7 +41,7 @@ class Load:
         self.over = False
 
     async def run(self) -> None:
-        """Until it is over and enough was asked."""
+        """Send requests until `over` is set and there were enough of them."""
         async with aiohttp.ClientSession(headers={"X-API-Key": KEY}, timeout=aiohttp.ClientTimeout(total=60)) as session:
             while not self.over or self.answers.total() < REQUESTS:
                 async with session.post(f"{self.url}/tasks/submit", json=SUBMIT) as answer:
@@ -55,7 +55,7 @@ class Load:
 
 
 async def restarted(made: Fleet, api: Service, port: int, signum: signal.Signals) -> Service:
-    """The API process that took the place of this one, which the signal has ended."""
+    """End the API process with this signal; return the one that takes its place."""
     api.process.send_signal(signum)
     await asyncio.to_thread(api.process.wait, 60)
     return await made.api(port=port)
@@ -132,14 +132,14 @@ async def test_a_request_over_an_idle_connection_is_answered_after_new_ones_are_
 
 
 async def connected(stack: AsyncExitStack, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection for the length of the stack."""
+    """Open a connection that the stack closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     stack.callback(writer.close)
     return reader, writer
 
 
 async def answered(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """The status of the next answer, and whether it is the last of its connection."""
+    """Return the status of the next answer, and whether it is the last of its connection."""
     async with asyncio.timeout(60):
         head = await reader.readuntil(b"\r\n\r\n")
         fields: dict[str, Any] = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)

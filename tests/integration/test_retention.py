@@ -1,4 +1,4 @@
-"""What is over is deleted: in small batches, by one worker at a time, and nothing that cannot be deleted stops the rest."""
+"""What is past its retention is deleted: in small batches, by one worker at a time, and no failed deletion stops the others."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def storage(folder: Path) -> Storage:
 
 @pytest.fixture
 def retention(store: Store, storage: Storage) -> Retention:
-    """That of a worker which keeps nothing that has ended."""
+    """Return the retention of a worker that deletes whatever has ended."""
     return Retention("w1", store, Files(store.redis), storage, OVER)
 
 
 async def completed(store: Store, storage: Storage, folder: Path, number: int) -> TaskId:
-    """A task that has ended, with a file."""
+    """Return a completed task with a file."""
     task_id, run = await running(store)
     prefix = f"projects/film/image/{number}/run"
     (folder / "file").write_bytes(b"film")
@@ -52,7 +52,7 @@ async def completed(store: Store, storage: Storage, folder: Path, number: int) -
 
 
 async def orphan(store: Store, storage: Storage, folder: Path, prefix: str) -> None:
-    """A file that nobody committed, to be deleted now."""
+    """Store a file that no run committed and that is due to be deleted."""
     (folder / "file").write_bytes(b"film")
     await storage.put(f"{prefix}/output.jpg", folder / "file", "image/jpeg")
     await raw(store).zadd(KEYS["orphans"], {prefix: 1})
@@ -218,7 +218,7 @@ async def gone(store: Store, key: str) -> bool:
 
 @pytest.fixture
 async def several(store: Store, storage: Storage) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Three workers that sweep."""
+    """Run the retention of three workers."""
     made = [asyncio.create_task(Retention(f"w{number}", store, Files(store.redis), storage, OVER).run()) for number in range(3)]
     yield made
     for each in made:

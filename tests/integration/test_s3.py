@@ -1,4 +1,4 @@
-"""Storage in a bucket: a real S3 server, with what R2 refuses in front of it, and every way in which a server or its network fails."""
+"""Storage in a bucket: a real S3 server, behind what R2 refuses, with all faults of a server and its network."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ async def storage(bucket: Bucket) -> AsyncIterator[S3Storage]:
 
 @pytest.fixture
 async def far(s3_server: Seaweed) -> AsyncIterator[R2]:
-    """The server as R2."""
+    """Yield the server as R2."""
     async with r2(s3_server.endpoint) as made:
         yield made
 
 
 @pytest.fixture
 async def remote(bucket: Bucket, far: R2) -> AsyncIterator[S3Storage]:
-    """The storage in the bucket of that R2."""
+    """Yield the storage in the bucket of that R2."""
     async with s3.opened(msgspec.structs.replace(bucket, endpoint=far.endpoint), patient=True) as made:
         yield made
 
@@ -68,7 +68,7 @@ def large(folder: Path) -> Path:
 
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A file of five parts is a large one; returns how many bytes it has."""
+    """Upload files in parts from a small size on; return the size of a file with five parts."""
     monkeypatch.setattr(s3, "SINGLE_BYTES", LEAST_PART)
     monkeypatch.setattr(s3, "PART_BYTES", LEAST_PART)
     return 4 * LEAST_PART + 12345
@@ -87,7 +87,7 @@ def digest(path: Path) -> str:
 
 
 async def unfinished(server: Seaweed, bucket: Bucket) -> int:
-    """How many uploads in parts nobody has finished or given up."""
+    """Return the number of multipart uploads that were neither completed nor aborted."""
     async with server.client() as client:
         return len((await client.list_multipart_uploads(Bucket=bucket.name, Prefix=bucket.prefix)).get("Uploads", []))
 
@@ -302,13 +302,13 @@ async def test_each_refusal_says_whether_it_passes(
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no pause between tries."""
+    """Retry without a pause."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
-    """A server is given two seconds."""
+    """Wait at most two seconds for a server."""
     monkeypatch.setattr(s3, "ANSWER_S", (2.0, 2.0))
     monkeypatch.setattr(s3, "IDLE_S", 2.0)
 

@@ -1,4 +1,4 @@
-"""A task's whole way, on the service as a user runs it: inputs, engine, files, webhook, and what happens when a part dies."""
+"""A task from submit to webhook on the service as a user runs it: inputs, engine, files, and the death of a part."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "f
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service for the tests of this file that leave it as it was."""
+    """Yield a service for the tests that do not change it."""
     with service(tmp_path_factory.mktemp("service"), MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_DRAIN_S="1") as up:
         yield up
 
 
 def picture(size: tuple[int, int] = (320, 180), mode: str = "RGB", format: str = "PNG", **options: Any) -> bytes:
-    """An image file."""
+    """Return an image file."""
     buffer = io.BytesIO()
     Image.new(mode, size, 128 if mode in ("L", "I;16") else None).save(buffer, format, **options)
     return buffer.getvalue()
 
 
 async def file_of(status: dict[str, Any]) -> bytes:
-    """The result of a completed task, opened as it stands."""
+    """Return the file of a completed task, downloaded by its URL."""
     assert status["status"] == "completed", status
     async with aiohttp.ClientSession() as session, session.get(status["result"]["media_url"]) as answer:
         assert answer.status == 200

@@ -1,4 +1,4 @@
-"""The folders that workers work in: none is left of a worker that is dead, and none is taken from one that lives."""
+"""The spools of workers: those of dead workers are removed, those of living ones never."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every (state, verb) against the table of transitions, the fence, verbs said twice, the order of the queue, the indexes."""
+"""Every (state, verb) against the table of transitions; fencing, repeated verbs, the order of the queue, the indexes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEFORE: list[TaskStatus | None] = [None, *STATES]
 
 
 async def bring_to(store: Store, state: TaskStatus | None) -> tuple[TaskId, RunToken]:
-    """A task in this state, and its run (one that never was, where it has none)."""
+    """Return a task in this state, and its run, or a run that never existed if it has none."""
     task = new_task()
     if state is None:
         return task.task_id, RunToken("none")
@@ -48,7 +48,7 @@ async def bring_to(store: Store, state: TaskStatus | None) -> tuple[TaskId, RunT
 
 
 async def say(store: Store, verb: Verb, task_id: TaskId, run: RunToken) -> None:
-    """The verb, of this run or, where the task ended, of another: said again by the same run it would be answered as before."""
+    """Call the verb as this run; for an ended task use another run, since the same run gets the same answer as before."""
     match verb:
         case Verb.SUBMIT:
             await store.submit(new_task(task_id=task_id))
@@ -95,7 +95,7 @@ async def test_a_verb_leads_where_the_table_says_and_changes_nothing_elsewhere(s
 
 
 async def holds_together(store: Store, task_id: TaskId, status: TaskStatus) -> None:
-    """The task is in just the lists that its state says."""
+    """Assert that the task is in exactly the lists that belong to its state."""
     redis, name = raw(store), task_id.encode()
     for each in STATES:
         for task_type in ("", "generate_image"):
@@ -217,7 +217,7 @@ async def test_a_delayed_retry_is_claimed_only_when_it_is_due(store: Store) -> N
 
 @pytest.fixture
 async def short_lease(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """Leases that are over at once."""
+    """Let leases expire at once."""
     monkeypatch.setattr(store_module, "LEASE_MS", 1)
     yield
     monkeypatch.undo()
@@ -459,13 +459,13 @@ async def test_a_full_memory_refuses_submit_and_nothing_else(store: Store) -> No
 
 
 async def commands(store: Store) -> int:
-    """How many commands the server has run, those of scripts included."""
+    """Return the number of commands that the server has run, including those of scripts."""
     stats = await raw(store).info("commandstats")
     return sum(entry["calls"] for name, entry in stats.items() if name not in ("cmdstat_info", "cmdstat_config|resetstat"))
 
 
 async def page_cost(store: Store, project: str) -> tuple[int, dict[str, Any]]:
-    """Commands for the first page, and which they were."""
+    """Return the number of commands for a page, and the commands themselves."""
     await Queries(store.redis).page(ProjectId(project), None, None, 1, 10)
     await raw(store).config_resetstat()
     tasks, _ = await Queries(store.redis).page(ProjectId(project), TaskStatus.QUEUED, None, 1, 10)

@@ -1,4 +1,4 @@
-"""Streams by the thousand at an API process of its own: what they leave behind, and how it ends."""
+"""Thousands of streams at one API process: what they leave behind, and how the process ends with them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 async def made(folder: Path) -> AsyncIterator[Fleet]:
-    """A fleet."""
+    """Yield a fleet."""
     async with fleet(folder / "fleet") as made:
         yield made
 
 
 @pytest.fixture
 async def api(made: Fleet) -> Service:
-    """Its API process."""
+    """Start and return its API process."""
     return await made.api(MOVIEQ_LOG_LEVEL="warning")
 
 
 def opened(api: Service, task_ids: Sequence[str]) -> Readers:
-    """An open stream of each task."""
+    """Open a stream of each task."""
     readers = Readers()
     port = int(api.url.rpartition(":")[2])
     readers.open(port, [f"/api/v1/tasks/{task_id}/events" for task_id in task_ids], f"X-API-Key: {KEY}\r\n", 60)

@@ -1,4 +1,4 @@
-"""Clients that come and go at random, while API processes and Redis are killed and come back: each hears the whole log, once, in order."""
+"""Clients come and go at random while API processes and Redis are killed and return: each receives the whole log, once and in order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 async def insist(verb: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs) -> T:
-    """The answer, however often Redis is away."""
+    """Call the verb until Redis answers; return the answer."""
     while True:
         try:
             return await verb(*args, **options)
@@ -38,24 +38,24 @@ async def insist(verb: Callable[P, Awaitable[T]], *args: P.args, **options: P.kw
 
 
 class Reader:
-    """A client that hangs up at random and continues after the last id that it heard, at any of the processes."""
+    """A client that disconnects at random and resumes after its last event id, at any of the processes."""
 
     def __init__(self, source: Source, ports: Sequence[int]) -> None:
         self.ids: list[str] = []
         self.connects = 0
         self.odd: list[str] = []
-        """What it was told and must not be told: a gap, a refusal."""
+        """What it received and must not receive: a gap, a refusal."""
         self.after: str | None = None
-        """The last entry that was history when its stream began, where that begins at a snapshot: the stream of a project."""
+        """The last entry before its stream began, if that begins with a snapshot (the stream of a project)."""
         self.last: str | None = None
-        """The last entry that there will be, once that is known. The stream of a project has no other end."""
+        """The last entry of all, once it is known: the only end of a project's stream."""
         self._source = source
         self._ports = ports
         ((name, value),) = source.name.items()
         self._path = f"/api/v1/{name.removesuffix('_id')}s/{value}/events"
 
     async def follow(self, session: aiohttp.ClientSession) -> None:
-        """Read until nothing more will come."""
+        """Read until no more events will come."""
         while self._source.ends or self.last is None or self.ids[-1:] != [self.last]:
             self.connects += 1
             headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
@@ -94,7 +94,7 @@ class Reader:
 
 
 async def runs(store: Store, worker: str, over: asyncio.Event) -> None:
-    """A worker's life: its runs report, keep their lease, are given back now and then, and end when the time is over."""
+    """Work as a worker does: report, renew leases, requeue now and then, and complete when the time is over."""
     for nonce in itertools.count():
         (claimed,) = await insist(store.claim, worker, f"{worker}-{nonce}", CPU)
         task_id, run = claimed.task.task_id, claimed.run
@@ -109,7 +109,7 @@ async def runs(store: Store, worker: str, over: asyncio.Event) -> None:
 
 
 async def kills(made: Fleet, apis: dict[int, Service], over: asyncio.Event, counts: dict[str, int]) -> None:
-    """An API process is killed every two seconds, Redis every five, and each once at least; each comes back at its place."""
+    """Kill an API process every two seconds, and Redis every five, at least once each; restart each in its place."""
     for turn in itertools.count(1):
         await asyncio.sleep(1)
         if over.is_set():

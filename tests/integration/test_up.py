@@ -1,4 +1,4 @@
-"""`movieq up` where it cannot start, and where it is ended in ways it did not choose."""
+"""`movieq up` when it cannot start, and when it is ended from outside."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.service import service
 
 
 def up(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """A `movieq up` that is expected to end by itself."""
+    """Run a `movieq up` that is expected to end by itself."""
     environment = {**{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")}, **settings}
     command = [sys.executable, "-m", "movieq.cli", "up", *options]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""A worker that is asked to end does so by itself, whatever Redis, its engine and its disk do; where it cannot, it is cut off."""
+"""A worker that is asked to end does so, whatever Redis, its engine and its disk do; if it cannot, it is cut off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def give_back(made: Fleet) -> None:
 
 
 def cut_off_after(folder: Path, seconds: float) -> dict[str, str]:
-    """Return settings of a worker that is cut off so long after its drain: a busy machine may need longer than the ten seconds."""
+    """Return settings of a worker that is cut off this long after its drain: on a busy machine ten seconds may be too short."""
     code = f"import sys\nif sys.orig_argv[-1] == 'worker':\n    import workers.worker\n    workers.worker.GONE_S = {seconds}\n"
     (folder / "patch").mkdir()
     (folder / "patch" / "sitecustomize.py").write_text(code)

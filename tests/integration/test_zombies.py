@@ -1,4 +1,4 @@
-"""Workers and engines that die, hang, or come back from the dead: nothing is written twice, nothing waits for what does not come."""
+"""Workers and engines die, hang, or return after they were given up: nothing is written twice, and nothing waits for ever."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made
 
 
 async def beats(store: Store) -> list[Any]:
-    """When each worker renewed its leases last."""
+    """Return when each worker last renewed its leases."""
     return list(await raw(store).zrange(KEYS["heartbeat_times"], 0, -1, withscores=True))
 
 
 async def arrange_what_is_due(store: Store) -> list[TaskId]:
-    """A dead lease, a retry and three deadlines, all of which are due in half a second."""
+    """Return an expired lease, a retry and three deadlines, all due in half a second."""
     ids = [new_task("due") for _ in range(2)]
     for task in ids:
         await store.submit(task)
@@ -261,7 +261,7 @@ async def has_orphans(store: Store) -> bool:
 
 
 async def sweep_at_once(made: Fleet) -> None:
-    """What is over is deleted, for all that is listed."""
+    """Delete now all files that are listed for deletion."""
     orphans = await raw(made.store).zrange(KEYS["orphans"], 0, -1)
     if orphans:
         await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))

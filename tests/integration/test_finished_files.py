@@ -1,4 +1,4 @@
-"""Files that were made and not stored yet outlive their worker: their host has them to itself for a minute, and nothing is made twice."""
+"""Finished files that are not stored yet outlive their worker: for a minute only their host gets the task; nothing is rendered twice."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NOBODY: list[Slot] = []
 
 
 async def made(store: Store, host: str = "a", **fields: Any) -> tuple[TaskId, RunToken]:
-    """A task whose files lie finished on this host, and its run."""
+    """Return a task whose finished files lie on this host, and its run."""
     task_id, run = await running(store, **fields)
     await store.report(task_id, run, 0.95, "uploading_result", stage="upload", prefix="p/run", host=host, made_ms=700)
     return task_id, run
 
 
 async def reaped(store: Store, **fields: Any) -> TaskId:
-    """One whose worker fell silent then."""
+    """Return such a task after the lease of its worker has expired."""
     task_id, _ = await made(store, **fields)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
     assert (await store.tidy()).reaped == 1
@@ -145,7 +145,7 @@ async def test_the_wait_for_a_storage_counts_neither_as_time_that_such_tasks_tak
 
 
 def out(folder: Path) -> tuple[Path, Done]:
-    """What an engine has made."""
+    """Return the folder and the output of an engine."""
     made = folder / "spool" / "out"
     made.mkdir(parents=True)
     (made / "clip.mp4").write_bytes(b"clip")

@@ -1,4 +1,4 @@
-"""The same request with a seed, made before in the same project, is completed at once with the result that is there already."""
+"""A task with a seed is completed at once with the stored result of an identical task of its project."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FILE = b"the bytes of a picture"
 
 
 async def make(api: Client, tasks: Tasks, folder: Path, metadata: dict[str, Any] | None = None, **fields: Any) -> TaskId:
-    """A task that was made as a worker makes it, with its file in the storage."""
+    """Submit a task and complete it as a worker does, with a file in the storage."""
     task_id = await tasks.queued(**{"task_data": DATA, **fields})
     await work(api, tasks, folder, task_id, metadata)
     return task_id
 
 
 async def work(api: Client, tasks: Tasks, folder: Path, task_id: TaskId, metadata: dict[str, Any] | None = None) -> None:
-    """The task, which is the next to run, is made."""
+    """Complete the task, which must be the next to run."""
     run = await tasks.claim()
     key = f"projects/film/image/{task_id}/{run}/output.jpg"
     (folder / "made").write_bytes(FILE)
@@ -49,7 +49,7 @@ async def work(api: Client, tasks: Tasks, folder: Path, task_id: TaskId, metadat
 
 
 async def ask(api: Client, **fields: Any) -> Any:
-    """The status of a task right after it was submitted."""
+    """Submit a task; return its status right afterwards."""
     answer = await api.submit(**{"task_data": DATA, **fields})
     assert (answer.status, answer.json["status"]) == (201, "queued"), answer
     return await api.status(answer.json["task_id"])
@@ -280,7 +280,7 @@ def model(**changes: Any) -> Model:
 
 
 def named(entry: Model, task_type: TaskType = GENERATE_IMAGE, sound: Model | None = None, **data: Any) -> str | None:
-    """The fingerprint of a task by this model, in a table with it and what makes sound."""
+    """Return the fingerprint of a task with this model, in a table with this model and the model for sound."""
     task_data = {**DATA, **data}
     table = {"model": entry, **({"noise": sound} if sound else {})}
     return models.fingerprint("film", table, "model", task_type, params.convert(REGISTRY.tasks[task_type].params, task_data), task_data)
