@@ -72,7 +72,7 @@ async def test_its_parameters_are_checked_as_those_of_any_type(running: Service)
     body["task_data"] = {"prompt": "x", "draft": True}
     status, answer = await running.call("POST", "/tasks/submit", json=body)
     assert status == 400
-    assert "no animatic of make_palette" in answer["message"]
+    assert "make_palette has no animatic" in answer["message"]
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ async def test_the_id_is_an_event_of_the_task_and_of_its_project_and_the_log_sti
         await tried(parts, task_id)
     *_, completed, updated = await Queries(desk.store.redis).log_after(task_id, None)
     assert (completed.type, updated.type) == (EventType.COMPLETED, EventType.UPDATED)
-    said = msgspec.json.decode(updated.data)
-    assert (said["status"], said["result"]["payload_media_id"]) == ("completed", await desk.media_id(task_id))
+    stored = msgspec.json.decode(updated.data)
+    assert (stored["status"], stored["payload_media_id"]) == ("completed", await desk.media_id(task_id))
     assert (await Queries(desk.store.redis).log_after(f"project:{cms.project}", None))[-1].type is EventType.UPDATED
     assert (await desk.task(task_id)).last_event_id == updated.id
     assert 0 < await raw(desk.store).ttl(KEYS["log"] + task_id) <= 86400
