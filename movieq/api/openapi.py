@@ -117,7 +117,7 @@ OPERATIONS: Final = (
     Operation(
         "get",
         "/dead-letters",
-        "List dead letters: tasks that failed because their engine or worker died three times",
+        "List dead letters: tasks that failed because their engine process or worker died too often",
         DeadLettersAnswer,
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}},
         errors=(400, 401, 403, 503),
