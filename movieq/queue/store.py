@@ -1,8 +1,9 @@
 """The verbs that change tasks: one method for each Lua script.
 
 A verb can safely be repeated if its answer was lost: the same call gets the same answer. Every verb except submit, preview, leave and
-check_write runs to its end even if its caller is cancelled. Redis errors are raised as `redis.exceptions.RedisError`: the API then answers 503, and a worker
-waits. Other modules have reads (`queries`), deliveries (`outbox`), uploads and files to delete (`files`), and API keys (`api_keys`).
+check_write runs to its end even if its caller is cancelled. Redis errors are raised as `redis.exceptions.RedisError`: the API then answers
+503, and a worker waits. Other modules have reads (`queries`), deliveries (`outbox`), uploads and files to delete (`files`), and API keys
+(`api_keys`).
 """
 
 from __future__ import annotations
