@@ -56,7 +56,7 @@ class Reader:
 
     async def follow(self, session: aiohttp.ClientSession) -> None:
         """Read until no more events will come."""
-        while self._source.ends or self.last is None or (self.ids[-1:] or [self.after]) != [self.last]:
+        while self._source.ends or self.last is None or (self.ids[-1] if self.ids else self.after) != self.last:
             self.connects += 1
             headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
             url = f"http://127.0.0.1:{random.choice(self._ports)}{self._path}"
