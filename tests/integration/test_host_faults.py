@@ -378,8 +378,10 @@ def test_what_clients_read_of_an_error_names_no_path_and_no_class() -> None:
 def test_paths_are_cut_out_of_an_error_where_no_file_can_be_opened() -> None:
     code = (
         "import os, resource\nfrom workers.faults import without_paths\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        "print(without_paths('cannot open /tmp/a/b.mp4'))"
+        "limits = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))\n"
+        "print(without_paths('cannot open /tmp/a/b.mp4'))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("cannot open b.mp4\n", "")

@@ -322,6 +322,7 @@ async def test_what_dies_under_up_is_started_again(tmp_path: Path) -> None:
 async def test_every_state_change_is_one_line_with_its_ids_and_no_secret_is_logged(running: Service) -> None:
     task_id = await running.submit("generate_image", SMALL)
     await running.ended(task_id)
+    await eventually(lambda: any(line["message"] == "complete" and line.get("task_id") == task_id for line in running.log))
     lines = [line for line in running.log if line.get("task_id") == task_id]
     assert [line["message"] for line in lines] == ["submit", "claim", "complete"]
     assert all(line["project_id"] == "film" for line in lines)
