@@ -203,8 +203,8 @@ def folder(path: Path, subject: str, name: str) -> Finding:
         cure = f"free some space, or {advice.partition(',')[0]}" if full else advice
         return Finding(Mark.BROKEN, subject, f"cannot write to {there}: {error.strerror}; {cure}", refuses=not full)
     free = shutil.disk_usage(there).free
-    made = "is writable" if there == path.absolute() else "will be created when needed"
-    text = f"{path} {made}, {free / 1024**3:,.1f} GiB free"
+    state = "is writable" if there == path.absolute() else "will be created when needed"
+    text = f"{path} {state}, {free / 1024**3:,.1f} GiB free"
     if free < FULL_BYTES:
         return Finding(Mark.BROKEN, subject, f"{text}: too little for a clip; free some space, or {advice.partition(',')[0]}")
     if free < LOW_BYTES:
@@ -573,13 +573,13 @@ def _mark_of(root: Path, *, make: bool) -> str | None:
     try:
         if make and not home.exists():
             root.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".installation-", dir=root))
-            made.chmod(0o755)
-            (made / secrets.token_hex(8)).mkdir()
+            new = Path(tempfile.mkdtemp(prefix=".installation-", dir=root))
+            new.chmod(0o755)
+            (new / secrets.token_hex(8)).mkdir()
             try:
-                made.rename(home)  # if several processes start at once, one succeeds
+                new.rename(home)  # if several processes start at once, one succeeds
             except OSError:
-                shutil.rmtree(made)
+                shutil.rmtree(new)
         return next((path.name for path in home.iterdir()), None)
     except OSError:  # for example an unavailable storage, for which uploads wait
         return None

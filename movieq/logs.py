@@ -29,8 +29,8 @@ WORKER_READY: Final = "movieq worker ready"
 
 def get() -> structlog.typing.FilteringBoundLogger:
     """Return a logger. Log fixed event names; put everything else into fields."""
-    made: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-    return made
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger
 
 
 @contextmanager

@@ -209,7 +209,7 @@ async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredR
             prefix=prefix,
             gpu=running.gpu,
             host=socket.gethostname() if finished.folder else "",
-            made_ms=running.rendered_ms,
+            rendered_ms=running.rendered_ms,
         )
     )  # before the first byte, so that the files can be found and deleted however the run ends
     running.prefix = prefix

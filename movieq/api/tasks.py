@@ -77,7 +77,7 @@ async def submit(request: Request) -> Response:
         model=new.model,
         kind=new.kind,
         priority=new.priority,
-        made_before=new.made or None,
+        reused=new.reused or None,
         replayed=accepted.replayed,
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
@@ -255,11 +255,11 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
         return new
     return msgspec.structs.replace(
         new,
-        made=earlier.task_id,
-        made_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
-        made_prefix=media.key.rpartition("/")[0],
-        made_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
-        made_cms=movieq.cms.address if movieq.cms else "",
+        reused=earlier.task_id,
+        reused_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
+        reused_prefix=media.key.rpartition("/")[0],
+        reuse_within_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
+        reused_cms=movieq.cms.address if movieq.cms else "",
     )
 
 

@@ -117,15 +117,15 @@ class Cms(msgspec.Struct, frozen=True):
 
     def document(self, delivery: Delivery, task_data: Mapping[str, Any], url: str) -> dict[str, Any]:
         """Return the fields of a result's document, nested as in the CMS. `url` is the url of the file."""
-        made: dict[str, Any] = {}
+        document: dict[str, Any] = {}
         for name, value in self._facts(delivery, task_data, url):
             if value is not None and (path := self.path(name)):
                 *groups, last = path.split(".")
-                at = made
+                at = document
                 for group in groups:
                     at = at.setdefault(group, {})
                 at[last] = self.values.get((name, str(value)), value)
-        return made
+        return document
 
     def _facts(self, delivery: Delivery, task_data: Mapping[str, Any], url: str) -> Iterator[tuple[str, Any]]:
         assert delivery.result is not None
@@ -232,18 +232,18 @@ class Payload:
         The file is streamed, with its length in the headers: Payload treats a body without a length as empty.
         """
         if file is None:
-            return (await self._ask("POST", self.cms.media, _Made, json=fields)).doc
+            return (await self._ask("POST", self.cms.media, _Created, json=fields)).doc
         size_bytes = file.stat().st_size
         with file.open("rb") as opened:
             form = aiohttp.FormData(quote_fields=False)
             form.add_field("_payload", msgspec.json.encode(fields).decode())
             form.add_field("file", opened, filename=name, content_type=content_type)
             try:
-                made = await self._ask("POST", self.cms.media, _Made, data=form, more_s=size_bytes / LEAST_BYTES_S)
+                created = await self._ask("POST", self.cms.media, _Created, data=form, more_s=size_bytes / LEAST_BYTES_S)
             except (_TooLarge, _BrokeOff) as fault:
                 text = f"{fault.message}; the file has {size_bytes} bytes: if that is more than the CMS allows, raise {LIMITS}"
                 raise CmsFault(text, status=fault.status, retry_after=fault.retry_after) from None
-        return made.doc
+        return created.doc
 
     async def remove(self, id: Id) -> None:
         """Delete the document, if it exists."""
@@ -320,7 +320,7 @@ class Payload:
                     **body,
                 ) as answer,
             ):
-                told = await _read(answer)
+                answer_body = await _read(answer)
                 if answer.connection is not None and answer.connection.transport is not None:  # the CMS refused before it had read all
                     answer.connection.transport.abort()
         except TimeoutError:
@@ -328,9 +328,9 @@ class Payload:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _fault(error) from None
         if not 200 <= answer.status < 300:
-            raise _refusal(answer, told)
+            raise _refusal(answer, answer_body)
         try:
-            return msgspec.json.decode(told, type=answer_type)
+            return msgspec.json.decode(answer_body, type=answer_type)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise CmsFault(
                 f"the server at {self.cms.url} is not a PayloadCMS: set MOVIEQ_PAYLOAD_URL to its API url, without /media",
@@ -342,7 +342,7 @@ class _Page(msgspec.Struct, frozen=True):
     docs: list[Document]
 
 
-class _Made(msgspec.Struct, frozen=True):
+class _Created(msgspec.Struct, frozen=True):
     doc: Document
 
 

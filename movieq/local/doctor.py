@@ -357,9 +357,9 @@ async def _api(settings: Settings, local_url: str) -> Finding:
         return Finding(Mark.NOTE, "API", f"no API runs at {name}; start one with `movieq up` or `movieq api`")
     except MovieqError as error:
         return Finding(Mark.BROKEN, "API", f"{name} is not movieq: {error.message}")
-    told = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
+    summary = f"movieq {health.version} at {name} is {health.status}: Redis {health.redis_status}, {health.worker_count} workers"
     if health.status == "healthy":
-        return Finding(Mark.GOOD, "API", told)
+        return Finding(Mark.GOOD, "API", summary)
     waiting = sum(health.queue_sizes.values())
     advice = f"{waiting} tasks wait for a worker; start one with `movieq worker`" if waiting else "read its log"
-    return Finding(Mark.BROKEN if health.status == "unhealthy" else Mark.NOTE, "API", f"{told}; {advice}")
+    return Finding(Mark.BROKEN if health.status == "unhealthy" else Mark.NOTE, "API", f"{summary}; {advice}")

@@ -134,10 +134,10 @@ class _Lines:
 
     def show(self, task_id: str, state: ProcessingProgress | Snapshot) -> None:
         """Print a line if something has changed."""
-        told = (state.status, state.attempt, state.current_step, int(state.progress / LINE_SHARE))
-        if self._shown.get(task_id) == told:
+        shown = (state.status, state.attempt, state.current_step, int(state.progress / LINE_SHARE))
+        if self._shown.get(task_id) == shown:
             return
-        self._shown[task_id] = told
+        self._shown[task_id] = shown
         line = f"{self._names[task_id]:{self._width}}  {state.progress:4.0%}  {_step(state)}"
         left = _left(state)
         self._console.print(f"{line}, {left}" if left else line, markup=False, highlight=False, soft_wrap=True)

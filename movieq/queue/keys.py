@@ -13,7 +13,7 @@ KEYS: Final[Mapping[str, str]] = {
     "index": "movieq:index:",  # + project|status|type, either empty: zset task -> created
     "projects": "movieq:projects",  # zset project -> first task's time
     "idempotency": "movieq:idempotency:",  # + hash of caller, project and key: string "body hash task"
-    "made": "movieq:made:",  # + fingerprint: string, the latest task with this result
+    "reusable": "movieq:made:",  # + fingerprint: string, the latest task with this result
     "durations": "movieq:durations:",  # + shape: list of the latest durations, ms
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> sum over all completed tasks; also some counters
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> GPU time of ended runs, ms

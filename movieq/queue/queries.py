@@ -96,7 +96,7 @@ class Queries:
 
     async def reusable(self, fingerprint: str) -> Task | None:
         """Return the latest completed task with this fingerprint; None if there is none or it was swept."""
-        task_id = await self._redis.shared.call("GET", self._keys["made"] + fingerprint)
+        task_id = await self._redis.shared.call("GET", self._keys["reusable"] + fingerprint)
         return await self.task(TaskId(text(task_id))) if task_id else None
 
     async def task_data(self, task_id: TaskId) -> dict[str, Any]:

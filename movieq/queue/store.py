@@ -83,15 +83,15 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     max_queued: int = 0
     max_queued_all: int = 0
     fingerprint: str = ""
-    made: str = ""
+    reused: str = ""
     """Id of the completed task whose stored result is reused.
 
-    `made_result` is that result (JSON), `made_prefix` the storage prefix of its files, `made_ms` their highest age (None: any).
+    `reused_result` is that result (JSON), `reused_prefix` the storage prefix of its files, `reuse_within_ms` their highest age (None: any).
     """
-    made_result: bytes = b""
-    made_prefix: str = ""
-    made_ms: int | None = None
-    made_cms: str = ""
+    reused_result: bytes = b""
+    reused_prefix: str = ""
+    reuse_within_ms: int | None = None
+    reused_cms: str = ""
     """Address of the CMS collection that gets the reused result."""
 
 
@@ -238,15 +238,15 @@ class Store:
         remaining_ms: int | None = None,
         prefix: str = "",
         host: str = "",
-        made_ms: int | None = None,
+        rendered_ms: int | None = None,
         keep: bool = False,
         gpu: tuple[float, float] | None = None,
     ) -> None:
         """Publish a run's progress. Append it to the event log if it grew by half a percent, or if `keep` is set. Raises RunLost.
 
         `gpu`: the run's GPU time so far, in ms, and the share of a GPU that it uses now, 0 to 1; None without a GPU. A run with finished
-        files also passes `prefix`, the storage prefix for them; `host`, which has them until they are stored; and `made_ms`, how long it
-        rendered (0 if it found finished files of an earlier run).
+        files also passes `prefix`, the storage prefix for them; `host`, which has them until they are stored; and `rendered_ms`, how long
+        it rendered (0 if it found finished files of an earlier run).
         """
         answer = await self.scripts["report"].finish(
             task_id=task_id,
@@ -259,7 +259,7 @@ class Store:
             remaining_ms="" if remaining_ms is None else remaining_ms,
             prefix=prefix,
             host=host,
-            made_ms="" if made_ms is None else made_ms,
+            rendered_ms="" if rendered_ms is None else rendered_ms,
             keep="1" if keep else "",
             gpu_ms="" if gpu is None else gpu[0],
             gpu_share="" if gpu is None else gpu[1],

@@ -290,19 +290,19 @@ class S3Storage(Storage):
                 return f"{error.strerror} ({error.filename})", False
             return f"{str(error).strip() or type(error).__name__}; if this persists, check {variable('r2_endpoint')}", True
         code, status = _code(error), _status(error)
-        told = f"{code} ({status})" if code != str(status) else code
+        shown = f"{code} ({status})" if code != str(status) else code
         if code == "NoSuchBucket":
             return f"the bucket does not exist: create it, or correct {variable('storage')}", False
         if status == 507 or re.search("quota|full|insufficientstorage", code, re.IGNORECASE):
-            return f"{told}: the storage is full; make room, or raise its quota", False
+            return f"{shown}: the storage is full; make room, or raise its quota", False
         if code == "RequestTimeTooSkewed":
-            return f"{told}: the system clock of this machine is wrong; set it", False
+            return f"{shown}: the system clock of this machine is wrong; set it", False
         if status in (400, 401, 403) and code not in _PASSES:
             names = f"{variable('r2_access_key_id')} and {variable('r2_secret_access_key')}"
-            return f"refused with {told}: check {names}, and that this key may read, write, list and delete in the bucket", False
+            return f"refused with {shown}: check {names}, and that this key may read, write, list and delete in the bucket", False
         if status in (429, 503):
-            return f"the server is overloaded: {told}", True
-        return f"the server answered {told}", True
+            return f"the server is overloaded: {shown}", True
+        return f"the server answered {shown}", True
 
 
 class _Slice(io.RawIOBase):

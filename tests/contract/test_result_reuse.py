@@ -224,7 +224,7 @@ async def test_when_the_last_is_swept_nothing_remembers_it(api: Client, tasks: T
     await ask(api)
     await later(tasks.store)
     await tasks.store.sweep(0)
-    assert not await raw(tasks.store).keys(KEYS["made"] + "*")
+    assert not await raw(tasks.store).keys(KEYS["reusable"] + "*")
 
 
 async def test_files_are_swept_by_the_age_of_the_last_task_that_has_them(api: Client, tasks: Tasks, folder: Path) -> None:
@@ -259,7 +259,9 @@ async def test_the_script_looks_once_more_itself(api: Client, tasks: Tasks, fold
         await raw(tasks.store).delete(KEYS["task"] + first)
     elif gone == "files":
         await tasks.store.retire(0)
-    new = new_task("other" if gone == "project" else "film", fingerprint="f", made=first, made_result=b"{}", made_prefix=prefix.decode())
+    new = new_task(
+        "other" if gone == "project" else "film", fingerprint="f", reused=first, reused_result=b"{}", reused_prefix=prefix.decode()
+    )
     await tasks.store.submit(new)
     task = await Queries(tasks.store.redis).task(new.task_id)
     assert task is not None

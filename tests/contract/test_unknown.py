@@ -100,7 +100,7 @@ async def test_a_result_that_cannot_be_read_is_given_to_no_other_task(api: Clien
     made = await tasks.completed(**same)
     await raw(store).hset(KEYS["task"] + made, "result", result)
     assert (await api.status(await tasks.queued(**same)))["status"] == "queued"
-    keys = await raw(store).keys(KEYS["made"] + "*")
+    keys = await raw(store).keys(KEYS["reusable"] + "*")
     assert len(keys) == 1
     await raw(store).set(keys[0], b"\xff\xfe")
     assert (await api.status(await tasks.queued(**same)))["status"] == "queued"

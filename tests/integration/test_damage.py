@@ -74,7 +74,11 @@ async def all_verbs(store: Store) -> None:
         lambda: store.submit(new_task(task_id=IDS["queued"])),
         lambda: store.submit(
             new_task(
-                fingerprint="completed", made=IDS["completed"], made_result=b"{}", made_prefix="projects/film/image/t/r", max_queued=99
+                fingerprint="completed",
+                reused=IDS["completed"],
+                reused_result=b"{}",
+                reused_prefix="projects/film/image/t/r",
+                max_queued=99,
             )
         ),
         lambda: store.report(task, run, 0.6, "generating_image", gpu=(2.0, 1.0), keep=True),

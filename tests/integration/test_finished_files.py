@@ -29,7 +29,7 @@ NOBODY: list[Slot] = []
 async def made(store: Store, host: str = "a", **fields: Any) -> tuple[TaskId, RunToken]:
     """Return a task whose finished files lie on this host, and its run."""
     task_id, run = await running(store, **fields)
-    await store.report(task_id, run, 0.95, "uploading_result", stage="upload", prefix="p/run", host=host, made_ms=700)
+    await store.report(task_id, run, 0.95, "uploading_result", stage="upload", prefix="p/run", host=host, rendered_ms=700)
     return task_id, run
 
 
@@ -102,7 +102,7 @@ async def test_what_is_handed_back_goes_to_its_host_at_once_and_what_failed_when
     task_id, run = await made(store)
     await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
     (claimed,) = await claimed_by(store, "a")
-    await store.report(task_id, claimed.run, 0.95, "uploading_result", host="a", made_ms=0)
+    await store.report(task_id, claimed.run, 0.95, "uploading_result", host="a", rendered_ms=0)
     await store.requeue(task_id, claimed.run, Counts.TRIES, 3, 60_000, "the key holds other bytes", "storage")
     assert await claimed_by(store, "a") == []
     await raw(store).zincrby(KEYS["offered"] + "a", -60_000, task_id)
@@ -135,7 +135,7 @@ async def test_the_wait_for_a_storage_counts_neither_as_time_that_such_tasks_tak
     await store.complete(task_id, run, result())
     other = await reaped(store)
     (claimed,) = await claimed_by(store, "a")
-    await store.report(other, claimed.run, 0.95, "uploading_result", host="a", made_ms=0)
+    await store.report(other, claimed.run, 0.95, "uploading_result", host="a", rendered_ms=0)
     await store.complete(other, claimed.run, result())
     assert await raw(store).lrange(KEYS["durations"] + "image", 0, -1) == [b"700"]
     assert float(await raw(store).hget(KEYS["idle_virtual_times"] + Kind.CPU_INTENSIVE, "film")) == pytest.approx(1400, abs=1)

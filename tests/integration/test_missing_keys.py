@@ -58,7 +58,9 @@ CALLS: dict[str, list[Call]] = {
         lambda store, runs: store.submit(new_task(task_id=NEW, callback_url="http://127.0.0.1:1/", max_queued=99, max_queued_all=99)),
         lambda store, runs: store.submit(new_task(task_id=NEW, idempotency="completed", body_hash="b")),
         lambda store, runs: store.submit(
-            new_task(task_id=NEW, fingerprint="completed", made=IDS["completed"], made_result=b"{}", made_prefix="projects/film/image/t/r")
+            new_task(
+                task_id=NEW, fingerprint="completed", reused=IDS["completed"], reused_result=b"{}", reused_prefix="projects/film/image/t/r"
+            )
         ),
     ],
     "claim": [

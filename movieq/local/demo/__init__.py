@@ -53,7 +53,7 @@ class Piece(msgspec.Struct, frozen=True):
     task_data: dict[str, Any]
 
 
-class Made(msgspec.Struct, frozen=True):
+class Rendered(msgspec.Struct, frozen=True):
     """A completed piece, with its file and its result."""
 
     piece: Piece
@@ -104,14 +104,14 @@ async def run(out: Path, data: Path | None, console: Console) -> None:
         async with _up(folder, log) as (url, process):
             key = (folder / "api-key").read_text().strip()
             async with Client(url, key) as client:
-                made, missing = await _unless_it_ends(process, _make(client, url, out, console))
+                rendered, missing = await _unless_it_ends(process, _render(client, url, out, console))
                 sheet = out / "contact-sheet.png"
-                await asyncio.to_thread(_draw, made, missing, sheet)
+                await asyncio.to_thread(_draw, rendered, missing, sheet)
             console.print("stopping movieq ...", highlight=False)
-    _tell(made, missing, sheet, console)
+    _print_summary(rendered, missing, sheet, console)
 
 
-async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[list[Made], str]:
+async def _render(client: Client, url: str, out: Path, console: Console) -> tuple[list[Rendered], str]:
     """Submit the tasks and download their files to `out`. The second value says why there is no voice; it is empty if there is one."""
     uploads = [await client.upload(PROJECT, frame) for frame in FRAMES]
     console.print(f"movieq runs at {url}; uploaded the storyboard: {len(uploads)} frames", highlight=False, soft_wrap=True)
@@ -120,7 +120,7 @@ async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[
         await client.submit(PROJECT, piece.task_type, piece.task_data, metadata={"scene_id": "12"}) for piece in wanted
     ]
     ends = await follow(client, {receipt.task_id: f"{piece.name:8}" for receipt, piece in zip(receipts, wanted, strict=True)}, console)
-    made, missing = [], ""
+    rendered, missing = [], ""
     for receipt, piece in zip(receipts, wanted, strict=True):
         end = ends[receipt.task_id]
         if piece.task_type is PROCESS_AUDIO and end.error_code == EngineUnavailable.code:
@@ -129,8 +129,8 @@ async def _make(client: Client, url: str, out: Path, console: Console) -> tuple[
             result = _result(piece, end)
             path = out / f"{piece.name}{_suffix(result)}"
             await client.download(result.media_url, path)
-            made.append(Made(piece, path, result))
-    return made, missing
+            rendered.append(Rendered(piece, path, result))
+    return rendered, missing
 
 
 def _result(piece: Piece, end: End) -> Result:
@@ -143,10 +143,10 @@ def _suffix(result: Result) -> str:
     return Path(result.media_url.partition("?")[0]).suffix
 
 
-def _draw(made: list[Made], missing: str, dest: Path) -> None:
+def _draw(rendered: list[Rendered], missing: str, dest: Path) -> None:
     from movieq.local.demo import sheet
 
-    paths = {each.piece.name: each for each in made}
+    paths = {each.piece.name: each for each in rendered}
     metadata = paths["clip"].result.metadata
     contents = sheet.Contents(
         title=TITLE,
@@ -162,9 +162,9 @@ def _draw(made: list[Made], missing: str, dest: Path) -> None:
     sheet.draw(contents, dest)
 
 
-def _tell(made: list[Made], missing: str, sheet: Path, console: Console) -> None:
+def _print_summary(rendered: list[Rendered], missing: str, sheet: Path, console: Console) -> None:
     console.print()
-    for each in made:
+    for each in rendered:
         facts = [f"{each.path.stat().st_size / 1e6:.1f} MB"]
         metadata = each.result.metadata
         if (seconds := metadata.get("duration")) is not None:

@@ -20,7 +20,7 @@ if t.made_ms ~= '0' then -- 0: the run found finished files, so its duration is 
   count(K.sums, t.task_type .. ' tasks', 1)
   count(K.sums, t.task_type .. ' ms', ms)
 end
-if t.fingerprint then redis.call('SET', K.made .. t.fingerprint, task_id) end
+if t.fingerprint then redis.call('SET', K.reusable .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
 finish(t, 'completed', {'"result":' .. result}, cms)

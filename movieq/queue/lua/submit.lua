@@ -1,7 +1,7 @@
 #!lua
 -- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its
 -- memory is full.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint made made_result made_prefix made_ms made_cms
+-- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
 --   priority: 1 to 3
 --   bias_ms: by how much the priority moves the task ahead in its project's queue
@@ -18,11 +18,11 @@
 --   body_hash: of the bytes of the body
 --   max_queued, max_queued_all: limits of queued tasks of the project, and of all projects; 0 for none
 --   fingerprint: hash of everything that determines the result; '' for none
---   made: completed task whose stored result is reused; '' for none
---   made_result: JSON of that StoredResult
---   made_prefix: storage prefix of its files
---   made_ms: highest age of the files, since older files are about to be swept; '' for any age
---   made_cms: address of the CMS collection that gets the reused result; '' for none
+--   reused: completed task whose stored result is reused; '' for none
+--   reused_result: JSON of that StoredResult
+--   reused_prefix: storage prefix of its files
+--   reuse_within_ms: highest age of the files, since older files are about to be swept; '' for any age
+--   reused_cms: address of the CMS collection that gets the reused result; '' for none
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' for the same task_id,
 --   'replayed' for the same idempotency key and body; {'mismatch'} for that key with another body; {'full' or 'full_all', queued tasks, ms
 --   until a place is free} at a limit.
@@ -53,9 +53,9 @@ if idempotency ~= '' then
   end
 end
 -- A stored result is reused unless its task has been swept or its files are about to be.
-local earlier = made ~= '' and load(made)
-local stored = earlier and earlier.status == 'completed' and earlier.project_id == project_id and redis.call('ZSCORE', K.media, made_prefix)
-local hit = stored and (made_ms == '' or now - stored < tonumber(made_ms))
+local earlier = reused ~= '' and load(reused)
+local stored = earlier and earlier.status == 'completed' and earlier.project_id == project_id and redis.call('ZSCORE', K.media, reused_prefix)
+local hit = stored and (reuse_within_ms == '' or now - stored < tonumber(reuse_within_ms))
 
 local t = {task_id = task_id, project_id = project_id, task_type = task_type, kind = kind}
 if not hit and tonumber(max_queued) > 0 then
@@ -113,9 +113,9 @@ if hit then
   set(t, {attempt = 1, run = 'made before', started_at_ms = now, current_step = 'starting'})
   move(t, 'processing')
   log(t, 'started')
-  redis.call('ZADD', K.media, now, made_prefix)
-  redis.call('SET', K.made .. fingerprint, task_id)
-  set(t, {result = made_result, progress = 1, current_step = 'upload_complete'})
-  conclude(t, 'completed', {'"result":' .. made_result}, made_cms)
+  redis.call('ZADD', K.media, now, reused_prefix)
+  redis.call('SET', K.reusable .. fingerprint, task_id)
+  set(t, {result = reused_result, progress = 1, current_step = 'upload_complete'})
+  conclude(t, 'completed', {'"result":' .. reused_result}, reused_cms)
 end
 return receipt('ok', t)

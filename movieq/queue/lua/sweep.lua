@@ -27,7 +27,7 @@ local function sweep(task_id)
     redis.call('HDEL', K.gpu_ms, t.project_id)
     redis.call('DEL', K.log .. 'project:' .. t.project_id)
   end
-  if t.fingerprint and redis.call('GET', K.made .. t.fingerprint) == task_id then redis.call('DEL', K.made .. t.fingerprint) end
+  if t.fingerprint and redis.call('GET', K.reusable .. t.fingerprint) == task_id then redis.call('DEL', K.reusable .. t.fingerprint) end
   for n = 1, tonumber(t.deliveries or 0) do redis.call('DEL', K.delivery .. task_id .. '-' .. n) end
 end
 
