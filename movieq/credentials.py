@@ -122,7 +122,8 @@ def read(certificate: Path, key: Path) -> Credentials:
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:  # TypeError: it has a password
-        raise SettingsError(f"{variable('c2pa_key')}: {key} is not a readable PEM private key without a password: {error}") from None
+        problem = type(error).__name__  # its text could show a part of the key
+        raise SettingsError(f"{variable('c2pa_key')}: {key} is not a readable PEM private key without a password: {problem}") from None
     leaf = chain[0]
     if leaf.public_key() != private.public_key():
         raise SettingsError(f"{variable('c2pa_key')}: {key} is not the key of the first certificate in {certificate}")

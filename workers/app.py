@@ -32,7 +32,7 @@ from workers.retention import DAY_S, Retention
 from workers.running import Parts
 from workers.spool import spool
 from workers.supervisor import Child, ChildUnfit
-from workers.worker import Worker
+from workers.worker import Worker, unending
 
 DELIVERIES: Final = 32
 """Most deliveries that a worker runs at once."""
@@ -107,7 +107,7 @@ async def _work(worker: Worker, found: assembly.Installation) -> None:
     """Run the worker until it ends. Raises SettingsError if no engine can work on this machine."""
     try:
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(found.follow_signing_secret())
+            following = group.create_task(unending("signing_secret", found.follow_signing_secret))
             try:
                 await worker.async_run()
             finally:

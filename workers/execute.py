@@ -68,6 +68,7 @@ async def run_task(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
             outcome = await _outcome(parts, running, task_data)
             await _report(parts, running, outcome)
         finally:
+            running.free_slot()  # before the files are removed: a disk that hangs must not hold the device
             if running.spool is not None:
                 await asyncio.to_thread(shutil.rmtree, running.spool, ignore_errors=True)
 
@@ -104,7 +105,8 @@ async def _outcome(parts: Parts, running: Running, task_data: dict[str, Any]) ->
         if finished is None:
             check_able(parts, running.task)
             running.spool = Path(tempfile.mkdtemp(prefix=f"{running.task.task_id}-", dir=parts.spool))
-            finished = await _rendered(parts, running, _parsed(running.task, task_data), task_data, running.spool)
+            # noted at once: from here on a drain lets the run finish, since only its upload is left
+            finished = running.finished = await _rendered(parts, running, _parsed(running.task, task_data), task_data, running.spool)
         return Completed(await _stored(parts, running, finished), finished)
     except asyncio.CancelledError:
         return _stopped(running.stop_reason)

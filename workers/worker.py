@@ -148,7 +148,7 @@ class Worker(ArqWorker):
                 parts["retention"] = self._retention.run
             if self._host is not None:
                 parts["host"] = partial(self._host.monitor, self._wake.set)
-            serving = [group.create_task(_unending(name, part), name=name) for name, part in parts.items()]
+            serving = [group.create_task(unending(name, part), name=name) for name, part in parts.items()]
             async with asyncio.TaskGroup() as runs:
                 working = runs.create_task(self._work(runs))
                 await first(asyncio.wait({working}), self._draining.wait())
@@ -545,7 +545,7 @@ class Worker(ArqWorker):
         return sorted({kind for child in self.children for kind in child.kinds}, key=list(Kind).index)
 
 
-async def _unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
+async def unending(name: str, part: Callable[[], Awaitable[None]]) -> None:
     """Run a part of the worker until it returns or is cancelled; start it again if it fails. Raises ChildUnfit."""
     while True:
         try:

@@ -70,7 +70,7 @@ async def serve(settings: Settings, sock: socket.socket) -> None:
     server = _Server(app.create(settings, public_url), public_url)
     await server.serve([sock])
     if server.failed:
-        raise Internal("a background task of the API has failed: see its log")
+        raise Internal("a background task of the API has failed: see its log" if server.started else "the API could not start: see its log")
 
 
 class _Server(uvicorn.Server):

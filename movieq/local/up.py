@@ -1,7 +1,7 @@
 """`movieq up`: an embedded Valkey, the API and one worker. At the end all are stopped.
 
-A process that was ready is restarted whenever it dies, after longer and longer waits. If a process dies before it is ready five times in a
-row, `up` stops everything and gives the reason.
+A process that was ready is restarted whenever it dies, after longer and longer waits. If a process that was never ready dies at once five
+times in a row, `up` stops everything and gives the reason.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ STEADY_S: Final = 10.0
 """After a run of this many seconds, the next restart has the shortest wait again."""
 STARTS: Final = 5
 """Failed starts in a row after which `up` gives up."""
+LINE_BYTES: Final = 64 * 1024
+"""Longest line of a log that is held back until it is complete."""
 REST_S: Final = 1.0
 """Longest time to read the output of a process that has ended, in seconds: a process that it started may hold the pipe open."""
 API_STOP_S: Final = 10.0
@@ -108,8 +110,8 @@ class _Process:
         self._ready_line = ready
         """Start of the line that the process prints when it is ready."""
         self._sockets = [sock.fileno()] if sock else []
-        self._ready = False
-        """Whether the current or last process became ready."""
+        self._was_ready = False
+        """Whether the process became ready once."""
         self._announced = False
         self._last_words = b""
 
@@ -119,11 +121,12 @@ class _Process:
         while True:
             begun = time.monotonic()
             exit_code = await self._run()
-            failures = 0 if self._ready else failures + 1
+            lived_s = time.monotonic() - begun
+            failures = 0 if self._was_ready or lived_s > STEADY_S else failures + 1  # one that waits for Redis lives longer
             if failures == STARTS:
                 reason = self._last_words.decode(errors="replace").strip() or "it printed nothing"
                 return f"the {self.name} cannot start: it ended {STARTS} times in a row, last with exit code {exit_code}: {reason}"
-            if time.monotonic() - begun > STEADY_S:
+            if lived_s > STEADY_S:
                 wait_s = RESTART_S[0]
             log.error("process_died", process=self.name, exit_code=exit_code, again_in_s=wait_s)
             await asyncio.sleep(wait_s)
@@ -131,7 +134,7 @@ class _Process:
 
     async def _run(self) -> int:
         """Run the process once and return its exit code. When cancelled, ask it to end, and kill it if it does not."""
-        self._ready, self._last_words = False, b""
+        self._last_words = b""
         process = await asyncio.create_subprocess_exec(
             *self._command,
             env=self._environment,
@@ -160,7 +163,7 @@ class _Process:
         """Print the standard output of the process. Of ready lines, print only the first of the API: `up` is ready once."""
         while line := (await output.readline()).decode(errors="replace"):
             if line.startswith(self._ready_line):
-                self._ready = True
+                self._was_ready = True
                 if self.name != "api" or self._announced:
                     continue
                 self._announced = True
@@ -171,8 +174,10 @@ class _Process:
         rest = b""
         while part := await output.read(65536):
             lines, newline, rest = (rest + part).rpartition(b"\n")
-            self._log(lines + newline)
-        self._log(rest)
+            if len(rest) > LINE_BYTES:
+                newline, rest = newline + rest, b""
+            await asyncio.to_thread(self._log, lines + newline)  # a terminal that is paused must stop nothing else
+        await asyncio.to_thread(self._log, rest)
 
     def _log(self, lines: bytes) -> None:
         self._last_words = lines.rstrip().rpartition(b"\n")[2] or self._last_words

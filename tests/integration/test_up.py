@@ -20,7 +20,7 @@ from movieq.errors import SettingsError
 from movieq.local import up as local
 from movieq.local.embedded import Valkey
 from movieq.settings import Settings
-from tests.fleet import free_port, python_path
+from tests.fleet import eventually, free_port, python_path
 from tests.service import service
 
 
@@ -183,3 +183,26 @@ async def alive(port: int, running: asyncio.Task[None]) -> None:
                     return
             except aiohttp.ClientError:  # it was killed with the connection in hand, or does not listen yet
                 await asyncio.sleep(0.01)
+
+
+async def test_what_was_ready_once_is_started_again_though_it_now_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, starts = tmp_path / "broken", tmp_path / "starts"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, sys\nif 'api' in sys.orig_argv and os.path.exists({str(broken)!r}):\n"
+        f"    open({str(starts)!r}, 'a').write('x')\n    os._exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
+    monkeypatch.setattr(local, "RESTART_S", (0.01, 0.01))
+    port = free_port()
+    running = asyncio.create_task(local.up(Settings(), host="127.0.0.1", port=port, folder=tmp_path / "data", worker=False))
+    await asyncio.wait_for(alive(port, running), 60)
+    broken.touch()
+    (api,) = [each for each in psutil.Process().children() if "api" in each.cmdline()]
+    api.kill()
+    await eventually(lambda: running.done() or (starts.exists() and starts.stat().st_size > local.STARTS + 1))
+    assert not running.done(), running
+    broken.unlink()
+    await asyncio.wait_for(alive(port, running), 60)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
