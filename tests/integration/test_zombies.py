@@ -125,21 +125,20 @@ async def beats(store: Store) -> list[Any]:
 
 async def arrange_what_is_due(store: Store) -> list[TaskId]:
     """Return an expired lease, a retry and three deadlines, all due in half a second."""
-    ids = [new_task("due") for _ in range(2)]
-    for task in ids:
+    reaped, retried, long = new_task("due"), new_task("due"), new_task("due", max_ms=500)
+    runs = {}
+    for task in (reaped, retried, long):  # all are claimed before the first is due: else a later claim could get it again
         await store.submit(task)
         (claimed,) = await store.claim("gone", f"nonce {task.task_id}", CPU)
         assert claimed.task.task_id == task.task_id
-        due = (await raw(store).time())[0] * 1000 + 500
-        await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task.task_id: due})
-    await store.requeue(ids[1].task_id, claimed.run, Counts.TRIES, 3, 500, "x", "network")
-    long = new_task("due", max_ms=500)
-    await store.submit(long)
-    await store.claim("gone", "nonce", CPU)
+        runs[task.task_id] = claimed.run
+    await store.requeue(retried.task_id, runs[retried.task_id], Counts.TRIES, 3, 500, "x", "network")
+    due = (await raw(store).time())[0] * 1000 + 500
+    await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {reaped.task_id: due})
     late = [new_task("due", start_by_ms=due), new_task("due", finish_by_ms=due)]
     for task in late:
         await store.submit(task)
-    return [task.task_id for task in (*ids, long, *late)]
+    return [task.task_id for task in (reaped, retried, long, *late)]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["no worker at all", "all slots busy"])
