@@ -224,6 +224,11 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
     return Settings(**values)
 
 
+def is_set(field: str, environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> bool:
+    """Whether a setting has a value in the environment or in `.env`, even if that is its default. Raises SettingsError."""
+    return bool({**_read(env_file), **environ}.get(variable(field), "").strip())
+
+
 def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> dict[str, str]:
     """Return each name that looks like a setting and is none, with a sentence: a typing error, or a setting of another version.
 

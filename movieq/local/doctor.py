@@ -27,7 +27,7 @@ from movieq.errors import CmsFault, ModelUnavailable, MovieqError, SettingsError
 from movieq.fetch.guard import Guard, UrlRefused, shown
 from movieq.models import table as models
 from movieq.models import weights
-from movieq.settings import Bucket, PayloadMode, Settings, variable
+from movieq.settings import Bucket, PayloadMode, Settings, is_set, variable
 from movieq.storage.open import opened
 
 EXPIRES_SOON: Final = timedelta(days=30)
@@ -60,7 +60,7 @@ async def examine(
     except SettingsError as error:
         note(Finding(Mark.BROKEN, "settings", error.message))
         return False
-    if settings.storage == Settings().storage:  # as `movieq up` has it
+    if not is_set("storage"):  # as `movieq up` has it
         settings = msgspec.structs.replace(settings, storage=data / "media")
     for finding in (
         _api_keys(settings, data),
