@@ -513,7 +513,7 @@ async def _same(read: Settings, process: str, client: Redis) -> list[Finding]:
         mine = Started(socket.gethostname(), time.time_ns() // 1_000_000, await asyncio.to_thread(_fingerprints, read, process, salt))
         if process != "doctor":
             await redis.hset(name, process, msgspec.json.encode(mine))
-    except ResponseError as error:  # for example a server that refuses writes for now
+    except ResponseError as error:  # such as a temporary refusal of writes
         return [Finding(Mark.NOTE, "settings", f"cannot be compared with those of other processes: {error}")]
     found = [_difference(field, mine, sort, other) for sort, other in others.items() for field in _differing(mine, other)]
     if process == "doctor" and {"api", "worker"} <= others.keys():
