@@ -61,7 +61,7 @@ async def test_a_task_may_run_for_as_long_as_its_type_may(made: Fleet) -> None:
 @pytest.mark.parametrize("limit", ["max_duration_s", "finish_by"])
 async def test_a_running_task_past_its_time_fails_and_its_slot_takes_the_next_one(made: Fleet, limit: str) -> None:
     api, worker = await asyncio.gather(made.api(), made.worker())
-    due_s = time.time() + 1.5
+    due_s = time.time() + (0 if "max" in limit else 6)  # time to be claimed, on a busy machine too
     if limit == "max_duration_s":
         task_id = await submit_long(made, 1000)
     else:
@@ -113,7 +113,7 @@ async def test_waiting_tasks_fail_at_their_requests_deadlines_though_there_is_no
 
 async def test_a_task_that_began_in_time_may_run_past_its_start_by(made: Fleet) -> None:
     api, _ = await asyncio.gather(made.api(), made.worker())
-    start_by_s = time.time() + 4
+    start_by_s = time.time() + 10  # time to begin, on a busy machine too
     deadline = {"start_by": moment(start_by_s), "finish_by": moment(start_by_s + 3600)}
     asked, over = asyncio.Event(), asyncio.Event()
 
