@@ -34,6 +34,7 @@ MIN_SECRET: Final = 16
 """Fewest characters of a signing secret: a shorter one can be guessed from a single url."""
 MIN_SECRET_BYTES: Final = 16
 """Of a webhook secret: Standard Webhooks recommends 24 to 64; below 128 bits a secret can be guessed."""
+STORAGE: Final = Path(".movieq/media")
 _SEGMENT: Final = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _NEAR: Final = 0.85
 """How similar to a setting a name without the prefix must be to count as a typing error."""
@@ -96,9 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     webhook_secret: Annotated[
         tuple[str, ...], Meta(description="Signs webhooks, whsec_...; two, comma-separated, while rotating; unset: unsigned")
     ] = ()
-    storage: Annotated[Path | Bucket, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = Path(
-        ".movieq/media"
-    )
+    storage: Annotated[Path | Bucket, Meta(description="Where results are stored: a folder, s3://BUCKET or s3://BUCKET/PREFIX")] = STORAGE
     r2_endpoint: Annotated[str, Meta(description="Url of the S3 service, such as https://ACCOUNT.r2.cloudflarestorage.com")] = ""
     r2_access_key_id: Annotated[str, Meta(description="Access key of the bucket: it may read, write, list and delete there")] = ""
     r2_secret_access_key: Annotated[str, Meta(description="Secret of that access key")] = ""
@@ -196,10 +195,13 @@ def variable(field: str) -> str:
     return PREFIX + field.upper()
 
 
-def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> Settings:
-    """Return the settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming all faults."""
+def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"), *, storage: Path = STORAGE) -> Settings:
+    """Return the settings of this process: the environment first, then `.env`, then defaults. Raises SettingsError naming all faults.
+
+    `storage` is the default of the setting of that name.
+    """
     found = {**_read(env_file), **environ}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"storage": storage}
     problems: list[str] = []
     for field in msgspec.structs.fields(Settings):
         text = found.get(variable(field.name), "").strip()
@@ -222,11 +224,6 @@ def load(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env"))
     if problems:
         raise SettingsError("; ".join(problems))
     return Settings(**values)
-
-
-def is_set(field: str, environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> bool:
-    """Whether a setting has a value in the environment or in `.env`, even if that is its default. Raises SettingsError."""
-    return bool({**_read(env_file), **environ}.get(variable(field), "").strip())
 
 
 def unknown(environ: Mapping[str, str] = os.environ, env_file: Path = Path(".env")) -> dict[str, str]:

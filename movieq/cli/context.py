@@ -16,7 +16,7 @@ from movieq import logs
 from movieq.delivery import payload
 from movieq.errors import MovieqError, SettingsError
 from movieq.models import table as models
-from movieq.settings import Settings, load, unknown, variable
+from movieq.settings import STORAGE, Settings, load, unknown, variable
 from movieq.tasks.states import TaskStatus
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ T = TypeVar("T")
 log = logs.get()
 
 
-def read_settings() -> Settings:
-    """Return the settings of this process and set up its log; end it with a message where they are wrong."""
+def read_settings(*, storage: Path = STORAGE) -> Settings:
+    """Return the settings of this process and set up its log; end it with a message where they are wrong. `storage` is a default."""
     try:
-        settings = load()
+        settings = load(storage=storage)
         models.load(settings.models)
         payload.configured(settings)
     except SettingsError as error:

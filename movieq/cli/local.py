@@ -39,7 +39,7 @@ def doctor(folder: Path, callback: str | None, repair: bool, apply: bool) -> Non
     def show(finding: checks.Finding) -> None:
         click.echo(f" {click.style(finding.mark, fg=marks[finding.mark], bold=True)} {finding.subject:13} {finding.text}")
 
-    if not run_async(lambda: examine(load, folder, LOCAL_URL, show, callback)):
+    if not run_async(lambda: examine(lambda: load(storage=folder / "media"), folder, LOCAL_URL, show, callback)):
         sys.exit(1)
 
 

@@ -37,7 +37,7 @@ def up(host: str, port: int, folder: Path, no_worker: bool) -> None:
     """
     from movieq.local.up import up as run_up
 
-    settings = read_settings()
+    settings = read_settings(storage=folder / "media")
     run_async(lambda: run_up(settings, host=host, port=port, folder=folder, worker=not no_worker))
 
 

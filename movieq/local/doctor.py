@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-import msgspec
 
 from movieq import checks, credentials, logs
 from movieq.checks import CHECK_S, Finding, Mark
@@ -27,7 +26,7 @@ from movieq.errors import CmsFault, ModelUnavailable, MovieqError, SettingsError
 from movieq.fetch.guard import Guard, UrlRefused, shown
 from movieq.models import table as models
 from movieq.models import weights
-from movieq.settings import Bucket, PayloadMode, Settings, is_set, variable
+from movieq.settings import Bucket, PayloadMode, Settings, variable
 from movieq.storage.open import opened
 
 EXPIRES_SOON: Final = timedelta(days=30)
@@ -60,8 +59,6 @@ async def examine(
     except SettingsError as error:
         note(Finding(Mark.BROKEN, "settings", error.message))
         return False
-    if not is_set("storage"):  # as `movieq up` has it
-        settings = msgspec.structs.replace(settings, storage=data / "media")
     for finding in (
         _api_keys(settings, data),
         _webhook_secret(settings),

@@ -22,7 +22,7 @@ from movieq.api import server
 from movieq.errors import MovieqError, SettingsError
 from movieq.local.embedded import Valkey
 from movieq.pdeathsig import end_with_parent
-from movieq.settings import LogFormat, Settings, is_set, variable
+from movieq.settings import LogFormat, Settings, variable
 from movieq.tasks.states import Kind
 
 RESTART_S: Final = 0.2, 10.0
@@ -72,8 +72,8 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
             print(f"API key: {key}", flush=True)  # noqa: T201  # shown to whoever starts it, once a start
         if not settings.queues:
             environment[variable("queues")] = ",".join(Kind)  # its one worker serves them all
-        if not is_set("storage"):
-            environment[variable("storage")] = str(folder.resolve() / "media")
+        if isinstance(settings.storage, Path):
+            environment[variable("storage")] = str(settings.storage.resolve())
         environment[variable("public_url")] = settings.public_url or server.address(sock)
         if settings.log_format is LogFormat.AUTO and sys.stderr.isatty():  # their logs pass through this process to a terminal
             environment[variable("log_format")] = LogFormat.CONSOLE

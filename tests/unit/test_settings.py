@@ -14,7 +14,7 @@ import pytest
 from movieq import settings
 from movieq.errors import SettingsError
 from movieq.models import table as models
-from movieq.settings import Settings, is_set, load, variable
+from movieq.settings import Settings, load, variable
 
 NUMBERS = [field.name for field in msgspec.structs.fields(Settings) if type(field.default) in (int, float)]
 
@@ -326,9 +326,10 @@ def test_a_table_of_models_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     assert "UTF-8" in caught.value.message
 
 
-def test_a_setting_counts_as_set_wherever_it_stands_and_even_with_its_default(env_file: Path) -> None:
-    assert not is_set("storage", {}, env_file)
-    assert not is_set("storage", {"MOVIEQ_STORAGE": " "}, env_file)
-    assert is_set("storage", {"MOVIEQ_STORAGE": ".movieq/media"}, env_file)
+def test_another_default_of_the_storage_gives_way_to_any_value_that_is_set(env_file: Path) -> None:
+    other = Path("elsewhere/media")
+    assert load({}, env_file, storage=other).storage == other
+    assert load({"MOVIEQ_STORAGE": " "}, env_file, storage=other).storage == other
+    assert load({"MOVIEQ_STORAGE": ".movieq/media"}, env_file, storage=other).storage == Path(".movieq/media")
     env_file.write_text("MOVIEQ_STORAGE=./.movieq/media\n")
-    assert is_set("storage", {}, env_file)
+    assert load({}, env_file, storage=other).storage == Path(".movieq/media")

@@ -193,6 +193,7 @@ async def _up(folder: Path, log: Path) -> AsyncIterator[tuple[str, asyncio.subpr
     """Start a `movieq up` for the duration of a block, and yield its url and its process. Raises SettingsError if it does not start."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     environment[variable("drain_s")] = "0"  # at the end no task runs, and a demo that is interrupted stops at once
+    environment[variable("spool")] = str(folder / "spool")  # else what an interrupted task leaves to its next run would stay behind
     environment[variable("cpu_slots")] = str(min(2, os.cpu_count() or 1))
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
