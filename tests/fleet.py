@@ -103,9 +103,9 @@ class Process:
         """Wait until the process ends; return its exit code."""
         return await asyncio.to_thread(self.popen.wait, within_s)
 
-    def said(self, message: str) -> int:
+    def times_logged(self, event: str) -> int:
         """Return how often the process has logged this event."""
-        return self.log.read_text().count(f'"{message}"')
+        return self.log.read_text().count(f'"{event}"')
 
 
 @asynccontextmanager
@@ -115,11 +115,11 @@ async def fleet(folder: Path, *, appendfsync: str = "everysec") -> AsyncIterator
     valkey = Valkey(folder / "valkey", appendfsync=appendfsync)
     valkey.start()
     store = Store(connect(valkey.url, patient=True))
-    made = Fleet(folder, valkey, store)
+    installation = Fleet(folder, valkey, store)
     try:
-        yield made
+        yield installation
     finally:
-        for process in made.processes:
+        for process in installation.processes:
             if process.alive:
                 process.send(signal.SIGKILL)  # children go with their worker: tests of a graceful end ask for it themselves
             process.popen.wait()

@@ -156,22 +156,22 @@ async def _frame(reader: asyncio.StreamReader) -> tuple[bytes, Command]:
 async def proxy(server: Path) -> AsyncIterator[Proxy]:
     """Yield a proxy on a socket of its own for the block."""
     with tempfile.TemporaryDirectory(prefix="movieq-proxy-") as folder:
-        made = Proxy(server, Path(folder) / "proxy.sock")
+        proxy = Proxy(server, Path(folder) / "proxy.sock")
         serving: set[asyncio.Task[None]] = set()
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(made.serve(reader, writer))
+            task = asyncio.create_task(proxy.serve(reader, writer))
             serving.add(task)
             task.add_done_callback(serving.discard)
 
         listening = await asyncio.start_unix_server(connected, Path(folder) / "proxy.sock", limit=2**20)
         try:
-            yield made
+            yield proxy
         finally:
             listening.close()
-            made.cut()
-            made.thaw()
-            made.release()
+            proxy.cut()
+            proxy.thaw()
+            proxy.release()
             with suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await asyncio.gather(*serving, return_exceptions=True)

@@ -164,13 +164,13 @@ async def r2(server: str) -> AsyncIterator[R2]:
     async with aiohttp.ClientSession(
         auto_decompress=False, skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
     ) as session:
-        made = R2(server, session)
-        runner = web.ServerRunner(web.Server(made.handle), shutdown_timeout=0.1)
+        service = R2(server, session)
+        runner = web.ServerRunner(web.Server(service.handle), shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        made.endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        service.endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
-            yield made
+            yield service
         finally:
             await runner.cleanup()

@@ -166,10 +166,10 @@ class Receiver:
 @asynccontextmanager
 async def receiver(*answers: int) -> AsyncIterator[Receiver]:
     """Yield a receiver on a free port of this machine."""
-    made = Receiver(*answers)
-    async with serving({"/hook": made.handle}, "POST") as url:
-        made.url = f"{url}/hook"
-        yield made
+    receiver = Receiver(*answers)
+    async with serving({"/hook": receiver.handle}, "POST") as url:
+        receiver.url = f"{url}/hook"
+        yield receiver
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import TaskStatus, TaskType
 from workers.concurrency import uninterrupted
 from workers.eta import UPLOAD_AT
-from workers.faults import HOST, PLACE, HostFault, said, without_paths
+from workers.faults import HOST, PLACE, HostFault, public_message, without_paths
 from workers.finished import Finished
 from workers.inputs import fetch_inputs
 from workers.outcome import Completed, Failed, Lost, Outcome, Requeued, Unable, Unreadable, outcome_of, unreadable
@@ -249,7 +249,7 @@ async def _put(parts: Parts, running: Running, finished: Finished, prefix: str, 
             again_in_s = backoff.next_s()
             log.log(WARNING if fault.passes else ERROR, "upload_failed", problem=fault.message, again_in_s=again_in_s)
             if parts.host:
-                why = said(fault.__cause__) if isinstance(fault.__cause__, OSError) else ""
+                why = public_message(fault.__cause__) if isinstance(fault.__cause__, OSError) else ""
                 parts.host.refused(running.run, why or without_paths(fault.message, *parts.places))
             if parts.finished:
                 parts.finished.touch(finished)
@@ -332,7 +332,7 @@ async def _requeue(parts: Parts, running: Running, outcome: Requeued) -> None:
         lambda: parts.store.requeue(
             running.task.task_id,
             running.run,
-            outcome.counts,
+            outcome.budget,
             outcome.limit,
             outcome.delay_ms,
             error,
@@ -343,7 +343,7 @@ async def _requeue(parts: Parts, running: Running, outcome: Requeued) -> None:
     )
     log.warning(
         "requeue" if status is TaskStatus.QUEUED else "fail",
-        counts=outcome.counts,
+        budget=outcome.budget,
         error_code=outcome.code,
         error=error,
         delay_ms=outcome.delay_ms,

@@ -78,7 +78,7 @@ def inside(name: object, *places: Path) -> bool:
     return isinstance(name, str | bytes) and any(Path(os.fsdecode(name)).is_relative_to(place) for place in places)
 
 
-def said(error: BaseException) -> str:
+def public_message(error: BaseException) -> str:
     """Return the message of an error for clients: one line, without class and path."""
     text = (error.strerror or "") if isinstance(error, OSError) and error.errno is not None else str(error)
     return without_paths(text).partition("\n")[0][:LONGEST].strip()

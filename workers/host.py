@@ -20,7 +20,7 @@ from movieq.backoff import Backoff
 from movieq.tasks.states import RunToken
 from workers import spool
 from workers.concurrency import set_within
-from workers.faults import HOST, host_problem, said
+from workers.faults import HOST, host_problem, public_message
 
 FLOOR_BYTES: Final = 32 * 1024 * 1024
 """Least free space on the disk, in bytes. With less, the worker claims no tasks."""
@@ -141,4 +141,4 @@ def _look(folder: Path) -> str | None:
 
 
 def _problem(error: OSError, folder: Path) -> str:
-    return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {said(error)}"
+    return host_problem(error, folder, folder.parent) or f"its working folder cannot be used: {public_message(error)}"

@@ -10,7 +10,7 @@ import msgspec
 
 from movieq import logs
 from movieq.errors import InternalFault, KeyTaken, RunLost, StorageFault, TaskFault, WorkerLost
-from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Counts
+from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Budget
 from movieq.tasks.entities import Task
 from movieq.tasks.results import StoredResult
 from workers.faults import PLACE, HostFault, host_problem, inside
@@ -42,11 +42,11 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Requeued(msgspec.Struct, frozen=True):
-    """The task goes back to its queue, or fails if its count of such runs (`counts`) reaches `limit`. With limit 0 it is not counted."""
+    """The task goes back to its queue, or fails if its count of such runs (`budget`) reaches `limit`. With limit 0 it is not counted."""
 
     error: str
     code: str
-    counts: Counts = Counts.DRAIN
+    budget: Budget = Budget.DRAIN
     limit: int = 0
     delay_ms: int = 0
     exit_code: int | None = None
@@ -85,9 +85,9 @@ def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = Non
         case RunLost():
             return Lost()
         case ChildDied():
-            counts, limit = (Counts.DRAIN, 0) if error.blameless else (Counts.DEATHS, DEATHS_LIMIT)
+            budget, limit = (Budget.DRAIN, 0) if error.blameless else (Budget.DEATHS, DEATHS_LIMIT)
             delay_ms = 0 if error.blameless else retry_delay_ms(task.attempt)
-            return Requeued(error.message, WorkerLost.code, counts, limit, delay_ms, error.exit_code, error.stage)
+            return Requeued(error.message, WorkerLost.code, budget, limit, delay_ms, error.exit_code, error.stage)
         case HostFault():
             return _host_at_fault(error.message, task, device=error.device)
         case Unable():
@@ -102,14 +102,14 @@ def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = Non
         case TaskFault(retryable=False):
             return Failed(error.message, error.code)
         case TaskFault():
-            return Requeued(error.message, error.code, Counts.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
+            return Requeued(error.message, error.code, Budget.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
     log.error("run_broke", exc_info=error)
-    return Requeued(BROKE, InternalFault.code, Counts.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
+    return Requeued(BROKE, InternalFault.code, Budget.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
 
 
 def unreadable(problem: str, task: Task) -> Requeued:
     """Return the outcome for a task that this worker cannot read."""
-    return Requeued(problem, InternalFault.code, Counts.TRIES, UNREADABLE_LIMIT, unreadable_delay_ms(task.attempt))
+    return Requeued(problem, InternalFault.code, Budget.TRIES, UNREADABLE_LIMIT, unreadable_delay_ms(task.attempt))
 
 
 def _host_at_fault(problem: str, task: Task, *, device: bool = False) -> Requeued:
@@ -117,7 +117,7 @@ def _host_at_fault(problem: str, task: Task, *, device: bool = False) -> Requeue
     error, blamed = f"the worker cannot work: {problem}", "" if device else problem
     if task.attempt < UNCOUNTED:
         return Requeued(error, InternalFault.code, host_problem=blamed)
-    return Requeued(error, InternalFault.code, Counts.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt), host_problem=blamed)
+    return Requeued(error, InternalFault.code, Budget.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt), host_problem=blamed)
 
 
 def _host_problem(error: Exception, spool: Path, own: Path | None) -> str | None:

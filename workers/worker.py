@@ -35,7 +35,7 @@ from movieq.queue.pubsub import Subscriber
 from movieq.queue.queries import Queries
 from movieq.queue.records import Able
 from movieq.queue.refusals import log_failure
-from movieq.queue.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Claimed, Counts, Slot, Store
+from movieq.queue.store import LEASE_MS, RENEW_S, TRIES_LIMIT, Budget, Claimed, Slot, Store
 from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
@@ -119,7 +119,7 @@ class Worker(ArqWorker):
         self._ready = False
         """Whether one of its engines has served."""
         self._full = False
-        self._doubt = asyncio.Event()
+        self._renew_soon = asyncio.Event()
         """Set after Redis was away or a message may have been missed: leases are renewed at once, before anything is claimed."""
         self._renewed_s = time.monotonic()
         self._draining = asyncio.Event()
@@ -205,7 +205,7 @@ class Worker(ArqWorker):
                 if self.burst and await self._burst_over():
                     return
             except Exception as error:
-                self._doubt.set()
+                self._renew_soon.set()
                 if log_failure("claim_failed", error, away="redis_away"):
                     self._nonce = None  # the next renewal requeues what was claimed
             await set_within(self._wake, self.poll_delay_s if self.burst else POLL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads load
@@ -261,7 +261,7 @@ class Worker(ArqWorker):
 
     async def claim(self, runs: asyncio.TaskGroup) -> None:
         """Claim a task for each slot, and start the runs in `runs`."""
-        if self._doubt.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
+        if self._renew_soon.is_set() or time.monotonic() - self._renewed_s > LEASE_MS / 1000:
             await self.renew()  # what this worker still holds must not be claimed again
         if self._draining.is_set():
             return
@@ -279,7 +279,7 @@ class Worker(ArqWorker):
                         log.exception("start_failed", task_ids=[one.task.task_id for one in each])
                         for one in each:
                             if one.run not in self.runs:
-                                runs.create_task(self._requeue(one.task.task_id, one.run, BROKE, Counts.TRIES, TRIES_LIMIT))
+                                runs.create_task(self._requeue(one.task.task_id, one.run, BROKE, Budget.TRIES, TRIES_LIMIT))
 
     def _slots(self) -> list[Slot]:
         """Return the slots in which a task can run now, or in a moment."""
@@ -303,7 +303,7 @@ class Worker(ArqWorker):
         for claimed in together:
             if claimed.task.status is TaskStatus.UNKNOWN:  # a worker of another version may be able to read it
                 delay_ms = unreadable_delay_ms(claimed.task.attempt)
-                requeuing = self._requeue(claimed.task.task_id, claimed.run, UNREADABLE, Counts.TRIES, UNREADABLE_LIMIT, delay_ms)
+                requeuing = self._requeue(claimed.task.task_id, claimed.run, UNREADABLE, Budget.TRIES, UNREADABLE_LIMIT, delay_ms)
                 runs.create_task(requeuing)
             elif self._finished and claimed.task.attempt > 1 and (finished := self._finished.find(claimed.task.task_id)) is not None:
                 self.start(runs, Running(claimed, finished=finished))
@@ -354,20 +354,20 @@ class Worker(ArqWorker):
             await coroutine
         except Exception:
             log.exception("run_broke", task_id=claimed.task.task_id)
-            await self._requeue(claimed.task.task_id, claimed.run, BROKE, Counts.TRIES, TRIES_LIMIT)
+            await self._requeue(claimed.task.task_id, claimed.run, BROKE, Budget.TRIES, TRIES_LIMIT)
 
     async def _requeue(
         self,
         task_id: TaskId,
         run: RunToken,
         why: str = "its worker had no free slot",
-        counts: Counts = Counts.DRAIN,
+        budget: Budget = Budget.DRAIN,
         limit: int = 0,
         delay_ms: int = 0,
     ) -> None:
         """Requeue a task that was claimed and does not run: the answer to its claim was lost, or its child died meanwhile."""
         try:
-            await self.store.requeue(task_id, run, counts, limit, delay_ms, why, "internal" if limit else "worker_lost")
+            await self.store.requeue(task_id, run, budget, limit, delay_ms, why, "internal" if limit else "worker_lost")
         except RunLost:
             pass
         except Exception as error:
@@ -394,7 +394,7 @@ class Worker(ArqWorker):
                 await self.store.tidy()
             except Exception as error:
                 log_failure("tidy_failed", error)
-            await set_within(self._doubt, RENEW_S)
+            await set_within(self._renew_soon, RENEW_S)
 
     def tend(self) -> None:
         """Drop runs, and groups in slots, that have had no running asyncio task since this was last called.
@@ -440,7 +440,7 @@ class Worker(ArqWorker):
         except Exception:  # with too many open files, for example: the leases are renewed even so
             log.exception("heartbeat_failed")
         async with self._leases:
-            self._doubt.clear()
+            self._renew_soon.clear()
             try:
                 lost, forgotten = await self.store.renew(
                     self.worker_id,
@@ -450,7 +450,7 @@ class Worker(ArqWorker):
                     able=self._able,
                 )
             except BaseException:
-                self._doubt.set()
+                self._renew_soon.set()
                 raise
             self._renewed_s = time.monotonic()
             if self._nonce is not None and not self._draining.is_set():
@@ -464,12 +464,12 @@ class Worker(ArqWorker):
 
     async def _listen(self) -> None:
         """Subscribe to the worker's own channel; the subscriber repeats this on every new connection."""
-        channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_doubt)
+        channel = self._subscriber.listen(self.store.keys["control"] + self.worker_id, self._on_control, self._on_gap)
         with suppress(TimeoutError):  # the subscriber goes on once Redis is back; until then the worker polls
             await channel.wait()
 
-    def _on_doubt(self) -> None:
-        self._doubt.set()  # a cancel may have been missed
+    def _on_gap(self) -> None:
+        self._renew_soon.set()  # a cancel may have been missed
         self._wake.set()
 
     def _on_control(self, message: bytes) -> None:

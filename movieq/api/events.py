@@ -116,7 +116,7 @@ async def _stream(
     if not chunked:
         server["unchunked"]()
     await send({"type": "http.response.start", "status": 200, "headers": [*headers, (b"connection", b"close")]})
-    watcher = SocketWatcher(hub.part, wants, chunked=chunked)
+    watcher = SocketWatcher(hub.leave, wants, chunked=chunked)
     if server["to"](watcher):
         watcher.tell(chunk(retry()))
         hub.follow(source, watcher, opening)

@@ -112,7 +112,7 @@ async def _ended(request: Request, task: Task, until_s: float) -> None:
                 async with asyncio.timeout(min(left_s, WAIT_CHECK_S)):
                     await watcher.ended.wait()
     finally:
-        hub.part(watcher)
+        hub.leave(watcher)
 
 
 async def cancel(request: Request) -> Response:

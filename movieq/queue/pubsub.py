@@ -1,7 +1,7 @@
 """Redis pub/sub over one connection per process.
 
 When Redis does not answer a PING, or any error occurs, the connection is reopened, all channels are subscribed again, and each listener is
-told that messages may be missing (`on_doubt`). Not supported: patterns, and two listeners on one channel.
+told that messages may be missing (`on_gap`). Not supported: patterns, and two listeners on one channel.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ log = logs.get()
 class Channel:
     """A subscribed channel. `confirmed` is set once Redis has confirmed the subscription: from then on no message is missed."""
 
-    __slots__ = ("confirmed", "on_doubt", "on_message")
+    __slots__ = ("confirmed", "on_gap", "on_message")
 
-    def __init__(self, on_message: Callable[[bytes], None], on_doubt: Callable[[], None]) -> None:
+    def __init__(self, on_message: Callable[[bytes], None], on_gap: Callable[[], None]) -> None:
         self.on_message = on_message
-        self.on_doubt = on_doubt
+        self.on_gap = on_gap
         self.confirmed = asyncio.Event()
 
     async def wait(self) -> None:
-        """Wait for the confirmation. Raises TimeoutError if Redis is unavailable; once it is back, it confirms and `on_doubt` is called."""
+        """Wait for the confirmation. Raises TimeoutError if Redis is unavailable; once it is back, it confirms and `on_gap` is called."""
         async with asyncio.timeout(CONFIRM_S):
             await self.confirmed.wait()
 
@@ -63,12 +63,12 @@ class Subscriber:
         self._news = asyncio.Event()
         self._heard = False
 
-    def listen(self, name: str, on_message: Callable[[bytes], None], on_doubt: Callable[[], None]) -> Channel:
+    def listen(self, name: str, on_message: Callable[[bytes], None], on_gap: Callable[[], None]) -> Channel:
         """Subscribe to a channel and pass its messages on.
 
-        `on_doubt` is called when messages may have been missed, and at every confirmation.
+        `on_gap` is called when messages may have been missed, and at every confirmation.
         """
-        channel = self._channels[name.encode()] = Channel(on_message, on_doubt)
+        channel = self._channels[name.encode()] = Channel(on_message, on_gap)
         self._tell(name)
         return channel
 
@@ -94,7 +94,7 @@ class Subscriber:
                 self._untold = dict.fromkeys(self._channels)
                 self._news.set()
                 async with asyncio.TaskGroup() as group:
-                    for part in (self._read, self._ask, self._doubt):
+                    for part in (self._read, self._ask, self._check_answers):
                         group.create_task(part(connection))
             except* (*REDIS_AWAY, TypeError, ValueError) as errors:  # the last two: the answer is not a pub/sub message
                 first = first_of(errors)
@@ -115,7 +115,7 @@ class Subscriber:
                     channel.on_message(rest[0])
                 elif kind == b"subscribe":
                     channel.confirmed.set()
-                    channel.on_doubt()
+                    channel.on_gap()
             except Exception:  # one listener's error must not stop the others
                 log.exception("listener_broke", channel=name.decode(errors="replace"))
 
@@ -134,7 +134,7 @@ class Subscriber:
                 if taken:
                     await connection.send_command("SUBSCRIBE", *taken)
 
-    async def _doubt(self, connection: Any) -> None:
+    async def _check_answers(self, connection: Any) -> None:
         """Raise TimeoutError when Redis has stopped answering."""
         while True:
             self._heard = False

@@ -47,7 +47,7 @@ FORGET_MS: Final = 300_000
 log = logs.get()
 
 
-class Counts(StrEnum):
+class Budget(StrEnum):
     """The budget of a task that a requeued run counts against."""
 
     TRIES = "tries"
@@ -290,7 +290,7 @@ class Store:
         self,
         task_id: TaskId,
         run: RunToken,
-        counts: Counts,
+        budget: Budget,
         limit: int,
         delay_ms: int,
         error: str,
@@ -303,7 +303,7 @@ class Store:
         answer = await self.scripts["requeue"].finish(
             task_id=task_id,
             run=run,
-            counts=counts,
+            budget=budget,
             limit=limit,
             delay_ms=delay_ms,
             error=error,

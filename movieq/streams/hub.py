@@ -80,16 +80,16 @@ class Hub:
         if topic is None:
             topic = self._topics[source.log] = Topic(source)
             topic.channel = self._subscriber.listen(
-                self._subscriber.events + source.log, lambda message: self._on_message(topic, message), lambda: self._on_doubt(topic)
+                self._subscriber.events + source.log, lambda message: self._on_message(topic, message), lambda: self._on_gap(topic)
             )
         topic.watchers.add(watcher)
         watcher.topic = topic
         self._turn = (self._turn + 1) % TICKS
         watcher.comments = self._comments[self._turn]
         watcher.comments.add(watcher)
-        self._lead(watcher, lambda: self._open(topic, watcher, opening))
+        self._serve(watcher, lambda: self._open(topic, watcher, opening))
 
-    def part(self, watcher: Watcher) -> None:
+    def leave(self, watcher: Watcher) -> None:
         """Stop sending to the watcher."""
         topic, watcher.topic = watcher.topic, None
         reading, watcher.reading = watcher.reading, None
@@ -112,7 +112,7 @@ class Hub:
         self.closing = True
         for topic in list(self._topics.values()):
             for watcher in list(topic.watchers):
-                self.part(watcher)
+                self.leave(watcher)
                 self._bid_goodbye(topic.source, watcher)
 
     def watchers(self) -> int:
@@ -160,14 +160,14 @@ class Hub:
                     self._end(watcher)
 
     def _end(self, watcher: Watcher) -> None:
-        self.part(watcher)
+        self.leave(watcher)
         watcher.end(b"", STUCK_S)
 
     def _bid_goodbye(self, source: Source, watcher: Watcher) -> None:
         wait_ms = RETRY_MS + random.randrange(RETRY_MS)  # noqa: S311  # spreads reconnections, hides nothing
         watcher.end(retry(wait_ms) + frame(EventType.GOODBYE, msgspec.json.encode(source.name)), LINGER_S)
 
-    def _on_doubt(self, topic: Topic) -> None:
+    def _on_gap(self, topic: Topic) -> None:
         topic.heard += 1
         if topic.live and topic.recovering is None:
             topic.recovering = self._group.create_task(self._recover(topic))
@@ -199,12 +199,12 @@ class Hub:
         if topic is not None and watcher in topic.live:
             topic.live.discard(watcher)
             position = max(watcher.since, topic.newest)
-            self._lead(watcher, lambda: self._catch_up(topic, watcher, position))
+            self._serve(watcher, lambda: self._catch_up(topic, watcher, position))
 
-    def _lead(self, watcher: Watcher, way: Callable[[], Awaitable[bool]]) -> None:
+    def _serve(self, watcher: Watcher, way: Callable[[], Awaitable[bool]]) -> None:
         """Start the asyncio task that serves the watcher until it is live, has ended or is gone."""
 
-        async def led() -> None:
+        async def served() -> None:
             try:
                 if not await way():
                     log.info("stream_stuck", **(watcher.topic.source.name if watcher.topic else {}))
@@ -216,7 +216,7 @@ class Hub:
                 if watcher.reading is asyncio.current_task():
                     watcher.reading = None
 
-        watcher.reading = self._group.create_task(led())
+        watcher.reading = self._group.create_task(served())
 
     async def _open(self, topic: Topic, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> bool:
         with contextlib.suppress(TimeoutError):

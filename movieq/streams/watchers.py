@@ -217,5 +217,5 @@ class Topic:
         self.since: Id = START
         """The position up to which the last recovery served the live watchers from the log."""
         self.heard = 0
-        """Count of announced entries and doubts: if it is the same before and after a read, the log was read to its end."""
+        """Count of announced entries and of gaps: if it is the same before and after a read, the log was read to its end."""
         self.recovering: asyncio.Task[None] | None = None

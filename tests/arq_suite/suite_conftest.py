@@ -122,7 +122,7 @@ async def arq_redis_retry(make_redis: Callable[..., ArqRedis]) -> AsyncIterator[
         yield each
 
 
-async def made(redis: ArqRedis) -> AsyncIterator[Callable[..., Plain]]:
+async def workers(redis: ArqRedis) -> AsyncIterator[Callable[..., Plain]]:
     """Makes workers as arq's tests want them; the last one is closed afterwards."""
     last: list[Plain] = []
 
@@ -143,14 +143,14 @@ def _renamed(options: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 async def worker(arq_redis: ArqRedis) -> AsyncIterator[Callable[..., Plain]]:
     """Makes workers."""
-    async for create in made(arq_redis):
+    async for create in workers(arq_redis):
         yield create
 
 
 @pytest.fixture
 async def worker_retry(arq_redis_retry: ArqRedis) -> AsyncIterator[Callable[..., Plain]]:
     """Makes workers whose client tries again."""
-    async for create in made(arq_redis_retry):
+    async for create in workers(arq_redis_retry):
         yield create
 
 

@@ -123,13 +123,13 @@ def memory(server: Seaweed, folder: Path) -> dict[str, float]:
 
 async def overlap(server: Seaweed, folder: Path) -> dict[str, float]:
     """How much longer the engine needs for a row of pictures where every upload takes a second, for each picture."""
-    async with r2(server.endpoint) as far, fleet(folder / "fleet") as made:
+    async with r2(server.endpoint) as far, fleet(folder / "fleet") as installation:
         settings: dict[str, Any] = {
             "MOVIEQ_STORAGE": "s3://film/overlap", "MOVIEQ_R2_ENDPOINT": far.endpoint, "MOVIEQ_R2_ACCESS_KEY_ID": KEY_ID,
             "MOVIEQ_R2_SECRET_ACCESS_KEY": SECRET,
         }  # fmt: skip
-        api = await made.api(**settings)
-        await made.worker(**settings)
+        api = await installation.api(**settings)
+        await installation.worker(**settings)
         rows: dict[str, list[float]] = {"fast": [], "slow": []}
         for number in range(2 * 3 + 2):  # the first two are not counted
             name = ("fast", "slow")[number % 2]
@@ -143,7 +143,8 @@ async def overlap(server: Seaweed, folder: Path) -> dict[str, float]:
             for task_id in ids:
                 assert (await api.ended(task_id))["attempt"] == 1
             logs = [
-                [msgspec.json.decode(entry.data) for entry in await Queries(made.store.redis).log_after(task_id, None)] for task_id in ids
+                [msgspec.json.decode(entry.data) for entry in await Queries(installation.store.redis).log_after(task_id, None)]
+                for task_id in ids
             ]
             begun = min(_at(event) for log in logs for event in log if event["type"] == "started")
             rendered = max(_at(event) for log in logs for event in log if event["stage"] == "upload" and event["type"] == "progress")

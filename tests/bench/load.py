@@ -52,16 +52,16 @@ async def run(port: int, request: bytes, connections: int, seconds: float) -> tu
     """Answers a second, and each one's latency in seconds. Raises RuntimeError for an answer that is none of the 200s."""
     loop = asyncio.get_running_loop()
     begun = time.perf_counter()
-    made: list[_Connection] = []
+    opened: list[_Connection] = []
     waiting = []
     for _ in range(connections):
         done: asyncio.Future[None] = loop.create_future()
         _, protocol = await loop.create_connection(lambda done=done: _Connection(request, begun + seconds, done), "127.0.0.1", port)  # type: ignore[misc]  # mypy infers no type for a lambda with a default
-        made.append(protocol)
+        opened.append(protocol)
         waiting.append(done)
     async with asyncio.timeout(seconds + 30):
         await asyncio.gather(*waiting)
-    latencies = [latency for connection in made for latency in connection.latencies_s]
+    latencies = [latency for connection in opened for latency in connection.latencies_s]
     return len(latencies) / (time.perf_counter() - begun), latencies
 
 

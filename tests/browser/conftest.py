@@ -37,10 +37,10 @@ def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def made(folder: Path) -> AsyncIterator[Fleet]:
+async def installation(folder: Path) -> AsyncIterator[Fleet]:
     """A fleet."""
-    async with fleet(folder / "fleet", appendfsync="always") as made:
-        yield made
+    async with fleet(folder / "fleet", appendfsync="always") as installation:
+        yield installation
 
 
 @pytest.fixture

@@ -90,40 +90,44 @@ async def work(store: Store, task_id: TaskId, run: RunToken, percents: range) ->
     await store.renew("w1", [], [(task_id, run)], has_gpu=False)
 
 
-async def through_a_death(made: Fleet, heard: Heard, open_at: Callable[[str], Awaitable[None]]) -> tuple[str, list[str]]:
+async def through_a_death(installation: Fleet, heard: Heard, open_at: Callable[[str], Awaitable[None]]) -> tuple[str, list[str]]:
     """A task's life while a client follows it, in the middle of which its API is killed and comes back: the address and the log's ids."""
     port = free_port()
-    api = await made.api(port=port)
-    task_id, run = await running(made.store)
+    api = await installation.api(port=port)
+    task_id, run = await running(installation.store)
     _, status = await api.call("GET", f"/tasks/{task_id}/status")
-    await work(made.store, task_id, run, range(1, 20))
+    await work(installation.store, task_id, run, range(1, 20))
     await open_at(status["events_url"])
     await eventually(lambda: len(heard) >= 20)
-    await work(made.store, task_id, run, range(20, 40))
+    await work(installation.store, task_id, run, range(20, 40))
     await eventually(lambda: len(heard) >= 40)
     api.process.send_signal(signal.SIGKILL)
     await asyncio.to_thread(api.process.wait)
-    await work(made.store, task_id, run, range(40, 60))
-    await made.api(port=port)
-    await work(made.store, task_id, run, range(60, 80))
+    await work(installation.store, task_id, run, range(40, 60))
+    await installation.api(port=port)
+    await work(installation.store, task_id, run, range(60, 80))
     await eventually(lambda: len(heard) >= 80)
-    await made.store.complete(task_id, run, result())
-    return status["events_url"], [entry.id for entry in await Queries(made.store.redis).log_after(task_id, None, 1000)]
+    await installation.store.complete(task_id, run, result())
+    return status["events_url"], [entry.id for entry in await Queries(installation.store.redis).log_after(task_id, None, 1000)]
 
 
-async def test_a_client_of_another_library_misses_nothing_and_hears_nothing_twice_and_knows_the_end(made: Fleet, follow: Follow) -> None:
+async def test_a_client_of_another_library_misses_nothing_and_hears_nothing_twice_and_knows_the_end(
+    installation: Fleet, follow: Follow
+) -> None:
     heard: Heard = []
     following: list[asyncio.Task[None]] = []
 
     async def open_at(url: str) -> None:
         following.append(asyncio.create_task(asyncio.wait_for(follow(url, heard), 60)))
 
-    _, log = await through_a_death(made, heard, open_at)
+    _, log = await through_a_death(installation, heard, open_at)
     await following[0]
     assert heard == log
 
 
-async def test_the_eventsource_of_chromium_misses_nothing_and_hears_nothing_twice_and_knows_the_end(made: Fleet, page: Page) -> None:
+async def test_the_eventsource_of_chromium_misses_nothing_and_hears_nothing_twice_and_knows_the_end(
+    installation: Fleet, page: Page
+) -> None:
     heard: Heard = []
     await page.expose_function("heard", lambda id: heard.append(id))
 
@@ -136,6 +140,6 @@ async def test_the_eventsource_of_chromium_misses_nothing_and_hears_nothing_twic
             [url, LOGGED],
         )
 
-    _, log = await through_a_death(made, heard, open_at)
+    _, log = await through_a_death(installation, heard, open_at)
     await page.wait_for_function("source.readyState === EventSource.CLOSED", timeout=20_000)
     assert heard == log

@@ -63,9 +63,9 @@ async def watch(page: Page, api_url: str, method: str, url: str, **options: Any)
 
 
 @pytest.fixture
-async def api(made: Fleet) -> Service:
+async def api(installation: Fleet) -> Service:
     """Its API process."""
-    return await made.api()
+    return await installation.api()
 
 
 async def events_url(api: Service, path: str) -> str:
@@ -74,15 +74,15 @@ async def events_url(api: Service, path: str) -> str:
     return str(answer["events_url"])
 
 
-async def test_a_task_is_followed_to_its_end_and_its_end_is_told_once(made: Fleet, api: Service, page: Page) -> None:
-    task_id, run = await running(made.store)
-    await work(made.store, task_id, run, range(1, 10))
+async def test_a_task_is_followed_to_its_end_and_its_end_is_told_once(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
+    await work(installation.store, task_id, run, range(1, 10))
     watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
     await watching.until("told.length > 0")
-    await work(made.store, task_id, run, range(10, 20))
-    await made.store.preview(task_id, run, b"\xff\xd8")
+    await work(installation.store, task_id, run, range(10, 20))
+    await installation.store.preview(task_id, run, b"\xff\xd8")
     await watching.until("told.some(([name]) => name === 'onPreview')")
-    await made.store.complete(task_id, run, result())
+    await installation.store.complete(task_id, run, result())
     await watching.until("watching.closed")
 
     # the snapshot stands for all of before, and the log before it is not told again
@@ -95,9 +95,9 @@ async def test_a_task_is_followed_to_its_end_and_its_end_is_told_once(made: Flee
     assert await watching.told("onError", "onGap") == []
 
 
-async def test_the_page_of_the_guide_follows_a_task(made: Fleet, api: Service, page: Page) -> None:
+async def test_the_page_of_the_guide_follows_a_task(installation: Fleet, api: Service, page: Page) -> None:
     (script,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "movieq/web/docs/events.md").read_text(), re.MULTILINE | re.DOTALL)
-    task_id, run = await running(made.store)
+    task_id, run = await running(installation.store)
     await page.evaluate(
         """(events_url) => {
             const picture = {}, seen = {};
@@ -107,43 +107,43 @@ async def test_the_page_of_the_guide_follows_a_task(made: Fleet, api: Service, p
         await events_url(api, f"/tasks/{task_id}/status"),
     )
     await page.add_script_tag(type="module", content=script.replace("http://127.0.0.1:8001", api.url))
-    await made.store.report(task_id, run, 0.5, "generating_image", remaining_ms=2000)
+    await installation.store.report(task_id, run, 0.5, "generating_image", remaining_ms=2000)
     await page.wait_for_function("seen.shown?.[0] === 0.5")
     assert await page.evaluate("seen.shown") == [0.5, "generating_image", 2]
-    await made.store.preview(task_id, run, b"\xff\xd8")
+    await installation.store.preview(task_id, run, b"\xff\xd8")
     await page.wait_for_function("picture.src?.startsWith('data:image/jpeg')")
-    await made.store.complete(task_id, run, result())
+    await installation.store.complete(task_id, run, result())
     await page.wait_for_function("seen.played")
     assert not await page.evaluate("seen.said")
 
 
-async def test_a_task_that_has_ended_is_done_at_once(made: Fleet, api: Service, page: Page) -> None:
-    task_id, run = await running(made.store)
-    await made.store.fail(task_id, run, "there is no such picture", "input_unavailable")
+async def test_a_task_that_has_ended_is_done_at_once(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
+    await installation.store.fail(task_id, run, "there is no such picture", "input_unavailable")
     watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
     await watching.until("watching.closed")
     (done,) = await watching.told("onDone")
     assert (done["status"], done["error_code"]) == ("failed", "input_unavailable")
 
 
-async def test_a_failure_from_before_a_retry_is_not_the_end(made: Fleet, api: Service, page: Page) -> None:
-    task_id, run = await running(made.store)
-    await made.store.fail(task_id, run, "there is no such picture", "input_unavailable")
-    await made.store.retry(task_id)
-    (claimed,) = await claim(made.store)
+async def test_a_failure_from_before_a_retry_is_not_the_end(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
+    await installation.store.fail(task_id, run, "there is no such picture", "input_unavailable")
+    await installation.store.retry(task_id)
+    (claimed,) = await claim(installation.store)
     watching = await watch(page, api.url, "watchTask", await events_url(api, f"/tasks/{task_id}/status"))
-    await work(made.store, task_id, claimed.run, range(1, 10))
+    await work(installation.store, task_id, claimed.run, range(1, 10))
     await watching.until("told.at(-1)?.[1].progress === 0.09")
     assert await watching.told("onDone") == []
-    await made.store.complete(task_id, claimed.run, result())
+    await installation.store.complete(task_id, claimed.run, result())
     await watching.until("watching.closed")
     assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
 
 
-async def test_a_watch_that_continues_after_the_end_is_told_the_end(made: Fleet, api: Service, page: Page) -> None:
-    task_id, run = await running(made.store)
-    await made.store.complete(task_id, run, result())
-    last = (await Queries(made.store.redis).log_after(task_id, None))[-1].id
+async def test_a_watch_that_continues_after_the_end_is_told_the_end(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
+    await installation.store.complete(task_id, run, result())
+    last = (await Queries(installation.store.redis).log_after(task_id, None))[-1].id
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, api.url, "watchTask", url, after=last)
     await watching.until("watching.closed")
@@ -153,7 +153,7 @@ async def test_a_watch_that_continues_after_the_end_is_told_the_end(made: Fleet,
     assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
 
 
-async def test_a_404_of_a_proxy_is_no_reason_to_give_up(made: Fleet, page: Page, folder: Path) -> None:
+async def test_a_404_of_a_proxy_is_no_reason_to_give_up(installation: Fleet, page: Page, folder: Path) -> None:
     port = free_port()
 
     asked: list[str] = []
@@ -164,8 +164,8 @@ async def test_a_404_of_a_proxy_is_no_reason_to_give_up(made: Fleet, page: Page,
 
     balancer = web.AppRunner(web.Application(middlewares=[]))
     balancer.app.router.add_get("/{path:.*}", nobody)
-    api = await made.api()
-    task_id, run = await running(made.store)
+    api = await installation.api()
+    task_id, run = await running(installation.store)
     url = (await events_url(api, f"/tasks/{task_id}/status")).replace(api.url, f"http://127.0.0.1:{port}")
     await balancer.setup()
     await web.TCPSite(balancer, "127.0.0.1", port).start()
@@ -173,21 +173,21 @@ async def test_a_404_of_a_proxy_is_no_reason_to_give_up(made: Fleet, page: Page,
     await eventually(lambda: len(asked) >= 3)
     assert await watching.told("onError") == []
     await balancer.cleanup()
-    await made.api(port=port)
-    await made.store.complete(task_id, run, result())
+    await installation.api(port=port)
+    await installation.store.complete(task_id, run, result())
     await watching.until("watching.closed", 30)
     assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
 
 
-async def test_a_watch_continues_where_another_stopped(made: Fleet, api: Service, page: Page) -> None:
-    task_id, run = await running(made.store)
+async def test_a_watch_continues_where_another_stopped(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, api.url, "watchTask", url)
-    await work(made.store, task_id, run, range(1, 10))
+    await work(installation.store, task_id, run, range(1, 10))
     await watching.until("told.at(-1)?.[1].progress === 0.09")
     last = await watching.last_id()
     await page.evaluate("watching.close()")
-    await work(made.store, task_id, run, range(10, 20))
+    await work(installation.store, task_id, run, range(10, 20))
     watching = await watch(page, api.url, "watchTask", url, after=last)
     await watching.until("told.at(-1)?.[1].progress === 0.19")
     assert [event["progress"] for event in await watching.told("onProgress")] == [step / 100 for step in range(10, 20)]
@@ -195,12 +195,14 @@ async def test_a_watch_continues_where_another_stopped(made: Fleet, api: Service
 
 
 @pytest.mark.parametrize("change", ["expired", "changed"])
-async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made: Fleet, api: Service, page: Page, change: str) -> None:
-    task_id, _ = await running(made.store)
+async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(
+    installation: Fleet, api: Service, page: Page, change: str
+) -> None:
+    task_id, _ = await running(installation.store)
     await page.clock.install()
     if change == "expired":
         expires = int(time.time()) - 1
-        signature = signing.sign(await ApiKeys(made.store.redis).signing_secret(), "events", task_id, expires)
+        signature = signing.sign(await ApiKeys(installation.store.redis).signing_secret(), "events", task_id, expires)
         url = f"{api.url}/api/v1/tasks/{task_id}/events?expires={expires}&signature={signature}"
     else:
         url = f"{await events_url(api, f'/tasks/{task_id}/status')}x"
@@ -216,32 +218,32 @@ async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(made:
     assert ("expired" in refused["message"]) == (change == "expired")
 
 
-async def test_a_task_that_is_not_there_any_more_is_told_as_such(made: Fleet, api: Service, page: Page) -> None:
-    url = (await events_url(api, f"/tasks/{(await running(made.store))[0]}/status")).split("/api/")[0]
+async def test_a_task_that_is_not_there_any_more_is_told_as_such(installation: Fleet, api: Service, page: Page) -> None:
+    url = (await events_url(api, f"/tasks/{(await running(installation.store))[0]}/status")).split("/api/")[0]
     gone, expires = TaskId("00000000-0000-4000-8000-000000000000"), int(time.time()) + 60
-    signature = signing.sign(await ApiKeys(made.store.redis).signing_secret(), "events", gone, expires)
+    signature = signing.sign(await ApiKeys(installation.store.redis).signing_secret(), "events", gone, expires)
     watching = await watch(page, api.url, "watchTask", f"{url}/api/v1/tasks/{gone}/events?expires={expires}&signature={signature}")
     await watching.until("watching.closed")
     assert [refused["status"] for refused in await watching.told("onError")] == [404]
 
 
-async def test_a_project_is_followed_change_by_change_through_the_death_of_the_api(made: Fleet, page: Page) -> None:
+async def test_a_project_is_followed_change_by_change_through_the_death_of_the_api(installation: Fleet, page: Page) -> None:
     port = free_port()
-    api = await made.api(port=port)
-    task_id, run = await running(made.store)
+    api = await installation.api(port=port)
+    task_id, run = await running(installation.store)
     watching = await watch(page, api.url, "watchProject", await events_url(api, "/projects/film"))
     await watching.until("told.length === 1")
     (snapshot,) = await watching.told("onSnapshot")
     assert [task["task_id"] for task in snapshot["active"]] == [task_id]
-    await made.store.report(task_id, run, 0.5, "generating_image")
+    await installation.store.report(task_id, run, 0.5, "generating_image")
     await watching.until("told.some(([name]) => name === 'onProgress')")
 
     api.process.send_signal(signal.SIGKILL)
     await asyncio.to_thread(api.process.wait)
-    await made.store.complete(task_id, run, result())
-    await made.store.submit(new_task())
-    await made.api(port=port)
-    (claimed,) = await claim(made.store)
+    await installation.store.complete(task_id, run, result())
+    await installation.store.submit(new_task())
+    await installation.api(port=port)
+    (claimed,) = await claim(installation.store)
     await watching.until("told.at(-1)[1].type === 'started'")
     changes = [(event["type"], event["task_id"]) for event in await watching.told("onChange")]
     assert changes == [("completed", task_id), ("queued", claimed.task.task_id), ("started", claimed.task.task_id)]
@@ -252,7 +254,7 @@ async def test_a_project_is_followed_change_by_change_through_the_death_of_the_a
 
 
 @pytest.fixture
-async def proxied(made: Fleet, folder: Path) -> AsyncIterator[tuple[Nginx, int]]:
+async def proxied(installation: Fleet, folder: Path) -> AsyncIterator[tuple[Nginx, int]]:
     """An nginx, and the port at which it looks for the API."""
     port, api_port = free_port(), free_port()
     with nginx(folder / "nginx", port, api_port) as running_nginx:
@@ -260,53 +262,53 @@ async def proxied(made: Fleet, folder: Path) -> AsyncIterator[tuple[Nginx, int]]
         yield running_nginx, api_port
 
 
-async def test_events_pass_nginx_one_by_one(made: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
+async def test_events_pass_nginx_one_by_one(installation: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
     proxy, api_port = proxied
-    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
-    task_id, run = await running(made.store)
+    api = await installation.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(installation.store)
     url = await events_url(api, f"/tasks/{task_id}/status")
     assert url.startswith(proxy.url)
     watching = await watch(page, proxy.url, "watchTask", url)
     await watching.until("told.length > 0")
     for percent in range(1, 6):
-        await work(made.store, task_id, run, range(percent, percent + 1))
+        await work(installation.store, task_id, run, range(percent, percent + 1))
         await watching.until(f"told.at(-1)[1].progress === {percent / 100}")  # before the next is made: nothing keeps it back
-    await made.store.complete(task_id, run, result())
+    await installation.store.complete(task_id, run, result())
     await watching.until("watching.closed")
 
 
 async def test_the_502_of_a_restart_is_survived_by_movieq_js_though_not_by_an_eventsource(
-    made: Fleet, proxied: tuple[Nginx, int], page: Page
+    installation: Fleet, proxied: tuple[Nginx, int], page: Page
 ) -> None:
     proxy, api_port = proxied
-    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
-    task_id, run = await running(made.store)
+    api = await installation.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(installation.store)
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, proxy.url, "watchTask", url)
     await page.evaluate("(url) => { window.plain = new EventSource(url); }", url)
-    await work(made.store, task_id, run, range(1, 10))
+    await work(installation.store, task_id, run, range(1, 10))
     await watching.until("told.at(-1)?.[1].progress === 0.09")
     before = len(await watching.told("onProgress"))
 
     api.process.send_signal(signal.SIGKILL)
     await asyncio.to_thread(api.process.wait)
     await eventually(lambda: proxy.log.count(" 502 ") >= 2)
-    await work(made.store, task_id, run, range(10, 20))
-    await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    await work(installation.store, task_id, run, range(10, 20))
+    await installation.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
     await watching.until("told.at(-1)[1].progress === 0.19", 30)
     told = await watching.told("onProgress")
     assert [event["progress"] for event in told[before:]] == [step / 100 for step in range(10, 20)]
     assert await page.evaluate("plain.readyState === EventSource.CLOSED")
-    await made.store.complete(task_id, run, result())
+    await installation.store.complete(task_id, run, result())
     await watching.until("watching.closed")
     assert len(await watching.told("onDone")) == 1
 
 
-async def test_nginx_writes_no_signature_into_its_log(made: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
+async def test_nginx_writes_no_signature_into_its_log(installation: Fleet, proxied: tuple[Nginx, int], page: Page) -> None:
     proxy, api_port = proxied
-    api = await made.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
-    task_id, run = await running(made.store)
-    await made.store.complete(task_id, run, result())
+    api = await installation.api(port=api_port, MOVIEQ_PUBLIC_URL=proxy.url)
+    task_id, run = await running(installation.store)
+    await installation.store.complete(task_id, run, result())
     url = await events_url(api, f"/tasks/{task_id}/status")
     watching = await watch(page, proxy.url, "watchTask", url)
     await watching.until("watching.closed")

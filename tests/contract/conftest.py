@@ -216,8 +216,8 @@ class Tasks:
             TaskStatus.FAILED: self.failed,
             TaskStatus.CANCELLED: self.cancelled,
         }
-        made = await make[status]()
-        return TaskId(made[0] if isinstance(made, tuple) else made)
+        prepared = await make[status]()
+        return TaskId(prepared[0] if isinstance(prepared, tuple) else prepared)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.settings import Settings
 from movieq.streams import hub as hub_module
 from movieq.streams import watchers
@@ -171,7 +171,7 @@ async def test_a_task_that_is_given_back_and_taken_again_goes_on_in_the_same_str
     task_id, run = await tasks.processing()
     async with api.events(task_id) as stream:
         await stream.until("started")
-        await store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")
+        await store.requeue(task_id, run, Budget.TRIES, 3, 0, "it broke", "network")
         await store.complete(task_id, await tasks.claim(), result())
         assert [(event.type, event.data["attempt"]) for event in await stream.rest()] == [("retrying", 1), ("started", 2), ("completed", 2)]
 
@@ -326,7 +326,7 @@ async def test_a_log_is_kept_for_a_day_after_the_end_and_holds_about_the_last_tw
     for _ in range(12):
         for step in range(200):
             await store.report(task_id, run, step / 200, "generating_image")
-        await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+        await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
         run = await tasks.claim()
     assert await raw(store).ttl(KEYS["log"] + task_id) == -1
     assert 2000 <= len(await log_of(store, task_id)) < 2200
@@ -556,7 +556,7 @@ async def test_a_slow_reader_falls_behind_and_still_gets_every_entry_once(settin
             for step in range(200):
                 await store.report(task_id, run, step / 200, "generating_image")
                 slow.sip(200)  # less than what comes: it reads, and falls behind all the same
-            await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+            await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
             run = await tasks.claim()
         await store.complete(task_id, run, result())
         told = re.findall(r"^id: (\S+)$", await slow.read(), re.MULTILINE)
@@ -636,9 +636,9 @@ def own(folder: Path) -> Iterator[Valkey]:
 
 @pytest.fixture
 async def own_store(own: Valkey) -> AsyncIterator[Store]:
-    made = Store(connect(own.url, patient=True))
-    yield made
-    await made.redis.aclose()
+    store = Store(connect(own.url, patient=True))
+    yield store
+    await store.redis.aclose()
 
 
 @pytest.mark.parametrize("away_s", [0, 1.5])

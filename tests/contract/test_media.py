@@ -22,9 +22,9 @@ async def url(api: Client, folder: Path) -> str:
     source = folder / "file"
     source.write_bytes(BYTES)
     await api.state.storage.put(KEY, source, "image/jpeg")
-    made = api.state.storage.url(KEY, int(time.time()) + 60)
-    api.signatures.add(made.rpartition("=")[2])
-    return made
+    url = api.state.storage.url(KEY, int(time.time()) + 60)
+    api.signatures.add(url.rpartition("=")[2])
+    return url
 
 
 async def test_a_signed_address_opens_as_it_stands(api: Client, url: str) -> None:

@@ -39,10 +39,10 @@ async def test_the_newest_is_first_and_the_default_limit_is_twenty(api: Client, 
 
 
 async def test_pages_together_are_the_whole_and_nothing_twice(api: Client, store: Store) -> None:
-    made = {(await store.submit(new_task())).task_id for _ in range(23)}
+    submitted = {(await store.submit(new_task())).task_id for _ in range(23)}
     pages = [await api.get(f"{PAGE}?limit=5&page={page}") for page in range(1, 6)]
     found = [task_id for page in pages for task_id in ids(page)]
-    assert (set(found), len(found)) == (made, 23)
+    assert (set(found), len(found)) == (submitted, 23)
     assert {tuple(page.json["pagination"].values())[1:] for page in pages} == {(5, 23, 5)}
 
 
@@ -54,8 +54,8 @@ async def test_a_page_beyond_the_last_is_empty(api: Client, store: Store) -> Non
 
 @pytest.mark.parametrize("state", STATES)
 async def test_a_status_filters(api: Client, tasks: Tasks, state: TaskStatus) -> None:
-    made = {each: await tasks.in_state(each) for each in (*set(STATES) - {TaskStatus.QUEUED}, TaskStatus.QUEUED)}
-    assert ids(await api.get(f"{PAGE}?status={state}")) == [made[state]]
+    in_state = {each: await tasks.in_state(each) for each in (*set(STATES) - {TaskStatus.QUEUED}, TaskStatus.QUEUED)}
+    assert ids(await api.get(f"{PAGE}?status={state}")) == [in_state[state]]
 
 
 async def test_a_status_and_a_type_filter_together(api: Client, tasks: Tasks) -> None:

@@ -14,7 +14,7 @@ import pytest
 from movieq import signing
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.settings import Settings
 from movieq.streams.watchers import Source
 from movieq.tasks.registry import REGISTRY
@@ -101,7 +101,7 @@ async def test_each_change_of_state_has_an_id_and_progress_has_none(api: Client,
         task_id, run = await tasks.processing()
         await store.report(task_id, run, 0.001, "generating_image")
         await store.report(task_id, run, 0.3, "generating_image", stage="denoise", step=3, steps=10)
-        await store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")
+        await store.requeue(task_id, run, Budget.TRIES, 3, 0, "it broke", "network")
         run = await tasks.claim()
         await store.fail(task_id, run, "it broke", "internal")
         await api.post(f"/api/v1/tasks/{task_id}/retry")

@@ -6,7 +6,7 @@ import pytest
 
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import claim, later, new_task, raw, result, running
 from tests.contract.client import ADMIN, ALL, FILM, READ, Client
@@ -54,7 +54,7 @@ async def test_queues_and_dead_letters_are_for_admins(api: Client, path: str) ->
 
 async def buried(store: Store, project: str = "film") -> TaskId:
     task_id, run = await running(store, project=project)
-    await store.requeue(task_id, run, Counts.DEATHS, 1, 0, "the engine's process ended", "worker_lost", exit_code=-9, stage="frames")
+    await store.requeue(task_id, run, Budget.DEATHS, 1, 0, "the engine's process ended", "worker_lost", exit_code=-9, stage="frames")
     return task_id
 
 

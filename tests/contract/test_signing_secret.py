@@ -57,9 +57,9 @@ async def test_secrets_of_the_settings_are_nobody_elses_business(settings: Setti
 
 
 async def test_a_worker_signs_with_the_secret_of_the_redis_that_was_emptied(folder: Path) -> None:
-    async with fleet(folder / "fleet") as made, receiver() as hooks:
-        api = await made.api()
-        await made.worker(MOVIEQ_PUBLIC_URL=api.url)
+    async with fleet(folder / "fleet") as installation, receiver() as hooks:
+        api = await installation.api()
+        await installation.worker(MOVIEQ_PUBLIC_URL=api.url)
 
         async def media_url(count: int) -> str:
             await api.submit("generate_image", {"prompt": "a lighthouse", "draft": True}, callback_url=hooks.url)
@@ -67,10 +67,10 @@ async def test_a_worker_signs_with_the_secret_of_the_redis_that_was_emptied(fold
             return str(json.loads(body)["result"]["media_url"])
 
         assert (await fetched(await media_url(1)))[0] == 200
-        await raw(made.store).flushall()
+        await raw(installation.store).flushall()
         api.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(api.process.wait, 60)
-        api = await made.api(port=int(api.url.rpartition(":")[2]))  # knows no other secret than the new one
+        api = await installation.api(port=int(api.url.rpartition(":")[2]))  # knows no other secret than the new one
         seen = 1
 
         async def opens() -> bool:

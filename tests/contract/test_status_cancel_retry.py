@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from movieq.queue.keys import KEYS
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.states import STATES, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.contract.client import UNKNOWN, Client
@@ -122,7 +122,7 @@ async def test_a_failed_task_says_why_and_whether_to_try_again(api: Client, task
 
 async def test_a_task_that_was_given_back_waits_again(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
-    await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+    await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
     status = await api.status(task_id)
     told = {name: status[name] for name in ("status", "attempt", "progress", "started_at", "current_step", "queue_position")}
     assert told == {
@@ -137,7 +137,7 @@ async def test_a_task_that_was_given_back_waits_again(api: Client, tasks: Tasks,
 
 async def test_cancelled_while_it_waited_again_it_has_no_processing_time(api: Client, tasks: Tasks, store: Store) -> None:
     task_id, run = await tasks.processing()
-    await store.requeue(task_id, run, Counts.TRIES, 3, 60_000, "it broke", "network")
+    await store.requeue(task_id, run, Budget.TRIES, 3, 60_000, "it broke", "network")
     await api.delete(f"/api/v1/tasks/{task_id}/cancel")
     status = await api.status(task_id)
     assert (status["status"], status["processing_time"]) == ("cancelled", None)

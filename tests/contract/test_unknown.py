@@ -97,8 +97,8 @@ async def test_a_task_that_ended_at_no_time_ends_its_stream_all_the_same(api: Cl
 @pytest.mark.parametrize("result", [json.dumps({"media": [], "metadata": {}}), stored_result(""), stored_result("../x"), "{"])
 async def test_a_result_that_cannot_be_read_is_given_to_no_other_task(api: Client, tasks: Tasks, store: Store, result: str) -> None:
     same = {"task_data": {"prompt": "a lamp", "seed": 7}}
-    made = await tasks.completed(**same)
-    await raw(store).hset(KEYS["task"] + made, "result", result)
+    task_id = await tasks.completed(**same)
+    await raw(store).hset(KEYS["task"] + task_id, "result", result)
     assert (await api.status(await tasks.queued(**same)))["status"] == "queued"
     keys = await raw(store).keys(KEYS["reusable"] + "*")
     assert len(keys) == 1

@@ -181,11 +181,11 @@ async def body(url: str) -> bytes:
 
 
 async def test_a_worker_that_has_only_a_gpu_that_cannot_be_used_stops_and_says_why(folder: Path) -> None:
-    async with fleet(folder / "fleet") as made:
+    async with fleet(folder / "fleet") as installation:
         library = folder / "library"
         library.mkdir()
         (library / "pynvml.py").write_text("nvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n")
-        worker = made.start("worker", "", [], {"PYTHONPATH": python_path(library), "MOVIEQ_QUEUES": "gpu_heavy"})
+        worker = installation.start("worker", "", [], {"PYTHONPATH": python_path(library), "MOVIEQ_QUEUES": "gpu_heavy"})
         assert await worker.ended(60) == 1
         assert "an engine cannot work on this machine: gpu0: this child cannot work on cuda:0" in worker.log.read_text()
 
@@ -235,14 +235,14 @@ async def test_a_cancel_while_a_model_loads_frees_the_slot_without_waiting_for_i
         f'weights = {{ repository = "{folders("flux")}" }}\ndefaults = {{ steps = 1 }}\nlimits = {{ sides = 16, pixels = [1, 4096] }}\n'
     )
     settings = {"MOVIEQ_MODELS": str(folder / "models.toml"), "PYTHONPATH": python_path(library)}
-    async with fleet(folder / "fleet") as made:
-        api, worker = await asyncio.gather(made.api("", 0, **settings), made.worker("", **settings))
+    async with fleet(folder / "fleet") as installation:
+        api, worker = await asyncio.gather(installation.api("", 0, **settings), installation.worker("", **settings))
         child = worker.child().pid
         task_id = await api.submit("generate_image", {"prompt": "a lamp", "model": "flux"})
         await api.until(task_id, "current_step", "loading_models")
         await eventually((folder / "loading").exists, 60)
         assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200
-        await eventually(lambda: worker.said("child_ready") == 2, 60)
+        await eventually(lambda: worker.times_logged("child_ready") == 2, 60)
         assert worker.child().pid != child
         (folder / "slow").unlink()
         ended = await api.ended(await api.submit("generate_image", {"prompt": "a lamp", "model": "flux"}))

@@ -11,7 +11,7 @@ from tests.fleet import Fleet, fleet
 
 
 @pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Fleet]:
+async def installation(tmp_path: Path) -> AsyncIterator[Fleet]:
     """Yield a fleet: API processes and workers that a test starts one by one, on a Valkey of their own."""
     async with fleet(tmp_path) as started:
         yield started

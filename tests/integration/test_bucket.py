@@ -32,8 +32,8 @@ def png() -> bytes:
     return file.getvalue()
 
 
-async def test_results_open_as_they_stand_and_can_be_referred_to_like_uploads(made: Fleet, s3_settings: dict[str, Any]) -> None:
-    api, _ = await asyncio.gather(made.api(**s3_settings), made.worker(**s3_settings))
+async def test_results_open_as_they_stand_and_can_be_referred_to_like_uploads(installation: Fleet, s3_settings: dict[str, Any]) -> None:
+    api, _ = await asyncio.gather(installation.api(**s3_settings), installation.worker(**s3_settings))
     assert (await api.call("GET", "/health"))[1]["status"] == "healthy"
     upload = await api.upload(png())
     first = await api.submit("generate_image", {**SMALL, "reference_images": [upload]})
@@ -49,7 +49,7 @@ async def test_results_open_as_they_stand_and_can_be_referred_to_like_uploads(ma
         "image/jpeg",
     ]
     assert (await fetched(f"{api.url}/media/{media['url'].partition('?')[0].partition('/film/')[2]}"))[0] == 404
-    assert not (made.folder / "media").exists()
+    assert not (installation.folder / "media").exists()
 
 
 def test_up_stores_where_its_env_file_says(folder: Path, s3_settings: dict[str, Any]) -> None:
@@ -72,13 +72,13 @@ async def far(bucket: Bucket) -> Any:
         yield between
 
 
-async def cannot_store(made: Fleet, far: R2, settings: dict[str, Any]) -> tuple[Service, Process, TaskId, bytes]:
+async def cannot_store(installation: Fleet, far: R2, settings: dict[str, Any]) -> tuple[Service, Process, TaskId, bytes]:
     """Return an API, a worker, and a task whose file is rendered but cannot be stored."""
     far.answer(503, "SlowDown", put, times=10_000)
-    api, worker = await asyncio.gather(made.api(**settings), made.worker(**settings))
+    api, worker = await asyncio.gather(installation.api(**settings), installation.worker(**settings))
     task_id = TaskId(await api.submit("generate_image", SMALL))
     await asyncio.wait_for(far.happened.wait(), 60)
-    (file,) = (path for path in (made.folder / "spool").glob(f"{PREFIX}{task_id}.*/*") if path.suffix == ".jpg")
+    (file,) = (path for path in (installation.folder / "spool").glob(f"{PREFIX}{task_id}.*/*") if path.suffix == ".jpg")
     return api, worker, task_id, file.read_bytes()
 
 
@@ -87,18 +87,18 @@ def settings_of(far: R2, s3_settings: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_a_worker_that_is_killed_while_the_storage_is_down_costs_no_second_rendering(
-    made: Fleet, far: R2, s3_settings: dict[str, Any]
+    installation: Fleet, far: R2, s3_settings: dict[str, Any]
 ) -> None:
     settings = settings_of(far, s3_settings)
-    api, worker, task_id, rendered = await cannot_store(made, far, settings)
+    api, worker, task_id, rendered = await cannot_store(installation, far, settings)
     worker.send(signal.SIGKILL)
     await worker.ended()
-    after = await made.worker(**settings)
+    after = await installation.worker(**settings)
     far.heal()
     status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 2)
     assert (await fetched(status["result"]["media_url"]))[2] == rendered
-    events = [msgspec.json.decode(each.data) for each in await Queries(made.store.redis).log_after(task_id, None)]
+    events = [msgspec.json.decode(each.data) for each in await Queries(installation.store.redis).log_after(task_id, None)]
     assert {event["stage"] for event in events if event["attempt"] == 2} <= {None, "upload"}
     assert '"child":null' in after.log.read_text()
     # the next task is made as ever
@@ -106,24 +106,24 @@ async def test_a_worker_that_is_killed_while_the_storage_is_down_costs_no_second
 
 
 async def test_the_engine_goes_on_while_the_storage_is_down_and_everything_is_stored_when_it_is_back(
-    made: Fleet, far: R2, s3_settings: dict[str, Any]
+    installation: Fleet, far: R2, s3_settings: dict[str, Any]
 ) -> None:
     settings = settings_of(far, s3_settings)
-    api, worker, first, _ = await cannot_store(made, far, settings)
+    api, worker, first, _ = await cannot_store(installation, far, settings)
     others = [TaskId(await api.submit("generate_image", SMALL)) for _ in range(3)]
-    await eventually(lambda: len(list((made.folder / "spool").glob(f"{PREFIX}*"))) == 4)
+    await eventually(lambda: len(list((installation.folder / "spool").glob(f"{PREFIX}*"))) == 4)
     assert (await api.call("POST", "/projects/film/uploads", data=png()))[0] == 503
     far.heal()
     ended = [await api.ended(task_id) for task_id in (first, *others)]
     assert [(each["status"], each["attempt"]) for each in ended] == [("completed", 1)] * 4
     worker.send(signal.SIGTERM)
     assert await worker.ended() == 0
-    assert list((made.folder / "spool").iterdir()) == []
+    assert list((installation.folder / "spool").iterdir()) == []
 
 
-async def test_a_file_that_somebody_deleted_is_made_again(made: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
-    api, _, task_id, _ = await cannot_store(made, far, settings_of(far, s3_settings))
-    for path in (made.folder / "spool").glob(f"{PREFIX}*"):
+async def test_a_file_that_somebody_deleted_is_made_again(installation: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
+    api, _, task_id, _ = await cannot_store(installation, far, settings_of(far, s3_settings))
+    for path in (installation.folder / "spool").glob(f"{PREFIX}*"):
         shutil.rmtree(path)
     status = await api.until(task_id, "event", "retrying")
     assert "gone" in status["error"]
@@ -131,18 +131,18 @@ async def test_a_file_that_somebody_deleted_is_made_again(made: Fleet, far: R2, 
     assert (await api.ended(task_id))["status"] == "completed"
 
 
-async def test_a_wrong_secret_holds_the_file_until_it_is_mended(made: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
+async def test_a_wrong_secret_holds_the_file_until_it_is_mended(installation: Fleet, far: R2, s3_settings: dict[str, Any]) -> None:
     wrong = {**settings_of(far, s3_settings), "MOVIEQ_R2_SECRET_ACCESS_KEY": "not-the-secret"}
     right = settings_of(far, s3_settings)
-    api, worker = await asyncio.gather(made.api(**right), made.worker(**wrong))
+    api, worker = await asyncio.gather(installation.api(**right), installation.worker(**wrong))
     task_id = await api.submit("generate_image", SMALL)
-    await eventually(lambda: worker.said("upload_failed") > 0)
+    await eventually(lambda: worker.times_logged("upload_failed") > 0)
     told = worker.log.read_text()
     assert "check MOVIEQ_R2_ACCESS_KEY_ID and MOVIEQ_R2_SECRET_ACCESS_KEY" in told
     assert "not-the-secret" not in told
     worker.send(signal.SIGTERM)
     await worker.ended()
-    after = await made.worker(**right)
+    after = await installation.worker(**right)
     assert (await api.ended(task_id))["status"] == "completed"
     assert '"child":null' in after.log.read_text()
 

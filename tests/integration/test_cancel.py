@@ -19,7 +19,7 @@ from movieq.local.embedded import Valkey
 from movieq.queue.connection import _cancellable, connect
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.states import TERMINAL_EVENTS, RunToken, TaskId, TaskStatus
 from tests.arrange import claim as claimed
 from tests.arrange import new_task, raw, result, running
@@ -41,14 +41,14 @@ async def cancel(api: Service, task_id: str) -> tuple[int, Any]:
 # ── How soon ──
 
 
-async def test_a_waiting_task_is_cancelled_at_once(made: Fleet) -> None:
-    api = await made.api()
+async def test_a_waiting_task_is_cancelled_at_once(installation: Fleet) -> None:
+    api = await installation.api()
     status, answer = await cancel(api, await api.submit("generate_image", SMALL))
     assert (status, answer["previous_state"]) == (200, "queued")
-    assert await claimed(made.store) == []
+    assert await claimed(installation.store) == []
 
 
-async def test_a_cancel_reaches_the_worker_before_a_renewal_would_tell_it_and_the_engine_between_two_steps(made: Fleet) -> None:
+async def test_a_cancel_reaches_the_worker_before_a_renewal_would_tell_it_and_the_engine_between_two_steps(installation: Fleet) -> None:
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def held(_: web.Request) -> web.Response:
@@ -56,12 +56,12 @@ async def test_a_cancel_reaches_the_worker_before_a_renewal_would_tell_it_and_th
         await go_on.wait()
         return web.Response()
 
-    async with proxy(made.valkey.socket) as between, serving({"/frame": held}) as url:
-        api, worker = await asyncio.gather(made.api(), made.worker(between.url))
+    async with proxy(installation.valkey.socket) as between, serving({"/frame": held}) as url:
+        api, worker = await asyncio.gather(installation.api(), installation.worker(between.url))
         child = worker.child()
         task_id = await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]})
         await asked.wait()
-        between.hold(script(made.store, "renew"))
+        between.hold(script(installation.store, "renew"))
         await between.happened.wait()  # from now on the worker hears of cancels alone
         await stopped(api, worker, task_id)
         between.release()
@@ -71,19 +71,19 @@ async def test_a_cancel_reaches_the_worker_before_a_renewal_would_tell_it_and_th
         await stopped(api, worker, task_id)
         assert worker.child() == child
         assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
-        assert worker.said("child_killed") == 0
+        assert worker.times_logged("child_killed") == 0
 
 
 async def stopped(api: Service, worker: Process, task_id: str) -> None:
     """Cancel a task, and wait until its worker has stopped the run."""
-    before = worker.said("run_stopped")
+    before = worker.times_logged("run_stopped")
     status, answer = await cancel(api, task_id)
     assert (status, answer["previous_state"]) == (200, "processing")
-    await eventually(lambda: worker.said("run_stopped") > before)
+    await eventually(lambda: worker.times_logged("run_stopped") > before)
 
 
-async def test_an_engine_that_does_not_listen_is_killed_after_the_grace_and_its_slot_takes_the_next_task(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker())
+async def test_an_engine_that_does_not_listen_is_killed_after_the_grace_and_its_slot_takes_the_next_task(installation: Fleet) -> None:
+    api, worker = await asyncio.gather(installation.api(), installation.worker())
     task_id = await api.submit("generate_video", LONG)
     await api.until(task_id, "stage", "frames")
     deaf = worker.child()
@@ -93,11 +93,11 @@ async def test_an_engine_that_does_not_listen_is_killed_after_the_grace_and_its_
     following = await api.submit("generate_image", SMALL)
     await api.until(following, "event", "started")
     assert time.monotonic() - begun >= CANCEL_GRACE_S
-    assert worker.said("child_killed") == 1
+    assert worker.times_logged("child_killed") == 1
     assert not deaf.is_running()
     status = await api.ended(following)
     assert (status["status"], status["attempt"]) == ("completed", 1)
-    assert [entry.type for entry in await ends_of(made.store, task_id)] == ["cancelled"]
+    assert [entry.type for entry in await ends_of(installation.store, task_id)] == ["cancelled"]
 
 
 # ── One end ──
@@ -112,7 +112,7 @@ async def fail(store: Store, task_id: TaskId, run: RunToken) -> None:
 
 
 async def requeue(store: Store, task_id: TaskId, run: RunToken) -> None:
-    await store.requeue(task_id, run, Counts.TRIES, 3, 60_000, "out of memory", "out_of_memory")
+    await store.requeue(task_id, run, Budget.TRIES, 3, 60_000, "out of memory", "out_of_memory")
 
 
 async def run_out(store: Store, task_id: TaskId, run: RunToken) -> None:
@@ -170,29 +170,29 @@ async def test_a_cancel_and_a_claim_at_the_same_time_leave_a_cancelled_task_that
 
 
 @pytest.mark.parametrize("first", ["commit", "cancel"])
-async def test_a_cancel_that_meets_the_commit_of_a_run_makes_one_end_and_one_webhook(made: Fleet, first: str) -> None:
-    async with proxy(made.valkey.socket) as between, receiver() as hook:
-        api, worker = await asyncio.gather(made.api(), made.worker(between.url))
+async def test_a_cancel_that_meets_the_commit_of_a_run_makes_one_end_and_one_webhook(installation: Fleet, first: str) -> None:
+    async with proxy(installation.valkey.socket) as between, receiver() as hook:
+        api, worker = await asyncio.gather(installation.api(), installation.worker(between.url))
         for count in range(1, 4):
             meet = commit_first if first == "commit" else cancel_first
-            task_id = await meet(made, between, api, hook)
-            status = (await found(made.store, task_id)).status
+            task_id = await meet(installation, between, api, hook)
+            status = (await found(installation.store, task_id)).status
             assert status == ("completed" if first == "commit" else "cancelled")
             await are_over(worker, count)
-            assert [entry.type for entry in await ends_of(made.store, task_id)] == [status]
+            assert [entry.type for entry in await ends_of(installation.store, task_id)] == [status]
             _, body = (await hook.wait_for(count))[-1]
             said = msgspec.json.decode(body)
             assert (said["task_id"], said["type"]) == (task_id, f"task.{status}")
-            orphans = {prefix.decode() for prefix in await raw(made.store).zrange(KEYS["orphans"], 0, -1)}
-            files = [path for path in (made.folder / "media").rglob("output.*") if task_id in path.parts]
+            orphans = {prefix.decode() for prefix in await raw(installation.store).zrange(KEYS["orphans"], 0, -1)}
+            files = [path for path in (installation.folder / "media").rglob("output.*") if task_id in path.parts]
             assert [any(prefix in str(path) for prefix in orphans) for path in files] == [status == "cancelled"]
         assert len(hook.requests) == 3
         assert worker.alive
 
 
-async def commit_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
+async def commit_first(installation: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
     """Cancel a task that is committed already, before its worker has received the answer to the commit."""
-    between.hold(script(made.store, "complete"))
+    between.hold(script(installation.store, "complete"))
     task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
     await asyncio.wait_for(between.happened.wait(), 60)
     status, answer = await cancel(api, task_id)
@@ -201,14 +201,14 @@ async def commit_first(made: Fleet, between: Proxy, api: Service, hook: Receiver
     return task_id
 
 
-async def cancel_first(made: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
+async def cancel_first(installation: Fleet, between: Proxy, api: Service, hook: Receiver) -> TaskId:
     """Cancel a task while its commit is on its way to Redis."""
-    between.hold(script(made.store, "report", "uploading_result"))
+    between.hold(script(installation.store, "report", "uploading_result"))
     task_id = TaskId(await api.submit("generate_image", SMALL, callback_url=hook.url))
     await asyncio.wait_for(between.happened.wait(), 60)
     between.freeze()
     between.release()
-    await eventually(lambda: any(task_id in path.parts for path in (made.folder / "media").rglob("output.*")))
+    await eventually(lambda: any(task_id in path.parts for path in (installation.folder / "media").rglob("output.*")))
     assert (await cancel(api, task_id))[0] == 200
     between.thaw()
     return task_id
@@ -216,34 +216,34 @@ async def cancel_first(made: Fleet, between: Proxy, api: Service, hook: Receiver
 
 async def are_over(worker: Process, count: int) -> None:
     """Wait until the worker has ended this many runs."""
-    await eventually(lambda: sum(map(worker.said, ("complete", "run_lost", "run_stopped"))) == count)
+    await eventually(lambda: sum(map(worker.times_logged, ("complete", "run_lost", "run_stopped"))) == count)
 
 
 # ── Nothing is left ──
 
 
-async def test_a_cancelled_task_leaves_nothing_behind_that_an_ended_one_does_not(made: Fleet) -> None:
+async def test_a_cancelled_task_leaves_nothing_behind_that_an_ended_one_does_not(installation: Fleet) -> None:
     async with receiver() as hook:
-        later = await tried_before(made.store, hook.url)
-        api = await made.api()
+        later = await tried_before(installation.store, hook.url)
+        api = await installation.api()
         waiting = await api.submit("generate_image", SMALL, callback_url=hook.url)
         for task_id in (later, waiting):
             assert (await cancel(api, task_id))[1]["previous_state"] == "queued"
-        spool = made.folder / "spool"
-        worker = await made.worker(MOVIEQ_SPOOL=str(spool))
+        spool = installation.folder / "spool"
+        worker = await installation.worker(MOVIEQ_SPOOL=str(spool))
         begun = await api.submit("generate_video", LONG, callback_url=hook.url)
         await api.until(begun, "stage", "frames")
         assert list(spool.rglob(f"{begun}*")) != []
         await cancel(api, begun)
-        await eventually(lambda: worker.said("run_stopped") == 1)
+        await eventually(lambda: worker.times_logged("run_stopped") == 1)
         ended = await api.submit("generate_image", SMALL, callback_url=hook.url)
         await api.ended(ended)
         await hook.wait_for(4)
-        await eventually(lambda: has_delivered(made.store))
-        allowed = await places(made.store, ended)
-        await eventually(lambda: no_more_than(made.store, allowed, later, waiting, begun))
+        await eventually(lambda: has_delivered(installation.store))
+        allowed = await places(installation.store, ended)
+        await eventually(lambda: no_more_than(installation.store, allowed, later, waiting, begun))
         await eventually(lambda: list(spool.rglob(f"{begun}*")) == [])
-        assert [path for path in (made.folder / "media").rglob("*") if begun in path.parts] == []
+        assert [path for path in (installation.folder / "media").rglob("*") if begun in path.parts] == []
 
 
 async def tried_before(store: Store, hook: str) -> TaskId:

@@ -101,11 +101,11 @@ async def test_nothing_starts_on_a_redis_that_evicts_unless_told_to(own: Valkey,
 
 
 async def test_told_to_it_starts_on_a_redis_that_evicts_and_says_so(folder: Path) -> None:
-    async with fleet(folder) as made:
-        await raw(made.store).config_set("maxmemory-policy", "volatile-ttl")
-        api = await made.api(MOVIEQ_ALLOW_EVICTION="true")
+    async with fleet(folder) as installation:
+        await raw(installation.store).config_set("maxmemory-policy", "volatile-ttl")
+        api = await installation.api(MOVIEQ_ALLOW_EVICTION="true")
         assert (await api.call("GET", "/health"))[0] == 200
-        assert "maxmemory-policy volatile-ttl" in made.processes[0].log.read_text()
+        assert "maxmemory-policy volatile-ttl" in installation.processes[0].log.read_text()
 
 
 @pytest.mark.parametrize("denied", [["-info"], ["-config|get"]])
@@ -137,14 +137,14 @@ async def test_a_redis_without_an_append_only_file_is_warned_of(own: Valkey, ask
 
 
 async def test_api_and_worker_say_at_their_start_what_doctor_says(folder: Path) -> None:
-    async with fleet(folder) as made:
-        await raw(made.store).config_set("appendonly", "no")
+    async with fleet(folder) as installation:
+        await raw(installation.store).config_set("appendonly", "no")
         (folder / ".env").write_text("MOVIEQ_CPU_SLOT=2\n")
-        api = await made.api()
-        await made.worker()
-        _, out, _ = await movieq("doctor", folder=folder, MOVIEQ_REDIS_URL=made.valkey.url, MOVIEQ_PUBLIC_URL=api.url)
+        api = await installation.api()
+        await installation.worker()
+        _, out, _ = await movieq("doctor", folder=folder, MOVIEQ_REDIS_URL=installation.valkey.url, MOVIEQ_PUBLIC_URL=api.url)
         (said,) = re.findall(r"Redis disk +(no append-only file and no snapshots.*)", out)
-        for process in made.processes:
+        for process in installation.processes:
             log = process.log.read_text()
             assert said in log
             assert log.count("MOVIEQ_CPU_SLOT (in .env) is not a setting; did you mean MOVIEQ_CPU_SLOTS?") == 1
@@ -353,12 +353,12 @@ async def test_what_is_not_redis_is_named(own: Valkey) -> None:
 
 
 async def test_a_user_of_least_privilege_runs_everything_and_is_not_called_broken(folder: Path) -> None:
-    async with fleet(folder) as made, receiver() as told:
-        redis = raw(made.store)
+    async with fleet(folder) as installation, receiver() as told:
+        redis = raw(installation.store)
         await redis.execute_command(*acl_line())
-        url = as_user(made.valkey)
-        api = await made.api(url)
-        await made.worker(url)
+        url = as_user(installation.valkey)
+        api = await installation.api(url)
+        await installation.worker(url)
         first = await api.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64", "seed": 3}, callback_url=told.url)
         assert (await api.ended(first))["status"] == "completed"
         again = await api.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64", "seed": 3}, callback_url=told.url)
@@ -494,9 +494,9 @@ async def test_doctor_leaves_no_trace_of_its_own_settings(own: Valkey, asked: An
     assert not (folder / "media").exists()
 
 
-async def test_a_worker_and_an_api_of_different_secrets_warn_in_their_logs(made: Fleet) -> None:
-    await made.api(MOVIEQ_SIGNING_SECRET=SECRET)
-    worker = await made.worker(MOVIEQ_SIGNING_SECRET=OTHER)
+async def test_a_worker_and_an_api_of_different_secrets_warn_in_their_logs(installation: Fleet) -> None:
+    await installation.api(MOVIEQ_SIGNING_SECRET=SECRET)
+    worker = await installation.worker(MOVIEQ_SIGNING_SECRET=OTHER)
     log = worker.log.read_text()
     assert "MOVIEQ_SIGNING_SECRET: the api that started last" in log
     assert SECRET not in log

@@ -23,7 +23,7 @@ from movieq import cli
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from tests.arrange import raw
 from tests.arrange import running as claimed
 from tests.fleet import KEY, fleet, python_path
@@ -183,12 +183,14 @@ def test_every_command_has_a_sentence() -> None:
 
 
 async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped(folder: Path) -> None:
-    async with fleet(folder) as made:
-        api = await made.api()
+    async with fleet(folder) as installation:
+        api = await installation.api()
         ids = []
         for _ in range(2):
-            task_id, run = await claimed(made.store)
-            await made.store.requeue(task_id, run, Counts.DEATHS, 1, 0, "killed\n\x1b[2J", "worker_lost", exit_code=-9, stage="frames")
+            task_id, run = await claimed(installation.store)
+            await installation.store.requeue(
+                task_id, run, Budget.DEATHS, 1, 0, "killed\n\x1b[2J", "worker_lost", exit_code=-9, stage="frames"
+            )
             ids.append(task_id)
 
         async def dead(*arguments: str) -> tuple[int, str, str]:
@@ -212,7 +214,7 @@ async def test_dead_letters_are_listed_with_how_they_died_and_retried_or_dropped
         code, out, err = await dead("drop", ids[0], ids[1])  # the first is one no longer
         assert (code, out) == (1, f"{ids[1]}: dropped\n")
         assert f"{ids[0]}: " in err
-        assert await Queries(made.store.redis).dead_letters() == ([], 0)
+        assert await Queries(installation.store.redis).dead_letters() == ([], 0)
         assert [(await api.call("GET", f"/tasks/{task_id}/status"))[1]["status"] for task_id in ids] == ["queued", "failed"]
         code, out, err = await dead("list")
         assert (code, out, err) == (0, "", "no dead letters\n")

@@ -38,7 +38,7 @@ from movieq.local.embedded import Valkey, valkey
 from movieq.queue.keys import KEYS
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.entities import UPLOAD_BYTES, DeliveryKind, DeliveryState
 from movieq.tasks.states import EventType, Priority, RunToken, TaskId, TaskStatus
 from movieq.tasks.wire import Snapshot
@@ -148,7 +148,7 @@ class Proxy:
 @asynccontextmanager
 async def proxy(port: int) -> AsyncIterator[Proxy]:
     """Yield a proxy for the block."""
-    made = Proxy(port)
+    proxy = Proxy(port)
     handlers: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -156,16 +156,16 @@ async def proxy(port: int) -> AsyncIterator[Proxy]:
         assert task is not None
         handlers.add(task)
         try:
-            await made.serve(reader, writer)
+            await proxy.serve(reader, writer)
         except asyncio.CancelledError:  # the end of the test; asyncio would report it
             pass
         finally:
             handlers.discard(task)
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
-        yield made
+        yield proxy
     finally:
         server.close()
         for task in list(handlers):
@@ -397,7 +397,7 @@ async def test_an_end_that_was_followed_by_a_retry_is_not_the_end(client: Client
 async def test_a_run_that_is_given_back_goes_on(client: Client, store: Store) -> None:
     task_id = (await client.submit("film", "generate_image", LAMP)).task_id
     (first,) = await claim(store)
-    await store.requeue(task_id, first.run, Counts.TRIES, 3, 0, "the network was away", "network")
+    await store.requeue(task_id, first.run, Budget.TRIES, 3, 0, "the network was away", "network")
     following = asyncio.ensure_future(all_of(client.events(task_id)))
     await store.tidy()
     (second,) = await claim(store)

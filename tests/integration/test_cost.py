@@ -12,7 +12,7 @@ import pytest
 from movieq.queue import store as store_module
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId
 from tests.arrange import claim, later, new_task, now_ms, raw, result, running
 from workers import running as running_module
@@ -60,7 +60,7 @@ async def fail(store: Store, task_id: TaskId, run: RunToken) -> None:
 
 
 async def give_back(store: Store, task_id: TaskId, run: RunToken) -> None:
-    await store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")
+    await store.requeue(task_id, run, Budget.TRIES, 3, 0, "it broke", "network")
 
 
 async def cancel(store: Store, task_id: TaskId, run: RunToken) -> None:

@@ -14,7 +14,7 @@ from movieq.errors import InvalidState, NotFound, RunLost
 from movieq.queue.keys import KEYS
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Slot, Store
+from movieq.queue.store import Budget, Slot, Store
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import STATES, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, claim, new_task, raw, result, running
@@ -36,9 +36,9 @@ async def busy(store: Store) -> dict[bytes, bytes]:
         await store.submit(new_task(task_id=IDS[name], fingerprint=name, idempotency=name, body_hash="b", **hook))
     runs = {c.task.task_id: c.run for c in await store.claim("w1", "first", CPU * 6)}
     await store.complete(IDS["completed"], runs[IDS["completed"]], result(), "http://127.0.0.1:1/cms")
-    await store.requeue(IDS["failed"], runs[IDS["failed"]], Counts.DEATHS, 1, 0, "it died", "worker_lost", exit_code=-9, stage="decode")
+    await store.requeue(IDS["failed"], runs[IDS["failed"]], Budget.DEATHS, 1, 0, "it died", "worker_lost", exit_code=-9, stage="decode")
     await store.cancel(IDS["cancelled"])
-    await store.requeue(IDS["delayed"], runs[IDS["delayed"]], Counts.TRIES, 3, 1, "it broke", "network")
+    await store.requeue(IDS["delayed"], runs[IDS["delayed"]], Budget.TRIES, 3, 1, "it broke", "network")
     prefix = "projects/film/image/t/r"
     for name in ("processing", "reaped"):
         await store.report(IDS[name], runs[IDS[name]], 0.5, "generating_image", step=1, steps=2, prefix=prefix, gpu=(1.0, 1.0))
@@ -109,7 +109,7 @@ async def all_verbs(store: Store) -> None:
         lambda: Outbox(store.redis).resend(IDS["completed"], f"{IDS['completed']}-2"),
         *(lambda id=id: store.retry(id) for id in IDS.values()),
         *(lambda id=id: store.cancel(id) for id in (IDS["delayed"], IDS["failed"], IDS["batched"])),
-        lambda: store.requeue(IDS["reaped"], reaped, Counts.TRIES, 3, 0, "it broke", "network"),
+        lambda: store.requeue(IDS["reaped"], reaped, Budget.TRIES, 3, 0, "it broke", "network"),
         lambda: store.fail(task, run, "it broke", "internal"),
         lambda: store.claim("w3", f"n{next(_nonces)}", CPU * 3),
         lambda: store.complete(task, run, result()),
@@ -235,7 +235,7 @@ async def test_a_record_that_cannot_be_read_is_claimed_as_unknown_and_can_be_giv
     await raw(store).hset(KEYS["task"] + task.task_id, "result", "{")
     (claimed,) = await store.claim("w1", "nonce", [Slot((Kind.CPU_INTENSIVE,))])
     assert (claimed.task.task_id, claimed.task.status, claimed.task.project_id) == (task.task_id, TaskStatus.UNKNOWN, "film")
-    assert await store.requeue(task.task_id, claimed.run, Counts.TRIES, 1, 0, "unreadable", "internal") is TaskStatus.FAILED
+    assert await store.requeue(task.task_id, claimed.run, Budget.TRIES, 1, 0, "unreadable", "internal") is TaskStatus.FAILED
 
 
 @pytest.fixture

@@ -61,37 +61,37 @@ async def tries(store: Store, task_id: str) -> int:
 async def test_after_three_tasks_failed_in_a_row_the_device_takes_nothing_before_it_passes_a_self_test(folder: Path) -> None:
     mark, path = sick(folder)
     mark.touch()
-    async with fleet(folder / "fleet") as made:
-        api = await made.api()
+    async with fleet(folder / "fleet") as installation:
+        api = await installation.api()
         task_ids = [await api.submit("generate_image", SMALL, project=f"p{number}") for number in range(FAILURES + 4)]
-        worker = await made.worker(PYTHONPATH=path)
-        said = await row(made.store, problem=True)
+        worker = await installation.worker(PYTHONPATH=path)
+        said = await row(installation.store, problem=True)
         assert said.queues == []
-        await eventually(lambda: worker.said("child_failed") > 1, 60)  # the self-test fails too
+        await eventually(lambda: worker.times_logged("child_failed") > 1, 60)  # the self-test fails too
         # one that was to come next when the third failed is handed back uncounted
-        tried = [task_id for task_id in task_ids if await tries(made.store, task_id)]
+        tried = [task_id for task_id in task_ids if await tries(installation.store, task_id)]
         assert len(tried) == FAILURES
         mark.unlink()
         for task_id in task_ids:
             ended = await api.ended(task_id)
             assert ended["status"] == "completed", ended
-            assert await tries(made.store, task_id) == (1 if task_id in tried else 0)
-        assert worker.said("device_problem_over") == 1
-        assert (await row(made.store, problem=False)).queues
+            assert await tries(installation.store, task_id) == (1 if task_id in tried else 0)
+        assert worker.times_logged("device_problem_over") == 1
+        assert (await row(installation.store, problem=False)).queues
         for task_id in tried:
-            for entry in await Queries(made.store.redis).log_after(task_id, None):
+            for entry in await Queries(installation.store.redis).log_after(task_id, None):
                 assert b"RuntimeError" not in entry.data
 
 
 async def test_deaths_of_different_tasks_are_such_failures_too(folder: Path) -> None:
     mark, path = sick(folder)
     mark.touch()
-    async with fleet(folder / "fleet") as made:
-        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=path))
+    async with fleet(folder / "fleet") as installation:
+        api, worker = await asyncio.gather(installation.api(), installation.worker(PYTHONPATH=path))
         task_ids = [
             await api.submit("generate_image", {**SMALL, "prompt": "at once"}, project=f"p{number}") for number in range(FAILURES + 2)
         ]
-        await eventually(lambda: worker.said("device_problem") == 1)
+        await eventually(lambda: worker.times_logged("device_problem") == 1)
         mark.unlink()
         for task_id in task_ids:
             assert (await api.ended(task_id))["status"] == "completed"
@@ -100,11 +100,11 @@ async def test_deaths_of_different_tasks_are_such_failures_too(folder: Path) -> 
 async def test_one_task_that_fails_three_times_does_not_make_its_device_suspect(folder: Path) -> None:
     mark, path = sick(folder)
     mark.touch()
-    async with fleet(folder / "fleet") as made:
-        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=path))
+    async with fleet(folder / "fleet") as installation:
+        api, worker = await asyncio.gather(installation.api(), installation.worker(PYTHONPATH=path))
         ended = await api.ended(await api.submit("generate_image", SMALL))
         assert (ended["status"], ended["error"]) == ("failed", "the animatic engine failed: cannot open libsick.so.6: wrong magic")
-        assert worker.said("device_problem") == 0
+        assert worker.times_logged("device_problem") == 0
 
 
 UNFIT = f"""
@@ -120,11 +120,11 @@ async def test_an_unfit_gpu_stops_neither_the_cpu_nor_the_worker_which_says_so(f
     library.mkdir()
     (library / "pynvml.py").write_text("nvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n")
     (library / "sitecustomize.py").write_text(UNFIT)
-    async with fleet(folder / "fleet") as made:
-        api, worker = await asyncio.gather(made.api(), made.worker(PYTHONPATH=python_path(library)))
-        gpu = await row(made.store, problem=True)
+    async with fleet(folder / "fleet") as installation:
+        api, worker = await asyncio.gather(installation.api(), installation.worker(PYTHONPATH=python_path(library)))
+        gpu = await row(installation.store, problem=True)
         assert (gpu.device, gpu.queues, gpu.problem) == ("cuda:0", [], "its engine cannot work on it")
-        assert (await row(made.store, problem=False)).queues == [Kind.CPU_INTENSIVE]
+        assert (await row(installation.store, problem=False)).queues == [Kind.CPU_INTENSIVE]
         assert (await api.ended(await api.submit("generate_image", {**SMALL, "model": "animatic"})))["status"] == "completed"
         assert worker.alive
         _, health = await api.call("GET", "/tasks/health")

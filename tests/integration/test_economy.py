@@ -9,7 +9,7 @@ import pytest
 
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Claimed, Counts, NewTask, Slot, Store
+from movieq.queue.store import Budget, Claimed, NewTask, Slot, Store
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import new_task, raw, result
 
@@ -142,4 +142,4 @@ async def ended(store: Store, task_id: TaskId, run: RunToken, how: str) -> None:
     if how == "complete":
         await store.complete(task_id, run, result())
     else:
-        assert await store.requeue(task_id, run, Counts.DRAIN, 0, 60_000, "", "") is TaskStatus.QUEUED
+        assert await store.requeue(task_id, run, Budget.DRAIN, 0, 60_000, "", "") is TaskStatus.QUEUED

@@ -13,7 +13,7 @@ import pytest
 
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Claimed, Counts, Slot, Store
+from movieq.queue.store import Budget, Claimed, Slot, Store
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from tests.arrange import CPU, new_task, raw, result, running
 from workers.finished import MANIFEST, PREFIX, FinishedFiles
@@ -26,7 +26,7 @@ NOBODY: list[Slot] = []
 # ── What is offered to whom ──
 
 
-async def made(store: Store, host: str = "a", **fields: Any) -> tuple[TaskId, RunToken]:
+async def saved(store: Store, host: str = "a", **fields: Any) -> tuple[TaskId, RunToken]:
     """Return a task whose finished files lie on this host, and its run."""
     task_id, run = await running(store, **fields)
     await store.report(task_id, run, 0.95, "uploading_result", stage="upload", prefix="p/run", host=host, rendered_ms=700)
@@ -35,7 +35,7 @@ async def made(store: Store, host: str = "a", **fields: Any) -> tuple[TaskId, Ru
 
 async def reaped(store: Store, **fields: Any) -> TaskId:
     """Return such a task after the lease of its worker has expired."""
-    task_id, _ = await made(store, **fields)
+    task_id, _ = await saved(store, **fields)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
     assert (await store.tidy()).reaped == 1
     return task_id
@@ -90,7 +90,7 @@ async def test_a_task_that_was_cancelled_meanwhile_is_not_offered(store: Store) 
 
 
 async def test_a_run_that_comes_back_before_anybody_else_began_has_it_again(store: Store) -> None:
-    task_id, run = await made(store)
+    task_id, run = await saved(store)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
     await store.tidy()
     assert await store.renew("w1", [], [(task_id, run)], has_gpu=False) == ([], [])
@@ -99,11 +99,11 @@ async def test_a_run_that_comes_back_before_anybody_else_began_has_it_again(stor
 
 
 async def test_what_is_handed_back_goes_to_its_host_at_once_and_what_failed_when_its_pause_is_over(store: Store) -> None:
-    task_id, run = await made(store)
-    await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+    task_id, run = await saved(store)
+    await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
     (claimed,) = await claimed_by(store, "a")
     await store.report(task_id, claimed.run, 0.95, "uploading_result", host="a", rendered_ms=0)
-    await store.requeue(task_id, claimed.run, Counts.TRIES, 3, 60_000, "the key holds other bytes", "storage")
+    await store.requeue(task_id, claimed.run, Budget.TRIES, 3, 60_000, "the key holds other bytes", "storage")
     assert await claimed_by(store, "a") == []
     await raw(store).zincrby(KEYS["offered"] + "a", -60_000, task_id)
     assert len(await claimed_by(store, "a")) == 1
@@ -112,12 +112,12 @@ async def test_what_is_handed_back_goes_to_its_host_at_once_and_what_failed_when
 async def test_who_finds_nothing_there_leaves_the_task_to_anybody(store: Store) -> None:
     task_id = await reaped(store)
     (claimed,) = await claimed_by(store, "a")
-    await store.requeue(task_id, claimed.run, Counts.DRAIN, 0, 0, "its worker had no free slot", "worker_lost")
+    await store.requeue(task_id, claimed.run, Budget.DRAIN, 0, 0, "its worker had no free slot", "worker_lost")
     assert len(await claimed_by(store, "b", CPU)) == 1
 
 
 async def test_a_task_has_a_day_to_store_its_files_then_it_fails_and_a_retry_is_offered_to_the_host(store: Store) -> None:
-    task_id, _ = await made(store, max_ms=1000)
+    task_id, _ = await saved(store, max_ms=1000)
     assert await score(store, "deadlines", task_id) - await now_ms(store) == pytest.approx(86_400_000, abs=2_000)
     await raw(store).zadd(KEYS["deadlines"], {task_id: 1})
     await store.tidy()
@@ -130,7 +130,7 @@ async def test_a_task_has_a_day_to_store_its_files_then_it_fails_and_a_retry_is_
 
 
 async def test_the_wait_for_a_storage_counts_neither_as_time_that_such_tasks_take_nor_against_the_project(store: Store) -> None:
-    task_id, run = await made(store)
+    task_id, run = await saved(store)
     await raw(store).hincrby(KEYS["task"] + task_id, "started_at_ms", -3_600_000)
     await store.complete(task_id, run, result())
     other = await reaped(store)
@@ -146,12 +146,12 @@ async def test_the_wait_for_a_storage_counts_neither_as_time_that_such_tasks_tak
 
 def out(folder: Path) -> tuple[Path, Done]:
     """Return the folder and the output of an engine."""
-    made = folder / "spool" / "out"
-    made.mkdir(parents=True)
-    (made / "clip.mp4").write_bytes(b"clip")
-    (made / "poster.jpg").write_bytes(b"poster")
-    files = (Produced(str(made / "clip.mp4"), "output", "video/mp4"), Produced(str(made / "poster.jpg"), "poster", "image/jpeg"))
-    return made, Done(RUN, files, {"seed": 7})
+    out_dir = folder / "spool" / "out"
+    out_dir.mkdir(parents=True)
+    (out_dir / "clip.mp4").write_bytes(b"clip")
+    (out_dir / "poster.jpg").write_bytes(b"poster")
+    files = (Produced(str(out_dir / "clip.mp4"), "output", "video/mp4"), Produced(str(out_dir / "poster.jpg"), "poster", "image/jpeg"))
+    return out_dir, Done(RUN, files, {"seed": 7})
 
 
 def test_what_is_kept_is_found_by_its_task_with_all_that_was_said_of_it(folder: Path) -> None:
@@ -185,8 +185,8 @@ def test_what_is_not_whole_or_not_ours_is_not_found(folder: Path, damage: str) -
 
 
 def test_where_nothing_can_be_kept_the_run_goes_on_with_what_it_has(folder: Path) -> None:
-    made, done = out(folder)
-    finished = FinishedFiles(folder / "no-such-folder").save(TASK, RUN, made, done)
+    out_dir, done = out(folder)
+    finished = FinishedFiles(folder / "no-such-folder").save(TASK, RUN, out_dir, done)
     assert (finished.folder, finished.done) == (None, done)
 
 

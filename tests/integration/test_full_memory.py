@@ -36,14 +36,14 @@ async def refused(store: Store, kwargs: bytes) -> bool:
 
 
 async def test_with_a_full_memory_tasks_complete_and_are_cancelled_and_delivered(folder: Path) -> None:
-    async with fleet(folder) as made, receiver(500, 200) as hook:
-        api = await made.api()
-        await made.worker()
+    async with fleet(folder) as installation, receiver(500, 200) as hook:
+        api = await installation.api()
+        await installation.worker()
         task_id = await api.submit("generate_video", RUNNING, callback_url=hook.url)
         next_id = await api.submit("generate_image", SMALL)
         dropped = await api.submit("generate_image", SMALL, callback_url=hook.url)
         await api.until(task_id, "stage", "frames")
-        await raw(made.store).config_set("maxmemory", 1)
+        await raw(installation.store).config_set("maxmemory", 1)
         status, headers, answer = await submitted(api)
         assert (status, answer["error"], "Retry-After" in headers) == (503, "unavailable", True)
         assert "memory is full" in answer["message"]
@@ -52,17 +52,17 @@ async def test_with_a_full_memory_tasks_complete_and_are_cancelled_and_delivered
             assert (await api.ended(each))["status"] == "completed"
         told = [json.loads(body) for _, body in await hook.wait_for(3, 60)]  # the first was answered with a 500, and comes again
         assert {(each["task_id"], each["status"]) for each in told} == {(task_id, "completed"), (dropped, "cancelled")}
-        await eventually(lambda: over(made.store, "deliveries"))
-        assert (await raw(made.store).info("memory"))["maxmemory"] == 1
+        await eventually(lambda: over(installation.store, "deliveries"))
+        assert (await raw(installation.store).info("memory"))["maxmemory"] == 1
 
 
 async def test_a_worker_that_starts_while_the_memory_is_full_works_off_what_is_there(folder: Path) -> None:
-    async with fleet(folder) as made, receiver() as hook:
-        api = await made.api()
+    async with fleet(folder) as installation, receiver() as hook:
+        api = await installation.api()
         task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
         failing = await api.submit("generate_image", {"reference_images": ["upload:none"]})
-        await raw(made.store).config_set("maxmemory", 1)
-        worker = await made.worker()
+        await raw(installation.store).config_set("maxmemory", 1)
+        worker = await installation.worker()
         assert (await api.ended(task_id))["status"] == "completed"
         assert (await api.ended(failing))["status"] == "failed"
         assert len(await hook.wait_for(1)) == 1
@@ -70,19 +70,19 @@ async def test_a_worker_that_starts_while_the_memory_is_full_works_off_what_is_t
 
 
 async def test_a_run_whose_engine_dies_is_tried_again_while_the_memory_is_full(folder: Path) -> None:
-    async with fleet(folder) as made:
-        api, worker = await asyncio.gather(made.api(), made.worker())
+    async with fleet(folder) as installation:
+        api, worker = await asyncio.gather(installation.api(), installation.worker())
         task_id = await api.submit("generate_video", RUNNING)
         await api.until(task_id, "stage", "frames")
-        await raw(made.store).config_set("maxmemory", 1)
+        await raw(installation.store).config_set("maxmemory", 1)
         worker.child().kill()
         status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 2)
 
 
 async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(folder: Path) -> None:
-    async with fleet(folder) as made:
-        store = made.store
+    async with fleet(folder) as installation:
+        store = installation.store
         redis = raw(store)
         padding = msgspec.msgpack.encode({"task_data": {"prompt": "x" * 20_000}})
         await redis.config_set("maxmemory", (await redis.info("memory"))["used_memory"] + 4 * 1024 * 1024)
@@ -93,7 +93,7 @@ async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(fold
                 await store.fail(each.task.task_id, each.run, "it broke", "internal")
                 ended.append(each.task.task_id)
         assert await refused(store, padding)
-        await made.worker(MOVIEQ_KEEP_TASKS_DAYS="0.00001", MOVIEQ_QUEUES="gpu_heavy")
+        await installation.worker(MOVIEQ_KEEP_TASKS_DAYS="0.00001", MOVIEQ_QUEUES="gpu_heavy")
 
         async def swept() -> bool:
             return not await Queries(store.redis).tasks(ended)
@@ -104,8 +104,8 @@ async def test_memory_that_was_full_is_there_again_when_what_ended_is_swept(fold
 
 @pytest.mark.parametrize("command", ["hset", "zadd", "set", "setex", "psetex", "incr", "zincrby"])
 async def test_what_a_worker_writes_beside_its_scripts_is_not_refused(folder: Path, command: str) -> None:
-    async with fleet(folder) as made:
-        redis = raw(made.store)
+    async with fleet(folder) as installation:
+        redis = raw(installation.store)
         arguments: dict[str, tuple[Any, ...]] = {
             **{"hset": ("a", "b"), "zadd": ({"a": 1},), "set": ("a",), "setex": (9, "a"), "psetex": (9000, "a"), "incr": ()},
             "zincrby": (1, "a"),

@@ -24,7 +24,7 @@ from movieq.tasks.states import RunToken, TaskId, TaskStatus
 from tests.arrange import raw
 from tests.fleet import Fleet, eventually, fleet
 from tests.service import Service
-from workers.faults import host_problem, said, without_paths
+from workers.faults import host_problem, public_message, without_paths
 from workers.host import FLOOR_BYTES, UPLOADS_MOST, Host, examine
 from workers.spool import spool
 
@@ -60,20 +60,22 @@ async def healed(store: Store, count: int) -> None:
     await eventually(taking)
 
 
-async def all_done_uncounted(made: Fleet, task_ids: list[str]) -> None:
+async def all_done_uncounted(installation: Fleet, task_ids: list[str]) -> None:
     """Assert that every task completes, and that nothing counts against it."""
     for task_id in task_ids:
 
         async def ended(task_id: str = task_id) -> bool:
-            task = await Queries(made.store.redis).task(TaskId(task_id))
+            task = await Queries(installation.store.redis).task(TaskId(task_id))
             return task is not None and task.status.ended
 
         await eventually(ended, 90)
-        task = await Queries(made.store.redis).task(TaskId(task_id))
+        task = await Queries(installation.store.redis).task(TaskId(task_id))
         assert task is not None
-        assert task.status is TaskStatus.COMPLETED, (task.error, *[process.log.read_text()[-1500:] for process in made.processes])
-        logged = [entry.data for entry in await Queries(made.store.redis).log_after(TaskId(task_id), None) if entry.type == "retrying"]
-        assert await raw(made.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"]), logged
+        assert task.status is TaskStatus.COMPLETED, (task.error, *[process.log.read_text()[-1500:] for process in installation.processes])
+        logged = [
+            entry.data for entry in await Queries(installation.store.redis).log_after(TaskId(task_id), None) if entry.type == "retrying"
+        ]
+        assert await raw(installation.store).hmget(KEYS["task"] + task_id, "tries", "deaths") in ([None, None], [b"0", b"0"]), logged
 
 
 async def submitted(api: Service, count: int = TASKS, **data: Any) -> list[str]:
@@ -97,23 +99,23 @@ async def test_a_full_spool_sends_its_tasks_to_a_healthy_worker_and_takes_work_a
     folder: Path, disk: tuple[Path, Callable[[str], None]], leave: int
 ) -> None:
     place, _ = disk
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(place / "spool")))
-        await healed(made.store, 1)
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker(MOVIEQ_SPOOL=str(place / "spool")))
+        await healed(installation.store, 1)
         filler = fill(place, leave)
         task_ids = await submitted(api)
-        (row,) = await problem_of(made.store)
+        (row,) = await problem_of(installation.store)
         assert "its disk is full" in str(row.problem)
         assert row.queues == []
         status, health = await api.call("GET", "/tasks/health")
         assert status == 200
         assert "its disk is full" in next(alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem")
-        await made.worker()
-        await all_done_uncounted(made, task_ids)
+        await installation.worker()
+        await all_done_uncounted(installation, task_ids)
         filler.unlink()
-        await eventually(lambda: bad.said("worker_problem_over") > 0)
-        await healed(made.store, 2)
-        assert await no_path_in_any_event(made, task_ids)
+        await eventually(lambda: bad.times_logged("worker_problem_over") > 0)
+        await healed(installation.store, 2)
+        assert await no_path_in_any_event(installation, task_ids)
 
 
 async def problem_of(store: Store) -> list[WorkerStatus]:
@@ -127,11 +129,11 @@ async def problem_of(store: Store) -> list[WorkerStatus]:
     return found
 
 
-async def no_path_in_any_event(made: Fleet, task_ids: list[str]) -> bool:
+async def no_path_in_any_event(installation: Fleet, task_ids: list[str]) -> bool:
     """Assert that no event of these tasks contains a path of this machine."""
     for task_id in task_ids:
-        for entry in await Queries(made.store.redis).log_after(task_id, None):
-            assert str(made.folder).encode() not in entry.data, entry.data
+        for entry in await Queries(installation.store.redis).log_after(task_id, None):
+            assert str(installation.folder).encode() not in entry.data, entry.data
             assert b"Errno" not in entry.data, entry.data
     return True
 
@@ -140,17 +142,17 @@ async def test_a_disk_that_fills_while_a_clip_is_encoded_costs_the_clip_no_try(
     folder: Path, disk: tuple[Path, Callable[[str], None]]
 ) -> None:
     place, _ = disk
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(place / "spool")))
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker(MOVIEQ_SPOOL=str(place / "spool")))
         (task_id,) = await submitted(api, 1, duration=4, fps=24, resolution="640x360")
         await api.until(task_id, "stage", "frames")
         filler = fill(place, 0)
-        (row,) = await problem_of(made.store)
+        (row,) = await problem_of(installation.store)
         assert "its disk is full" in str(row.problem)
         filler.unlink()
-        await all_done_uncounted(made, [task_id])
-        await eventually(lambda: bad.said("worker_problem_over") > 0)
-        assert await no_path_in_any_event(made, [task_id])
+        await all_done_uncounted(installation, [task_id])
+        await eventually(lambda: bad.times_logged("worker_problem_over") > 0)
+        assert await no_path_in_any_event(installation, [task_id])
 
 
 @pytest.mark.parametrize("damage", ["read-only", "gone", "a file"])
@@ -159,9 +161,9 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
 ) -> None:
     place, remount = disk
     home = place / "spool"
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker(MOVIEQ_SPOOL=str(home)))
-        await healed(made.store, 1)
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker(MOVIEQ_SPOOL=str(home)))
+        await healed(installation.store, 1)
         match damage:
             case "read-only":
                 remount("ro")
@@ -172,27 +174,27 @@ async def test_a_spool_that_cannot_be_written_to_is_the_machines_fault_too(
                 home.write_text("not a folder")
         task_ids = await submitted(api, 4)
         if damage != "gone":  # what is gone is made anew, so soon that no row says so
-            assert await problem_of(made.store)
-        await made.worker()
-        await all_done_uncounted(made, task_ids)
+            assert await problem_of(installation.store)
+        await installation.worker()
+        await all_done_uncounted(installation, task_ids)
         match damage:
             case "read-only":
                 remount("rw")
             case "a file":
                 home.unlink()
-        await eventually(lambda: bad.said("worker_problem_over") > 0)
-        await healed(made.store, 2)
-        assert await no_path_in_any_event(made, task_ids)
+        await eventually(lambda: bad.times_logged("worker_problem_over") > 0)
+        await healed(installation.store, 2)
+        assert await no_path_in_any_event(installation, task_ids)
 
 
 async def test_a_run_whose_folder_is_removed_while_it_works_costs_no_try(folder: Path) -> None:
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker())
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker())
         (task_id,) = await submitted(api, 1, duration=4, fps=24, resolution="640x360")
         for attempt in (1, 2, 3):
 
             async def drawing(attempt: int = attempt) -> bool:
-                task = await Queries(made.store.redis).task(TaskId(task_id))
+                task = await Queries(installation.store.redis).task(TaskId(task_id))
                 assert task is not None
                 assert not task.status.ended, (task.error, bad.log.read_text()[-3000:])
                 return (task.attempt, task.stage) == (attempt, "frames")
@@ -200,33 +202,33 @@ async def test_a_run_whose_folder_is_removed_while_it_works_costs_no_try(folder:
             await eventually(drawing, 90)
             for place in (folder / "spool").glob(f"movieq-spool-*/{task_id}-*"):
                 shutil.rmtree(place, ignore_errors=True)
-        await all_done_uncounted(made, [task_id])
-        assert await no_path_in_any_event(made, [task_id])
+        await all_done_uncounted(installation, [task_id])
+        assert await no_path_in_any_event(installation, [task_id])
 
 
 async def test_a_worker_that_may_not_write_large_files_hands_its_tasks_to_others(folder: Path) -> None:
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker())
-        await healed(made.store, 1)
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker())
+        await healed(installation.store, 1)
         processes = psutil.Process(bad.popen.pid), bad.child()
         before = processes[0].rlimit(resource.RLIMIT_FSIZE)
         for process in processes:
             process.rlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         task_ids = await submitted(api, 4)
-        (row,) = await problem_of(made.store)
+        (row,) = await problem_of(installation.store)
         assert row.problem == "it may not write files of this size"
-        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
-        await all_done_uncounted(made, task_ids)
+        await installation.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await all_done_uncounted(installation, task_ids)
         for process in processes:
             process.rlimit(resource.RLIMIT_FSIZE, before)
-        await healed(made.store, 2)
-        assert await no_path_in_any_event(made, task_ids)
+        await healed(installation.store, 2)
+        assert await no_path_in_any_event(installation, task_ids)
 
 
 async def test_a_worker_whose_spool_cannot_be_made_ends_with_the_cure(folder: Path) -> None:
     (folder / "file").write_text("")
-    async with fleet(folder) as made:
-        worker = made.start("worker", "", [], {"MOVIEQ_SPOOL": str(folder / "file" / "spool")})
+    async with fleet(folder) as installation:
+        worker = installation.start("worker", "", [], {"MOVIEQ_SPOOL": str(folder / "file" / "spool")})
         assert await worker.ended() == 1
         assert "MOVIEQ_SPOOL" in worker.log.read_text()
         assert "Traceback" not in worker.log.read_text()
@@ -237,15 +239,15 @@ async def test_a_worker_whose_storage_refuses_its_files_says_so_and_takes_no_mor
     folder: Path, disk: tuple[Path, Callable[[str], None]], damage: str
 ) -> None:
     place, remount = disk
-    async with fleet(folder) as made:
-        bad = await made.worker(MOVIEQ_STORAGE=str(place))
-        await healed(made.store, 1)
+    async with fleet(folder) as installation:
+        bad = await installation.worker(MOVIEQ_STORAGE=str(place))
+        await healed(installation.store, 1)
         filler = fill(place, 0)
         if damage == "read-only":
             remount("ro")
-        api = await made.api()
+        api = await installation.api()
         task_ids = await pictures(api, 16)
-        (row,) = await problem_of(made.store)
+        (row,) = await problem_of(installation.store)
         why = "Read-only file system" if damage == "read-only" else "No space left on device"
         assert row.problem == f"its finished files cannot be stored: {why}"
         assert row.queues == []
@@ -253,37 +255,39 @@ async def test_a_worker_whose_storage_refuses_its_files_says_so_and_takes_no_mor
         assert status == 200
         assert why in next(alert["message"] for alert in health["alerts"] if alert["code"] == "worker_problem")
         waiting = [
-            task for task in await Queries(made.store.redis).tasks([TaskId(each) for each in task_ids]) if task.status is TaskStatus.QUEUED
+            task
+            for task in await Queries(installation.store.redis).tasks([TaskId(each) for each in task_ids])
+            if task.status is TaskStatus.QUEUED
         ]
         assert len(waiting) >= 16 - UPLOADS_MOST - 4  # those, and what was in hand when the fourth was refused
-        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
-        await completed(made.store, [task.task_id for task in waiting])
+        await installation.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await completed(installation.store, [task.task_id for task in waiting])
         if damage == "read-only":
             remount("rw")
         filler.unlink()
-        await all_done_uncounted(made, task_ids)
-        assert bad.said("worker_problem_over") > 0
-        await healed(made.store, 2)
-        assert await no_path_in_any_event(made, task_ids)
+        await all_done_uncounted(installation, task_ids)
+        assert bad.times_logged("worker_problem_over") > 0
+        await healed(installation.store, 2)
+        assert await no_path_in_any_event(installation, task_ids)
 
 
 async def test_a_worker_that_can_open_no_more_files_hands_its_tasks_to_others_uncounted(folder: Path) -> None:
-    async with fleet(folder) as made:
-        api, bad = await asyncio.gather(made.api(), made.worker())
-        await healed(made.store, 1)
+    async with fleet(folder) as installation:
+        api, bad = await asyncio.gather(installation.api(), installation.worker())
+        await healed(installation.store, 1)
         process = psutil.Process(bad.popen.pid)
         before = process.rlimit(resource.RLIMIT_NOFILE)
         process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 1, before[1]))
         task_ids = await pictures(api, 12)
-        (row,) = await problem_of(made.store)
+        (row,) = await problem_of(installation.store)
         assert row.problem == "it has too many files open"
         assert row.queues == []
-        await made.worker(MOVIEQ_SPOOL=str(folder / "another"))
-        await all_done_uncounted(made, task_ids)
-        assert await rows(made.store, with_problem=True)
+        await installation.worker(MOVIEQ_SPOOL=str(folder / "another"))
+        await all_done_uncounted(installation, task_ids)
+        assert await rows(installation.store, with_problem=True)
         process.rlimit(resource.RLIMIT_NOFILE, before)
-        await healed(made.store, 2)
-        assert await no_path_in_any_event(made, task_ids)
+        await healed(installation.store, 2)
+        assert await no_path_in_any_event(installation, task_ids)
 
 
 async def pictures(api: Service, count: int) -> list[str]:
@@ -367,7 +371,7 @@ def test_what_is_the_machines_fault_is_told_from_the_tasks(error: Exception, pro
 
 
 def test_what_clients_read_of_an_error_names_no_path_and_no_class() -> None:
-    assert said(OSError(errno.ENOSPC, "No space left on device", "/var/spool/x")) == "No space left on device"
+    assert public_message(OSError(errno.ENOSPC, "No space left on device", "/var/spool/x")) == "No space left on device"
     assert without_paths("cannot read /var/lib/movieq/media/a/b.mp4: gone", "/var/lib/movieq") == "cannot read b.mp4: gone"
     assert (
         without_paths("https://a.example/var/lib/movieq/x is no picture", "/var/lib/movieq")

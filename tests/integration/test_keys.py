@@ -28,8 +28,8 @@ async def test_a_key_is_shown_once_kept_as_a_hash_and_can_be_taken_back(
     server: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_cache, "CACHE_S", 0)
-    made = movieq(server, "create", "--project", "film", "--scope", "read")
-    key = made.stdout.strip()
+    created = movieq(server, "create", "--project", "film", "--scope", "read")
+    key = created.stdout.strip()
     keys = KeyCache({}, ApiKeys(store.redis))
     assert await keys.grant(key_hash(key)) == Grant(frozenset({"film"}), frozenset({Scope.READ}))
     listed = movieq(server, "list").stdout

@@ -10,7 +10,7 @@ from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries, Stranded
 from movieq.queue.records import Able
 from movieq.queue.repair import inconsistencies
-from movieq.queue.store import Claimed, Counts, Slot, Store
+from movieq.queue.store import Budget, Claimed, Slot, Store
 from movieq.tasks.entities import WorkerState, WorkerStatus
 from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
@@ -87,7 +87,7 @@ async def test_a_task_that_comes_back_waits_aside_again(store: Store) -> None:
     task_id = await submitted(store, "palette", "palettes")
     await claim(store, PLAIN)
     (claimed,) = await claim(store, PLUGGED, "w2")
-    await store.requeue(task_id, claimed.run, Counts.TRIES, 3, 0, "it broke", "network")
+    await store.requeue(task_id, claimed.run, Budget.TRIES, 3, 0, "it broke", "network")
     assert await claim(store, PLAIN) == []
     (claimed,) = await claim(store, PLUGGED, "w2")
     await store.complete(task_id, claimed.run, result())
@@ -154,7 +154,7 @@ async def test_tasks_in_no_queue_are_counted_as_astray(store: Store) -> None:
     for _ in range(3):
         await submitted(store, "palette", "palettes")
     (claimed,) = await claim(store, PLAIN, slots=2)
-    await store.requeue(claimed.task.task_id, claimed.run, Counts.TRIES, 3, 60_000, "it broke", "network")
+    await store.requeue(claimed.task.task_id, claimed.run, Budget.TRIES, 3, 60_000, "it broke", "network")
     assert await Queries(store.redis).astray() == 0
     await raw(store).delete(KEYS["lanes"] + "cpu_intensive")
     assert await Queries(store.redis).astray() == 3

@@ -17,7 +17,7 @@ from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.outbox import Outbox
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.entities import Delivery, DeliveryState
 from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
 from tests.arrange import CPU, contents, new_task, raw, result
@@ -59,15 +59,15 @@ async def fail(store: Store) -> Any:
 
 
 async def requeue(store: Store) -> Any:
-    return await store.requeue(TASK, await begun(store), Counts.TRIES, 3, 60_000, "out of memory", "out_of_memory")
+    return await store.requeue(TASK, await begun(store), Budget.TRIES, 3, 60_000, "out of memory", "out_of_memory")
 
 
 async def drain(store: Store) -> Any:
-    return await store.requeue(TASK, await begun(store), Counts.DRAIN, 0, 0, "stopped", "worker_lost")
+    return await store.requeue(TASK, await begun(store), Budget.DRAIN, 0, 0, "stopped", "worker_lost")
 
 
 async def bury(store: Store) -> Any:
-    return await store.requeue(TASK, await begun(store), Counts.DEATHS, 1, 0, "died", "worker_lost", exit_code=-9, stage="render")
+    return await store.requeue(TASK, await begun(store), Budget.DEATHS, 1, 0, "died", "worker_lost", exit_code=-9, stage="render")
 
 
 async def cancel_queued(store: Store) -> Any:
@@ -266,8 +266,8 @@ def _steady(value: Any, digits: int = 6) -> Any:
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[tuple[Fleet, Proxy, Receiver]]:
     """Yield an API on the Valkey, a proxy through which a worker can be started, and a receiver of webhooks."""
-    async with fleet(tmp_path) as made, proxy(made.valkey.socket) as between, receiver() as hook:
-        yield made, between, hook
+    async with fleet(tmp_path) as installation, proxy(installation.valkey.socket) as between, receiver() as hook:
+        yield installation, between, hook
 
 
 async def ended(store: Store, task_id: str) -> Any:
@@ -291,59 +291,59 @@ async def nothing_is_held(store: Store) -> None:
 
 
 async def test_a_worker_and_an_api_that_lose_any_answer_lose_no_task(house: tuple[Fleet, Proxy, Receiver]) -> None:
-    made, between, hook = house
-    api, worker = await asyncio.gather(made.api(between.url), made.worker(between.url))
+    installation, between, hook = house
+    api, worker = await asyncio.gather(installation.api(between.url), installation.worker(between.url))
     for count, name in enumerate(("submit", "claim", "report", "complete", "renew", "tidy"), 1):
-        between.swallow(script(made.store, name))
+        between.swallow(script(installation.store, name))
         task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
-        task = await ended(made.store, task_id)
+        task = await ended(installation.store, task_id)
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1), name
         await asyncio.wait_for(between.happened.wait(), 60)
         await hook.wait_for(count)
-    between.swallow(script(made.store, "fail"))
+    between.swallow(script(installation.store, "fail"))
     task_id = await api.submit("generate_image", {"reference_images": ["upload:none"]}, callback_url=hook.url)
-    assert (await ended(made.store, task_id)).status is TaskStatus.FAILED
-    between.swallow(script(made.store, "retry"))
+    assert (await ended(installation.store, task_id)).status is TaskStatus.FAILED
+    between.swallow(script(installation.store, "retry"))
     status, receipt = await api.call("POST", f"/tasks/{task_id}/retry")
     assert (status, receipt["task_id"]) == (201, task_id)
-    assert (await ended(made.store, task_id)).attempt == 2
+    assert (await ended(installation.store, task_id)).attempt == 2
     assert len(await hook.wait_for(8)) == 8
-    await nothing_is_held(made.store)
-    assert worker.said("run_lost") == 0
-    between.swallow(script(made.store, "leave"))
+    await nothing_is_held(installation.store)
+    assert worker.times_logged("run_lost") == 0
+    between.swallow(script(installation.store, "leave"))
     worker.send(signal.SIGTERM)
     assert await worker.ended() == 0
-    assert await raw(made.store).exists(KEYS["workers"], KEYS["heartbeat_times"]) == 0
+    assert await raw(installation.store).exists(KEYS["workers"], KEYS["heartbeat_times"]) == 0
 
 
 async def test_a_hand_back_whose_answer_is_lost_is_one_hand_back(house: tuple[Fleet, Proxy, Receiver]) -> None:
-    made, between, _ = house
-    api, worker = await asyncio.gather(made.api(), made.worker(between.url, MOVIEQ_DRAIN_S="0"))
+    installation, between, _ = house
+    api, worker = await asyncio.gather(installation.api(), installation.worker(between.url, MOVIEQ_DRAIN_S="0"))
     task_id = await api.submit("generate_video", LONG)
     await api.until(task_id, "stage", "frames")
-    between.swallow(script(made.store, "requeue", Counts.DRAIN))
+    between.swallow(script(installation.store, "requeue", Budget.DRAIN))
     worker.send(signal.SIGTERM)
     assert await worker.ended() == 0
     assert between.swallowed is not None
-    assert worker.said("run_lost") == 0
-    events = [entry.type for entry in await Queries(made.store.redis).log_after(TaskId(task_id), None)]
+    assert worker.times_logged("run_lost") == 0
+    events = [entry.type for entry in await Queries(installation.store.redis).log_after(TaskId(task_id), None)]
     assert events.count(EventType.RETRYING) == 1
-    task = await Queries(made.store.redis).task(TaskId(task_id))
+    task = await Queries(installation.store.redis).task(TaskId(task_id))
     assert task is not None
     assert task.status is TaskStatus.QUEUED
-    assert await raw(made.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 1
+    assert await raw(installation.store).zcard(KEYS["waiting"] + Kind.CPU_INTENSIVE) == 1
 
 
 async def test_a_claim_that_its_worker_did_not_live_to_hear_of_is_run_by_another(house: tuple[Fleet, Proxy, Receiver]) -> None:
-    made, between, hook = house
-    api, first = await asyncio.gather(made.api(), made.worker(between.url))
-    between.hold(script(made.store, "claim"))
+    installation, between, hook = house
+    api, first = await asyncio.gather(installation.api(), installation.worker(between.url))
+    between.hold(script(installation.store, "claim"))
     task_id = await api.submit("generate_image", SMALL, callback_url=hook.url)
     await api.until(task_id, "event", "started")
     await asyncio.wait_for(between.happened.wait(), 60)
     first.send(signal.SIGKILL)
-    await made.worker()
-    task = await ended(made.store, task_id)
+    await installation.worker()
+    task = await ended(installation.store, task_id)
     assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 2)
     assert len(await hook.wait_for(1)) == 1
-    await nothing_is_held(made.store)
+    await nothing_is_held(installation.store)

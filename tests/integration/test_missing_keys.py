@@ -11,7 +11,7 @@ import pytest
 from movieq.queue.outbox import Outbox
 from movieq.queue.repair import inconsistencies
 from movieq.queue.scripts import LUA
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import RunToken, TaskId
 from tests.arrange import CPU, contents, new_task, raw, result
@@ -72,8 +72,8 @@ CALLS: dict[str, list[Call]] = {
     "complete": run_calls(lambda store, task_id, run: store.complete(task_id, run, result(), "http://127.0.0.1:1/cms")),
     "fail": run_calls(lambda store, task_id, run: store.fail(task_id, run, "it broke", "internal")),
     "requeue": [
-        *run_calls(lambda store, task_id, run: store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")),
-        *run_calls(lambda store, task_id, run: store.requeue(task_id, run, Counts.DEATHS, 1, 0, "it died", "worker_lost")),
+        *run_calls(lambda store, task_id, run: store.requeue(task_id, run, Budget.TRIES, 3, 0, "it broke", "network")),
+        *run_calls(lambda store, task_id, run: store.requeue(task_id, run, Budget.DEATHS, 1, 0, "it died", "worker_lost")),
     ],
     "cancel": [lambda store, runs, name=name: store.cancel(IDS[name]) for name in ("queued", "delayed", "processing", "reaped")],  # type: ignore[misc]
     "retry": [lambda store, runs: store.retry(IDS["failed"])],

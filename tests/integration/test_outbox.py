@@ -302,30 +302,30 @@ async def test_a_webhook_waits_for_the_one_before_it_of_the_same_task(store: Sto
 
 
 async def test_a_damaged_entry_of_the_outbox_holds_up_no_delivery(folder: Path) -> None:
-    async with fleet(folder) as made, receiver() as hook:
-        tasks = [await failed(made.store, hook.url) for _ in range(5)]
+    async with fleet(folder) as installation, receiver() as hook:
+        tasks = [await failed(installation.store, hook.url) for _ in range(5)]
         jobs = [f"{task_id}-1" for task_id in tasks]
-        redis = raw(made.store)
+        redis = raw(installation.store)
         await redis.zadd(KEYS["deliveries"], {b"\xff\xfe": 1, "names nothing": 1})
         await redis.set(retry_key_prefix + jobs[0], "x")
         await redis.lpush(retry_key_prefix + jobs[1], "x")
         await redis.delete(KEYS["job"] + jobs[2])
         await redis.lpush(KEYS["job"] + jobs[2], "x")
-        await Outbox(made.store.redis).resend(tasks[3], jobs[3])
+        await Outbox(installation.store.redis).resend(tasks[3], jobs[3])
         await redis.hset(KEYS["delivery"] + jobs[3], mapping={"state": "failed"})
-        await Outbox(made.store.redis).resend(tasks[3], jobs[3])
+        await Outbox(installation.store.redis).resend(tasks[3], jobs[3])
         await redis.delete(KEYS["job"] + jobs[3] + ".1")
         await redis.lpush(KEYS["job"] + jobs[3] + ".1", "x")
-        worker = await made.worker()
+        worker = await installation.worker()
 
         async def over() -> bool:
-            states = [(await facts(made.store, task_id)).state for task_id in tasks]
+            states = [(await facts(installation.store, task_id)).state for task_id in tasks]
             return set(states) == {DeliveryState.DELIVERED} and await redis.zcard(KEYS["deliveries"]) == 0
 
         await eventually(over)
         assert sorted({headers["webhook-id"] for headers, _ in hook.requests}) == sorted(jobs)
-        assert worker.said("entries_dropped") == 1
-        assert worker.said("script_failed") == worker.said("claim_failed") == 0
+        assert worker.times_logged("entries_dropped") == 1
+        assert worker.times_logged("script_failed") == worker.times_logged("claim_failed") == 0
 
 
 # Again

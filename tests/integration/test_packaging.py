@@ -34,8 +34,8 @@ def build(kind: str, source: Path, to: Path) -> Path:
     """Build a package of the source as pip does, with every warning an error; return it."""
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]), file=sys.stderr)"
     run(sys.executable, "-W", "error", "-c", code, to, cwd=source)
-    (made,) = to.glob("*.tar.gz" if kind == "sdist" else "*.whl")
-    return made
+    (built,) = to.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,6 @@ def test_the_wheel_makes_the_demo_in_an_environment_of_its_own(packages: tuple[P
     assert where.count(str(place)) == 2
     said = run(place / "bin" / "movieq", "demo", cwd=elsewhere)
     assert len(re.findall("100%  completed", said)) == 3, said
-    made = {path.name for path in (elsewhere / "demo-out").iterdir()}
-    assert made == {"clip.mp4", "contact-sheet.png", "picture.jpg", "voice.mp3"}
+    rendered = {path.name for path in (elsewhere / "demo-out").iterdir()}
+    assert rendered == {"clip.mp4", "contact-sheet.png", "picture.jpg", "voice.mp3"}
     assert "Traceback" not in run(place / "bin" / "movieq", "models", "list", cwd=elsewhere)

@@ -58,48 +58,48 @@ async def ended(store: Store, task_id: TaskId, within_s: float = 60) -> Task:
 
 
 async def test_what_cannot_be_passed_to_an_engine_fails_for_good_and_its_neighbours_are_done_in_their_first_attempt(folder: Path) -> None:
-    async with fleet(folder) as made:
-        before = [await submitted(made.store) for _ in range(2)]
-        poison = [await submitted(made.store, metadata=BEYOND) for _ in range(4)]
-        after = [await submitted(made.store) for _ in range(3)]
-        worker = await made.worker()
+    async with fleet(folder) as installation:
+        before = [await submitted(installation.store) for _ in range(2)]
+        poison = [await submitted(installation.store, metadata=BEYOND) for _ in range(4)]
+        after = [await submitted(installation.store) for _ in range(3)]
+        worker = await installation.worker()
         for task_id in (*before, *after):
-            task = await ended(made.store, task_id)
+            task = await ended(installation.store, task_id)
             assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1), worker.log.read_text()[-2000:]
         for task_id in poison:
-            task = await ended(made.store, task_id)
+            task = await ended(installation.store, task_id)
             assert (task.status, task.attempt, task.error_code) == (TaskStatus.FAILED, 1, "invalid_input")
             assert "a whole number beyond 64 bits" in str(task.error)
-        assert worker.said("child_ready") == 1
+        assert worker.times_logged("child_ready") == 1
 
 
 async def test_a_row_of_a_batch_that_cannot_be_passed_on_fails_alone(folder: Path) -> None:
-    async with fleet(folder) as made:
+    async with fleet(folder) as installation:
         rows = {"batch": "one", "batch_rows": 3}
-        good = [await submitted(made.store, **rows)]
-        poison = await submitted(made.store, **rows, metadata=BEYOND)
-        good.append(await submitted(made.store, **rows))
-        worker = await made.worker()
-        assert (await ended(made.store, poison)).error_code == "invalid_input"
-        after = await submitted(made.store)
-        assert (await ended(made.store, after)).status is TaskStatus.COMPLETED
+        good = [await submitted(installation.store, **rows)]
+        poison = await submitted(installation.store, **rows, metadata=BEYOND)
+        good.append(await submitted(installation.store, **rows))
+        worker = await installation.worker()
+        assert (await ended(installation.store, poison)).error_code == "invalid_input"
+        after = await submitted(installation.store)
+        assert (await ended(installation.store, after)).status is TaskStatus.COMPLETED
         for task_id in good:  # the animatic makes no batches: what matters is that they end, and that their slot is free again
-            assert (await ended(made.store, task_id)).status.ended, worker.log.read_text()[-2000:]
+            assert (await ended(installation.store, task_id)).status.ended, worker.log.read_text()[-2000:]
 
 
 async def test_a_task_whose_model_is_not_here_waits_untouched_and_the_worker_does_the_rest(folder: Path) -> None:
-    async with fleet(folder) as made:
+    async with fleet(folder) as installation:
         strange = [
-            await submitted(made.store, engine="of-a-plug-in", model="of-a-plug-in"),
-            await submitted(made.store, engine="diffusers", model="of-a-newer-table"),
+            await submitted(installation.store, engine="of-a-plug-in", model="of-a-plug-in"),
+            await submitted(installation.store, engine="diffusers", model="of-a-newer-table"),
         ]
-        worker = await made.worker()
-        task = await ended(made.store, await submitted(made.store))
+        worker = await installation.worker()
+        task = await ended(installation.store, await submitted(installation.store))
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
         for task_id in strange:
 
             async def waits(task_id: TaskId = task_id) -> bool:
-                task = await Queries(made.store.redis).task(task_id)
+                task = await Queries(installation.store.redis).task(task_id)
                 return task is not None and task.lane != "" and (task.status, task.attempt) == (TaskStatus.QUEUED, 0)
 
             await eventually(waits)
@@ -107,14 +107,14 @@ async def test_a_task_whose_model_is_not_here_waits_untouched_and_the_worker_doe
 
 
 async def test_parameters_that_this_version_cannot_read_say_so_and_cost_nobody_else_anything(folder: Path) -> None:
-    async with fleet(folder) as made:
-        odd = [await submitted(made.store, kwargs=kwargs(data)) for data in ({"prompt": 7}, [1], "text", None)]
-        worker = await made.worker()
-        task = await ended(made.store, await submitted(made.store))
+    async with fleet(folder) as installation:
+        odd = [await submitted(installation.store, kwargs=kwargs(data)) for data in ({"prompt": 7}, [1], "text", None)]
+        worker = await installation.worker()
+        task = await ended(installation.store, await submitted(installation.store))
         assert (task.status, task.attempt) == (TaskStatus.COMPLETED, 1)
         for task_id in odd:
-            await eventually(partial(tried, made.store, task_id))
-            (said,) = [entry.data for entry in await Queries(made.store.redis).log_after(task_id, None) if entry.type == "retrying"]
+            await eventually(partial(tried, installation.store, task_id))
+            (said,) = [entry.data for entry in await Queries(installation.store.redis).log_after(task_id, None) if entry.type == "retrying"]
             assert b"this worker cannot read task_data" in said
         assert worker.alive
 
@@ -124,25 +124,25 @@ UNREADABLE_JOBS = [b"\xc1", MAP({}), MAP({"task_data": SMALL, "of_a_newer_versio
 
 
 async def test_parameters_that_cannot_be_read_cost_tries_with_a_true_reason_and_fail_at_last(folder: Path) -> None:
-    async with fleet(folder) as made:
-        odd = [await submitted(made.store, kwargs=job) for job in UNREADABLE_JOBS]
-        worker = await made.worker()
+    async with fleet(folder) as installation:
+        odd = [await submitted(installation.store, kwargs=job) for job in UNREADABLE_JOBS]
+        worker = await installation.worker()
         for task_id in odd:
-            task = await ended_unread(made.store, task_id)
+            task = await ended_unread(installation.store, task_id)
             assert (task.status, task.attempt, task.retryable) == (TaskStatus.FAILED, 4, True)
             assert task.error == "its parameters in Redis cannot be read"
-            assert await waits_s(made.store, task_id) == [30, 60, 120]
-        assert (await ended(made.store, await submitted(made.store))).attempt == 1
+            assert await waits_s(installation.store, task_id) == [30, 60, 120]
+        assert (await ended(installation.store, await submitted(installation.store))).attempt == 1
         assert worker.alive
 
 
 async def test_a_record_that_this_version_cannot_read_leaves_a_newer_worker_minutes_to_take_it(folder: Path) -> None:
-    async with fleet(folder) as made:
-        task_id = await submitted(made.store)
-        await raw(made.store).hset(KEYS["task"] + task_id, "result", "{")
-        await made.worker()
-        await ended_unread(made.store, task_id)
-        assert await waits_s(made.store, task_id) == [30, 60, 120]
+    async with fleet(folder) as installation:
+        task_id = await submitted(installation.store)
+        await raw(installation.store).hset(KEYS["task"] + task_id, "result", "{")
+        await installation.worker()
+        await ended_unread(installation.store, task_id)
+        assert await waits_s(installation.store, task_id) == [30, 60, 120]
 
 
 async def ended_unread(store: Store, task_id: TaskId) -> Task:
@@ -176,12 +176,12 @@ def test_the_wait_after_any_attempt_is_within_its_bounds(attempt: int) -> None:
 
 @pytest.mark.parametrize("message", [b"", b"\xff\xfe", b"cancel", b"cancel a", b"cancel a b c", b"dance", b"wake up"])
 async def test_a_message_that_a_worker_does_not_know_is_not_the_end_of_it(folder: Path, message: bytes) -> None:
-    async with fleet(folder) as made:
-        worker = await made.worker()
-        (worker_id,) = [row.worker_id.partition("/")[0] for row in await workers(made.store)]
-        assert await raw(made.store).publish(KEYS["control"] + worker_id, message) == 1
-        assert (await ended(made.store, await submitted(made.store))).status is TaskStatus.COMPLETED
-        assert worker.said("unknown_message") == 1
+    async with fleet(folder) as installation:
+        worker = await installation.worker()
+        (worker_id,) = [row.worker_id.partition("/")[0] for row in await workers(installation.store)]
+        assert await raw(installation.store).publish(KEYS["control"] + worker_id, message) == 1
+        assert (await ended(installation.store, await submitted(installation.store))).status is TaskStatus.COMPLETED
+        assert worker.times_logged("unknown_message") == 1
         assert worker.alive
 
 
@@ -197,13 +197,13 @@ async def workers(store: Store) -> list[Any]:
 
 
 async def test_a_fault_of_a_script_is_logged_as_that_and_the_worker_goes_on(folder: Path) -> None:
-    async with fleet(folder) as made:
-        worker = await made.worker()
-        await raw(made.store).set(KEYS["delayed"], "no sorted set")  # tidy fails on it
-        await eventually(lambda: worker.said("script_failed") > 0)
+    async with fleet(folder) as installation:
+        worker = await installation.worker()
+        await raw(installation.store).set(KEYS["delayed"], "no sorted set")  # tidy fails on it
+        await eventually(lambda: worker.times_logged("script_failed") > 0)
         assert "Traceback" in worker.log.read_text()
-        await raw(made.store).delete(KEYS["delayed"])
-        assert (await ended(made.store, await submitted(made.store))).status is TaskStatus.COMPLETED
+        await raw(installation.store).delete(KEYS["delayed"])
+        assert (await ended(installation.store, await submitted(installation.store))).status is TaskStatus.COMPLETED
         assert worker.alive
 
 
@@ -402,20 +402,20 @@ async def test_what_an_engine_should_not_say_costs_no_run_but_its_own(folder: Pa
     site = folder / "site"
     site.mkdir()
     path = {"PYTHONPATH": python_path(installed(site, ("odd", ODD)))}
-    async with fleet(folder / "fleet") as made:
-        api, worker = await asyncio.gather(made.api("", 0, **path), made.worker("", **path))
+    async with fleet(folder / "fleet") as installation:
+        api, worker = await asyncio.gather(installation.api("", 0, **path), installation.worker("", **path))
         for odd in ("no plan", "no weight", "an unreadable step"):
             ended = await api.ended(await api.submit("odd", {"odd": odd}))
             assert (ended["status"], ended["attempt"]) == ("completed", 1), (odd, ended, worker.log.read_text()[-3000:])
         for odd in ("an unreadable answer", "a number", "an object", "an unsendable note"):
             task_id = await api.submit("odd", {"odd": odd})
-            await eventually(partial(tried, made.store, TaskId(task_id)))
+            await eventually(partial(tried, installation.store, TaskId(task_id)))
             assert (await api.call("DELETE", f"/tasks/{task_id}/cancel"))[0] == 200  # it would be tried again
-            for entry in await Queries(made.store.redis).log_after(task_id, None):
+            for entry in await Queries(installation.store.redis).log_after(task_id, None):
                 assert b"Error" not in entry.data, entry.data
             ended = await api.ended(await api.submit("generate_image", SMALL))
             assert (ended["status"], ended["attempt"]) == ("completed", 1), odd
-        assert worker.said("child_ended") == worker.said("device_problem")  # the last of three in a row, at most
+        assert worker.times_logged("child_ended") == worker.times_logged("device_problem")  # the last of three in a row, at most
         assert worker.alive
 
 

@@ -62,14 +62,14 @@ async def test_what_one_publishes_the_other_does_not_hear(server: Valkey, store:
     await other.redis.aclose()
 
 
-async def test_two_installations_on_one_server_each_make_their_own(made: Fleet) -> None:
-    first, second = await asyncio.gather(made.api(MOVIEQ_KEY_PREFIX="one"), made.api(MOVIEQ_KEY_PREFIX="two"))
-    await made.worker(MOVIEQ_KEY_PREFIX="two")
+async def test_two_installations_on_one_server_each_make_their_own(installation: Fleet) -> None:
+    first, second = await asyncio.gather(installation.api(MOVIEQ_KEY_PREFIX="one"), installation.api(MOVIEQ_KEY_PREFIX="two"))
+    await installation.worker(MOVIEQ_KEY_PREFIX="two")
     waiting = await first.submit("generate_image", SMALL)
     assert (await second.ended(await second.submit("generate_image", SMALL)))["status"] == "completed"
     assert (await first.call("GET", f"/tasks/{waiting}/status"))[1]["status"] == "queued"
     assert (await first.call("GET", "/health"))[1]["queue_sizes"][Kind.CPU_INTENSIVE] == 1
-    assert {name.decode().partition(":")[0] for name in await raw(made.store).keys("*")} == {"one", "two", "arq"}
+    assert {name.decode().partition(":")[0] for name in await raw(installation.store).keys("*")} == {"one", "two", "arq"}
 
 
 @pytest.mark.parametrize("prefix", ["", "Movie", "a b", "a:", "a*", "1a", "a\n", "a" * 33])

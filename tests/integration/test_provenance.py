@@ -86,9 +86,9 @@ async def test_where_signing_is_required_and_fails_the_task_fails_and_nothing_is
         await asyncio.wait_for(ready.wait(), 60)
         storage = FolderStorage(tmp_path / "media", "http://127.0.0.1", (b"secret",))
         (tmp_path / "spool").mkdir()
-        made = parts(store, storage, fetcher, tmp_path / "spool", provenance=Provenance(credentials=expired, required=True))
+        prepared = parts(store, storage, fetcher, tmp_path / "spool", provenance=Provenance(credentials=expired, required=True))
         running = Running(claimed, child, child.slots.reserve([claimed.task.task_id]))
-        await run_task({"parts": made, "running": running}, {"prompt": "a lamp", "resolution": "64x64"})
+        await run_task({"parts": prepared, "running": running}, {"prompt": "a lamp", "resolution": "64x64"})
         keeping.cancel()
     task = await Queries(store.redis).task(claimed.task.task_id)
     assert task is not None

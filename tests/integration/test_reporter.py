@@ -49,10 +49,10 @@ async def test_a_message_that_cannot_be_understood_is_logged_and_skipped_and_the
         async with Fetcher(Guard(())) as fetcher, asyncio.TaskGroup() as group:
             supervising = group.create_task(child.supervise(ready.set))
             await asyncio.wait_for(ready.wait(), 60)
-            made = parts(store, FolderStorage(tmp_path / "media", "http://127.0.0.1", (b"secret",)), fetcher, tmp_path / "spool")
+            prepared = parts(store, FolderStorage(tmp_path / "media", "http://127.0.0.1", (b"secret",)), fetcher, tmp_path / "spool")
             running = Running(claimed, child, child.slots.reserve([task_id]))
             running.eta = eta = OddEta(2.0)
-            await run_task({"parts": made, "running": running}, CLIP)
+            await run_task({"parts": prepared, "running": running}, CLIP)
             supervising.cancel()
     task = await Queries(store.redis).task(task_id)
     assert task is not None

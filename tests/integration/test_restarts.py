@@ -54,17 +54,17 @@ class Load:
                     self.answers[answer.status] += 1
 
 
-async def restarted(made: Fleet, api: Service, port: int, signum: signal.Signals) -> Service:
+async def restarted(installation: Fleet, api: Service, port: int, signum: signal.Signals) -> Service:
     """End the API process with this signal; return the one that takes its place."""
     api.process.send_signal(signum)
     await asyncio.to_thread(api.process.wait, 60)
-    return await made.api(port=port)
+    return await installation.api(port=port)
 
 
 async def test_nginx_answers_every_request_while_two_api_processes_restart_in_turn(folder: Path) -> None:
     ports = [free_port(), free_port()]
-    async with fleet(folder / "fleet") as made:
-        apis = [await made.api(port=port) for port in ports]
+    async with fleet(folder / "fleet") as installation:
+        apis = [await installation.api(port=port) for port in ports]
         site = free_port()
         with nginx(folder / "nginx", site, *ports) as proxy:
             await eventually(lambda: not refuses(site))
@@ -75,18 +75,18 @@ async def test_nginx_answers_every_request_while_two_api_processes_restart_in_tu
                 await eventually(lambda: load.answers.total() > 100)
                 for signum in (signal.SIGTERM, signal.SIGKILL):  # one that ends in order, and one that cannot
                     for number, port in enumerate(ports):
-                        apis[number] = await restarted(made, apis[number], port, signum)
+                        apis[number] = await restarted(installation, apis[number], port, signum)
                 load.over = True
         assert load.answers.keys() <= {200, 201}, load.answers
         assert load.answers.total() >= REQUESTS
-        page = await Queries(made.store.redis).project(SUBMIT["project_id"])  # type: ignore[arg-type]
+        page = await Queries(installation.store.redis).project(SUBMIT["project_id"])  # type: ignore[arg-type]
         assert page is not None
         assert sum(page.tasks.values()) == len(load.accepted) == len(set(load.accepted)), "each was accepted once"
 
 
 async def test_connections_that_wait_for_a_process_when_it_is_told_to_end_are_served(folder: Path) -> None:
-    async with fleet(folder / "fleet") as made, AsyncExitStack() as stack:
-        api = await made.api()
+    async with fleet(folder / "fleet") as installation, AsyncExitStack() as stack:
+        api = await installation.api()
         port = int(api.url.rpartition(":")[2])
         used = [await connected(stack, port) for _ in range(20)]
         for reader, writer in used:

@@ -219,11 +219,11 @@ async def gone(store: Store, key: str) -> bool:
 @pytest.fixture
 async def several(store: Store, storage: Storage) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Run the retention of three workers."""
-    made = [asyncio.create_task(Retention(f"w{number}", store, Files(store.redis), storage, OVER).run()) for number in range(3)]
-    yield made
-    for each in made:
+    sweeps = [asyncio.create_task(Retention(f"w{number}", store, Files(store.redis), storage, OVER).run()) for number in range(3)]
+    yield sweeps
+    for each in sweeps:
         each.cancel()
-    await asyncio.gather(*made, return_exceptions=True)
+    await asyncio.gather(*sweeps, return_exceptions=True)
 
 
 async def test_what_becomes_due_goes_without_a_restart_though_one_worker_has_gone(

@@ -34,22 +34,22 @@ LARGE_BYTES = s3.SINGLE_BYTES + PART + 12345
 
 @pytest.fixture
 async def storage(bucket: Bucket) -> AsyncIterator[S3Storage]:
-    async with s3.opened(bucket, patient=True) as made:
-        yield made
+    async with s3.opened(bucket, patient=True) as installation:
+        yield installation
 
 
 @pytest.fixture
 async def far(s3_server: Seaweed) -> AsyncIterator[R2]:
     """Yield the server as R2."""
-    async with r2(s3_server.endpoint) as made:
-        yield made
+    async with r2(s3_server.endpoint) as installation:
+        yield installation
 
 
 @pytest.fixture
 async def remote(bucket: Bucket, far: R2) -> AsyncIterator[S3Storage]:
     """Yield the storage in the bucket of that R2."""
-    async with s3.opened(msgspec.structs.replace(bucket, endpoint=far.endpoint), patient=True) as made:
-        yield made
+    async with s3.opened(msgspec.structs.replace(bucket, endpoint=far.endpoint), patient=True) as installation:
+        yield installation
 
 
 @pytest.fixture
@@ -365,8 +365,8 @@ async def test_a_server_that_is_killed_half_way_has_the_whole_file_when_it_is_ba
     with seaweed(folder / "own") as server:
         await server.make_bucket("film")
         async with r2(server.endpoint) as between:
-            made = Bucket("film", "", between.endpoint, KEY_ID, SECRET)
-            async with s3.opened(made, patient=True) as remote:
+            bucket = Bucket("film", "", between.endpoint, KEY_ID, SECRET)
+            async with s3.opened(bucket, patient=True) as remote:
                 putting = asyncio.create_task(remote.put(KEY, parted, "video/mp4"))
                 while sum("partNumber" in line for line in between.asked) < 2:
                     await asyncio.sleep(0.001)
@@ -379,7 +379,7 @@ async def test_a_server_that_is_killed_half_way_has_the_whole_file_when_it_is_ba
                 assert await remote.put(KEY, parted, "video/mp4") == parted.stat().st_size
                 await remote.open(KEY, folder / "copy")
                 await remote.delete_prefix("projects")
-                assert await unfinished(server, made) == 0
+                assert await unfinished(server, bucket) == 0
     assert digest(folder / "copy") == digest(parted)
 
 
@@ -387,8 +387,8 @@ async def test_a_disk_that_fills_up_leaves_nothing_under_the_key(folder: Path, p
     with seaweed(folder / "own") as server:
         await server.make_bucket("film")
         psutil.Process(server.pid).rlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
-        made = Bucket("film", "", server.endpoint, KEY_ID, SECRET)
-        async with s3.opened(made, patient=True) as storage:
+        bucket = Bucket("film", "", server.endpoint, KEY_ID, SECRET)
+        async with s3.opened(bucket, patient=True) as storage:
             with pytest.raises(StorageFault):
                 await storage.put(KEY, parted, "video/mp4")
             assert await storage.size(KEY) is None

@@ -19,9 +19,9 @@ def spools(folder: Path) -> set[Path]:
 
 
 async def test_a_worker_that_starts_removes_the_spool_of_one_that_was_killed_and_no_other(folder: Path) -> None:
-    async with fleet(folder) as made:
+    async with fleet(folder) as installation:
         shared = folder / "spool"
-        killed, stopped = await asyncio.gather(*(made.worker(MOVIEQ_SPOOL=str(shared)) for _ in range(2)))
+        killed, stopped = await asyncio.gather(*(installation.worker(MOVIEQ_SPOOL=str(shared)) for _ in range(2)))
         before = spools(shared)
         for each in before:
             (each / "task").mkdir()
@@ -29,7 +29,7 @@ async def test_a_worker_that_starts_removes_the_spool_of_one_that_was_killed_and
         killed.send(signal.SIGKILL)
         await killed.ended()
         assert spools(shared) == before
-        starting = await made.worker(MOVIEQ_SPOOL=str(shared))
+        starting = await installation.worker(MOVIEQ_SPOOL=str(shared))
         (living,) = before & spools(shared)
         assert (living / "task" / "input0").exists()
         assert len(spools(shared)) == 2

@@ -20,7 +20,7 @@ from movieq.queue import store as store_module
 from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.tasks.states import STATES, TRANSITIONS, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus, Verb
 from tests.arrange import CPU, claim, contents, later, new_task, raw, result, running
 
@@ -61,7 +61,7 @@ async def say(store: Store, verb: Verb, task_id: TaskId, run: RunToken) -> None:
         case Verb.FAIL:
             await store.fail(task_id, run, "it broke", "internal")
         case Verb.REQUEUE:
-            await store.requeue(task_id, run, Counts.TRIES, 3, 0, "it broke", "network")
+            await store.requeue(task_id, run, Budget.TRIES, 3, 0, "it broke", "network")
         case Verb.CANCEL:
             await store.cancel(task_id)
         case Verb.RETRY:
@@ -147,7 +147,7 @@ async def test_cancel_said_again_answers_the_same(store: Store) -> None:
 
 async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -> None:
     task_id, zombie = await running(store)
-    await store.requeue(task_id, zombie, Counts.DRAIN, 0, 0, "drained", "internal")
+    await store.requeue(task_id, zombie, Budget.DRAIN, 0, 0, "drained", "internal")
     (present,) = await claim(store, "w2")
     before = await contents(store)
     with pytest.raises(RunLost):
@@ -156,7 +156,7 @@ async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -
         await store.complete(task_id, zombie, result("zombie"))
     with pytest.raises(RunLost):
         await store.fail(task_id, zombie, "x", "invalid_input")
-    assert await store.requeue(task_id, zombie, Counts.DRAIN, 0, 0, "drained", "internal") is TaskStatus.QUEUED  # the answer that it had
+    assert await store.requeue(task_id, zombie, Budget.DRAIN, 0, 0, "drained", "internal") is TaskStatus.QUEUED  # the answer that it had
     assert await contents(store) == before
     await store.complete(task_id, present.run, result("present"))
 
@@ -164,10 +164,10 @@ async def test_a_run_whose_task_another_run_holds_writes_nothing(store: Store) -
 async def test_faults_use_up_the_tries_and_the_last_one_fails_the_task(store: Store) -> None:
     task_id, run = await running(store)
     for _ in range(2):
-        assert await store.requeue(task_id, run, Counts.TRIES, 3, 0, "no network", "network") is TaskStatus.QUEUED
+        assert await store.requeue(task_id, run, Budget.TRIES, 3, 0, "no network", "network") is TaskStatus.QUEUED
         (claimed,) = await claim(store)
         run = claimed.run
-    assert await store.requeue(task_id, run, Counts.TRIES, 3, 0, "no network", "network") is TaskStatus.FAILED
+    assert await store.requeue(task_id, run, Budget.TRIES, 3, 0, "no network", "network") is TaskStatus.FAILED
     task = await Queries(store.redis).task(task_id)
     assert task is not None
     assert (task.attempt, task.error_code, task.retryable) == (3, "network", True)
@@ -176,14 +176,14 @@ async def test_faults_use_up_the_tries_and_the_last_one_fails_the_task(store: St
 async def test_a_drained_task_goes_back_uncounted(store: Store) -> None:
     task_id, run = await running(store)
     for _ in range(20):
-        await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "the worker stops", "internal")
+        await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "the worker stops", "internal")
         (claimed,) = await claim(store)
         run = claimed.run
     await store.complete(task_id, run, result())
 
 
-@pytest.mark.parametrize("counts", [Counts.TRIES, Counts.DEATHS])
-async def test_retry_gives_a_failed_task_a_new_budget(store: Store, counts: Counts) -> None:
+@pytest.mark.parametrize("counts", [Budget.TRIES, Budget.DEATHS])
+async def test_retry_gives_a_failed_task_a_new_budget(store: Store, counts: Budget) -> None:
     task_id, run = await running(store)
     for _ in range(2):
         for expected in (TaskStatus.QUEUED, TaskStatus.QUEUED, TaskStatus.FAILED):
@@ -206,7 +206,7 @@ async def test_after_a_retry_attempts_count_on_and_the_log_goes_on(store: Store)
 
 async def test_a_delayed_retry_is_claimed_only_when_it_is_due(store: Store) -> None:
     task_id, run = await running(store)
-    await store.requeue(task_id, run, Counts.TRIES, 3, 60_000, "no network", "network")
+    await store.requeue(task_id, run, Budget.TRIES, 3, 60_000, "no network", "network")
     await store.tidy()
     assert await claim(store) == []
     await raw(store).zincrby(KEYS["delayed"], -60_000, task_id)
@@ -540,7 +540,7 @@ async def test_a_new_run_has_none_of_the_fields_of_the_one_before(store: Store) 
     assert len(fields) > 10
     task_id, run = await running(store)
     await raw(store).hset(KEYS["task"] + task_id, mapping={**dict.fromkeys(fields, "1"), "run": run, "gpu_before_ms": 1, "gpu_ms": 1})
-    await store.requeue(task_id, run, Counts.DRAIN, 0, 0, "stopped", "worker_lost")
+    await store.requeue(task_id, run, Budget.DRAIN, 0, 0, "stopped", "worker_lost")
     waiting = await Queries(store.redis).task(task_id)
     assert waiting is not None
     assert (waiting.run, waiting.stage, waiting.step, waiting.steps, waiting.remaining_ms) == (None, None, None, None, None)

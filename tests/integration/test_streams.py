@@ -28,16 +28,16 @@ MIB = 1024 * 1024
 
 
 @pytest.fixture
-async def made(folder: Path) -> AsyncIterator[Fleet]:
+async def installation(folder: Path) -> AsyncIterator[Fleet]:
     """Yield a fleet."""
-    async with fleet(folder / "fleet") as made:
-        yield made
+    async with fleet(folder / "fleet") as installation:
+        yield installation
 
 
 @pytest.fixture
-async def api(made: Fleet) -> Service:
+async def api(installation: Fleet) -> Service:
     """Start and return its API process."""
-    return await made.api(MOVIEQ_LOG_LEVEL="warning")
+    return await installation.api(MOVIEQ_LOG_LEVEL="warning")
 
 
 def opened(api: Service, task_ids: Sequence[str]) -> Readers:
@@ -49,17 +49,17 @@ def opened(api: Service, task_ids: Sequence[str]) -> Readers:
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
-async def test_streams_that_came_and_went_leave_nothing_behind(made: Fleet, api: Service, rounds: int) -> None:
-    task_ids = [(await made.store.submit(new_task())).task_id for _ in range(100)] * 5
+async def test_streams_that_came_and_went_leave_nothing_behind(installation: Fleet, api: Service, rounds: int) -> None:
+    task_ids = [(await installation.store.submit(new_task())).task_id for _ in range(100)] * 5
     process = psutil.Process(api.process.pid)
 
     async def nobody_listens() -> bool:
-        return not await raw(made.store).pubsub_channels(KEYS["events"] + "?*")
+        return not await raw(installation.store).pubsub_channels(KEYS["events"] + "?*")
 
     async def come_and_go(rounds: int) -> None:
         for _ in range(rounds):
             readers = await asyncio.to_thread(opened, api, task_ids)
-            assert len(await raw(made.store).pubsub_channels(KEYS["events"] + "?*")) == 100
+            assert len(await raw(installation.store).pubsub_channels(KEYS["events"] + "?*")) == 100
             readers.close()
             await eventually(nobody_listens)
 
@@ -71,8 +71,8 @@ async def test_streams_that_came_and_went_leave_nothing_behind(made: Fleet, api:
     assert after[1:] == before[1:]
 
 
-async def test_a_process_with_a_thousand_streams_says_goodbye_to_each_when_it_ends(made: Fleet, api: Service) -> None:
-    task_id, _ = await running(made.store)
+async def test_a_process_with_a_thousand_streams_says_goodbye_to_each_when_it_ends(installation: Fleet, api: Service) -> None:
+    task_id, _ = await running(installation.store)
     readers = await asyncio.to_thread(opened, api, [task_id] * 1000)
     api.process.send_signal(signal.SIGTERM)
     ended = await asyncio.to_thread(readers.ended, STOP_S)
@@ -80,16 +80,18 @@ async def test_a_process_with_a_thousand_streams_says_goodbye_to_each_when_it_en
     assert ended == {"count": 1000, "goodbyes": 1000, "left": 0}
 
 
-async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_makes_none_where_nobody_does(made: Fleet, api: Service) -> None:
-    await made.worker()
+async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_makes_none_where_nobody_does(
+    installation: Fleet, api: Service
+) -> None:
+    await installation.worker()
     task = {"prompt": "a lighthouse", "duration": 8, "resolution": "640x360"}
     task_id = TaskId(await api.submit("render_animation", task))
-    assert not await made.store.watched(task_id)
+    assert not await installation.store.watched(task_id)
     async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
-        told = [(event.data, await made.store.watched(task_id)) async for event in events]
+        told = [(event.data, await installation.store.watched(task_id)) async for event in events]
     assert any(isinstance(data, Preview) for data, _ in told)
     assert any(watched for _, watched in told)
-    overheard = made.store.redis.pubsub()
+    overheard = installation.store.redis.pubsub()
     await overheard.psubscribe(KEYS["events"] + "*")  # a pattern is nobody who watches
     await api.submit("render_animation", task)
     heard: list[bytes] = []
@@ -102,8 +104,8 @@ async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_make
     assert not any(b"\npreview\n" in each for each in heard)
 
 
-async def test_previews_reach_whoever_watches_the_task_and_nobody_else(made: Fleet, api: Service) -> None:
-    await made.worker()
+async def test_previews_reach_whoever_watches_the_task_and_nobody_else(installation: Fleet, api: Service) -> None:
+    await installation.worker()
     picture = {"prompt": "a lighthouse", "duration": 6, "resolution": "640x360", "preview": True}
     begun = time.monotonic()
     task_id = await api.submit("render_animation", picture)
@@ -118,11 +120,11 @@ async def test_previews_reach_whoever_watches_the_task_and_nobody_else(made: Fle
         assert (event.id, head, jpeg[:2]) == (None, "data:image/jpeg;base64", b"\xff\xd8")
         assert len(jpeg) <= 10_000
     for log in (Source.of_task(TaskId(task_id)).log, Source.of_project(ProjectId("film")).log):
-        assert "preview" not in [entry.type for entry in await Queries(made.store.redis).log_after(log, None)]
+        assert "preview" not in [entry.type for entry in await Queries(installation.store.redis).log_after(log, None)]
 
 
-async def test_a_run_says_how_long_it_will_take_and_its_progress_never_falls(made: Fleet, api: Service) -> None:
-    await made.worker()
+async def test_a_run_says_how_long_it_will_take_and_its_progress_never_falls(installation: Fleet, api: Service) -> None:
+    await installation.worker()
     task_id = await api.submit("generate_video", {"prompt": "a lighthouse", "duration": 3, "resolution": "640x360", "audio_cues": ["sea"]})
     async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
         told = [event.data async for event in events if isinstance(event.data, ProcessingProgress)]

@@ -16,7 +16,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.streams.watchers import Source
 from movieq.tasks.states import ProjectId
 from tests.arrange import CPU, new_task, result
@@ -105,10 +105,10 @@ async def runs(store: Store, worker: str, over: asyncio.Event) -> None:
             await insist(store.renew, worker, [], [(task_id, run)], has_gpu=False)
             await insist(store.report, task_id, run, step / 100, "generating_image", stage="denoise")
             await asyncio.sleep(0.1)
-        await insist(store.requeue, task_id, run, Counts.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
+        await insist(store.requeue, task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")
 
 
-async def kills(made: Fleet, apis: dict[int, Service], over: asyncio.Event, counts: dict[str, int]) -> None:
+async def kills(installation: Fleet, apis: dict[int, Service], over: asyncio.Event, counts: dict[str, int]) -> None:
     """Kill an API process every two seconds, and Redis every five, at least once each; restart each in its place."""
     for turn in itertools.count(1):
         await asyncio.sleep(1)
@@ -118,37 +118,37 @@ async def kills(made: Fleet, apis: dict[int, Service], over: asyncio.Event, coun
             port = random.choice([*apis])
             apis[port].process.send_signal(random.choice([signal.SIGKILL, signal.SIGTERM]))
             await asyncio.to_thread(apis[port].process.wait)
-            apis[port] = await made.api(port=port)
+            apis[port] = await installation.api(port=port)
             counts["api"] += 1
         if turn % 5 == 0:
-            await asyncio.to_thread(made.valkey.kill)
+            await asyncio.to_thread(installation.valkey.kill)
             await asyncio.sleep(random.uniform(0, 2))
-            await asyncio.to_thread(made.valkey.start)
+            await asyncio.to_thread(installation.valkey.start)
             counts["redis"] += 1
 
 
 @pytest.mark.parametrize(("clients", "seconds"), [(40, 8), pytest.param(300, 90, marks=pytest.mark.slow)], ids=["small", "whole"])
 async def test_clients_that_come_and_go_hear_the_whole_log_once_through_every_death(folder: Path, clients: int, seconds: int) -> None:
     over, counts = asyncio.Event(), {"api": 0, "redis": 0}
-    async with fleet(folder / "fleet", appendfsync="always") as made:
-        apis = {port: await made.api(port=port) for port in (free_port(), free_port())}
-        task_ids = [(await made.store.submit(new_task())).task_id for _ in range(TASKS)]
+    async with fleet(folder / "fleet", appendfsync="always") as installation:
+        apis = {port: await installation.api(port=port) for port in (free_port(), free_port())}
+        task_ids = [(await installation.store.submit(new_task())).task_id for _ in range(TASKS)]
         sources = [Source.of_task(task_ids[number % TASKS]) for number in range(clients * 9 // 10)]
         sources += [Source.of_project(ProjectId("film"))] * (clients - len(sources))
         readers = [(Reader(source, [*apis]), source) for source in sources]
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, headers={"X-API-Key": KEY}) as session, asyncio.TaskGroup() as group:
-            working = [group.create_task(runs(made.store, f"w{number}", over)) for number in range(TASKS)]
+            working = [group.create_task(runs(installation.store, f"w{number}", over)) for number in range(TASKS)]
             for reader, _ in readers:
                 group.create_task(reader.follow(session))
-            killing = group.create_task(kills(made, apis, over, counts))
+            killing = group.create_task(kills(installation, apis, over, counts))
             await asyncio.sleep(seconds)
             while not all(counts.values()):
                 await asyncio.sleep(0.1)
             over.set()
             await asyncio.gather(killing, *working)
             logs = {
-                source.log: [entry.id for entry in await Queries(made.store.redis).log_after(source.log, None, 10_000)]
+                source.log: [entry.id for entry in await Queries(installation.store.redis).log_after(source.log, None, 10_000)]
                 for source in sources
             }
             for reader, source in readers:

@@ -135,8 +135,8 @@ async def test_it_works_in_a_folder_that_holds_packages_of_the_same_names(tmp_pa
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not the package that was meant')\n")
     with service(tmp_path) as running:
         ended = await running.ended(await running.submit("process_audio", {"text": "The lamp."}))
-        made = await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64"}))
-    assert made["status"] == "completed", made
+        ended = await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64"}))
+    assert ended["status"] == "completed", ended
     assert ended["status"] == "completed" or ended["error_code"] == "engine_unavailable", ended  # without the extra `speech`
     log = (tmp_path / "log").read_text()
     assert "process_died" not in log

@@ -17,7 +17,7 @@ from PIL import Image
 from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
-from movieq.queue.store import Counts, Store
+from movieq.queue.store import Budget, Store
 from movieq.settings import Settings
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.states import EventType, Kind, TaskId, TaskStatus
@@ -32,10 +32,10 @@ LONG: dict[str, Any] = {"prompt": "a long way up the stairs", "duration": 30, "f
 
 
 @pytest.mark.parametrize("how", ["stands still", "is cut off"])
-async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_changes_nothing(made: Fleet, how: str) -> None:
-    async with proxy(made.valkey.socket) as between:
-        api, zombie = await asyncio.gather(made.api(), made.worker(between.url))
-        between.hold(script(made.store, "report", "uploading_result"))
+async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_changes_nothing(installation: Fleet, how: str) -> None:
+    async with proxy(installation.valkey.socket) as between:
+        api, zombie = await asyncio.gather(installation.api(), installation.worker(between.url))
+        between.hold(script(installation.store, "report", "uploading_result"))
         task_id = TaskId(await api.submit("generate_image", SMALL))
         await asyncio.wait_for(between.happened.wait(), 60)  # it has said where it stores its file, and is about to
         if how == "stands still":
@@ -43,33 +43,33 @@ async def test_a_worker_that_comes_back_after_its_task_was_finished_by_another_c
         else:
             between.freeze()
         between.release()
-        other = await made.worker()
+        other = await installation.worker()
         status = await api.ended(task_id)
         assert (status["status"], status["attempt"]) == ("completed", 2)
-        committed = await found(made.store, task_id)
-        log = await Queries(made.store.redis).log_after(task_id, None)
-        files = {path: path.read_bytes() for path in stored(made) if str(committed.run) in path.parts}
+        committed = await found(installation.store, task_id)
+        log = await Queries(installation.store.redis).log_after(task_id, None)
+        files = {path: path.read_bytes() for path in stored(installation) if str(committed.run) in path.parts}
         assert {path.stem for path in files} == {"output"}
-        await raw(made.store).delete(KEYS["orphans"])  # as if they had been deleted already
+        await raw(installation.store).delete(KEYS["orphans"])  # as if they had been deleted already
         if how == "stands still":
             zombie.send(signal.SIGCONT)
         else:
             between.thaw()
-        await eventually(lambda: zombie.said("run_lost") + zombie.said("run_stopped") > 0)
-        if not only(made, files):
-            await eventually(lambda: has_orphans(made.store))
-        assert await found(made.store, task_id) == committed
-        assert await Queries(made.store.redis).log_after(task_id, None) == log
+        await eventually(lambda: zombie.times_logged("run_lost") + zombie.times_logged("run_stopped") > 0)
+        if not only(installation, files):
+            await eventually(lambda: has_orphans(installation.store))
+        assert await found(installation.store, task_id) == committed
+        assert await Queries(installation.store.redis).log_after(task_id, None) == log
         for _ in range(4):  # both go on working
             assert (await api.ended(await api.submit("generate_image", SMALL, project="next")))["status"] == "completed"
         assert zombie.alive
         assert other.alive
-        await sweep_at_once(made)
-        assert {path: path.read_bytes() for path in stored(made) if task_id in path.parts} == files
+        await sweep_at_once(installation)
+        assert {path: path.read_bytes() for path in stored(installation) if task_id in path.parts} == files
 
 
-async def test_what_a_zombie_stores_after_its_orphans_were_deleted_is_listed_anew_and_nothing_committed_is(made: Fleet) -> None:
-    store = made.store
+async def test_what_a_zombie_stores_after_its_orphans_were_deleted_is_listed_anew_and_nothing_committed_is(installation: Fleet) -> None:
+    store = installation.store
     await store.submit(new_task())
     (claimed,) = await store.claim("w1", "nonce", CPU)
     task_id, run = claimed.task.task_id, claimed.run
@@ -82,8 +82,8 @@ async def test_what_a_zombie_stores_after_its_orphans_were_deleted_is_listed_ane
     assert await raw(store).zrange(KEYS["orphans"], 0, -1) == [b"projects/film/image/t/zombie"]
 
 
-async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(made: Fleet) -> None:
-    store = made.store
+async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(installation: Fleet) -> None:
+    store = installation.store
     await store.submit(new_task())
     (claimed,) = await store.claim("w1", "nonce", CPU)
     task_id, run = claimed.task.task_id, claimed.run
@@ -95,22 +95,22 @@ async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(made: F
     assert (await found(store, task_id)).status is TaskStatus.QUEUED
 
 
-async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker(MOVIEQ_CPU_SLOTS="2"))
-    await eventually(lambda: worker.said("child_ready") == 2)  # so that it has a slot to claim for, when it goes on
+async def test_a_worker_that_stood_still_keeps_a_run_that_nobody_began_anew(installation: Fleet) -> None:
+    api, worker = await asyncio.gather(installation.api(), installation.worker(MOVIEQ_CPU_SLOTS="2"))
+    await eventually(lambda: worker.times_logged("child_ready") == 2)  # so that it has a slot to claim for, when it goes on
     task_id = TaskId(await api.submit("generate_video", {**LONG, "duration": 4, "fps": 8, "resolution": "320x180"}))
     await api.until(task_id, "event", "started")
     children = [each for each in psutil.Process(worker.popen.pid).children() if "workers.child" in each.cmdline()]
     for child in children:
         child.suspend()
-    beat = await beats(made.store)
+    beat = await beats(installation.store)
 
     async def beats_again() -> bool:
-        return await beats(made.store) != beat
+        return await beats(installation.store) != beat
 
     await eventually(beats_again)
     worker.send(signal.SIGSTOP)  # its next claim is due before its next renewal
-    await eventually(lambda: is_in(made.store, task_id, TaskStatus.QUEUED))
+    await eventually(lambda: is_in(installation.store, task_id, TaskStatus.QUEUED))
     for child in children:
         child.resume()
     worker.send(signal.SIGCONT)
@@ -132,7 +132,7 @@ async def arrange_what_is_due(store: Store) -> list[TaskId]:
         (claimed,) = await store.claim("gone", f"nonce {task.task_id}", CPU)
         assert claimed.task.task_id == task.task_id
         runs[task.task_id] = claimed.run
-    await store.requeue(retried.task_id, runs[retried.task_id], Counts.TRIES, 3, 500, "x", "network")
+    await store.requeue(retried.task_id, runs[retried.task_id], Budget.TRIES, 3, 500, "x", "network")
     due = (await raw(store).time())[0] * 1000 + 500
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {reaped.task_id: due})
     late = [new_task("due", start_by_ms=due), new_task("due", finish_by_ms=due)]
@@ -142,8 +142,8 @@ async def arrange_what_is_due(store: Store) -> list[TaskId]:
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["no worker at all", "all slots busy"])
-async def test_what_is_due_is_acted_on_by_an_api_process(made: Fleet, busy: bool) -> None:
-    api = await made.api()
+async def test_what_is_due_is_acted_on_by_an_api_process(installation: Fleet, busy: bool) -> None:
+    api = await installation.api()
 
     over = asyncio.Event()
 
@@ -153,15 +153,15 @@ async def test_what_is_due_is_acted_on_by_an_api_process(made: Fleet, busy: bool
 
     async with serving({"/frame": held}) as url:
         if busy:
-            worker = await made.worker()
+            worker = await installation.worker()
             running = await api.submit("generate_video", {"storyboard_images": [f"{url}/frame"]})
             await api.until(running, "event", "started")
             worker.send(signal.SIGSTOP)  # not even its own renewals help
-        ids = await arrange_what_is_due(made.store)
+        ids = await arrange_what_is_due(installation.store)
 
         async def acted() -> bool:
-            reaped, retried, *past = [await found(made.store, task_id) for task_id in ids]
-            waiting = await raw(made.store).zscore(KEYS["waiting"] + Kind.CPU_INTENSIVE, retried.task_id)
+            reaped, retried, *past = [await found(installation.store, task_id) for task_id in ids]
+            waiting = await raw(installation.store).zscore(KEYS["waiting"] + Kind.CPU_INTENSIVE, retried.task_id)
             return (
                 reaped.status is TaskStatus.QUEUED and waiting is not None and all(task.error_code == "deadline_exceeded" for task in past)
             )
@@ -170,17 +170,17 @@ async def test_what_is_due_is_acted_on_by_an_api_process(made: Fleet, busy: bool
         over.set()
 
 
-async def test_a_dead_child_is_noticed_by_its_worker_and_not_by_the_end_of_a_lease(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker())
+async def test_a_dead_child_is_noticed_by_its_worker_and_not_by_the_end_of_a_lease(installation: Fleet) -> None:
+    api, worker = await asyncio.gather(installation.api(), installation.worker())
     task_id = TaskId(await api.submit("generate_video", LONG))
     await api.until(task_id, "stage", "frames")
     worker.child().kill()
     event = await api.until(task_id, "event", "retrying")
     assert "SIGKILL" in event["error"]
-    assert await raw(made.store).hmget(KEYS["task"] + task_id, "deaths", "silences") == [b"1", b"0"]
+    assert await raw(installation.store).hmget(KEYS["task"] + task_id, "deaths", "silences") == [b"1", b"0"]
 
 
-async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(made: Fleet) -> None:
+async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(installation: Fleet) -> None:
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow(_: web.Request) -> web.Response:
@@ -188,20 +188,20 @@ async def test_a_child_that_dies_while_its_task_fetches_costs_the_task_nothing(m
         await go_on.wait()
         return web.Response(body=png())
 
-    api, worker = await asyncio.gather(made.api(), made.worker())
+    api, worker = await asyncio.gather(installation.api(), installation.worker())
     async with serving({"/frame": slow}) as url:
         task_id = TaskId(await api.submit("generate_image", {**SMALL, "reference_images": [f"{url}/frame"]}))
         await asyncio.wait_for(asked.wait(), 60)
         worker.child().kill()
-        await eventually(lambda: worker.said("child_ended") == 1)  # else the fetched picture may still go to the dying child
+        await eventually(lambda: worker.times_logged("child_ended") == 1)  # else the fetched picture may still go to the dying child
         go_on.set()
         status = await api.ended(task_id)
     assert (status["status"], status["attempt"]) == ("completed", 1)
-    assert await raw(made.store).hget(KEYS["task"] + task_id, "deaths") == b"0"
+    assert await raw(installation.store).hget(KEYS["task"] + task_id, "deaths") == b"0"
 
 
-async def test_a_task_that_kills_its_engine_every_time_becomes_a_dead_letter(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker())
+async def test_a_task_that_kills_its_engine_every_time_becomes_a_dead_letter(installation: Fleet) -> None:
+    api, worker = await asyncio.gather(installation.api(), installation.worker())
     task_id = TaskId(await api.submit("generate_video", {**LONG, "seed": 7}))
     attempt = 0
     async with api.events(task_id) as events:
@@ -215,17 +215,17 @@ async def test_a_task_that_kills_its_engine_every_time_becomes_a_dead_letter(mad
     (letter,) = answer["dead_letters"]
     assert (letter["task_id"], letter["exit_code"], letter["last_stage"], letter["attempt"]) == (task_id, -9, "frames", 3)
     assert letter["task_data"] == {**LONG, "seed": 7}
-    (same,), total = await Queries(made.store.redis).dead_letters()
+    (same,), total = await Queries(installation.store.redis).dead_letters()
     assert (same.task_id, total) == (task_id, 1)
     # the next task is fine
     assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
 
 
-async def test_a_task_that_this_worker_has_no_function_for_ends_no_worker(made: Fleet) -> None:
-    api, worker = await asyncio.gather(made.api(), made.worker())
+async def test_a_task_that_this_worker_has_no_function_for_ends_no_worker(installation: Fleet) -> None:
+    api, worker = await asyncio.gather(installation.api(), installation.worker())
     odd = new_task(kwargs=msgspec.msgpack.encode({"of_a_newer_movieq": 1}))
-    await made.store.submit(odd)
-    await eventually(lambda: has_retried(made.store, odd.task_id))
+    await installation.store.submit(odd)
+    await eventually(lambda: has_retried(installation.store, odd.task_id))
     assert (await api.ended(await api.submit("generate_image", SMALL)))["status"] == "completed"
     assert worker.alive
 
@@ -247,29 +247,29 @@ async def is_in(store: Store, task_id: TaskId, status: TaskStatus) -> bool:
     return (await found(store, task_id)).status is status
 
 
-def stored(made: Fleet) -> list[Path]:
-    return [path for path in (made.folder / "media").rglob("*") if path.is_file()]
+def stored(installation: Fleet) -> list[Path]:
+    return [path for path in (installation.folder / "media").rglob("*") if path.is_file()]
 
 
-def only(made: Fleet, files: dict[Path, bytes]) -> bool:
-    return set(stored(made)) == files.keys()
+def only(installation: Fleet, files: dict[Path, bytes]) -> bool:
+    return set(stored(installation)) == files.keys()
 
 
 async def has_orphans(store: Store) -> bool:
     return bool(await raw(store).exists(KEYS["orphans"]))
 
 
-async def sweep_at_once(made: Fleet) -> None:
+async def sweep_at_once(installation: Fleet) -> None:
     """Delete now all files that are listed for deletion."""
-    orphans = await raw(made.store).zrange(KEYS["orphans"], 0, -1)
+    orphans = await raw(installation.store).zrange(KEYS["orphans"], 0, -1)
     if orphans:
-        await raw(made.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
-    storage = FolderStorage(made.folder / "media", "http://127.0.0.1:1", (b"",))
-    retention = Retention("test", made.store, Files(made.store.redis), storage, Settings())
+        await raw(installation.store).zadd(KEYS["orphans"], dict.fromkeys(orphans, 1))
+    storage = FolderStorage(installation.folder / "media", "http://127.0.0.1:1", (b"",))
+    retention = Retention("test", installation.store, Files(installation.store.redis), storage, Settings())
 
     async def swept() -> bool:
         await retention.round()  # nothing, while a worker has the turn
-        return not await Files(made.store.redis).due_orphans()
+        return not await Files(installation.store.redis).due_orphans()
 
     await eventually(swept)
 

@@ -92,8 +92,8 @@ class Relay:
 async def relay(url: str) -> AsyncIterator[Relay]:
     """A relay to the CMS at this address, for the length of a block."""
     host, _, path = url.removeprefix("http://").partition("/")
-    made = Relay(int(host.partition(":")[2]))
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/{path}"
+    relay = Relay(int(host.partition(":")[2]))
+    server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
+    relay.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/{path}"
     async with server:
-        yield made
+        yield relay

@@ -25,8 +25,8 @@ Fault = Callable[[Relay, PayloadServer], None]
 @pytest.fixture
 async def cut(cms: PayloadServer) -> AsyncIterator[Relay]:
     """A relay to the CMS, which runs again in the end."""
-    async with relay(cms.url) as made:
-        yield made
+    async with relay(cms.url) as installation:
+        yield installation
     recovered(cms)
 
 

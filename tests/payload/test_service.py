@@ -39,7 +39,7 @@ async def status(up: Service, task_id: str) -> dict[str, Any]:
     return dict(answer)
 
 
-async def made(up: Service, cms: PayloadServer) -> str:
+async def completed(up: Service, cms: PayloadServer) -> str:
     """A task that has completed."""
     task_id = await up.submit("generate_image", SMALL, str(cms.project))
     await up.ended(task_id)
@@ -124,7 +124,7 @@ async def test_while_the_cms_hangs_the_task_is_complete_and_its_id_follows_in_a_
 
 
 async def test_no_log_holds_the_key_of_the_cms(up: Service, cms: PayloadServer) -> None:
-    await written_back(up, await made(up, cms))
+    await written_back(up, await completed(up, cms))
     text = (up.folder / "log").read_text()
     assert '"kind":"payload"' in text
     assert cms.key not in text
@@ -134,7 +134,7 @@ async def test_no_log_holds_the_key_of_the_cms(up: Service, cms: PayloadServer) 
 async def test_after_kill_9_of_the_worker_in_an_upload_the_next_one_brings_the_result_once(up: Service, cms: PayloadServer) -> None:
     cms.freeze()
     try:
-        task_id = await made(up, cms)
+        task_id = await completed(up, cms)
         (worker,) = up.find("worker")
         port = urlsplit(cms.url).port
         await eventually(lambda: any(bool(each.raddr) and each.raddr.port == port for each in worker.net_connections()))

@@ -77,7 +77,7 @@ class Cms:
         ):
             return answer.status, await answer.json()
 
-    async def made(self, collection: str, **fields: Any) -> dict[str, Any]:
+    async def create(self, collection: str, **fields: Any) -> dict[str, Any]:
         """A new document."""
         status, answer = await self.call("POST", f"/{collection}?depth=0", json=fields)
         assert status == 201, answer
@@ -110,7 +110,7 @@ class Cms:
         _, first = await self.call("POST", "/users/first-register", {}, json={"email": "editor@example.test", "password": password})
         self.editor = {"Authorization": f"JWT {first['token']}"}
         key = str(uuid.uuid4())
-        await self.made("users", email="movieq@example.test", password=password, enableAPIKey=True, apiKey=key)
+        await self.create("users", email="movieq@example.test", password=password, enableAPIKey=True, apiKey=key)
         self.key = {"Authorization": f"users API-Key {key}"}
 
 
@@ -171,10 +171,10 @@ def cms(running: Cms) -> Cms:
 
 
 @pytest.fixture
-async def made(folder: Path) -> AsyncIterator[Fleet]:
+async def installation(folder: Path) -> AsyncIterator[Fleet]:
     """A fleet."""
-    async with fleet(folder / "fleet") as made:
-        yield made
+    async with fleet(folder / "fleet") as installation:
+        yield installation
 
 
 class Movieq:

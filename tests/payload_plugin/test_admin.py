@@ -86,13 +86,13 @@ async def opened(page: Page, cms: Cms, scene: object) -> None:
         await page.goto(f"{cms.url}/admin/collections/scenes/{scene}")
 
 
-async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(made: Fleet, cms: Cms, page: Page, folder: Path) -> None:
-    api = await made.api(port=cms.movieq_port)
-    await made.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
-    project = (await cms.made("projects", title="Lighthouse"))["id"]
+async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(installation: Fleet, cms: Cms, page: Page, folder: Path) -> None:
+    api = await installation.api(port=cms.movieq_port)
+    await installation.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
+    project = (await cms.create("projects", title="Lighthouse"))["id"]
     boards = [await cms.picture(project) for _ in range(3)]
     fields = {"description": "The keeper lights the lamp", "lighting": "moonlight", "cameraAngle": "dolly in", "duration": 7}
-    scene = (await cms.made("scenes", title="The lamp", project=project, storyboard=boards, resolution="1920x1080", **fields))["id"]
+    scene = (await cms.create("scenes", title="The lamp", project=project, storyboard=boards, resolution="1920x1080", **fields))["id"]
     await opened(page, cms, scene)
     await page.screenshot(path=folder / "before.png")
     await page.locator("#field-status").click()
@@ -129,7 +129,7 @@ async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(made:
 async def test_a_failure_is_told_on_the_page_and_tried_again_from_there(
     store: Store, api: Movieq, cms: Cms, page: Page, folder: Path
 ) -> None:
-    scene = await cms.made("scenes", title="The storm", description="A storm", status="queued")
+    scene = await cms.create("scenes", title="The storm", description="A storm", status="queued")
     await opened(page, cms, scene["id"])
     await expect(page.locator(".movieq-panel__words")).to_contain_text("Waiting, position 1")
     await page.screenshot(path=folder / "waiting.png")
@@ -151,7 +151,7 @@ async def test_a_failure_is_told_on_the_page_and_tried_again_from_there(
 
 
 async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(store: Store, api: Movieq, cms: Cms, page: Page) -> None:
-    scene = await cms.made("scenes", title="The long one", description="A night", status="queued")
+    scene = await cms.create("scenes", title="The long one", description="A night", status="queued")
     expired = 0
 
     async def once_expired(route: Route) -> None:
@@ -174,7 +174,7 @@ async def test_a_page_whose_address_has_expired_gets_a_fresh_one_from_the_cms(st
 async def test_a_clip_that_the_cms_cannot_fetch_is_said_and_not_asked_for_without_end(
     store: Store, api: Movieq, cms: Cms, page: Page
 ) -> None:
-    scene = await cms.made("scenes", title="The lost one", description="A fog", status="queued")
+    scene = await cms.create("scenes", title="The lost one", description="A fog", status="queued")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/api/movieq/scenes/" in request.url else None)
     await opened(page, cms, scene["id"])
@@ -186,7 +186,7 @@ async def test_a_clip_that_the_cms_cannot_fetch_is_said_and_not_asked_for_withou
 
 
 async def test_nothing_that_a_browser_gets_has_the_api_key(api: Movieq, cms: Cms, page: Page) -> None:
-    scene = await cms.made("scenes", title="Secrets", description="A vault", status="queued")
+    scene = await cms.create("scenes", title="Secrets", description="A vault", status="queued")
     bodies: list[bytes] = []
 
     async def noted(response: Response) -> None:

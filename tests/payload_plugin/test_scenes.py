@@ -26,12 +26,12 @@ async def tasks(api: Movieq, project: str) -> list[dict[str, Any]]:
     return list(page["tasks"])
 
 
-async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_project(made: Fleet, cms: Cms) -> None:
-    api = await made.api(port=cms.movieq_port)
-    await made.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
-    project = (await cms.made("projects", title="Lighthouse"))["id"]
+async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_project(installation: Fleet, cms: Cms) -> None:
+    api = await installation.api(port=cms.movieq_port)
+    await installation.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
+    project = (await cms.create("projects", title="Lighthouse"))["id"]
     boards = [await cms.picture(project), await cms.picture(project)]
-    scene = await cms.made("scenes", **SCENE, project=project, storyboard=boards, lighting="moonlight")
+    scene = await cms.create("scenes", **SCENE, project=project, storyboard=boards, lighting="moonlight")
     assert scene["status"] == "draft"
     saved = await cms.changed(scene["id"], status="queued")
     assert saved["status"] == "queued"
@@ -52,15 +52,15 @@ async def test_a_scene_saved_as_queued_becomes_a_clip_in_the_media_of_its_projec
 
 
 async def test_a_scene_made_as_queued_is_submitted_too(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     (task,) = await tasks(api, "payload")
     assert scene["taskId"] == task["task_id"]
     assert (await cms.scene(scene["id"]))["taskId"] == task["task_id"]
 
 
 async def test_a_scene_saved_many_times_at_once_is_one_task(api: Movieq, cms: Cms) -> None:
-    project = (await cms.made("projects", title="Doubles"))["id"]
-    scene = await cms.made("scenes", **SCENE, project=project, storyboard=[await cms.picture(project)])
+    project = (await cms.create("projects", title="Doubles"))["id"]
+    scene = await cms.create("scenes", **SCENE, project=project, storyboard=[await cms.picture(project)])
     saves = await asyncio.gather(*(cms.changed(scene["id"], status="queued") for _ in range(6)))
     await cms.changed(scene["id"], status="queued", title="The lamp, later")
     (task,) = await tasks(api, str(project))
@@ -83,31 +83,31 @@ async def test_a_scene_whose_receipt_was_lost_gets_the_same_task_when_it_is_save
             return web.Response(body=said, status=answer.status, content_type="application/json")
 
         async with serving({"/{path:.*}": passed_on}, "*", cms.movieq_port):
-            scene = await cms.made("scenes", **SCENE, status="queued")
+            scene = await cms.create("scenes", **SCENE, status="queued")
             assert (scene["status"], scene["taskId"]) == ("failed", None)
             assert (await cms.changed(scene["id"], status="queued"))["taskId"] == lost[0]["task_id"]
         assert len(await tasks(Movieq(client.url), "payload")) == 1
 
 
-async def test_where_movieq_is_away_the_scene_is_kept_and_says_so_and_can_be_queued_again(made: Fleet, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE)
+async def test_where_movieq_is_away_the_scene_is_kept_and_says_so_and_can_be_queued_again(installation: Fleet, cms: Cms) -> None:
+    scene = await cms.create("scenes", **SCENE)
     saved = await cms.changed(scene["id"], status="queued", title="Kept")
     assert (saved["status"], saved["title"], saved["taskId"]) == ("failed", "Kept", None)
     assert saved["error"] == f"Not started: movieq at http://127.0.0.1:{cms.movieq_port} cannot be reached: no server listens there."
-    await made.api(port=cms.movieq_port)
+    await installation.api(port=cms.movieq_port)
     saved = await cms.changed(scene["id"], status="queued")
     assert (saved["status"], saved["error"]) == ("queued", None)
     assert saved["taskId"]
 
 
 async def test_what_movieq_refuses_is_told_in_its_words(api: Movieq, cms: Cms) -> None:
-    saved = await cms.made("scenes", title="Too long", duration=30, resolution="1920x1080", cameraAngle="x" * 300, status="queued")
+    saved = await cms.create("scenes", title="Too long", duration=30, resolution="1920x1080", cameraAngle="x" * 300, status="queued")
     assert saved["status"] == "failed"
     assert "task_data.camera_angle" in saved["error"]
 
 
 async def test_a_scene_saved_as_cancelled_stops_its_task(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     saved = await cms.changed(scene["id"], status="cancelled")
     assert (saved["status"], saved["error"]) == ("cancelled", None)
     _, status = await api.call("GET", f"/tasks/{scene['taskId']}/status")
@@ -115,7 +115,7 @@ async def test_a_scene_saved_as_cancelled_stops_its_task(api: Movieq, cms: Cms) 
 
 
 async def test_a_scene_queued_again_after_its_end_is_another_task(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     await cms.changed(scene["id"], status="cancelled")
     again = await cms.changed(scene["id"], status="queued")
     assert again["taskId"] not in (None, scene["taskId"])
@@ -123,14 +123,14 @@ async def test_a_scene_queued_again_after_its_end_is_another_task(api: Movieq, c
 
 
 async def test_a_deleted_scene_leaves_no_task_that_runs(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     await cms.call("DELETE", f"/scenes/{scene['id']}")
     _, status = await api.call("GET", f"/tasks/{scene['taskId']}/status")
     assert status["status"] == "cancelled"
 
 
 async def test_an_outdated_page_changes_nothing_that_movieq_writes(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     stale = {
         "status": "draft",
         "taskId": "another",
@@ -148,21 +148,21 @@ async def test_an_outdated_page_changes_nothing_that_movieq_writes(api: Movieq, 
 
 
 async def test_a_copy_of_a_running_scene_is_a_draft_without_a_task(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     _, answer = await cms.call("POST", f"/scenes/{scene['id']}/duplicate", json={})
     assert (answer["doc"]["status"], answer["doc"]["taskId"], answer["doc"]["eventsUrl"]) == ("draft", None, None)
 
 
 async def test_the_key_of_movieq_writes_the_result_and_an_editor_does_not(api: Movieq, cms: Cms) -> None:
-    clip = await cms.picture((await cms.made("projects", title="Back"))["id"])
-    scene = await cms.made("scenes", **SCENE)
+    clip = await cms.picture((await cms.create("projects", title="Back"))["id"])
+    scene = await cms.create("scenes", **SCENE)
     assert (await cms.changed(scene["id"], result=clip))["result"] is None
     status, answer = await cms.call("PATCH", f"/scenes/{scene['id']}?depth=0", cms.key, json={"result": clip})
     assert (status, answer["doc"]["result"]) == (200, clip)
 
 
 async def test_the_page_of_a_scene_gets_its_state_and_never_the_key(api: Movieq, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     status, state = await cms.call("GET", f"/movieq/scenes/{scene['id']}")
     assert status == 200
     assert (state["status"], state["queuePosition"], state["problem"]) == ("queued", 1, None)
@@ -173,7 +173,7 @@ async def test_the_page_of_a_scene_gets_its_state_and_never_the_key(api: Movieq,
 
 
 async def test_the_client_retries_what_has_failed_and_says_what_is_refused(app: Path, api: Movieq, store: Store, cms: Cms) -> None:
-    scene = await cms.made("scenes", **SCENE, status="queued")
+    scene = await cms.create("scenes", **SCENE, status="queued")
     (claimed,) = await claim(store)
     await store.fail(claimed.task.task_id, claimed.run, "out of luck", "internal")
     script = f"""

@@ -75,7 +75,7 @@ async def documents(cms: Cms, scene: dict[str, Any]) -> int:
 @pytest.fixture
 async def scene(api: Movieq, cms: Cms) -> dict[str, Any]:
     """A scene whose task waits, for ever."""
-    return await cms.made("scenes", **SCENE, status="queued")
+    return await cms.create("scenes", **SCENE, status="queued")
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ async def test_an_update_counts_whether_it_comes_after_the_end_or_before_it(cms:
     completed: dict[str, Any] = {"kind": "completed", "at_s": 0, "error": None}
     updated: dict[str, Any] = {"kind": "updated", "at_s": 30, "result": result(file_url, clip)}
     for first, second, answer in ((completed, updated, "scene updated"), (updated, completed, "no change")):
-        scene = await cms.made("scenes", **SCENE, status="queued")
+        scene = await cms.create("scenes", **SCENE, status="queued")
         assert await tell(cms, event(scene, **first)) == (200, "scene updated")
         assert await tell(cms, event(scene, **second)) == (200, answer)
         now = await cms.scene(scene["id"])

@@ -71,7 +71,7 @@ class Read:
         return str(created["digitalSourceType"])
 
 
-def made(folder: Path, kind: str) -> Path:
+def example(folder: Path, kind: str) -> Path:
     """A file of this kind, with its tags."""
     path = folder / f"output.{kind}"
     write(path, kind, file_tags(job(folder, model=MODEL, prompt=PROMPT), "Image"))
@@ -96,7 +96,7 @@ def content(path: Path) -> Any:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_reader_finds_who_made_a_file_of_any_format_and_by_what(tmp_path: Path, issued: Chain, signer: Credentials, kind: str) -> None:
-    path = made(tmp_path, kind)
+    path = example(tmp_path, kind)
     before = content(path)
     signer.sign(path, TYPES[kind], CLAIM)
     read = Read(path.read_bytes(), TYPES[kind], issued.root)
@@ -113,7 +113,7 @@ def test_a_reader_finds_who_made_a_file_of_any_format_and_by_what(tmp_path: Path
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_that_was_changed_after_it_was_signed_is_not_valid(tmp_path: Path, issued: Chain, signer: Credentials, kind: str) -> None:
-    path = made(tmp_path, kind)
+    path = example(tmp_path, kind)
     before = path.read_bytes()
     signer.sign(path, TYPES[kind], CLAIM)
     body = path.read_bytes()
@@ -122,14 +122,14 @@ def test_a_file_that_was_changed_after_it_was_signed_is_not_valid(tmp_path: Path
 
 
 def test_the_index_of_a_signed_clip_comes_first(tmp_path: Path, signer: Credentials) -> None:
-    path = made(tmp_path, "mp4")
+    path = example(tmp_path, "mp4")
     signer.sign(path, "video/mp4", CLAIM)
     body = path.read_bytes()
     assert 0 < body.index(b"moov") < body.index(b"mdat")
 
 
 def test_who_does_not_know_the_root_sees_that_nothing_was_changed_and_does_not_trust(tmp_path: Path, signer: Credentials) -> None:
-    path = made(tmp_path, "png")
+    path = example(tmp_path, "png")
     signer.sign(path, "image/png", CLAIM)
     stranger = chain(tmp_path / "stranger")
     assert Read(path.read_bytes(), "image/png", stranger.root).state == "Valid"
@@ -138,7 +138,7 @@ def test_who_does_not_know_the_root_sees_that_nothing_was_changed_and_does_not_t
 @pytest.mark.parametrize("kind", ["es256", "es384", "ps256", "ed25519"])
 def test_keys_of_every_usual_kind_sign(tmp_path: Path, kind: str) -> None:
     issued = chain(tmp_path / kind, kind=kind)
-    path = made(tmp_path, "png")
+    path = example(tmp_path, "png")
     loaded(issued).sign(path, "image/png", CLAIM)
     read = Read(path.read_bytes(), "image/png", issued.root)
     assert (read.state, read.manifest["signature_info"]["alg"].lower()) == ("Trusted", kind)
@@ -213,7 +213,7 @@ def task(**fields: Any) -> Task:
 
 def done(folder: Path, *kinds: str, source: str = "trainedAlgorithmicMedia") -> Done:
     """What a run made: a file of each kind."""
-    files = tuple(Produced(str(made(folder, kind)), "output", TYPES[kind]) for kind in kinds)
+    files = tuple(Produced(str(example(folder, kind)), "output", TYPES[kind]) for kind in kinds)
     return Done("run", files, {"digital_source_type": source, "seed": 7, "revision": REVISION})
 
 

@@ -134,19 +134,21 @@ def test_torch_is_pinned_and_no_weights_are_in_the_image() -> None:
 
 
 async def test_the_health_checks_say_whether_who_they_ask_serves(folder: Path) -> None:
-    async with fleet(folder / "fleet") as made:
-        api = await made.api()
+    async with fleet(folder / "fleet") as installation:
+        api = await installation.api()
 
         async def healthy(argument: str) -> bool:
             command = [sys.executable, str(DEPLOY / "health.py"), argument]
-            process = await asyncio.create_subprocess_exec(*command, env={"MOVIEQ_REDIS_URL": made.valkey.url}, cwd=folder, stderr=DEVNULL)
+            process = await asyncio.create_subprocess_exec(
+                *command, env={"MOVIEQ_REDIS_URL": installation.valkey.url}, cwd=folder, stderr=DEVNULL
+            )
             return await asyncio.wait_for(process.wait(), 60) == 0
 
         live, ready = f"{api.url}/health/live", f"{api.url}/health/ready"
         assert [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]
-        await made.worker()
+        await installation.worker()
         assert [await healthy(each) for each in (live, ready, "worker")] == [True, True, True]
-        made.valkey.stop()
+        installation.valkey.stop()
 
         async def noticed() -> bool:  # the checks are reused for a second
             return [await healthy(each) for each in (live, ready, "worker")] == [True, False, False]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from movieq.errors import InvalidInput, KeyTaken, NetworkFault, OutOfMemory, RunLost, StorageFault
-from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Counts
+from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Budget
 from movieq.tasks.entities import Task
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
 from workers.faults import HostFault
@@ -54,21 +54,21 @@ def test_a_fault_of_the_task_fails_it_at_once() -> None:
 @pytest.mark.parametrize("error", [OutOfMemory("full"), NetworkFault("off"), StorageFault("away"), ValueError("nobody expected this")])
 def test_a_fault_that_may_pass_counts_as_a_try_and_waits(error: Exception) -> None:
     found = requeued(error)
-    assert (found.counts, found.limit) == (Counts.TRIES, TRIES_LIMIT)
+    assert (found.budget, found.limit) == (Budget.TRIES, TRIES_LIMIT)
     assert found.delay_ms > 0
     assert "nobody" not in found.error
 
 
 def test_the_death_of_a_child_counts_as_a_death_unless_another_run_is_to_blame() -> None:
     found = requeued(ChildDied("it ended with signal SIGSEGV", -11, "denoise"))
-    assert (found.counts, found.limit, found.exit_code, found.stage) == (Counts.DEATHS, DEATHS_LIMIT, -11, "denoise")
+    assert (found.budget, found.limit, found.exit_code, found.stage) == (Budget.DEATHS, DEATHS_LIMIT, -11, "denoise")
     found = requeued(ChildDied("it was killed", -9, None, blameless=True))
-    assert (found.counts, found.limit, found.delay_ms) == (Counts.DRAIN, 0, 0)
+    assert (found.budget, found.limit, found.delay_ms) == (Budget.DRAIN, 0, 0)
 
 
 def test_what_this_worker_lacks_is_left_to_others_uncounted() -> None:
     found = requeued(Unable("this worker has no model x", "model_unavailable"))
-    assert (found.counts, found.code) == (Counts.DRAIN, "model_unavailable")
+    assert (found.budget, found.code) == (Budget.DRAIN, "model_unavailable")
     assert found.delay_ms > 0
 
 
@@ -79,9 +79,9 @@ def test_a_task_that_cannot_be_read_has_a_budget_of_its_own() -> None:
 def test_a_fault_of_the_machine_is_blamed_on_it_and_costs_the_task_nothing_until_it_lasts() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     found = requeued(full)
-    assert (found.counts, found.limit, found.delay_ms, found.host_problem) == (Counts.DRAIN, 0, 0, "its disk is full")
+    assert (found.budget, found.limit, found.delay_ms, found.host_problem) == (Budget.DRAIN, 0, 0, "its disk is full")
     found = requeued(full, UNCOUNTED)
-    assert (found.counts, found.limit, found.host_problem) == (Counts.TRIES, TRIES_LIMIT, "its disk is full")
+    assert (found.budget, found.limit, found.host_problem) == (Budget.TRIES, TRIES_LIMIT, "its disk is full")
 
 
 def test_a_fault_of_a_device_is_not_blamed_on_the_machine() -> None:

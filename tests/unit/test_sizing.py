@@ -33,7 +33,7 @@ def test_a_size_is_one_that_the_model_supports_and_near_the_aspect(limits: Limit
 
 
 @pytest.mark.parametrize(
-    ("wanted", "sides", "pixels", "made"),
+    ("wanted", "sides", "pixels", "model"),
     [
         ((1920, 1080), 32, (147_456, 921_600), (1280, 704)),
         ((1024, 1024), 16, (262_144, 2_097_152), (1024, 1024)),
@@ -42,8 +42,8 @@ def test_a_size_is_one_that_the_model_supports_and_near_the_aspect(limits: Limit
         ((640, 360), 8, (1, 2_000_000), (640, 360)),
     ],
 )
-def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: tuple[int, int], made: tuple[int, int]) -> None:
-    assert sizing.model_size(Limits(sides=sides, pixels=pixels), wanted) == made
+def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: tuple[int, int], model: tuple[int, int]) -> None:
+    assert sizing.model_size(Limits(sides=sides, pixels=pixels), wanted) == model
 
 
 @given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.sampled_from([8.0, 16.0, 24.0, 23.976]), st.floats(1, 30))
@@ -81,12 +81,12 @@ def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count:
 
 
 @given(st.integers(1, 300), st.sampled_from([8.0, 16.0, 24.0]), st.integers(1, 300), st.sampled_from([Fraction(24), Fraction(24000, 1001)]))
-def test_each_frame_shows_the_picture_of_its_moment(made: int, fps: float, wanted: int, rate: Fraction) -> None:
-    sources = sizing.source_frames(made, fps, wanted, rate)
+def test_each_frame_shows_the_picture_of_its_moment(rendered: int, fps: float, wanted: int, rate: Fraction) -> None:
+    sources = sizing.source_frames(rendered, fps, wanted, rate)
     assert len(sources) == wanted
     assert sources == sorted(sources)
     for frame, picture in enumerate(sources):
-        assert picture == made - 1 or picture <= float(frame / rate) * fps + 1e-6 < picture + 1
+        assert picture == rendered - 1 or picture <= float(frame / rate) * fps + 1e-6 < picture + 1
 
 
 def test_a_picture_is_cut_evenly_to_the_aspect_and_never_stretched() -> None:

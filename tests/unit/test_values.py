@@ -131,10 +131,10 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_read(text: str, count
     "text", ["," * MIB, '",[{' * (MIB // 5), "\\" * (MIB // 2), '\\,"[' * (MIB // 6), "x" * MIB, "a, b: " * (MIB // 6)], ids=range(6)
 )
 def test_a_text_of_a_mebibyte_is_one_value_whatever_is_in_it(text: str) -> None:
-    made = body(task_data={"prompt": "x", "a": ""})
-    kept = json.dumps(text)[1:-1][: MIB - len(made)]
+    empty = body(task_data={"prompt": "x", "a": ""})
+    kept = json.dumps(text)[1:-1][: MIB - len(empty)]
     kept = kept[:-1] if (len(kept) - len(kept.rstrip("\\"))) % 2 else kept
-    submitted = decode(made.replace(b'"a": ""', f'"a": "{kept}"'.encode()))
+    submitted = decode(empty.replace(b'"a": ""', f'"a": "{kept}"'.encode()))
     assert submitted.task_data["a"] == json.loads(f'"{kept}"')
 
 
@@ -156,17 +156,17 @@ def test_numbers_that_the_json_library_reads_slowly_are_read_by_another_to_the_s
         return body(**{field: {"prompt": "x", "a": ["HERE"]}}).replace(b'"HERE"', ",".join([number] * times).encode())
 
     for times in (1, 1 + values.SLOW, values.MOST_SLOW // 5):
-        made = of(times)
-        assert getattr(decode(made), field)["a"] == [float(number)] * times
-        assert values.slow(made) == (times > values.SLOW)
+        sent = of(times)
+        assert getattr(decode(sent), field)["a"] == [float(number)] * times
+        assert values.slow(sent) == (times > values.SLOW)
     assert str(values.MOST_SLOW) in refusal(of(values.MOST_SLOW + 1)).message
 
 
 @pytest.mark.parametrize("text", ["0e" * 10_000, "9" * 5000, "0e-300", '\\" 1e5, 2e5\\\\'], ids=lambda text: text[:9])
 def test_texts_that_look_like_such_numbers_stay_what_they_are(text: str) -> None:
-    made = body(metadata={"a": [text] * 30, "b": 0.1})
-    assert decode(made).metadata == {"a": [text] * 30, "b": 0.1}
-    assert not values.slow(made)
+    sent = body(metadata={"a": [text] * 30, "b": 0.1})
+    assert decode(sent).metadata == {"a": [text] * 30, "b": 0.1}
+    assert not values.slow(sent)
 
 
 @pytest.mark.parametrize("long", ["2." + "3" * 200 + "e-300", "0." + "0" * 307 + "1" * 17], ids=lambda long: long[:9])
@@ -179,8 +179,8 @@ def test_many_numbers_of_too_many_characters_are_refused(long: str) -> None:
 
 @pytest.mark.parametrize("number", ["1e400", "-1e400"])
 def test_a_number_that_is_too_large_is_refused_by_its_path_among_many(number: str) -> None:
-    made = body(metadata={"a": ["HERE"]}).replace(b'"HERE"', ",".join([*["1.5e-300"] * 300, number]).encode())
-    error = refusal(made)
+    sent = body(metadata={"a": ["HERE"]}).replace(b'"HERE"', ",".join([*["1.5e-300"] * 300, number]).encode())
+    error = refusal(sent)
     assert [path for path, _ in error.errors] == ["metadata.a[300]"]
     assert "1.8e308" in error.message
 

@@ -35,7 +35,7 @@ from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.registry import REGISTRY
 from workers import protocol
 from workers.child.job import Finish, Flag, Job, JobCancelled, Output, device_is_broken
-from workers.faults import PLACE, device_problem, host_problem, said
+from workers.faults import PLACE, device_problem, host_problem, public_message
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
 T = TypeVar("T")
@@ -237,7 +237,9 @@ def _result_or_failure(run: Run, work: Callable[[], T]) -> T | Failed | Cancelle
         broken = device_is_broken(error)
         # on a broken device no model loads: that the model is unavailable would be untrue
         known = isinstance(error, TaskFault) and not broken
-        fault = error if isinstance(error, TaskFault) and known else InternalFault(f"the {run.engine} engine failed: {said(error)}")
+        fault = (
+            error if isinstance(error, TaskFault) and known else InternalFault(f"the {run.engine} engine failed: {public_message(error)}")
+        )
         problem = (device_problem(error) if broken else host_problem(error, Path(run.out_dir).parent)) or ""
         if not broken and not Path(run.out_dir).is_dir():
             problem = problem or PLACE[errno.ENOENT]

@@ -146,8 +146,8 @@ async def through_child(order: peer.Order) -> None:
             await store.submit(task(kwargs=PICTURE))
         with tempfile.TemporaryDirectory() as folder:
             async with Fetcher(Guard(())) as fetcher:
-                made = parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", (b"secret",)), fetcher, Path(folder))
-                working = asyncio.create_task(worker(order, store, [child], counted, {"parts": made}).async_run())
+                prepared = parts(store, FolderStorage(Path(folder) / "media", "http://127.0.0.1", (b"secret",)), fetcher, Path(folder))
+                working = asyncio.create_task(worker(order, store, [child], counted, {"parts": prepared}).async_run())
                 waiting = asyncio.create_task(ended.wait())
                 await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)  # the worker first, where it broke
                 pings_ms = [await ping(child) for _ in range(PINGS)] if ended.is_set() else []

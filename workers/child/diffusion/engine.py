@@ -27,7 +27,7 @@ from workers.child.job import BatchJob, Finish, Job, JobCancelled, Output, devic
 from workers.child.media import ambience, encode, images, loudness
 from workers.child.media.encode import ClipFormat, ClipWriter, Samples
 from workers.child.media.metadata import display_rate, file_tags, result_metadata
-from workers.faults import said
+from workers.faults import public_message
 from workers.protocol import Produced, Stage
 
 SOUND_LUFS: Final = -18.0
@@ -77,7 +77,7 @@ def render_batch(jobs: Sequence[Job]) -> list[Output | Finish | Exception]:
     except Exception as error:
         if device_is_broken(error):
             raise
-        batch.note(f"the batch failed, each of its {len(jobs)} tasks is tried alone: {said(error)}"[:500])
+        batch.note(f"the batch failed, each of its {len(jobs)} tasks is tried alone: {public_message(error)}"[:500])
         pictures = {}
         for job in jobs:
             try:

@@ -16,7 +16,7 @@ from movieq.tasks.states import PROCESS_AUDIO
 from workers.child.diffusion import eviction, previews
 from workers.child.diffusion.loaded import Loaded
 from workers.child.job import Job
-from workers.faults import said
+from workers.faults import public_message
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def get(job: Job, name: str, entry: Model, device: str) -> Loaded:
         try:
             loaded = _retry_alone(name, lambda: _load(entry, device, folders))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-            raise ModelUnavailable(f"{name} cannot be loaded: {said(error)}") from error
+            raise ModelUnavailable(f"{name} cannot be loaded: {public_message(error)}") from error
     job.check()
     _memory.add(name, loaded)
     return loaded

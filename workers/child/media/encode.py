@@ -34,7 +34,7 @@ from movieq.credentials import SOURCES
 from movieq.errors import InvalidInput
 from movieq.tasks.params import AudioFormat, ImageFormat
 from workers.child.job import abbreviated
-from workers.faults import said
+from workers.faults import public_message
 
 Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
@@ -247,7 +247,7 @@ def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[S
                 if size > wanted:
                     break
     except (av.FFmpegError, IndexError) as error:  # damaged after its header, or a video without sound
-        raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: {said(error)}") from error
+        raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: {public_message(error)}") from error
     if not size:
         raise InvalidInput(f"{abbreviated(reference)}: there is no sound in it")
     return np.concatenate(parts)[:wanted].astype(np.float32), size > wanted
