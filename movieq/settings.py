@@ -147,6 +147,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     payload_fields: Annotated[
         str, Meta(description="Names of fields and values in the CMS (guide: For CMS developers): alt=title, mediaType:audio_clip=sound")
     ] = ""
+    payload_writable: Annotated[
+        str, Meta(description="Fields of the CMS that metadata.payload may name, comma-separated: scenes.clip, scenes.takes.first")
+    ] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
     log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO
 

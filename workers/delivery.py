@@ -25,7 +25,7 @@ from arq import Retry
 from arq.constants import in_progress_key_prefix
 
 from movieq import logs
-from movieq.delivery import payload, webhooks
+from movieq.delivery import webhooks
 from movieq.delivery.payload import Document, Payload
 from movieq.errors import CmsFault, StorageFault
 from movieq.queue.connection import Redis
@@ -223,8 +223,8 @@ async def _deposit(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -
             await _check_size(parts.cms, document, delivery)
             media_id, doubt = document.id, doubt or len(known) > 1
             await parts.outbox.doubt(delivery_id, doubt, media_id)
-        if (target := payload.target(delivery.metadata)) is not None:
-            await parts.cms.point(target, media_id)
+        if (target := parts.cms.cms.target(delivery.metadata)) is not None:
+            await parts.cms.point(target, media_id, delivery.project_id)
     except CmsFault as fault:
         wait = webhooks.retry_after_s(fault.retry_after, time.time()) if fault.retry_after else None
         return _Attempt(False, fault.final, fault.status, fault.message, wait or 0.0, media_id, doubt)

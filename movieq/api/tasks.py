@@ -22,7 +22,8 @@ from movieq import logs
 from movieq.api.auth import Caller, caller, task_of
 from movieq.api.query import only_query, query_int
 from movieq.api.state import Api, answered, api
-from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
+from movieq.delivery.payload import TARGET
+from movieq.errors import CmsFault, Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.fetch.guard import UrlRefused
 from movieq.models import table as models
 from movieq.queue.store import Accepted, NewTask
@@ -218,7 +219,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         priority=priority,
         bias_ms=PRIORITY_BIAS_MS[priority],
         kwargs=msgspec.msgpack.encode({"task_data": submitted.task_data}),
-        metadata=_metadata(submitted.metadata),
+        metadata=_metadata(movieq, submitted.metadata or {}),
         estimate_ms=int(model.tasks[task_type] * 1000),
         max_ms=spec.max_duration_s * 1000,
         batch=batch,
@@ -278,10 +279,15 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: floa
     )
 
 
-def _metadata(metadata: dict[str, Any] | None) -> bytes:
-    encoded = msgspec.json.encode(metadata or {})
+def _metadata(movieq: Api, metadata: dict[str, Any]) -> bytes:
+    encoded = msgspec.json.encode(metadata)
     if len(encoded) > METADATA_BYTES:
         raise ValidationFailed(f"metadata: expected at most {METADATA_BYTES} bytes of JSON, got {len(encoded)}")
+    if movieq.cms is not None:
+        try:
+            movieq.cms.target(metadata)
+        except CmsFault as fault:
+            raise ValidationFailed(fault.message, errors=((TARGET, fault.message.removeprefix(f"{TARGET}: ")),)) from None
     return encoded
 
 

@@ -50,11 +50,12 @@ NAMES: Final = (
     "url",
 )
 """The fields that describe a result, by our names; `url` only in reference mode."""
+TARGET: Final = "metadata.payload"
 TASK_ID: Final = "generationMetadata.taskId"
 MEDIA_TYPES: Final = {"dialogue_audio": "audio_clip"}
 """Media types that have another name in the CMS."""
 
-_PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+_PATH = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")  # no __proto__
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.~-]{0,199}")
 
@@ -97,6 +98,8 @@ class Cms(msgspec.Struct, frozen=True):
     mode: PayloadMode
     fields: Mapping[str, str]
     values: Mapping[tuple[str, str], Any]
+    writable: frozenset[tuple[str, str]] = frozenset()
+    """The (collection, field) pairs that tasks may set to the id of their result."""
 
     @property
     def address(self) -> str:
@@ -109,6 +112,25 @@ class Cms(msgspec.Struct, frozen=True):
         if name in self.fields or not dot or group not in self.fields:
             return self.fields.get(name, name)
         return f"{self.fields[group]}.{rest}" if self.fields[group] else ""
+
+    def target(self, metadata: Mapping[str, Any]) -> Target | None:
+        """Return the document that `metadata.payload` of a task names, or None if it names none. Raises a final CmsFault."""
+        if metadata.get("payload") is None:
+            return None
+        try:
+            named = msgspec.convert(metadata["payload"], Target)
+        except msgspec.ValidationError:
+            raise CmsFault(f"{TARGET}: expected {{collection, id, field}}, two texts and a text or number", final=True) from None
+        if not (_SLUG.fullmatch(named.collection) and _ID.fullmatch(str(named.id)) and _PATH.fullmatch(named.field)):
+            raise CmsFault(f"{TARGET}: expected the slug of a collection, the id of a document and the name of a field", final=True)
+        if (named.collection, named.field) not in self.writable:
+            pair = f"{named.collection}.{named.field}"[:200]
+            raise CmsFault(f"{TARGET}: tasks may not write {pair}; who runs movieq can allow it with MOVIEQ_PAYLOAD_WRITABLE", final=True)
+        return named
+
+    def project(self, project_id: str) -> Any:
+        """Return a project's id in the CMS."""
+        return self.values.get(("project", project_id), _id(project_id))
 
     def paths(self) -> list[str]:
         """Return all fields of our documents."""
@@ -171,7 +193,16 @@ def configured(settings: Settings) -> Cms | None:
             )
     fields, values = _mapping(settings.payload_fields)
     url = settings.payload_url.rstrip("/")
-    cms = Cms(url, settings.payload_api_key, settings.payload_users, settings.payload_media, settings.payload_mode, fields, values)
+    cms = Cms(
+        url=url,
+        api_key=settings.payload_api_key,
+        users=settings.payload_users,
+        media=settings.payload_media,
+        mode=settings.payload_mode,
+        fields=fields,
+        values=values,
+        writable=_writable(settings),
+    )
     if cms.mode is PayloadMode.REFERENCE and not (cms.path(TASK_ID) and cms.path("url")):
         raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: reference mode needs a field for {TASK_ID} and one for url")
     paths = sorted(cms.paths())
@@ -179,19 +210,6 @@ def configured(settings: Settings) -> Cms | None:
         if path == other or other.startswith(f"{path}."):
             raise SettingsError(f"MOVIEQ_PAYLOAD_FIELDS: two values would be written to {path}; map each to a field of its own")
     return cms
-
-
-def target(metadata: Mapping[str, Any]) -> Target | None:
-    """Return the document that `metadata.payload` of a task names, or None if it names none. Raises a final CmsFault."""
-    if metadata.get("payload") is None:
-        return None
-    try:
-        named = msgspec.convert(metadata["payload"], Target)
-    except msgspec.ValidationError as error:
-        raise CmsFault(f"metadata.payload: expected {{collection, id, field}}: {error}", final=True) from None
-    if not (_SLUG.fullmatch(named.collection) and _ID.fullmatch(str(named.id)) and _PATH.fullmatch(named.field)):
-        raise CmsFault("metadata.payload: expected the slug of a collection, the id of a document and the name of a field", final=True)
-    return named
 
 
 class Payload:
@@ -253,16 +271,22 @@ class Payload:
             if fault.status != 404:
                 raise
 
-    async def point(self, document: Target, id: Id) -> None:
-        """Set the field of this document to `id`, the id of a result's document."""
+    async def point(self, document: Target, id: Id, project_id: str) -> None:
+        """Set the field of this document, which must belong to the project, to `id`, the id of a result's document."""
         *groups, last = document.field.split(".")
         fields: dict[str, Any] = {last: id}
         for group in reversed(groups):
             fields = {group: fields}
+        path, name = f"{document.collection}/{_part(document.id)}", self.cms.path("project") or "project"
         try:
-            await self._ask("PATCH", f"{document.collection}/{_part(document.id)}", msgspec.Raw, json=fields)
+            at: Any = await self._ask("GET", path, dict[str, Any], query={f"select[{name}]": "true"})
+            for group in name.split("."):
+                at = at.get(group) if isinstance(at, dict) else None
+            if at is None or str(at) != str(self.cms.project(project_id)):
+                raise CmsFault(f"its {name} is not the project of the task", final=True)
+            await self._ask("PATCH", path, msgspec.Raw, json=fields)
         except CmsFault as fault:
-            text = f"metadata.payload names {document.collection}/{document.id}: {fault.message}"
+            text = f"{TARGET} names {document.collection}/{document.id}: {fault.message}"
             final = fault.final or fault.status in (400, 404)
             raise CmsFault(text, final=final, status=fault.status, retry_after=fault.retry_after) from None
 
@@ -455,6 +479,19 @@ def _mapping(text: str) -> tuple[dict[str, str], dict[tuple[str, str], Any]]:
         else:
             fields[name] = right
     return fields, values
+
+
+def _writable(settings: Settings) -> frozenset[tuple[str, str]]:
+    """Parse `MOVIEQ_PAYLOAD_WRITABLE`: `COLLECTION.FIELD`, with commas. Raises SettingsError."""
+    pairs = set()
+    for part in filter(None, (part.strip() for part in settings.payload_writable.split(","))):
+        collection, _, field = part.partition(".")
+        if not (_SLUG.fullmatch(collection) and _PATH.fullmatch(field)):
+            raise SettingsError(f"MOVIEQ_PAYLOAD_WRITABLE: expected COLLECTION.FIELD, such as scenes.clip, got {part[:200]!r}")
+        if collection == settings.payload_users:
+            raise SettingsError(f"MOVIEQ_PAYLOAD_WRITABLE: {part[:200]} is in the collection of users, where no task may write")
+        pairs.add((collection, field))
+    return frozenset(pairs)
 
 
 def _scalar(text: str) -> Any:

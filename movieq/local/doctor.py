@@ -271,7 +271,7 @@ async def _cms(settings: Settings) -> list[Finding]:
     found: list[Finding] = []
     async with Guard(origins=settings.own_origins()).session() as session:
         asked = Payload(cms, session, answer_s=CHECK_S)
-        checks = [_cms_key, _cms_collection, _cms_fields, *([_cms_limits] if asked.takes_files else [])]
+        checks = [_cms_key, _cms_collection, _cms_fields, _cms_writable, *([_cms_limits] if asked.takes_files else [])]
         for check in checks:
             try:
                 found.append(await check(asked))
@@ -308,6 +308,13 @@ async def _cms_fields(asked: Payload) -> Finding:
     advice = f"add them to the collection, or map or omit them with {variable('payload_fields')}"
     mark = Mark.BROKEN if needed & set(missing) else Mark.NOTE
     return Finding(mark, "CMS fields", f"{cms.media!r} has no {', '.join(missing)}; their values are lost: {advice}")
+
+
+async def _cms_writable(asked: Payload) -> Finding:
+    pairs = ", ".join(sorted(".".join(pair) for pair in asked.cms.writable))
+    return Finding(
+        Mark.GOOD, "CMS writable", f"{variable('payload_writable')} lets tasks set {pairs or 'no field'} of their project's documents"
+    )
 
 
 async def _cms_limits(asked: Payload) -> Finding:

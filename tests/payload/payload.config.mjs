@@ -44,6 +44,7 @@ export default buildConfig({
       slug: "scenes",
       fields: [
         text("title"),
+        { name: "project", type: "relationship", relationTo: "projects" },
         { name: "clip", type: "upload", relationTo: "media" },
         { name: "takes", type: "group", fields: [text("note"), { name: "first", type: "upload", relationTo: "media" }] },
       ],

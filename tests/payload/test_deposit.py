@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from movieq.delivery.payload import configured, target
+from movieq.delivery.payload import configured
 from movieq.errors import SettingsError
 from movieq.queue.keys import KEYS
 from movieq.queue.outbox import Outbox
@@ -100,11 +100,11 @@ async def test_a_log_that_has_expired_does_not_come_back(desk: Desk, cms: Payloa
 
 
 async def test_the_document_that_the_metadata_name_points_at_the_result(desk: Desk, cms: PayloadServer) -> None:
-    scene = cms.call("POST", "/scenes", {"title": "12", "takes": {"note": "keep"}})["doc"]["id"]
+    scene = cms.call("POST", "/scenes", {"title": "12", "project": cms.project, "takes": {"note": "keep"}})["doc"]["id"]
     for field in ("clip", "takes.first"):
         metadata = {"payload": {"collection": "scenes", "id": scene, "field": field}}
         task_id = await desk.completed(cms, metadata=msgspec.json.encode(metadata))
-        async with desk.parts(cms) as parts:
+        async with desk.parts(cms, payload_writable="scenes.clip, scenes.takes.first") as parts:
             assert await tried(parts, task_id) is None
         document = cms.call("GET", f"/scenes/{scene}?depth=0")
         assert {"clip": document["clip"], "takes.first": document["takes"]["first"]}[field] == await desk.media_id(task_id)
@@ -118,19 +118,39 @@ async def test_the_document_that_the_metadata_name_points_at_the_result(desk: De
         ({"collection": "scenes", "id": "../users", "field": "clip"}, "metadata.payload"),
         ({"collection": "scenes/1", "id": 1, "field": "clip"}, "metadata.payload"),
         ({"collection": "scenes", "id": 1}, "metadata.payload"),
+        ({"collection": "scenes", "id": 1, "field": "title"}, "scenes.title"),
+        ({"collection": "scenes", "id": 1, "field": "__proto__"}, "metadata.payload"),
+        ({"collection": "users", "id": 1, "field": "password"}, "users.password"),
+        ({"collection": "users", "id": "me", "field": "apiKey"}, "users.apiKey"),
+        ({"collection": "globals", "id": "site", "field": "clip"}, "globals.clip"),
         ("scene 12", "metadata.payload"),
     ],
 )
-async def test_a_document_that_is_not_there_costs_its_pointer_and_not_the_result(
+async def test_a_document_that_may_not_be_written_costs_its_pointer_and_not_the_result(
     desk: Desk, cms: PayloadServer, named: Any, problem: str
 ) -> None:
     task_id = await desk.completed(cms, metadata=msgspec.json.encode({"payload": named}))
-    async with desk.parts(cms) as parts:
+    async with desk.parts(cms, payload_writable="scenes.clip") as parts:
         assert await tried(parts, task_id) is None
     delivery = await desk.delivery(task_id)
     assert (delivery.state, delivery.tries) == (DeliveryState.FAILED, 1)
     assert problem in (delivery.last_problem or "")
     assert await desk.media_id(task_id) == cms.documents(task_id)[0]["id"]
+
+
+@pytest.mark.parametrize("project", ["another", None])
+async def test_a_document_of_another_project_or_of_none_is_not_written(desk: Desk, cms: PayloadServer, project: str | None) -> None:
+    other = cms.call("POST", "/projects", {"title": project})["doc"]["id"] if project else None
+    scene = cms.call("POST", "/scenes", {"title": "12", "project": other})["doc"]["id"]
+    metadata = {"payload": {"collection": "scenes", "id": scene, "field": "clip"}}
+    task_id = await desk.completed(cms, metadata=msgspec.json.encode(metadata))
+    async with desk.parts(cms, payload_writable="scenes.clip") as parts:
+        assert await tried(parts, task_id) is None
+    delivery = await desk.delivery(task_id)
+    assert (delivery.state, delivery.tries) == (DeliveryState.FAILED, 1)
+    assert "project" in (delivery.last_problem or "")
+    assert cms.call("GET", f"/scenes/{scene}?depth=0")["clip"] is None
+    assert await desk.media_id(task_id) is not None
 
 
 async def test_names_and_values_are_those_of_the_operator(desk: Desk, cms: PayloadServer) -> None:
@@ -307,6 +327,10 @@ async def test_what_answers_and_is_no_payload_is_named(desk: Desk, cms: PayloadS
         ({"payload_api_key": ""}, "PAYLOAD_API_KEY"),
         ({"payload_api_key": "a\nb"}, "PAYLOAD_API_KEY"),
         ({"payload_media": "a/b"}, "PAYLOAD_MEDIA"),
+        ({"payload_writable": "scenes"}, "PAYLOAD_WRITABLE"),
+        ({"payload_writable": "scenes.__proto__"}, "PAYLOAD_WRITABLE"),
+        ({"payload_writable": "scenes.clip, users.password"}, "PAYLOAD_WRITABLE"),
+        ({"payload_writable": "people.photo", "payload_users": "people"}, "PAYLOAD_WRITABLE"),
         ({"payload_fields": "altt=title"}, "PAYLOAD_FIELDS"),
         ({"payload_fields": "alt"}, "PAYLOAD_FIELDS"),
         ({"payload_fields": "alt=a title"}, "PAYLOAD_FIELDS"),
@@ -331,5 +355,7 @@ def test_a_value_is_a_number_where_it_reads_as_one_unless_it_is_quoted() -> None
 
 
 def test_metadata_without_a_document_names_none() -> None:
-    assert target({}) is None
-    assert target({"payload": None}) is None
+    cms = configured(Settings(payload_url="https://cms.example/api/", payload_api_key="k"))
+    assert cms is not None
+    assert cms.target({}) is None
+    assert cms.target({"payload": None}) is None

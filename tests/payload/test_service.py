@@ -29,7 +29,13 @@ SMALL: Final[dict[str, Any]] = {"prompt": "a lamp", "resolution": "64x64"}
 def up(tmp_path_factory: pytest.TempPathFactory, cms: PayloadServer) -> Iterator[Service]:
     """A `movieq up` with a CMS."""
     folder = tmp_path_factory.mktemp("up")
-    with service(folder, MOVIEQ_PAYLOAD_URL=cms.url, MOVIEQ_PAYLOAD_API_KEY=cms.key, MOVIEQ_WEBHOOK_SECRET=SECRET) as running:
+    with service(
+        folder,
+        MOVIEQ_PAYLOAD_URL=cms.url,
+        MOVIEQ_PAYLOAD_API_KEY=cms.key,
+        MOVIEQ_PAYLOAD_WRITABLE="scenes.clip",
+        MOVIEQ_WEBHOOK_SECRET=SECRET,
+    ) as running:
         yield running
 
 
@@ -57,7 +63,7 @@ async def written_back(up: Service, task_id: str) -> dict[str, Any]:
 
 
 async def test_a_result_is_in_the_cms_and_every_way_of_hearing_of_it_says_so(up: Service, cms: PayloadServer) -> None:
-    scene = cms.call("POST", "/scenes", {"title": "12"})["doc"]["id"]
+    scene = cms.call("POST", "/scenes", {"title": "12", "project": cms.project})["doc"]["id"]
     metadata = {"scene_id": "12", "payload": {"collection": "scenes", "id": scene, "field": "clip"}}
     async with receiver() as hook:
         task_id = await up.submit("generate_image", SMALL, str(cms.project), callback_url=hook.url, metadata=metadata)
@@ -89,6 +95,20 @@ async def test_a_result_is_in_the_cms_and_every_way_of_hearing_of_it_says_so(up:
         assert f"{task_id}-2  webhook" in again.stdout
         (_, first), (_, second) = await hook.wait_for(2)
         assert json.loads(first)["result"]["payload_media_id"] == json.loads(second)["result"]["payload_media_id"]
+
+
+async def test_a_submit_that_names_a_field_which_no_task_may_write_is_refused(up: Service, cms: PayloadServer) -> None:
+    for named, problem in (
+        ({"collection": "users", "id": 1, "field": "password"}, "tasks may not write users.password"),
+        ({"collection": "scenes", "id": 1, "field": "title"}, "MOVIEQ_PAYLOAD_WRITABLE"),
+        ({"collection": "scenes", "id": "../users/1", "field": "clip"}, "the id of a document"),
+        ({"collection": "scenes", "field": "clip"}, "expected {collection, id, field}"),
+    ):
+        body = {"project_id": str(cms.project), "task_type": "generate_image", "task_data": SMALL, "metadata": {"payload": named}}
+        status, answer = await up.call("POST", "/tasks/submit", json=body)
+        assert (status, answer["error"]) == (400, "validation_failed")
+        assert problem in answer["message"]
+        assert answer["errors"][0]["path"] == "metadata.payload"
 
 
 async def test_a_result_that_was_made_before_is_in_the_cms_under_its_own_task(up: Service, cms: PayloadServer) -> None:
