@@ -22,7 +22,11 @@ An error's message is written for the person who reads it: it names the field, t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Final
+
+PATH_CHARS: Final = 200
+MESSAGE_CHARS: Final = 500
+"""Longest message of an error that quotes a request, in characters: it is stored, logged and sent more than once."""
 
 
 class MovieqError(Exception):
@@ -33,6 +37,14 @@ class MovieqError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+def cut(text: str, most: int = MESSAGE_CHARS) -> str:
+    """Return a text of at most `most` characters: a longer one is cut, and its length is named."""
+    if len(text) <= most:
+        return text
+    tail = f"... ({len(text)} characters)"
+    return text[: most - len(tail)] + tail
 
 
 class SettingsError(MovieqError):
@@ -50,7 +62,7 @@ class CmsFault(MovieqError):
     """
 
     def __init__(self, message: str, *, final: bool = False, status: int | None = None, retry_after: str = "") -> None:
-        super().__init__(message)
+        super().__init__(cut(message))
         self.final = final
         self.status = status
         self.retry_after = retry_after
@@ -73,8 +85,8 @@ class RequestError(MovieqError):
         retry_after_s: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.errors = errors
+        super().__init__(cut(message))
+        self.errors = tuple((cut(path, PATH_CHARS), cut(text)) for path, text in errors)
         self.headers = headers or {}
         self.retry_after_s = retry_after_s
 
@@ -167,6 +179,9 @@ class TaskFault(MovieqError):
     """A run failed. `retryable`: another try may succeed."""
 
     retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(cut(message))
 
 
 class InputUnavailable(TaskFault):

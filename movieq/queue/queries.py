@@ -32,6 +32,10 @@ from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import utc
 from movieq.tasks.states import STATES, Kind, Priority, ProjectId, TaskId, TaskStatus, TaskType
 
+LOG_ENTRIES: Final = 50
+"""Entries of an event log in the first read; each further read asks for twice as many."""
+LOG_BYTES: Final = 256 * 1024
+"""After so many bytes of an event log no more are read in one call."""
 OFFLINE_MS: Final = 15_000
 """A worker whose last heartbeat is older is offline."""
 
@@ -322,17 +326,24 @@ class Queries:
     # ── Event logs ──
 
     async def log_after(self, log: str, after: str | None, count: int = 500) -> list[Logged]:
-        """Return at most `count` entries of an event log after the id `after` (None: from the beginning), oldest first.
+        """Return entries of an event log after the id `after` (None: from the beginning), oldest first; none at the end of the log.
 
-        `log` is a task's id or `project:PROJECT`. Unreadable entries are skipped.
+        `log` is a task's id or `project:PROJECT`. At most `count` entries are returned, and no more once they have `LOG_BYTES`. Unreadable
+        entries are skipped.
         """
         found: list[Logged] = []
-        while (asked := count - len(found)) > 0:
+        size_bytes, asked = 0, LOG_ENTRIES
+        while len(found) < count and not (found and size_bytes >= LOG_BYTES):
+            asked = min(asked, count - len(found))
             entries = await self._redis.shared.call("XRANGE", self._keys["log"] + log, f"({after}" if after else "-", "+", "COUNT", asked)
-            found += [entry for id, fields in entries if (entry := decode_logged(id, pairs(fields))) is not None]
+            for id, fields in entries:
+                size_bytes += sum(map(len, fields))
+                if (entry := decode_logged(id, pairs(fields))) is not None:
+                    found.append(entry)
             if len(entries) < asked:
                 break
             after = entries[-1][0].decode()
+            asked *= 2
         return found
 
     async def log_state(self, log: str) -> LogState:

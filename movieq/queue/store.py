@@ -26,6 +26,8 @@ from movieq.tasks.entities import Task, WorkerStatus
 from movieq.tasks.results import StoredResult
 from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId, TaskStatus, TaskType
 
+RETRIES_LIMIT: Final = 20
+"""Times that a failed task may be queued again by a client."""
 LEASE_MS: Final = 10_000
 """Length of a lease."""
 RENEW_S: Final = 3.0
@@ -183,8 +185,10 @@ class Store:
 
     async def retry(self, task_id: TaskId) -> Accepted:
         """Queue a failed task again, with a new budget of tries. Raises NotFound, InvalidState."""
-        answer = await self.scripts["retry"].finish(task_id=task_id, nonce=secrets.token_hex(8))
+        answer = await self.scripts["retry"].finish(task_id=task_id, nonce=secrets.token_hex(8), limit=RETRIES_LIMIT)
         match answer[0]:
+            case b"spent":
+                raise InvalidState(f"the task was retried {RETRIES_LIMIT} times, which is the limit: submit it as a new task")
             case b"refused":
                 raise InvalidState(f"the task is {text(answer[1])} and cannot be retried: only failed tasks can")
             case b"unknown":

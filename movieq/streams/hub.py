@@ -34,8 +34,6 @@ LINGER_S: Final = 2.0
 """Longest wait at the end of the process for clients to read their goodbye."""
 AWAY_S: Final = 1.0
 """Wait between two tries to read a log while Redis is unavailable."""
-ENTRIES: Final = 100
-"""Most entries of a log in one read."""
 
 log = logs.get()
 
@@ -182,7 +180,7 @@ class Hub:
                     self._tell(topic, Event(pair(entry.id), True, entry.type, entry.data, chunk(self._frame(entry))))
                 if entries is None:
                     await asyncio.sleep(AWAY_S)
-                elif len(entries) < ENTRIES and heard == topic.heard:
+                elif not entries and heard == topic.heard:
                     topic.since = topic.newest
                     return
         except Exception:
@@ -248,7 +246,7 @@ class Hub:
                 wanted = entries if watcher.wants is None else [each for each in entries if watcher.wants(facts_of(each.data))]
                 if wanted:
                     watcher.tell(chunk(b"".join(self._frame(entry) for entry in wanted)))
-            if len(entries) == ENTRIES or heard != topic.heard:
+            if entries or heard != topic.heard:
                 continue
             if topic.source.ends and last in LAST_EVENTS:
                 self._end(watcher)
@@ -263,7 +261,7 @@ class Hub:
     async def _log_after(self, topic: Topic, position: Id) -> list[Logged] | None:
         """Return the next entries; None while Redis is unavailable."""
         try:
-            return await self._queries.log_after(topic.source.log, f"{position[0]}-{position[1]}", ENTRIES)
+            return await self._queries.log_after(topic.source.log, f"{position[0]}-{position[1]}")
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
             return None
 

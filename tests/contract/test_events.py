@@ -40,7 +40,10 @@ PROGRESS = {
 
 async def log_of(store: Store, task_id: TaskId) -> list[str]:
     """Return the ids of a task's event log."""
-    return [entry.id for entry in await Queries(store.redis).log_after(task_id, None, 100_000)]
+    ids: list[str] = []
+    while entries := await Queries(store.redis).log_after(task_id, ids[-1] if ids else None):
+        ids += [entry.id for entry in entries]
+    return ids
 
 
 async def work(store: Store, task_id: TaskId, run: RunToken, steps: int = 10) -> None:

@@ -31,7 +31,10 @@ FILM_STREAM = "projects/film"
 
 async def log_of(store: Store) -> list[str]:
     """Return the ids of the project's event log."""
-    return [entry.id for entry in await Queries(store.redis).log_after(LOG, None, 100_000)]
+    ids: list[str] = []
+    while entries := await Queries(store.redis).log_after(LOG, ids[-1] if ids else None):
+        ids += [entry.id for entry in entries]
+    return ids
 
 
 async def began(stream: Stream) -> Any:

@@ -1,10 +1,11 @@
 #!lua
 -- Queues a failed task again: failed -> queued. The attempt number goes on; the budgets of tries are reset.
--- args: task_id nonce
+-- args: task_id nonce limit
 --   task_id: of the task
 --   nonce: random; a repeated call with the same nonce gets the same answer
+--   limit: the number of retries that a task may have
 -- Returns {'ok', task_id, created_at_ms, queue_position, estimate_ms, warnings}; {'refused', state} for a task that has not failed;
---   {'unknown'} if the task does not exist.
+--   {'spent'} for one that was retried `limit` times; {'unknown'} if the task does not exist.
 -- Appends `queued`. The log no longer expires.
 -- Cost: O(log n).
 -- include: time record run_fields index events lanes queue offers deadlines
@@ -15,7 +16,8 @@ local function receipt()
 end
 if t.retried == nonce then return receipt() end
 if t.status ~= 'failed' then return {'refused', t.status} end
-set(t, {retried = nonce, tries = 0, deaths = 0, silences = 0})
+if tonumber(t.retries or 0) >= tonumber(limit) then return {'spent'} end
+set(t, {retried = nonce, retries = tonumber(t.retries or 0) + 1, tries = 0, deaths = 0, silences = 0})
 show_as_waiting(t)
 redis.call('ZREM', K.dead, task_id)
 redis.call('ZREM', K.ended, task_id)

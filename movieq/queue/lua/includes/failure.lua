@@ -1,7 +1,8 @@
 -- The end of a task that fails.
--- include: time record messages finish
+-- include: time record messages text finish
 
 local function fail(t, message, code, retryable)
+  message = cut(message)
   unset(t, 'result') -- only a damaged record has one
   set(t, {error = message, error_code = code, retryable = retryable, ended_as = 'failed'})
   finish(t, 'failed', {'"error":' .. json(message), '"error_code":' .. json(code), '"retryable":' .. tostring(retryable)})

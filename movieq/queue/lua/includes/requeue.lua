@@ -1,8 +1,9 @@
 -- Requeueing a task after a run without a result.
--- include: time record run_fields index messages events queue offers deadlines runs
+-- include: time record run_fields index messages text events queue offers deadlines runs
 
 -- Requeues the task, after a delay if there is one. Appends `retrying`.
 local function requeue(t, delay_ms, message, code)
+  message = cut(message)
   release(t, false)
   move(t, 'queued')
   set(t, {ended_run = t.run, ended_as = 'queued'})
