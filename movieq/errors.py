@@ -8,6 +8,7 @@
     │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
     │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
     │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
+    │   │                                 also LineTooLong 414, HeadersTooLarge 431
     │   ├── RangeRefused         416  ├── QueueFull         429  ├── RateLimited       429
     │   └── Internal             500  └── Unavailable       503
     └── TaskFault                a run failed: `code` becomes the task's `error_code`
@@ -137,6 +138,18 @@ class PayloadTooLarge(RequestError):
     """The request body is over the size limit."""
 
     code, status = "payload_too_large", 413
+
+
+class LineTooLong(PayloadTooLarge):
+    """The request line is over the size limit."""
+
+    status = 414
+
+
+class HeadersTooLarge(PayloadTooLarge):
+    """The request line and headers together are over the size limit."""
+
+    status = 431
 
 
 class IdempotencyMismatch(RequestError):

@@ -9,6 +9,7 @@ import resource
 import socket
 import weakref
 from functools import partial
+from http import HTTPStatus
 from types import FrameType
 
 import httptools
@@ -19,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from movieq.api import app
 from movieq.api.events import HAND_OVER, OLD_VERSIONS
-from movieq.errors import Internal, SettingsError, ValidationFailed
+from movieq.errors import HeadersTooLarge, Internal, LineTooLong, PayloadTooLarge, RequestError, SettingsError, ValidationFailed
 from movieq.settings import Settings
 from movieq.streams.watchers import SocketWatcher
 
@@ -27,6 +28,14 @@ SHUTDOWN_S = 5
 """Longest time that a shutdown waits for requests in progress."""
 LAST_REQUESTS_S = 0.5
 """How long idle connections stay open during shutdown, so that a request already on its way is answered."""
+HEAD_BYTES = 32 * 1024
+"""Longest request line and headers together, in bytes; and the most that the framing of a body may add to it."""
+HEAD_S = 10.0
+"""Time for a request line and headers to arrive, from the first byte of a connection on."""
+REFUSED_S = 1.0
+"""How long a refused connection stays open for its client to read the answer."""
+FRAMING = 8
+"""Most bytes of framing for each byte of a body in chunks: a chunk of one byte needs five."""
 OPEN_FILES = 65_536
 """Open files that the process asks for, if its hard limit allows; each stream needs one."""
 READY = "movieq ready at "
@@ -150,11 +159,35 @@ class _Server(uvicorn.Server):
 class _Protocol(HttpToolsProtocol):
     _offer = b""
     """The head of a request that offers a protocol upgrade, without the Upgrade header; empty for other requests."""
+    _in_head = True
+    """Whether the next bytes belong to a request line or headers."""
+    _begun = False
+    """Whether a part of a request has arrived."""
+    _line_read = False
+    """Whether the request line of this head has arrived."""
+    _head_bytes = 0
+    """Bytes of this head so far."""
+    _framing_bytes = 0
+    """Bytes of this body's framing, trailers included, beyond what its data allow."""
+    _late: asyncio.TimerHandle | None = None
+    """Ends the connection if the head does not arrive in time."""
+    _refused = False
+    """Whether the connection is about to close; what still arrives is dropped."""
 
     @property
     def idle(self) -> bool:
         """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Accept a connection as uvicorn does, and wait for its first request."""
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_S, self._end_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End as uvicorn does."""
+        self._wait_no_longer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read as uvicorn does, but answer a request that offers a protocol upgrade (Java's client offers h2c) in HTTP/1.1 (RFC 9110, 7.8).
@@ -162,23 +195,51 @@ class _Protocol(HttpToolsProtocol):
         After such a head the parser treats everything, even the body, as the other protocol. So a new parser gets the head again, without
         the Upgrade header, and then the rest.
         """
+        if self._refused:
+            return
         self._unset_keepalive_if_required()
         rest = memoryview(data)
         try:
             while rest:
+                part = rest[: HEAD_BYTES - self._head_bytes] if self._in_head else rest
+                used = len(part)
                 try:
-                    self.parser.feed_data(rest)
-                    return
+                    self._count(part)
+                    self.parser.feed_data(part)
                 except httptools.HttpParserUpgrade as pause:
                     head, self._offer = self._offer, b""
                     if not head:  # CONNECT: the following bytes are not HTTP
                         return
-                    rest = rest[pause.args[0] :]
+                    used = pause.args[0]
                     self.parser = httptools.HttpRequestParser(self)  # the old parser reads nothing more after `Connection: close`
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                     self.parser.feed_data(head)
+                rest = rest[used:]
+                if self._in_head and self._head_bytes >= HEAD_BYTES:
+                    what, kind = ("headers", HeadersTooLarge) if self._line_read else ("request line", LineTooLong)
+                    self._refuse(kind(f"the {what} of the request are too long: at most {HEAD_BYTES} bytes are read before the body"))
+                    return
+                if self._framing_bytes > HEAD_BYTES:
+                    self._refuse(PayloadTooLarge("the chunks or trailers of the body are too small or too many: send larger chunks"))
+                    return
         except httptools.HttpParserError:
-            self.send_400_response("")
+            self._refuse(ValidationFailed("malformed HTTP request: percent-encode non-ASCII characters in the URL"))
+        else:
+            if self._in_head and self._late is None:
+                self._late = self.loop.call_later(HEAD_S, self._end_late)
+
+    def _count(self, part: memoryview) -> None:
+        """Count bytes that are about to be parsed."""
+        if self._in_head:
+            self._head_bytes += len(part)
+            self._line_read = self._line_read or b"\n" in bytes(part)
+        else:
+            self._framing_bytes += len(part)
+
+    def on_message_begin(self) -> None:
+        """Begin a request as uvicorn does."""
+        self._begun = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Start a request as uvicorn does, and add the extension by which the application can take over the connection."""
@@ -187,6 +248,8 @@ class _Protocol(HttpToolsProtocol):
             kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
             self._offer = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version.encode()), *kept, b"", b""])
             return
+        self._in_head, self._framing_bytes = False, 0
+        self._wait_no_longer()
         if version in OLD_VERSIONS:
             self.expect_100_continue = False
         super().on_headers_complete()
@@ -194,17 +257,41 @@ class _Protocol(HttpToolsProtocol):
         to, unchunked = partial(_hand_over, weakref.ref(self), cycle), partial(_unchunked, cycle)
         self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
 
+    def on_body(self, body: bytes) -> None:
+        """Read a part of a body as uvicorn does."""
+        self._framing_bytes = max(0, self._framing_bytes - (1 + FRAMING) * len(body))
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """End a request as uvicorn does, unless its head has to be parsed again."""
         if not self._offer:
+            self._in_head, self._begun, self._line_read, self._head_bytes, self._framing_bytes = True, False, False, 0, 0
             super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer 400 as uvicorn does, but in the JSON format of the API's errors."""
-        answer = app.error_answer(ValidationFailed("malformed HTTP request: percent-encode non-ASCII characters in the URL"))
-        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % len(answer.body) + answer.body)
-        self.transport.close()
+    def _refuse(self, error: RequestError) -> None:
+        """Answer a request that is not parsed further, and close the connection."""
+        answer = app.error_answer(error)
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (error.status, HTTPStatus(error.status).phrase.encode(), len(answer.body)) + answer.body)
+        self._refused = True
+        self._wait_no_longer()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._late = self.loop.call_later(REFUSED_S, self.transport.close)  # at once, unread bytes would reset it before the answer is read
+
+    def _end_late(self) -> None:
+        self._late = None
+        if not self.idle:  # uvicorn limits the time after the response
+            self._late = self.loop.call_later(HEAD_S, self._end_late)
+        elif self._begun:
+            self._refuse(ValidationFailed(f"the request line and headers did not arrive within {HEAD_S:g} s"))
+        else:
+            self.transport.close()
+
+    def _wait_no_longer(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
@@ -218,6 +305,7 @@ def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestRespo
     giving, request = protocol(), cycle()
     if giving is None or request is None or request.disconnected:
         return False
+    giving._wait_no_longer()
     request.disconnected = True  # else uvicorn would wait for the rest of the response
     giving.flow.resume_reading()  # else a disconnect of the client would go unnoticed
     giving.connections.discard(giving)

@@ -1,4 +1,4 @@
-"""Clients with another kind of HTTP: they offer an upgrade, or know only HTTP/1.0."""
+"""Clients with another kind of HTTP: they offer an upgrade, know only HTTP/1.0, or send heads without end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 
+from movieq.api import server
 from movieq.api.app import create
 from movieq.queue.store import Store
 from movieq.settings import Settings
@@ -165,3 +167,49 @@ async def test_a_client_of_http_1_0_is_not_told_to_continue(api: Client) -> None
     request = SUBMIT.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\n"
     head, body = SIZED.split(b"\r\n\r\n")
     assert statuses(await api.raw(request + head + b"\r\n\r\n", body)) == [201]
+
+
+# ── Heads and framing without end ──
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /" + b"x" * 40_000, 414),
+        (b"GET /health HTTP/1.1\r\nHost: " + b"x" * 40_000, 431),
+        (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 8_000, 431),
+        (b"GET /api/v1/tasks/submit HTTP/1.1\r\nHost: a\r\nX-API-Key: " + b"x" * 100_000 + b"\r\n\r\n", 431),
+        (b"\r\n" * 20_000, 431),
+        (SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 50_000, 413),
+        (SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 400_000, 413),
+    ],
+    ids=["line", "header", "headers", "key", "empty lines", "trailers", "chunk extension"],
+)
+async def test_a_head_or_framing_without_end_is_refused_after_32_kib(api: Client, request_: bytes, status: int) -> None:
+    answers = await api.raw(request_)
+    head, _, body = answers.partition(b"\r\n\r\n")
+    assert statuses(head) == [status]
+    assert b"connection: close" in head
+    assert msgspec.json.decode(body)["error"] == "payload_too_large"
+    assert (await api.get("/health")).status == 200
+
+
+async def test_a_head_of_31_kib_is_read(api: Client) -> None:
+    assert (
+        statuses(await api.raw(HEALTH + b"A: " + b"x" * 31_000 + b"\r\n\r\n", HEALTH + b"A: " + b"x" * 31_000 + b"\r\n\r\n", LAST))
+        == [200] * 3
+    )
+
+
+async def test_a_body_in_chunks_of_a_byte_is_read(api: Client) -> None:
+    body = b"".join(b"1\r\n%c\r\n" % byte for byte in TASK.ljust(100_000)) + b"0\r\n\r\n"
+    assert statuses(await api.raw(SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n" + body, LAST)) == [201, 200]
+
+
+async def test_a_connection_that_sends_no_whole_head_ends(api: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_S", 0.3)
+    assert await api.raw(b"") == b""
+    late = await api.raw(HEALTH)
+    assert statuses(late) == [400]
+    assert b"did not arrive within 0.3 s" in late
+    assert statuses(await api.raw(HEALTH + b"\r\n", HEALTH)) == [200, 400]
