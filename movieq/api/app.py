@@ -35,6 +35,7 @@ from movieq.tasks.wire import ErrorAnswer, FieldError
 
 log = logs.get()
 
+MEDIA: Final = "/media/"
 _BY_STATUS: Final[dict[int, type[RequestError]]] = {404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge}
 
 
@@ -64,7 +65,7 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/api/v1/workers/status", workers.status),
         Route("/api/v1/task-types", health.task_types),
         Route("/openapi.json", openapi.openapi),
-        Route("/media/{key:path}", media.media),
+        Route(f"{MEDIA}{{key:path}}", media.media, methods=["GET", "HEAD", "OPTIONS"]),
         Route("/movieq.js", web.script),
         Route("/movieq.d.ts", web.script_types),
     ]
@@ -184,7 +185,12 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's CORS middleware, with errors in the JSON format of the API."""
+    """Starlette's CORS middleware, with errors in the JSON format of the API. Files are open to scripts of any origin without it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        served = self.app if scope["type"] == "http" and scope["path"].startswith(MEDIA) else super().__call__
+        await served(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Return the answer to a browser's OPTIONS request."""

@@ -26,8 +26,11 @@ class Caller(msgspec.Struct, frozen=True):
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
     """Return the request's API key and its rights. Raises Unauthorized without a valid key, Forbidden if the key lacks `scope`."""
-    key = request.headers.get("x-api-key")
-    if key is None:
+    keys = {key for each in request.headers.getlist("x-api-key") if (key := each.strip())}
+    if len(keys) > 1:
+        raise Unauthorized("two API keys: send one X-API-Key")
+    key = next(iter(keys), "")
+    if not key:
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         key = bearer.strip() if kind.lower() == "bearer" else ""
     if not key:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable, Response
 
 from movieq.api.state import api
-from movieq.errors import Forbidden, NotFound, RangeRefused
+from movieq.errors import Forbidden, NotFound, RangeRefused, RequestError
 from movieq.storage.base import content_type
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.results import MEDIA_URL_S
@@ -16,14 +16,37 @@ from movieq.tasks.results import MEDIA_URL_S
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Access-Control-Allow-Origin": "*",
+    "Access-Control-Expose-Headers": "Accept-Ranges, Content-Length, Content-Range, ETag, Last-Modified",
     "Cache-Control": f"private, max-age={MEDIA_URL_S}, immutable",
     "Content-Security-Policy": "sandbox",
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
 
 
+_PREFLIGHT = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, HEAD",
+    "Access-Control-Allow-Headers": "Range, If-Range, If-None-Match, If-Modified-Since",
+    "Access-Control-Max-Age": "86400",
+    "Allow": "GET, HEAD, OPTIONS",
+}
+
+
 async def media(request: Request) -> Response:
-    """`GET /media/{key}?expires=...&signature=...`: return a stored file. Raises Forbidden, NotFound."""
+    """`GET /media/{key}?expires=...&signature=...`: return a stored file. Raises Forbidden, NotFound.
+
+    OPTIONS answers a browser that asks whether a script may read a range.
+    """
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=_PREFLIGHT)
+    try:
+        return await _file(request)
+    except RequestError as error:
+        error.headers = {**error.headers, "Access-Control-Allow-Origin": "*"}
+        raise
+
+
+async def _file(request: Request) -> Response:
     storage = api(request).storage
     key, query = str(request.path_params["key"]), request.query_params
     if not isinstance(storage, FolderStorage):

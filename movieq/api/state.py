@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from starlette.requests import HTTPConnection
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 GPU_KNOWN_S = 5.0
 """How long the answer of `had_gpu` is cached."""
+
+PRIVATE: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+"""Headers of JSON responses: they may hold signed urls."""
 
 log = logs.get()
 
@@ -159,8 +162,8 @@ def encode(answer: Any) -> bytes:
 
 
 def answered(answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a JSON response."""
-    return Response(encode(answer), status, headers, "application/json")
+    """Return a JSON response. No cache may store it, since it may hold signed urls."""
+    return Response(encode(answer), status, {**PRIVATE, **(headers or {})}, "application/json")
 
 
 def now() -> datetime:

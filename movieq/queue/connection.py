@@ -28,6 +28,11 @@ from movieq import logs
 from movieq.queue.keys import keys
 from movieq.queue.refusals import REDIS_AWAY
 
+PATIENT_S: Final = 5.0
+"""How long a worker waits for Redis, in seconds."""
+IMPATIENT_S: Final = 0.9
+"""How long the API waits for it."""
+
 log = logs.get()
 
 
@@ -170,17 +175,17 @@ class Redis(ArqRedis):
 def connect(url: str, *, patient: bool, max_connections: int = 64, prefix: str = "movieq") -> Redis:
     """Return a client of the Redis at `url`, which connects at the first command. `prefix` is the prefix of its keys.
 
-    `patient` is for workers: commands are retried for five seconds, and a Redis with full memory still accepts their writes, which end
+    `patient` is for workers: commands are retried for `PATIENT_S`, and a Redis with full memory still accepts their writes, which end
     tasks and so free memory. The API is not patient, so that its clients get a 503 within a second.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
-        timeout=5 if patient else 0.9,  # also the patience of the store's shared connection
+        timeout=PATIENT_S if patient else IMPATIENT_S,  # also the patience of the store's shared connection
         socket_connect_timeout=2 if patient else 0.5,
-        socket_timeout=5 if patient else 0.9,
+        socket_timeout=PATIENT_S if patient else IMPATIENT_S,
         health_check_interval=0,
-        # one more try after a broken connection, but none after a timeout: a hung Redis gets 0.9 s once
+        # one more try after a broken connection, but none after a timeout: a hung Redis gets this time once
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.01), 12) if patient else Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),
         retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError, BusyLoadingError, OSError] if patient else [],
     )

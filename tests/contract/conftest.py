@@ -21,6 +21,7 @@ from arq.connections import ArqRedis
 from movieq.api import app
 from movieq.api import server as serving
 from movieq.local.embedded import Valkey, valkey
+from movieq.queue import connection
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import Settings
@@ -92,8 +93,11 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-async def api(settings: Settings, redis: ArqRedis, logged: pytest.LogCaptureFixture) -> AsyncIterator[Client]:
+async def api(
+    settings: Settings, redis: ArqRedis, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Client]:
     """Yield a client of the API on an empty Valkey. At the end no error, key or signature may be in the log."""
+    monkeypatch.setattr(connection, "IMPATIENT_S", DEADLINE_S)  # a busy machine is no Redis that is away
     async with served(settings) as client:
         yield client
     assert [record.getMessage() for record in logged.records if record.levelno >= logging.ERROR] == []

@@ -102,6 +102,21 @@ async def test_another_authorization_is_a_401(api: Client, value: str) -> None:
     assert (await api.get("/api/v1/workers/status", key=None, headers={"Authorization": value.format(ALL)})).status == 401
 
 
+async def test_an_empty_key_is_none_and_two_keys_are_refused(api: Client) -> None:
+    head = b"GET /api/v1/workers/status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    for headers, status in (
+        (f"X-API-Key:\r\nAuthorization: Bearer {ALL}\r\n", b"200"),
+        (f"X-API-Key: {ALL}\r\nX-API-Key: {FILM}\r\n", b"401"),
+        (f"X-API-Key: {ALL}\r\nX-API-Key: {ALL}\r\n", b"200"),
+    ):
+        assert (await api.raw(head + headers.encode() + b"\r\n")).split()[1] == status, headers
+
+
+async def test_no_cache_stores_an_answer_with_signed_urls(api: Client) -> None:
+    for answer in (await api.submit(), await api.get("/api/v1/workers/status"), await api.get("/api/v1/tasks/none/status")):
+        assert (answer.headers["Cache-Control"], answer.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+
+
 async def test_a_key_in_the_query_is_no_key(api: Client) -> None:
     assert (await api.get(f"/api/v1/workers/status?api_key={UNKNOWN}", key=None)).status == 401
 
@@ -140,7 +155,7 @@ async def test_an_unknown_route_is_a_404_with_or_without_a_key(api: Client, path
         ("POST", "/api/v1/workers/status", {"GET", "HEAD"}),
         ("DELETE", "/health", {"GET", "HEAD"}),
         ("OPTIONS", "/api/v1/tasks/submit", {"POST"}),
-        ("POST", "/media/x", {"GET", "HEAD"}),
+        ("POST", "/media/x", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
 async def test_the_method_is_checked_before_the_key(api: Client, method: str, path: str, allowed: set[str]) -> None:

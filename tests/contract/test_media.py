@@ -56,6 +56,18 @@ async def test_the_type_is_that_of_the_extension_and_never_one_that_runs(
     assert "sandbox" in answer.headers["Content-Security-Policy"]
 
 
+async def test_scripts_of_any_origin_may_ask_for_a_range_and_read_which_they_got(api: Client, url: str) -> None:
+    asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "range"}
+    preflight = await api.ask("OPTIONS", url, key=None, headers=asked)
+    assert preflight.status == 204
+    assert preflight.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Range" in preflight.headers["Access-Control-Allow-Headers"]
+    answer = await api.get(url, key=None, headers={"Origin": "https://app.example", "Range": "bytes=0-9"})
+    assert answer.status == 206
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Content-Range" in answer.headers["Access-Control-Expose-Headers"]
+
+
 async def test_a_file_without_an_extension_is_bytes(api: Client, folder: Path) -> None:
     (folder / "file").write_bytes(b"x")
     await api.state.storage.put("uploads/film/abc/file", folder / "file", "image/png")

@@ -236,15 +236,19 @@ async def test_no_progress_comes_from_a_child_that_does_not_work(running: Servic
 
         await eventually(beat)
 
+    async def settled() -> bool:
+        """Whether the worker lives and has nothing to report."""
+        before = await progress()
+        await next_heartbeat()
+        return bool(await progress() == before)
+
     async def goes_on() -> bool:
         return bool(await progress() > stopped)
 
     child.suspend()
     try:
-        await next_heartbeat()  # what was on its way has arrived
+        await eventually(settled)
         stopped = await progress()
-        await next_heartbeat()  # the worker lives, and has nothing to report
-        assert await progress() == stopped
     finally:
         child.resume()
     await eventually(goes_on)
