@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ async def fetched(url: str) -> tuple[int, Any, bytes]:
 
 
 @contextmanager
-def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator[Service]:
+def service(folder: Path, data: Path | None = None, options: Sequence[str] = (), **settings: str) -> Iterator[Service]:
     """Yield a `movieq up` for the block; afterwards none of its processes is left."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
@@ -119,7 +119,7 @@ def service(folder: Path, data: Path | None = None, **settings: str) -> Iterator
         **settings,
     }
     # -P: as the command `movieq` does, it imports nothing from the folder that it runs in
-    command = [sys.executable, "-P", "-m", "movieq.cli", "up", "--port", "0", "--data", str(data or folder / "data")]
+    command = [sys.executable, "-P", "-m", "movieq.cli", "up", "--port", "0", "--data", str(data or folder / "data"), *options]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
     try:

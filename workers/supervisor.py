@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -25,7 +26,6 @@ from movieq import logs
 from movieq.backoff import Backoff
 from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError, OutOfMemory, TaskFault, first_of
 from movieq.models import table as models
-from movieq.settings import PREFIX
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.states import GENERATE_IMAGE, Kind
 from workers.concurrency import uninterrupted
@@ -71,6 +71,14 @@ IDLES: Final = 1000
 """Number of idle times of a device that the median is taken of."""
 STDERR_LINES: Final = 40
 """Number of last lines of a child's standard error that are stored for an error message."""
+_PASSED: Final = re.compile(
+    "PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|TZDIR|TMPDIR|TEMP|TMP|XDG_.*|SSL_CERT_(FILE|DIR)"  # any program
+    "|LD_.*|DYLD_.*|MALLOC_.*|GLIBC_TUNABLES|PYTHON.*|VIRTUAL_ENV|CONDA_PREFIX|COV(ERAGE)?_.*"
+    "|(CUDA|CUDNN|CUBLAS|NVIDIA|NCCL|HIP|ROCR|ROCM|HSA|AMD|MIOPEN)_.*"  # devices
+    "|(TORCH|TORCHINDUCTOR|PYTORCH|TRITON|OMP|MKL|KMP|OPENBLAS|BLIS|NUMEXPR)_.*"
+    "|HF_HOME|HF_HUB_CACHE|(TRANSFORMERS|DIFFUSERS|SAFETENSORS|TOKENIZERS|ESPEAK|PHONEMIZER)_.*"
+)
+"""The environment variables that an engine process gets. It runs models and plug-ins, and needs no credentials of other software."""
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 """Variables that forbid an engine to download models, and to run code that comes with models."""
 
@@ -413,7 +421,7 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=1024 * 1024,
-            env={**{name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}, **OFFLINE},
+            env={**{name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}, **OFFLINE},
         )
 
     async def _serve(self, ready: Ready, stdout: asyncio.StreamReader) -> None:

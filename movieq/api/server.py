@@ -10,6 +10,7 @@ import socket
 import weakref
 from functools import partial
 from http import HTTPStatus
+from ipaddress import ip_address
 from types import FrameType
 
 import httptools
@@ -60,6 +61,11 @@ def address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104  # shown, not bound
     return f"http://{shown}:{port}"
+
+
+def is_loopback(sock: socket.socket) -> bool:
+    """Whether only this machine can reach the socket."""
+    return ip_address(sock.getsockname()[0]).is_loopback
 
 
 def allow_open_files() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ def up(host: str, port: int, folder: Path, no_worker: bool) -> None:
     """
     from movieq.local.up import up as run_up
 
+    os.umask(0o077)  # the queue's file, the API key and the results are for this user only
     settings = read_settings(storage=folder / "media")
     run_async(lambda: run_up(settings, host=host, port=port, folder=folder, worker=not no_worker))
 

@@ -5,6 +5,8 @@ Not supported: replication, passwords, ports. To use your own server, set `MOVIE
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -26,6 +28,8 @@ from movieq.pdeathsig import end_with_parent
 
 START_S: Final = 10.0
 STOP_S: Final = 10.0
+DEAD_S: Final = 60.0
+"""A socket's folder that is older, and on whose socket no server listens, was left by a killed server."""
 SOCKET_PATH_BYTES: Final = 100
 """Longest socket path; the system's limit is about 107 bytes."""
 
@@ -61,6 +65,7 @@ class Valkey:
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
         self._lock = self._lock or self._held()
+        self._remove_dead()
         try:
             self.socket.parent.mkdir(mode=0o700, exist_ok=True)
             found = self.socket.parent.lstat()
@@ -97,6 +102,14 @@ class Valkey:
     def _takes_connections(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.socket)) == 0  # the socket file exists before the server listens
+
+    def _remove_dead(self) -> None:
+        """Remove the sockets' folders that killed servers of other data folders left."""
+        for folder in self.socket.parent.parent.glob(f"movieq-{os.getuid()}-*"):
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                old = time.time() - folder.lstat().st_mtime > DEAD_S and folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+                if old and sock.connect_ex(str(folder / self.socket.name)) in (errno.ECONNREFUSED, errno.ENOENT):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def alive(self) -> bool:
         """Whether the server's process runs."""

@@ -65,7 +65,7 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
             stack.callback(valkey.stop)
             valkey.start()
             environment[variable("redis_url")] = valkey.url
-            if not settings.allow_private_urls:
+            if not settings.allow_private_urls and server.is_loopback(sock):  # else others could reach this machine's own servers
                 environment[variable("allow_private_urls")] = "127.0.0.0/8,::1/128"
         if not settings.api_keys:
             environment[variable("api_keys")] = key = _own_key(folder)

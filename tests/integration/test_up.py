@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +208,45 @@ async def test_what_was_ready_once_is_started_again_though_it_now_fails_at_once(
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+async def test_its_files_are_for_its_user_and_its_engines_get_no_credentials_of_other_software(tmp_path: Path) -> None:
+    with service(tmp_path, AWS_SECRET_ACCESS_KEY="secret", HF_TOKEN="secret", OMP_NUM_THREADS="1") as running:
+        await running.ended(await running.submit("generate_image", {"prompt": "a lamp", "resolution": "64x64"}))
+        (child,) = running.find("workers.child")
+        names = child.environ()
+        files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+        shared = [path for path in (tmp_path / "data", *files) if path.lstat().st_mode & 0o077]
+    assert shared == []
+    assert {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MOVIEQ_REDIS_URL"} & names.keys() == set()
+    assert {"PATH", "OMP_NUM_THREADS"} <= names.keys()
+
+
+async def test_only_on_loopback_may_inputs_and_callbacks_reach_this_machine(tmp_path: Path) -> None:
+    body = {"project_id": "film", "task_type": "generate_image", "task_data": {"prompt": "a lamp", "resolution": "64x64"}}
+    answers = []
+    for host in ("127.0.0.1", "0.0.0.0"):  # of the test
+        with service(tmp_path, options=("--host", host)) as running:
+            answers.append(await running.call("POST", "/tasks/submit", json={**body, "callback_url": "http://127.0.0.1:9/hook"}))
+    assert [status for status, _ in answers] == [201, 400]
+    assert "MOVIEQ_ALLOW_PRIVATE_URLS" in answers[1][1]["message"]
+
+
+def test_what_a_killed_server_left_in_the_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Path(tempfile.mkdtemp(prefix="mq"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    try:
+        dead, young, living = (Valkey(tmp_path / name) for name in ("dead", "young", "living"))
+        for server in (dead, young, living):
+            server.start()
+        dead.kill()
+        young.kill()
+        for server in (dead, living):
+            os.utime(server.socket.parent, (0, 0))
+        other = Valkey(tmp_path / "other")
+        other.start()
+        assert [server.socket.parent.exists() for server in (dead, young, living, other)] == [False, True, True, True]
+        for server in (dead, young, living, other):
+            server.stop()
+    finally:
+        shutil.rmtree(short)

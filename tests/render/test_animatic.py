@@ -412,6 +412,14 @@ def test_a_card_is_written_in_each_format_and_says_what_it_is(render: Render, ki
     assert output.files[0].content_type == f"image/{kind}"
 
 
+@pytest.mark.parametrize("prompt", ["&" * 8000, "灯" * 8000, "a lamp\ufffe\uffff\x0b"], ids=["escaped", "wide", "forbidden"])
+def test_any_prompt_makes_tags_that_are_well_formed_and_fit(render: Render, prompt: str) -> None:
+    with Image.open(output_path(render("generate_image", prompt=prompt, format="jpeg", resolution="320x240", seed=11))) as image:
+        found = xmp(image)["prompt"]
+    assert found == prompt[:8000].rstrip("\ufffe\uffff\x0b")[: len(found)]
+    assert len(found) >= 6
+
+
 def xmp(image: Image.Image) -> dict[str, str]:
     """Return movieq's own fields of the image's XMP."""
     import xml.etree.ElementTree as ElementTree

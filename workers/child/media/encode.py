@@ -42,6 +42,8 @@ Samples = npt.NDArray[np.float32]
 CLIP_SAMPLE_RATE = 48_000
 X264_THREADS = 4  # fixed, because the output depends on it
 QUEUED_FRAMES = 4
+TAG_BYTES = 30_000
+"""Longest escaped text in an XMP packet: a JPEG holds 65,502 bytes of XMP, and the prompt stands in it twice."""
 
 
 class Planes(NamedTuple):
@@ -335,5 +337,7 @@ def _xmp(tags: Tags) -> bytes:
 
 
 def _xml(text: str) -> str:
-    """Escape text for XML 1.0; control characters, which XML forbids even escaped, are left out."""
-    return escape("".join(c for c in text if c >= " " or c in "\t\n\r"))
+    """Escape text for XML 1.0 and cut it to `TAG_BYTES`. Characters that XML forbids even escaped are left out."""
+    escaped = [escape(c) for c in text if (c >= " " and c not in "\ufffe\uffff") or c in "\t\n\r"]
+    ends = itertools.accumulate(len(each.encode()) for each in escaped)
+    return "".join(each for each, end in zip(escaped, ends, strict=True) if end <= TAG_BYTES)
