@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Final
 
-from movieq.errors import InputUnavailable, cut
+from movieq.errors import InputUnavailable, cut, first_of
 from movieq.fetch import download
 from movieq.tasks.params import AudioParams, Params
 from movieq.tasks.states import ProjectId, TaskId, TaskStatus
 from workers.running import Parts
 
+AT_ONCE: Final = 4
+"""Inputs of one task that are fetched at the same time."""
+ALL_S: Final = 300.0
+"""Longest time for all inputs of a task, in seconds."""
 REFERENCE_CHARS: Final = 200
 """Longest part of a reference that stands in a message."""
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
-    """Fetch each reference of the parameters; return reference -> local file. Raises InputUnavailable or InvalidInput, naming it."""
+    """Fetch the references of the parameters, a few at once; return reference -> local file.
+
+    Raises InputUnavailable or InvalidInput, naming the reference.
+    """
     kinds = (download.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (download.Kind.IMAGE,)
-    found: dict[str, str] = {}
-    for number, reference in enumerate(parsed.references):
-        dest = spool / f"input{number}"
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def fetch(reference: str, dest: Path) -> None:
         scheme, _, rest = reference.partition(":")
-        if scheme == "upload":
-            await _uploaded(parts, project_id, reference, rest, dest)
-        elif scheme == "task":
-            await _result_of(parts, project_id, task_id, reference, rest, dest)
-        else:
-            await parts.fetcher.fetch(reference, dest, kinds)
-        found[reference] = str(dest)
-    return found
+        async with places:
+            if scheme == "upload":
+                await _uploaded(parts, project_id, reference, rest, dest)
+            elif scheme == "task":
+                await _result_of(parts, project_id, task_id, reference, rest, dest)
+            else:
+                await parts.fetcher.fetch(reference, dest, kinds)
+
+    found = {reference: spool / f"input{number}" for number, reference in enumerate(parsed.references)}
+    try:
+        async with asyncio.timeout(ALL_S), asyncio.TaskGroup() as group:
+            for reference, dest in found.items():
+                group.create_task(fetch(reference, dest))
+    except TimeoutError:
+        raise InputUnavailable(f"the {len(found)} inputs could not all be fetched within {ALL_S:g} s") from None
+    except BaseExceptionGroup as errors:
+        raise first_of(errors)  # noqa: B904  # its own cause is kept
+    return {reference: str(dest) for reference, dest in found.items()}
 
 
 async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:

@@ -37,6 +37,8 @@ BACKOFF_S: Final = (0.2, 0.5, 1.0)
 """Waits before the second, third and fourth try, in seconds, after a fault that may pass."""
 MAX_REDIRECTS: Final = 5
 MAX_PIXELS: Final = 40_000_000
+MAX_SCANS: Final = 100
+"""Most scans of a JPEG. A progressive one has about ten; each scan is decoded over all pixels, so that thousands take minutes."""
 HEAD_BYTES: Final = 512
 """Number of bytes at the beginning of a file that `sniff` needs."""
 
@@ -184,11 +186,13 @@ def sniff(head: bytes) -> str | None:
 
 
 def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
-    """Return why this image cannot be used, judged by its header alone, or None if it can. Blocks."""
+    """Return why this image cannot be used, judged by its header and its scans, or None if it can. Blocks."""
     with path.open("rb") as file:
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 width, height = image.size
+                # FF DA begins a scan; inside the coded data of a scan FF is always followed by 00 or a restart marker
+                scans = path.read_bytes().count(b"\xff\xda") if image.format == "JPEG" else 1
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits, at 89 and 179 megapixels
             return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
         except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
@@ -196,6 +200,8 @@ def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
             return "its image header cannot be read"
     if width * height > max_pixels:
         return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
+    if scans > MAX_SCANS:
+        return f"it has {scans} scans, at most {MAX_SCANS} are allowed: save it with an ordinary program"
     return None
 
 

@@ -66,7 +66,7 @@ class Hub:
                         watcher.tell(comment)
 
     def follow(self, source: Source, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> None:
-        """Send the watcher the opening and all later events, in order, until the log ends, the hub closes or `part` is called.
+        """Send the watcher the opening and all later events, in order, until the log ends, the hub closes or `leave` is called.
 
         While Redis is unavailable, `opening` is called again every second: if the stream ended instead, the browser would reconnect, get a
         503 and never try again.

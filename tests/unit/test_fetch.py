@@ -538,6 +538,18 @@ async def test_long_and_narrow_images_and_forty_megapixels_pass(tmp_path: Path) 
         assert image_problem(path) is None
 
 
+@pytest.mark.parametrize(("scans", "problem"), [(0, None), (50, None), (2000, "scans, at most 100 are allowed")])
+def test_a_jpeg_of_very_many_scans_is_no_usable_image(tmp_path: Path, scans: int, problem: str | None) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 80).save(buffer, "JPEG", progressive=True)
+    body = buffer.getvalue()
+    last = body[body.rindex(b"\xff\xda") : -2]
+    path = tmp_path / "image"
+    path.write_bytes(body[:-2] + last * scans + body[-2:])
+    found = image_problem(path)
+    assert found is None if problem is None else problem in (found or "")
+
+
 @pytest.mark.parametrize("name", ["EPS", "PCX", "PPM", "PDF"])
 def test_formats_that_nobody_asked_for_stay_shut(tmp_path: Path, name: str) -> None:
     path = tmp_path / "image"
