@@ -81,7 +81,7 @@ class Service:
         """Yield the data of a task's events, as they come."""
         async with (
             aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
-            session.get(f"{self.url}/api/v1/tasks/{task_id}/events", timeout=aiohttp.ClientTimeout(total=120)) as answer,
+            session.get(f"{self.url}/api/v1/tasks/{task_id}/events", timeout=aiohttp.ClientTimeout(total=None, sock_read=60)) as answer,
         ):
             assert answer.status == 200, await answer.text()
             yield self._parsed(answer)

@@ -21,7 +21,7 @@ from tests.bench.report import machine, percentile
 from workers import protocol
 from workers.protocol import Done, Ready, Run
 
-DEMO = Path(movieq.__file__).parent / "demo"
+DEMO = Path(movieq.__file__).parent / "local" / "demo"
 TEXT = "Night, storm. The keeper climbs to the lamp. Far out on the water, a boat is waiting for his light."
 
 

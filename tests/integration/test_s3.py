@@ -439,7 +439,7 @@ def test_the_region_is_that_of_the_endpoint() -> None:
 PUT_2_GB = """
 import asyncio, sys
 from pathlib import Path
-from movieq import s3
+from movieq.storage import s3
 from movieq.settings import Bucket
 
 async def main():
