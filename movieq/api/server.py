@@ -32,7 +32,7 @@ LAST_REQUESTS_S = 0.5
 HEAD_BYTES = 32 * 1024
 """Longest request line and headers together, in bytes; and the most that the framing of a body may add to it."""
 HEAD_S = 10.0
-"""Time for a request line and headers to arrive, from the first byte of a connection on."""
+"""Time in which a request line and headers must arrive, in seconds, after the connection opened or the last request ended."""
 REFUSED_S = 1.0
 """How long a refused connection stays open for its client to read the answer."""
 FRAMING = 8

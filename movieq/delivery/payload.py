@@ -120,12 +120,14 @@ class Cms(msgspec.Struct, frozen=True):
         try:
             named = msgspec.convert(metadata["payload"], Target)
         except msgspec.ValidationError:
-            raise CmsFault(f"{TARGET}: expected {{collection, id, field}}, two texts and a text or number", final=True) from None
+            raise CmsFault(
+                f"{TARGET}: expected {{collection, id, field}}; the id may be a number, the others are texts", final=True
+            ) from None
         if not (_SLUG.fullmatch(named.collection) and _ID.fullmatch(str(named.id)) and _PATH.fullmatch(named.field)):
             raise CmsFault(f"{TARGET}: expected the slug of a collection, the id of a document and the name of a field", final=True)
         if (named.collection, named.field) not in self.writable:
             pair = f"{named.collection}.{named.field}"[:200]
-            raise CmsFault(f"{TARGET}: tasks may not write {pair}; who runs movieq can allow it with MOVIEQ_PAYLOAD_WRITABLE", final=True)
+            raise CmsFault(f"{TARGET}: tasks may not write {pair}; the operator can allow it with MOVIEQ_PAYLOAD_WRITABLE", final=True)
         return named
 
     def project(self, project_id: str) -> Any:
