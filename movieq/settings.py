@@ -120,6 +120,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         10_000
     )
     max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Most waiting tasks of all projects together; 0: no limit")] = 0
+    max_streams: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Most open event streams of an API process; 0: what its files allow")
+    ] = 5_000
+    max_streams_per_key: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Most streams, waiting requests and arriving bodies of an API key at once; 0: no limit")
+    ] = 200
+    max_streams_per_url: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Most open streams of the signed urls of one task or project; 0: no limit")
+    ] = 20
+    requests_per_s: Annotated[
+        float, Meta(ge=0, le=1_000_000, description="Requests a second of an API key, or of a signed url of a stream; 0: no limit")
+    ] = 50.0
+    request_burst: Annotated[int, Meta(ge=1, le=1_000_000, description="Requests that it may send at once after a pause")] = 200
     project_weights: Annotated[
         dict[str, float], Meta(description="Shares of the workers, such as film=3, other=1; projects that are not named have 1")
     ] = {}

@@ -1,7 +1,8 @@
 """Signed URLs: each grants read access to one resource until a given second.
 
 A signature covers a purpose ("media", "events"), a subject (a storage key, a task id) and an expiry; changing any of them invalidates it.
-It does not identify the client and cannot be revoked before it expires. A new secret invalidates all signatures at once, unless the old
+The URL of a stream is issued to an API key, whose hash is part of the signed subject; it dies with that key. The URL of a file names no
+client and cannot be revoked before it expires. A new secret invalidates all signatures at once, unless the old
 secret stays listed after it.
 """
 
@@ -25,6 +26,11 @@ def sign(secret: bytes, purpose: str, subject: str, expires: int) -> str:
     """
     message = f"{purpose}\n{expires}\n{subject}".encode("utf-8", "backslashreplace")
     return base64.urlsafe_b64encode(hmac.digest(secret, message, hashlib.sha256)).rstrip(b"=").decode()
+
+
+def subject(id: str, key_id: str) -> str:
+    """Return the subject of a URL for the resource `id`, issued to the API key with this hash; '' if it is issued to no key."""
+    return f"{id}\n{key_id}" if key_id else id
 
 
 def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, signature: str, now_s: float) -> None:

@@ -20,6 +20,7 @@ from movieq.settings import Settings, load, variable
 from movieq.storage.base import Storage
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import GENERATE_IMAGE, PRIORITY_BIAS_MS, Kind, ProjectId, RunToken, TaskId
+from tests.service import UNLIMITED
 from workers.delivery import DeliveryParts
 from workers.protocol import Done, Run
 from workers.running import Parts
@@ -30,8 +31,8 @@ CPU = [Slot((Kind.CPU_INTENSIVE,))]
 
 
 def settings_of(**texts: str) -> Settings:
-    """Return the settings of an environment with these variables."""
-    return load({variable(name): text for name, text in texts.items()}, Path("/nonexistent"))
+    """Return the settings of an environment with these variables, and no limits of requests and streams."""
+    return load({**UNLIMITED, **{variable(name): text for name, text in texts.items()}}, Path("/nonexistent"))
 
 
 def raw(store: Store) -> Any:

@@ -18,7 +18,7 @@ import psutil
 from movieq.local.embedded import Valkey
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
-from tests.service import Service
+from tests.service import UNLIMITED, Service
 
 KEY = "a-key-that-is-long-enough"
 STOP_S = 90
@@ -60,6 +60,7 @@ class Fleet:
             "MOVIEQ_SPOOL": str(self.folder / "spool"),
             "MOVIEQ_ALLOW_PRIVATE_URLS": "127.0.0.0/8",
             "MOVIEQ_LOG_FORMAT": "json",
+            **UNLIMITED,
             **({"MOVIEQ_PUBLIC_URL": "http://127.0.0.1:1"} if name == "worker" else {}),
             **settings,
         }

@@ -19,6 +19,13 @@ import psutil
 from aiohttp import web
 
 STOP_S = 60
+UNLIMITED = {
+    "MOVIEQ_REQUESTS_PER_S": "0",
+    "MOVIEQ_MAX_STREAMS": "0",
+    "MOVIEQ_MAX_STREAMS_PER_KEY": "0",
+    "MOVIEQ_MAX_STREAMS_PER_URL": "0",
+}
+"""Settings of tests and benches whose clients ask more than a user's do."""
 
 
 class Service:
@@ -116,6 +123,7 @@ def service(folder: Path, data: Path | None = None, options: Sequence[str] = (),
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
         "MOVIEQ_LOG_FORMAT": "json",
+        **UNLIMITED,
         **settings,
     }
     # -P: as the command `movieq` does, it imports nothing from the folder that it runs in

@@ -24,6 +24,7 @@ from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.events import ProjectEvents, TaskEvents
 from movieq.api.key_cache import KeyCache
+from movieq.api.limits import AllowanceHeaders, Places, Rates
 from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
 from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
@@ -69,7 +70,7 @@ def create(settings: Settings, public_url: str) -> Starlette:
         Route("/movieq.js", web.script),
         Route("/movieq.d.ts", web.script_types),
     ]
-    middleware = [Middleware(_Log)]
+    middleware = [Middleware(_Log), Middleware(AllowanceHeaders)]
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -77,7 +78,14 @@ def create(settings: Settings, public_url: str) -> Starlette:
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["X-API-Key", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-                expose_headers=["Idempotent-Replayed", "Retry-After", "Location"],
+                expose_headers=[
+                    "Idempotent-Replayed",
+                    "Retry-After",
+                    "Location",
+                    "X-RateLimit-Limit",
+                    "X-RateLimit-Remaining",
+                    "X-RateLimit-Reset",
+                ],
                 max_age=600,
             )
         )
@@ -101,11 +109,14 @@ def create(settings: Settings, public_url: str) -> Starlette:
 @asynccontextmanager
 async def _lifespan(app: Starlette, settings: Settings, public_url: str) -> AsyncIterator[None]:
     async with assembly.opened(settings, public_url, patient=False) as found, asyncio.TaskGroup() as group:
+        keys = KeyCache(settings.api_keys, found.api_keys)
         app.state.api = state = Api(
             **msgspec.structs.asdict(found),
             public_url=public_url,
-            hub=Hub(found.queries, found.subscriber, lambda event_type, data: state.render(event_type, data)),
-            keys=KeyCache(settings.api_keys, found.api_keys),
+            hub=Hub(found.queries, found.subscriber, lambda event_type, data: state.render(event_type, data), keys.may_read),
+            keys=keys,
+            places=Places(settings),
+            rates=Rates(settings, found.api_keys),
             started_s=time.monotonic(),
             readiness=Readiness(found.store, found.queries, found.storage, group, allow_eviction=settings.allow_eviction),
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 
-import msgspec
 from starlette.requests import HTTPConnection
 
-from movieq.api.state import api
+from movieq import signing
+from movieq.api.limits import ALLOWANCE
+from movieq.api.state import Caller, api
 from movieq.errors import Forbidden, NotFound, Unauthorized, ValidationFailed
 from movieq.settings import Grant, Scope, key_hash
 from movieq.tasks.entities import Task
@@ -15,13 +17,6 @@ from movieq.tasks.states import ProjectId, TaskId
 from movieq.tasks.wire import PROJECT_PATTERN
 
 _UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
-
-
-class Caller(msgspec.Struct, frozen=True):
-    """The API key of a request. `id` is the hash of the key."""
-
-    id: str
-    grant: Grant
 
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
@@ -41,7 +36,26 @@ async def caller(request: HTTPConnection, scope: Scope) -> Caller:
         raise Unauthorized("invalid API key")
     if scope not in grant.scopes:
         raise Forbidden(f"this API key lacks the scope {scope}; its scopes are {', '.join(sorted(grant.scopes))}")
+    request.scope[ALLOWANCE] = await api(request).rates.spend(id)
     return Caller(id, grant)
+
+
+async def signed_caller(request: HTTPConnection, purpose: str, id: str) -> Caller:
+    """Return the caller that the request's signed URL of the resource `id` was issued to.
+
+    Raises Forbidden if the signature is invalid or has expired, or if the API key was revoked or may not read; RateLimited.
+    """
+    movieq, query = api(request), request.query_params
+    key_id, expires = query.get("key", ""), query.get("expires", "")
+    signed = signing.subject(id, key_id)
+    signing.verify(movieq.signing_secrets, purpose, signed, expires, query.get("signature", ""), time.time())
+    request.scope[ALLOWANCE] = await movieq.rates.spend(f"{purpose} {id}")
+    if not key_id:  # an earlier version, which may run beside this one during an upgrade, issued the URL
+        return Caller("", Grant(None, frozenset({Scope.READ})), int(expires))
+    grant = await movieq.keys.grant(key_id)
+    if grant is None or Scope.READ not in grant.scopes:
+        raise Forbidden("The API key of this URL was revoked: request the task or project again with another key")
+    return Caller(key_id, grant)
 
 
 def path_task_id(request: HTTPConnection) -> TaskId:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
@@ -23,15 +22,15 @@ import msgspec
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
-from movieq import signing
-from movieq.api.auth import project_of, task_of
+from movieq.api.auth import project_of, signed_caller, task_of
+from movieq.api.limits import Place
 from movieq.api.query import only_query, query_choices
-from movieq.api.state import Api, api, encode
+from movieq.api.state import Api, Caller, api, encode
 from movieq.errors import NotFound, RequestError, ValidationFailed
 from movieq.queue.queries import LogState
 from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
-from movieq.streams.watchers import Facts, Opening, SocketWatcher, Source
+from movieq.streams.watchers import Access, Facts, Opening, SocketWatcher, Source, Watcher
 from movieq.tasks.entities import Task
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
@@ -61,13 +60,15 @@ class TaskEvents:
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
-            task = await (_signed_task(movieq, request) if _signed(request) else _keyed_task(request))
+            task, who = await (_signed_task(movieq, request) if _signed(request) else task_of(request, KeyScope.READ))
             after = _resume_point(request)
-        if after is not None and task.status.ended and after == task.last_event_id:
-            await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await _stream(request, send, Source.of_task(task.task_id), lambda: _opening(movieq, task, after))
+            if after is not None and task.status.ended and after == task.last_event_id:
+                await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
+                await send({"type": "http.response.body", "body": b""})
+                return
+            place = _place_of(movieq, request, task.task_id, who)
+        access = Access(who.id, task.project_id) if who.id else None
+        await _stream(request, send, Source.of_task(task.task_id), place, access, lambda: _opening(movieq, task, after, who))
 
 
 class ProjectEvents:
@@ -78,15 +79,17 @@ class ProjectEvents:
         request = HTTPConnection(scope)
         movieq = api(request)
         with _told_to_any_origin(request):
-            project_id = _signed_project(movieq, request) if _signed(request) else (await project_of(request, KeyScope.READ))[0]
-            only_query(request, "after", "task_type", "status", "expires", "signature")
+            project_id, who = await (_signed_project(request) if _signed(request) else project_of(request, KeyScope.READ))
+            only_query(request, "after", "task_type", "status", "expires", "key", "signature")
             after = _resume_point(request)
             wanted = _Wanted(query_choices(request, "task_type", REGISTRY.tasks), query_choices(request, "status", STATES))
             if await movieq.queries.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
+            place = _place_of(movieq, request, f"project:{project_id}", who)
         source = Source.of_project(project_id)
+        access = Access(who.id, project_id) if who.id else None
         wants = wanted if wanted.task_types or wanted.statuses else None
-        await _stream(request, send, source, lambda: _project_opening(movieq, project_id, after, wanted), wants)
+        await _stream(request, send, source, place, access, lambda: _project_opening(movieq, project_id, after, wanted, who), wants)
 
 
 class _Wanted(msgspec.Struct, frozen=True):
@@ -103,38 +106,51 @@ async def _stream(
     request: HTTPConnection,
     send: Send,
     source: Source,
+    place: Place,
+    access: Access | None,
     opening: Callable[[], Awaitable[Opening]],
     wants: Callable[[Facts], bool] | None = None,
 ) -> None:
-    """Send the response headers, and hand the connection over to a watcher."""
+    """Send the response headers, and hand the connection over to a watcher, which frees the place when the connection ends."""
     headers, hub = _headers(request), api(request).hub
     if request.scope["method"] == "HEAD":
+        place.free()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
         return
     server, chunked = request.scope["extensions"][HAND_OVER], request.scope["http_version"] not in OLD_VERSIONS
     if not chunked:
         server["unchunked"]()
-    await send({"type": "http.response.start", "status": 200, "headers": [*headers, (b"connection", b"close")]})
-    watcher = SocketWatcher(hub.leave, wants, chunked=chunked)
-    if server["to"](watcher):
+
+    def gone(watcher: Watcher) -> None:
+        hub.leave(watcher)
+        place.free()
+
+    watcher, handed_over = SocketWatcher(gone, wants, access, chunked=chunked), False
+    try:
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, (b"connection", b"close")]})
+        handed_over = server["to"](watcher)
+    finally:
+        if not handed_over:
+            place.free()
+    if handed_over:
         watcher.tell(chunk(retry()))
         hub.follow(source, watcher, opening)
 
 
-async def _opening(movieq: Api, task: Task, after: str | None) -> Opening:
+async def _opening(movieq: Api, task: Task, after: str | None, who: Caller) -> Opening:
     state = await movieq.queries.log_state(task.task_id)
     place = _place(state, after)
     frames = _gap(state, after, {"task_id": task.task_id}) if place == "gap" else b""
     if place != "inside":
         position = await movieq.queries.position(task)
-        frames += frame(EventType.SNAPSHOT, movieq.snapshot(task, position))
+        frames += frame(EventType.SNAPSHOT, movieq.snapshot(task, position, who))
     if state.last is None and task.status.ended:  # the log has expired: build its last event from the task
         return Opening(frames + frame(EventType(task.status), movieq.ending(task), task.last_event_id), None)
     return Opening(frames, pair(after) if after is not None and place == "inside" else START)
 
 
-async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None, wanted: _Wanted) -> Opening:
+async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None, wanted: _Wanted, who: Caller) -> Opening:
     state = await movieq.queries.log_state(Source.of_project(project_id).log)
     place = _place(state, after)
     if after is not None and place == "inside":
@@ -144,7 +160,7 @@ async def _project_opening(movieq: Api, project_id: ProjectId, after: str | None
     active = await movieq.queries.active(project_id, wanted.task_types, wanted.statuses, ACTIVE)
     frames = _gap(state, after, {"project_id": project_id}) if place == "gap" else b""
     if project is not None:  # else its last task has just been swept
-        frames += frame(EventType.SNAPSHOT, movieq.project_snapshot(project, active, state.last))
+        frames += frame(EventType.SNAPSHOT, movieq.project_snapshot(project, active, state.last, who))
     return Opening(frames, START if state.last is None or place == "start" else pair(state.last))
 
 
@@ -180,6 +196,10 @@ def _signed(request: HTTPConnection) -> bool:
     return not {"expires", "signature"}.isdisjoint(request.query_params)
 
 
+def _place_of(movieq: Api, request: HTTPConnection, subject: str, who: Caller) -> Place:
+    return movieq.places.take_for_url(subject, who.id) if _signed(request) else movieq.places.take_for_key(who.id)
+
+
 def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
     return [*_HEADERS, (b"access-control-allow-origin", b"*")] if _signed(request) else _HEADERS
 
@@ -195,20 +215,18 @@ def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
         raise
 
 
-async def _keyed_task(request: HTTPConnection) -> Task:
-    return (await task_of(request, KeyScope.READ))[0]
-
-
-async def _signed_task(movieq: Api, request: HTTPConnection) -> Task:
-    task_id, query = TaskId(request.path_params["task_id"]), request.query_params
-    signing.verify(movieq.signing_secrets, "events", task_id, query.get("expires", ""), query.get("signature", ""), time.time())
+async def _signed_task(movieq: Api, request: HTTPConnection) -> tuple[Task, Caller]:
+    task_id = TaskId(request.path_params["task_id"])
+    who = await signed_caller(request, "events", task_id)
     task = await movieq.queries.task(task_id)
-    if task is None:
+    if task is None or not who.grant.allows(task.project_id):
         raise NotFound(f"no task {task_id}")
-    return task
+    return task, who
 
 
-def _signed_project(movieq: Api, request: HTTPConnection) -> ProjectId:
-    project_id, query = ProjectId(request.path_params["project_id"]), request.query_params
-    signing.verify(movieq.signing_secrets, "project-events", project_id, query.get("expires", ""), query.get("signature", ""), time.time())
-    return project_id
+async def _signed_project(request: HTTPConnection) -> tuple[ProjectId, Caller]:
+    project_id = ProjectId(request.path_params["project_id"])
+    who = await signed_caller(request, "project-events", project_id)
+    if not who.grant.allows(project_id):
+        raise NotFound(f"no project {project_id}")
+    return project_id, who

@@ -6,7 +6,9 @@ import time
 from typing import Final
 
 from movieq.queue.api_keys import ApiKeys
-from movieq.settings import Grant, key_hash
+from movieq.queue.refusals import REDIS_AWAY
+from movieq.settings import Grant, Scope, key_hash
+from movieq.streams.watchers import Access
 
 CACHE_S: Final = 5.0
 """How long a key is cached: a revoked key works for at most this long."""
@@ -34,3 +36,11 @@ class KeyCache:
         found = await self._api_keys.grant(id)
         self._cache[id] = (time.monotonic() + CACHE_S, found)
         return found
+
+    async def may_read(self, access: Access) -> bool:
+        """Return whether a stream's key may still read its project. While Redis is unavailable, it may."""
+        try:
+            grant = await self.grant(access.key_id)
+        except REDIS_AWAY:
+            return True
+        return grant is not None and Scope.READ in grant.scopes and grant.allows(access.project_id)

@@ -32,13 +32,13 @@ PAGES: Final = 1_000_000
 
 async def project(request: Request) -> Response:
     """`GET /projects/{project_id}`: return a project."""
-    project_id, _ = await project_of(request, Scope.READ)
+    project_id, who = await project_of(request, Scope.READ)
     only_query(request)
     movieq = api(request)
     found = await movieq.queries.project(project_id)
     if found is None:
         raise NotFound(f"no project {project_id}")
-    return answered(movieq.project_state(found))
+    return answered(movieq.project_state(found, who))
 
 
 async def tasks(request: Request) -> Response:
@@ -68,13 +68,14 @@ async def tasks(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """`POST /projects/{project_id}/uploads`: store an image or sound file, sent as raw bytes, for seven days."""
     movieq = api(request)
-    project_id, _ = await project_of(request, Scope.SUBMIT)
+    project_id, who = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ValidationFailed("Content-Encoding: send the file without compression")
     if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > UPLOAD_BYTES:
         raise PayloadTooLarge(f"the upload is larger than {UPLOAD_BYTES} bytes")
     with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
-        size = await _receive(request, file)
+        with movieq.places.take_for_body(who.id):
+            size = await _receive(request, file)
         path = Path(file.name)
         media_type = await asyncio.to_thread(_media_type, path)
         upload_id = secrets.token_urlsafe(16)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
+from movieq.api.limits import HITS
 from movieq.api.query import only_query, query_int
 from movieq.api.state import Api, answered, api
-from movieq.errors import NotFound
+from movieq.errors import Forbidden, NotFound
 from movieq.settings import Scope
 from movieq.tasks.states import TaskStatus
 from movieq.tasks.wire import Alert, CheckName, DeadLettersAnswer, MetricsAnswer, QueuesAnswer, TasksHealthAnswer
@@ -23,8 +25,10 @@ FULL_PERCENT: Final = 90.0
 
 
 async def queues(request: Request) -> Response:
-    """`GET /queues`: list the queues with their waiting and running tasks and waiting times."""
-    await caller(request, Scope.ADMIN)
+    """`GET /queues`: list the queues with their waiting and running tasks and waiting times. Needs a key of all projects."""
+    who = await caller(request, Scope.ADMIN)
+    if who.grant.projects is not None:
+        raise Forbidden("this API key belongs to some projects, but queues hold the tasks of all: use a key of all projects")
     only_query(request)
     return answered(QueuesAnswer(await api(request).queries.queues()))
 
@@ -52,6 +56,7 @@ async def metrics(request: Request) -> Response:
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
+    sees_all = who.grant.projects is None
     totals = await movieq.queries.totals(who.grant.projects)
     return answered(
         MetricsAnswer(
@@ -60,9 +65,10 @@ async def metrics(request: Request) -> Response:
             _percent(totals, TaskStatus.COMPLETED),
             _percent(totals, TaskStatus.FAILED),
             _percent(totals, TaskStatus.CANCELLED),
-            await movieq.queries.average_durations_s(),
+            await movieq.queries.average_durations_s() if sees_all else {},
             await movieq.queries.gpu_seconds(who.grant.projects),
-            await movieq.queries.passed_over(),
+            await movieq.queries.passed_over() if sees_all else None,
+            dict(HITS.counts) if sees_all else {},
         )
     )
 
@@ -72,11 +78,13 @@ async def health(request: Request) -> Response:
     movieq = api(request)
     who = await caller(request, Scope.READ)
     only_query(request)
-    alerts = await _alerts(movieq, await movieq.queries.totals(who.grant.projects))
+    alerts = await _alerts_of_installation(movieq) if who.grant.projects is None else []
+    alerts += await _alerts_of_tasks(movieq, who.grant.projects)
     return answered(TasksHealthAnswer("degraded" if alerts else "healthy", alerts))
 
 
-async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
+async def _alerts_of_installation(movieq: Api) -> list[Alert]:
+    """Return the alerts about servers and queues, which tell about the tasks of all projects."""
     alerts = []
     live = [row for row in await movieq.queries.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
@@ -97,10 +105,17 @@ async def _alerts(movieq: Api, totals: dict[TaskStatus, int]) -> list[Alert]:
         name, waiting_s = queue.queue_name, queue.oldest_waiting_seconds
         if waiting_s > OLDEST_WAITING_S:
             alerts.append(Alert("long_wait", f"the oldest task in {name} has waited for {waiting_s / 60:.0f} minutes"))
+    return alerts
+
+
+async def _alerts_of_tasks(movieq: Api, projects: Collection[str] | None) -> list[Alert]:
+    """Return the alerts about ended tasks, of these projects or, for None, of all."""
+    alerts = []
+    totals = await movieq.queries.totals(projects)
     failed = _percent(totals, TaskStatus.FAILED)
     if failed > FAILURES_PERCENT and sum(count for status, count in totals.items() if status.ended) >= FEWEST_ENDED:
         alerts.append(Alert("failures", f"{failed:.0f} % of the ended tasks have failed"))
-    if (dead := (await movieq.queries.dead_letters(1))[1]) > 0:
+    if (dead := (await movieq.queries.dead_letters(1, projects))[1]) > 0:
         alerts.append(Alert("dead_letters", f"{dead} tasks failed because their worker or engine died repeatedly: see /dead-letters"))
     return alerts
 

@@ -12,6 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
 from types import FrameType
+from typing import Any
 
 import httptools
 import uvicorn
@@ -21,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from movieq.api import app
 from movieq.api.events import HAND_OVER, OLD_VERSIONS
+from movieq.api.limits import HITS, connections_limit
 from movieq.errors import HeadersTooLarge, Internal, LineTooLong, PayloadTooLarge, RequestError, SettingsError, ValidationFailed
 from movieq.settings import Settings
 from movieq.streams.watchers import SocketWatcher
@@ -88,12 +90,43 @@ async def serve(settings: Settings, sock: socket.socket) -> None:
         raise Internal("a background task of the API has failed: see its log" if server.started else "the API could not start: see its log")
 
 
+class _Connections:
+    """The open connections of a server. Those on which no request is in progress are closed, the oldest first, when there are too many.
+
+    So connections that say nothing cannot shut out others: a request that arrives at once is answered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._silent: dict[_Protocol, None] = {}
+
+    def opened(self, connection: _Protocol, count: int) -> None:
+        """Add a connection, now one of `count`."""
+        if count > self._most:
+            HITS.add("connections")
+            oldest = next(iter(self._silent), connection)
+            self._silent.pop(oldest, None)
+            oldest.transport.abort()
+            if oldest is connection:
+                return
+        self._silent[connection] = None
+
+    def busy(self, connection: _Protocol) -> None:
+        """Note that a request has begun on the connection, or that it is closed."""
+        self._silent.pop(connection, None)
+
+    def silent(self, connection: _Protocol) -> None:
+        """Note that the connection waits for another request."""
+        self._silent[connection] = None
+
+
 class _Server(uvicorn.Server):
     def __init__(self, application: Starlette, public_url: str) -> None:
+        protocol: Any = partial(_Protocol, open_connections=_Connections(connections_limit()))
         super().__init__(
             uvicorn.Config(
                 application,
-                http=_Protocol,
+                http=protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -158,8 +191,10 @@ class _Server(uvicorn.Server):
             with contextlib.suppress(OSError):  # the client has gone
                 await self._loop.connect_accepted_socket(self._protocol, accepted)
 
-    def _protocol(self) -> _Protocol:
-        return _Protocol(self.config, self.server_state, self.lifespan.state, self._loop)
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(self.config, self.server_state, self.lifespan.state, self._loop)
+        return protocol
 
 
 class _Protocol(HttpToolsProtocol):
@@ -180,6 +215,10 @@ class _Protocol(HttpToolsProtocol):
     _refused = False
     """Whether the connection is about to close; what still arrives is dropped."""
 
+    def __init__(self, *args: Any, open_connections: _Connections, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._open_connections = open_connections
+
     @property
     def idle(self) -> bool:
         """Whether no request is in progress."""
@@ -189,10 +228,12 @@ class _Protocol(HttpToolsProtocol):
         """Accept a connection as uvicorn does, and wait for its first request."""
         super().connection_made(transport)
         self._late = self.loop.call_later(HEAD_S, self._end_late)
+        self._open_connections.opened(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End as uvicorn does."""
         self._wait_no_longer()
+        self._open_connections.busy(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -256,12 +297,19 @@ class _Protocol(HttpToolsProtocol):
             return
         self._in_head, self._framing_bytes = False, 0
         self._wait_no_longer()
+        self._open_connections.busy(self)
         if version in OLD_VERSIONS:
             self.expect_100_continue = False
         super().on_headers_complete()
         cycle = weakref.ref(self.cycle)
         to, unchunked = partial(_hand_over, weakref.ref(self), cycle), partial(_unchunked, cycle)
         self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
+
+    def on_response_complete(self) -> None:
+        """End a response as uvicorn does, and wait for the next request."""
+        super().on_response_complete()
+        if self.idle and not self.transport.is_closing():
+            self._open_connections.silent(self)
 
     def on_body(self, body: bytes) -> None:
         """Read a part of a body as uvicorn does."""
@@ -290,6 +338,7 @@ class _Protocol(HttpToolsProtocol):
         if not self.idle:  # uvicorn limits the time after the response
             self._late = self.loop.call_later(HEAD_S, self._end_late)
         elif self._begun:
+            HITS.add("slow_headers")
             self._refuse(ValidationFailed(f"the request line and headers did not arrive within {HEAD_S:g} s"))
         else:
             self.transport.close()
@@ -312,6 +361,7 @@ def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestRespo
     if giving is None or request is None or request.disconnected:
         return False
     giving._wait_no_longer()
+    giving._open_connections.busy(giving)
     request.disconnected = True  # else uvicorn would wait for the rest of the response
     giving.flow.resume_reading()  # else a disconnect of the client would go unnoticed
     giving.connections.discard(giving)

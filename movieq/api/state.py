@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from movieq import logs, signing
 from movieq.assembly import Installation
+from movieq.settings import Grant
 from movieq.tasks.entities import ProcessingProgress, Project, Task
 from movieq.tasks.results import MEDIA_URL_S, StoredResult, utc
 from movieq.tasks.states import EventType, TaskId, TaskStatus
@@ -19,6 +20,7 @@ from movieq.tasks.wire import EVENTS_URL_S, ProjectSnapshot, ProjectState, Snaps
 
 if TYPE_CHECKING:
     from movieq.api.key_cache import KeyCache
+    from movieq.api.limits import Places, Rates
     from movieq.api.readiness import Readiness
     from movieq.streams.hub import Hub
 
@@ -35,12 +37,23 @@ _stored_event = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _stored_result = msgspec.json.Decoder(StoredResult)
 
 
+class Caller(msgspec.Struct, frozen=True):
+    """The API key of a request, or the one that a signed URL was issued to. `id` is the hash of the key."""
+
+    id: str
+    grant: Grant
+    until_s: int | None = None
+    """When a URL that an earlier version issued to no key expires (Unix time); URLs that are issued to its caller expire then too."""
+
+
 class Api(Installation, kw_only=True):
-    """The state of one API process: the installation, and the process's own hub, key cache and readiness checks."""
+    """The state of one API process: the installation, and the process's own hub, key cache, limits and readiness checks."""
 
     public_url: str
     hub: Hub
     keys: KeyCache
+    places: Places
+    rates: Rates
     started_s: float
     readiness: Readiness
     gpu_seen: bool = False
@@ -56,36 +69,38 @@ class Api(Installation, kw_only=True):
         """Return the absolute URL of a path under /api/v1."""
         return f"{self.public_url}/api/v1{path}"
 
-    def events_url(self, task_id: TaskId, from_s: float | None = None) -> str:
-        """Return the signed URL of a task's stream, valid for a day from the Unix time `from_s` (default: now)."""
-        expires = int(from_s or time.time()) + EVENTS_URL_S
-        signature = signing.sign(self.signing_secrets[0], "events", task_id, expires)
-        return self.url(f"/tasks/{task_id}/events?expires={expires}&signature={signature}")
+    def events_url(self, task_id: TaskId, who: Caller, from_s: float | None = None) -> str:
+        """Return the signed URL of a task's stream, issued to a caller, valid for a day from the Unix time `from_s` (default: now)."""
+        return self.url(f"/tasks/{task_id}/events?{self._signed('events', task_id, who, from_s)}")
 
-    def project_state(self, project: Project) -> ProjectState:
+    def _signed(self, purpose: str, id: str, who: Caller, from_s: float | None = None) -> str:
+        """Return the query of a signed URL. It dies with the caller's API key, or on its expiry."""
+        expires = who.until_s or int(from_s or time.time()) + EVENTS_URL_S
+        signature = signing.sign(self.signing_secrets[0], purpose, signing.subject(id, who.id), expires)
+        return f"expires={expires}&{f'key={who.id}&' if who.id else ''}signature={signature}"
+
+    def project_state(self, project: Project, who: Caller) -> ProjectState:
         """Return the project as clients see it, with a signed URL of its stream that is valid for a day."""
-        expires = int(time.time()) + EVENTS_URL_S
-        signature = signing.sign(self.signing_secrets[0], "project-events", project.project_id, expires)
-        url = self.url(f"/projects/{project.project_id}/events?expires={expires}&signature={signature}")
+        url = self.url(f"/projects/{project.project_id}/events?{self._signed('project-events', project.project_id, who)}")
         return ProjectState(project.project_id, project.created_at, project.tasks, project.gpu_seconds, url)
 
-    def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None) -> bytes:
+    def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None, who: Caller) -> bytes:
         """Return the data of a project's `snapshot` event."""
-        state = msgspec.structs.asdict(self.project_state(project))
-        return encode(ProjectSnapshot(**state, active=[self._state(*each) for each in active], last_event_id=last_event_id))
+        state = msgspec.structs.asdict(self.project_state(project, who))
+        return encode(ProjectSnapshot(**state, active=[self._state(*each, who) for each in active], last_event_id=last_event_id))
 
     def media_expiry_s(self) -> int:
         """Return the Unix time at which media URLs signed now expire. It changes once an hour, so that caches can reuse the URLs."""
         return (int(time.time()) // 3600 + 1) * 3600 + MEDIA_URL_S
 
-    async def task_state(self, task: Task) -> TaskState:
-        """Return the task as clients see it."""
+    async def task_state(self, task: Task, who: Caller) -> TaskState:
+        """Return the task as this caller sees it."""
         position = await self.queries.position(task) if task.status is TaskStatus.QUEUED else None
-        return self._state(task, position)
+        return self._state(task, position, who)
 
-    def snapshot(self, task: Task, position: int | None) -> bytes:
+    def snapshot(self, task: Task, position: int | None, who: Caller) -> bytes:
         """Return the data of a task's `snapshot` event."""
-        return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position)), last_event_id=task.last_event_id))
+        return encode(Snapshot(**msgspec.structs.asdict(self._state(task, position, who)), last_event_id=task.last_event_id))
 
     def ending(self, task: Task) -> bytes:
         """Return the data of the terminal event of a task whose log has expired."""
@@ -109,7 +124,7 @@ class Api(Installation, kw_only=True):
             )
         )
 
-    def _state(self, task: Task, position: int | None) -> TaskState:
+    def _state(self, task: Task, position: int | None, who: Caller) -> TaskState:
         ended_ms = task.ended_at_ms
         started_ms = None if task.run is None else task.started_at_ms  # None while the task waits for another attempt
         remaining_ms = task.remaining_ms if task.status is TaskStatus.PROCESSING else None
@@ -132,7 +147,7 @@ class Api(Installation, kw_only=True):
             attempt=task.attempt,
             queue_position=position,
             estimated_remaining=None if remaining_ms is None else remaining_ms / 1000,
-            events_url=self.events_url(task.task_id),
+            events_url=self.events_url(task.task_id, who),
         )
 
     def render(self, event_type: EventType, data: bytes) -> bytes:

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq import logs
-from movieq.api.auth import Caller, caller, task_of
+from movieq.api.auth import caller, task_of
 from movieq.api.query import only_query, query_int
-from movieq.api.state import Api, answered, api
+from movieq.api.state import Api, Caller, answered, api
 from movieq.delivery.payload import TARGET
 from movieq.errors import CmsFault, Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.fetch.guard import UrlRefused
@@ -62,7 +62,8 @@ async def submit(request: Request) -> Response:
     """`POST /tasks/submit`: submit a task. Answer 201 with its receipt."""
     movieq = api(request)
     who = await caller(request, Scope.SUBMIT)
-    body = await read_body(request, BODY_BYTES)
+    with movieq.places.take_for_body(who.id):
+        body = await read_body(request, BODY_BYTES)
     submitted = decode(body)
     if not who.grant.allows(submitted.project_id):
         raise Forbidden(f"this API key has no access to project {submitted.project_id}")
@@ -82,20 +83,21 @@ async def submit(request: Request) -> Response:
         replayed=accepted.replayed,
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
-    answer = receipt(movieq, accepted, new.project_id, accepted.created_at_ms / 1000)
+    answer = receipt(movieq, accepted, new.project_id, who, accepted.created_at_ms / 1000)
     return answered(answer, 201, {**headers, "Location": answer.status_url})
 
 
 async def status(request: Request) -> Response:
     """`GET /tasks/{task_id}/status`: return a task. With `?wait=SECONDS`, answer when the task has ended or the time is up."""
     movieq = api(request)
-    task, _ = await task_of(request, Scope.READ)
+    task, who = await task_of(request, Scope.READ)
     only_query(request, "wait")
     wait_s = query_int(request, "wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
-        await _ended(request, task, time.monotonic() + wait_s)
+        with movieq.places.take_for_key(who.id):
+            await _ended(request, task, time.monotonic() + wait_s)
         task = await movieq.queries.task(task.task_id) or task
-    return answered(await movieq.task_state(task))
+    return answered(await movieq.task_state(task, who))
 
 
 async def _ended(request: Request, task: Task, until_s: float) -> None:
@@ -129,11 +131,11 @@ async def cancel(request: Request) -> Response:
 async def retry(request: Request) -> Response:
     """`POST /tasks/{task_id}/retry`: queue a failed task again. Answer 201 with its receipt."""
     movieq = api(request)
-    task, _ = await task_of(request, Scope.SUBMIT)
+    task, who = await task_of(request, Scope.SUBMIT)
     accepted = await movieq.store.retry(task.task_id)
     with logs.bound(task_id=task.task_id, project_id=task.project_id):
         log.info("retry", attempt=task.attempt)
-    return answered(receipt(movieq, accepted, task.project_id, time.time()), 201)
+    return answered(receipt(movieq, accepted, task.project_id, who, time.time()), 201)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -264,7 +266,7 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     )
 
 
-def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: float) -> Receipt:
+def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, who: Caller, from_s: float) -> Receipt:
     """Return the receipt of a task. Its `events_url` is valid for a day from the Unix time `from_s`; equal times give equal bytes."""
     return Receipt(
         accepted.task_id,
@@ -273,7 +275,7 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, from_s: floa
         math.ceil(accepted.estimate_ms / 1000),
         accepted.queue_position,
         utc(accepted.created_at_ms),
-        movieq.events_url(accepted.task_id, from_s),
+        movieq.events_url(accepted.task_id, who, from_s),
         movieq.url(f"/tasks/{accepted.task_id}/status"),
         accepted.warnings,
     )

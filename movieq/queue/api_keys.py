@@ -1,4 +1,4 @@
-"""API keys that are stored in Redis, in addition to those in the settings, and the signing secret if the settings have none."""
+"""API keys in Redis beside those of the settings, the token buckets of all keys, and the signing secret if the settings have none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 
 from movieq.queue.connection import Redis
 from movieq.queue.records import awaited, decode_grant, text
+from movieq.queue.scripts import load
 from movieq.settings import Grant
 
 
@@ -18,6 +19,7 @@ class ApiKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._keys = redis.key_names
+        self._take_tokens = load(redis, "take_tokens")["take_tokens"]
 
     async def grant(self, key_hash: str) -> Grant | None:
         """Return the rights of the API key with this hash; None for an unknown key."""
@@ -36,6 +38,11 @@ class ApiKeys:
     async def revoke(self, key_hash: str) -> bool:
         """Revoke the API key with this hash; return False for an unknown key. API processes notice within five seconds."""
         return bool(await awaited(self._redis.hdel(self._keys["keys"], key_hash)))
+
+    async def take_tokens(self, client: str, per_s: float, burst: int, wanted: int) -> tuple[int, int, int]:
+        """Take at most `wanted` tokens from a client's bucket. Return how many it got, how many are left, and the ms until there is one."""
+        taken, left, wait_ms = await self._take_tokens((), client=client, per_s=per_s, burst=burst, wanted=wanted)
+        return taken, left, wait_ms
 
     async def signing_secret(self) -> bytes:
         """Return the secret that signs URLs. The first call generates and stores it."""

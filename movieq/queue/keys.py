@@ -56,6 +56,7 @@ KEYS: Final[Mapping[str, str]] = {
     "secret": "movieq:secret:signing",  # string, generated once if MOVIEQ_SIGNING_SECRET is unset
     "write_check": "movieq:write_check",  # string, written by health checks
     "keys": "movieq:keys",  # hash sha256 of an API key -> its rights (msgpack)
+    "tokens": "movieq:tokens:",  # + hash of an API key or subject of a signed URL: string, ms since 1970 when its token bucket is full
     "installation": "movieq:installation",  # hash "salt"; "api" and "worker" -> Started (JSON) of the latest process of each
     "check": "movieq:check:",  # + random: string, written by a check at start or by doctor, for ten seconds
     # pub/sub channels

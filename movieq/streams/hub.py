@@ -24,7 +24,7 @@ from movieq.queue.pubsub import Subscriber
 from movieq.queue.queries import Queries
 from movieq.queue.records import Logged, event_type
 from movieq.streams.sse import RETRY_MS, Id, chunk, frame, pair, retry
-from movieq.streams.watchers import COMMENT, LAST_EVENTS, STUCK_S, Event, Opening, Render, Source, Topic, Watcher, facts_of
+from movieq.streams.watchers import COMMENT, LAST_EVENTS, STUCK_S, Access, Event, Opening, Render, Source, Topic, Watcher, facts_of
 from movieq.tasks.states import EventType
 
 COMMENT_S: Final = 15.0
@@ -41,10 +41,11 @@ log = logs.get()
 class Hub:
     """The event logs that this process follows, and their watchers. `run` must be running."""
 
-    def __init__(self, queries: Queries, subscriber: Subscriber, render: Render) -> None:
+    def __init__(self, queries: Queries, subscriber: Subscriber, render: Render, may_read: Callable[[Access], Awaitable[bool]]) -> None:
         self._queries = queries
         self._subscriber = subscriber
         self._render = render
+        self._may_read = may_read
         self._topics: dict[str, Topic] = {}
         self._comments: list[set[Watcher]] = [set() for _ in range(TICKS)]
         self._turn = 0
@@ -58,12 +59,19 @@ class Hub:
             while True:
                 await asyncio.sleep(COMMENT_S / TICKS)
                 tick = (tick + 1) % TICKS
-                comment = chunk(COMMENT)
-                for watcher in list(self._comments[tick]):
-                    if watcher.blocked:
-                        self._fall_behind(watcher)
-                    else:
-                        watcher.tell(comment)
+                await self._comment(self._comments[tick])
+
+    async def _comment(self, watchers: set[Watcher]) -> None:
+        """Send each watcher a comment, or end its stream if its API key was revoked."""
+        comment = chunk(COMMENT)
+        allowed = {access: await self._may_read(access) for access in {watcher.access for watcher in watchers} if access is not None}
+        for watcher in list(watchers):
+            if watcher.access is not None and not allowed.get(watcher.access, True):
+                self._end_revoked(watcher)
+            elif watcher.blocked:
+                self._fall_behind(watcher)
+            else:
+                watcher.tell(comment)
 
     def follow(self, source: Source, watcher: Watcher, opening: Callable[[], Awaitable[Opening]]) -> None:
         """Send the watcher the opening and all later events, in order, until the log ends, the hub closes or `leave` is called.
@@ -160,6 +168,14 @@ class Hub:
     def _end(self, watcher: Watcher) -> None:
         self.leave(watcher)
         watcher.end(b"", STUCK_S)
+
+    def _end_revoked(self, watcher: Watcher) -> None:
+        """Send the watcher a goodbye: when it reconnects, it is told that its key was revoked."""
+        topic = watcher.topic
+        self.leave(watcher)
+        if topic is not None:
+            log.info("stream_revoked", **topic.source.name)
+            self._bid_goodbye(topic.source, watcher)
 
     def _bid_goodbye(self, source: Source, watcher: Watcher) -> None:
         wait_ms = RETRY_MS + random.randrange(RETRY_MS)  # noqa: S311  # spreads reconnections, hides nothing

@@ -81,14 +81,23 @@ class Opening(msgspec.Struct, frozen=True):
     position: Id | None
 
 
+class Access(msgspec.Struct, frozen=True):
+    """The API key by which a stream was opened, by its hash, and the project that it reads."""
+
+    key_id: str
+    project_id: ProjectId
+
+
 class Watcher:
     """A receiver of a log's events. While `blocked` is set, it has not taken all that was sent."""
 
-    __slots__ = ("blocked", "comments", "reading", "since", "topic", "wants")
+    __slots__ = ("access", "blocked", "comments", "reading", "since", "topic", "wants")
 
-    def __init__(self, wants: Callable[[Facts], bool] | None = None) -> None:
+    def __init__(self, wants: Callable[[Facts], bool] | None = None, access: Access | None = None) -> None:
         self.wants = wants
         """Which events the watcher gets; None for all."""
+        self.access = access
+        """What it may read: the stream ends once the key is revoked. None: it may read until it leaves."""
         self.blocked = False
         self.since: Id = START
         """The position up to which it was served from the log: messages of earlier events arrive late and are skipped."""
@@ -118,8 +127,15 @@ class SocketWatcher(Watcher, asyncio.Protocol):
 
     __slots__ = ("_chunked", "_connections", "_gone", "_lingering", "_taken", "_transport")
 
-    def __init__(self, gone: Callable[[Watcher], None], wants: Callable[[Facts], bool] | None = None, *, chunked: bool = True) -> None:
-        super().__init__(wants)
+    def __init__(
+        self,
+        gone: Callable[[Watcher], None],
+        wants: Callable[[Facts], bool] | None = None,
+        access: Access | None = None,
+        *,
+        chunked: bool = True,
+    ) -> None:
+        super().__init__(wants, access)
         self._gone = gone
         self._chunked = chunked
         self._connections: set[Any] = set()

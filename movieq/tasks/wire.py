@@ -245,7 +245,8 @@ class MetricsAnswer(msgspec.Struct, frozen=True):
     """Totals over all stored tasks that the key may see. Rates are percentages of the ended tasks, durations are in seconds.
 
     `gpu_seconds`: GPU time of all ended runs, also of deleted tasks. `passed_over`: how often a task was claimed before an older one of
-    its project because its model was loaded.
+    its project because its model was loaded. `limits_hit`: how often each limit of this API process has refused a client since it started.
+    A key of some projects gets no `average_duration`, `passed_over` and `limits_hit`, which are those of all.
     """
 
     total_tasks: int
@@ -255,7 +256,8 @@ class MetricsAnswer(msgspec.Struct, frozen=True):
     cancellation_rate: float
     average_duration: dict[TaskType, float]
     gpu_seconds: float
-    passed_over: int
+    passed_over: int | None
+    limits_hit: dict[str, int]
 
 
 class Alert(msgspec.Struct, frozen=True):

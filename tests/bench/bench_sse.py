@@ -37,6 +37,7 @@ from movieq.tasks.states import RunToken, TaskId
 from tests.arrange import new_task, raw, running
 from tests.bench import environments
 from tests.bench.report import machine, percentile, report
+from tests.service import UNLIMITED
 
 KEY: Final = "bench-key-0123456789"
 PACKAGES: Final = (
@@ -123,6 +124,7 @@ async def ours(server: Valkey, folder: Path) -> AsyncIterator[Served]:
         **os.environ,
         "MOVIEQ_REDIS_URL": server.url,
         "MOVIEQ_API_KEYS": KEY,
+        **UNLIMITED,
         "MOVIEQ_STORAGE": f"{folder}/media",
         "MOVIEQ_LOG_LEVEL": "warning",
     }

@@ -22,6 +22,7 @@ from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from tests.bench import load
 from tests.bench.report import percentile, report
+from tests.service import UNLIMITED
 
 KEY = "bench-key-0123456789"
 TASKS, WARM_UP = 300, 20
@@ -67,6 +68,7 @@ def main() -> None:
             **os.environ,
             "MOVIEQ_REDIS_URL": server.url,
             "MOVIEQ_API_KEYS": KEY,
+            **UNLIMITED,
             "MOVIEQ_STORAGE": f"{folder}/media",
             "MOVIEQ_LOG_LEVEL": "warning",
         }

@@ -26,6 +26,7 @@ from starlette.routing import Route
 from movieq.local.embedded import valkey
 from tests.bench import load
 from tests.bench.report import percentile, report
+from tests.service import UNLIMITED
 
 KEY = "bench-key-0123456789"
 ROUNDS, SECONDS, CONNECTIONS = 5, 3.0, 32
@@ -81,6 +82,7 @@ def main() -> None:
             **os.environ,
             "MOVIEQ_REDIS_URL": server.url,
             "MOVIEQ_API_KEYS": KEY,
+            **UNLIMITED,
             "MOVIEQ_STORAGE": f"{folder}/media",
             "MOVIEQ_LOG_LEVEL": "info",
             "MOVIEQ_MAX_QUEUED_PER_PROJECT": "0",

@@ -27,6 +27,7 @@ from movieq.queue.store import Store
 from tests.arrange import claim, new_task, result
 from tests.bench import load
 from tests.bench.report import percentile, report
+from tests.service import UNLIMITED
 
 KEY = "bench-key-0123456789"
 TASKS, MOST_S = 100_000, 300.0
@@ -150,6 +151,7 @@ def main() -> None:
             **os.environ,
             "MOVIEQ_REDIS_URL": server.url,
             "MOVIEQ_API_KEYS": KEY,
+            **UNLIMITED,
             "MOVIEQ_STORAGE": f"{folder}/media",
             "MOVIEQ_SPOOL": f"{folder}/spool",
             "MOVIEQ_LOG_LEVEL": "warning",

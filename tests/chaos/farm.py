@@ -20,6 +20,7 @@ import movieq
 from movieq.api import server
 from movieq.errors import SettingsError
 from movieq.local.embedded import Valkey
+from tests.service import UNLIMITED
 
 APIS, WORKERS = 2, 3
 RESPAWN_S = 0.2
@@ -114,6 +115,7 @@ class Farm:
             "MOVIEQ_PUBLIC_URL": self.urls[0],
             "MOVIEQ_ALLOW_PRIVATE_URLS": "127.0.0.0/8",
             "MOVIEQ_LOG_FORMAT": "json",
+            **UNLIMITED,
             "MOVIEQ_DRAIN_S": "1",
             "MOVIEQ_MAX_QUEUED_PER_PROJECT": "0",
             **settings,

@@ -49,7 +49,12 @@ async def test_the_estimated_wait_follows_the_pace_of_claims(api: Client, store:
 @pytest.mark.parametrize("path", ["/api/v1/queues", "/api/v1/dead-letters"])
 async def test_queues_and_dead_letters_are_for_admins(api: Client, path: str) -> None:
     assert (await api.get(path, key=READ)).status == 403
-    assert (await api.get(path, key=ADMIN)).status == 200
+    assert (await api.get(path, key=ALL)).status == 200
+
+
+async def test_queues_hold_the_tasks_of_all_projects_so_a_key_of_some_may_not_see_them(api: Client) -> None:
+    refused = await api.get("/api/v1/queues", key=ADMIN)
+    assert (refused.status, "all projects" in refused.message) == (403, True)
 
 
 async def buried(store: Store, project: str = "film") -> TaskId:
@@ -96,6 +101,7 @@ async def test_totals_rates_and_durations_are_those_of_the_tasks_that_the_key_ma
     assert set(everything["average_duration"]) <= {"generate_video", "generate_image", "process_audio", "render_animation"}
     film = (await api.get("/api/v1/tasks/metrics", key=FILM)).json
     assert (film["total_tasks"], film["tasks"]["queued"]) == (3, 0)
+    assert (film["average_duration"], film["passed_over"], film["limits_hit"]) == ({}, None, {})
 
 
 async def test_gpu_seconds_are_those_of_the_task_of_its_project_and_of_what_the_key_may_see(
@@ -117,6 +123,13 @@ async def test_health_raises_an_alert_for_a_queue_without_a_worker_and_for_dead_
     answer = (await api.get("/api/v1/tasks/health")).json
     assert answer["status"] == "degraded"
     assert [alert["code"] for alert in answer["alerts"]] == ["no_worker", "dead_letters"]
+    film = (await api.get("/api/v1/tasks/health", key=FILM)).json
+    assert [alert["code"] for alert in film["alerts"]] == ["dead_letters"], "who else waits is not theirs to know"
+
+
+async def test_the_dead_letters_of_other_projects_raise_no_alert(api: Client, store: Store) -> None:
+    await buried(store, "other")
+    assert (await api.get("/api/v1/tasks/health", key=FILM)).json == {"status": "healthy", "alerts": []}
 
 
 async def test_the_limit_of_all_projects_answers_429_with_the_pace_of_the_queue(store: Store) -> None:

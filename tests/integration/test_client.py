@@ -44,6 +44,7 @@ from movieq.tasks.states import EventType, Priority, RunToken, TaskId, TaskStatu
 from movieq.tasks.wire import Snapshot
 from tests import service
 from tests.arrange import claim, raw, result
+from tests.service import UNLIMITED
 
 KEY = "a-key-of-the-tests"
 LAMP = {"prompt": "a lamp"}
@@ -60,6 +61,7 @@ class Api:
             **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
             "MOVIEQ_REDIS_URL": redis_url,
             "MOVIEQ_API_KEYS": KEY,
+            **UNLIMITED,
             "MOVIEQ_SIGNING_SECRET": "a-secret-of-the-tests",
             "MOVIEQ_STORAGE": str(folder / "media"),
             "MOVIEQ_LOG_LEVEL": "error",
