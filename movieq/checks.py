@@ -60,6 +60,7 @@ KEPT_MS: Final = 10_000
 LEAST_REDIS: Final = (7, 0)
 """The first Redis version that supports scripts with flags (`#!lua`)."""
 ACL_LINE: Final = "the guide Operating (movieq/web/docs/operating.md) has the ACL line"
+MAXMEMORY: Final = "run CONFIG SET maxmemory with about three quarters of it, and set the same in its configuration file"
 NOEVICTION: Final = "run CONFIG SET maxmemory-policy noeviction, and set the same in its configuration file"
 
 _FSYNC: Final = {
@@ -74,7 +75,7 @@ _WRITE: Final = "#!lua\nreturn redis.call('SET', ARGV[1], 'check', 'PX', ARGV[2]
 
 COMMANDS: Final = """
     ping, time, eval x 0, evalsha 0 0, exists KEY, del KEY:gone, get KEY, set KEY:gone x xx, setex KEY:gone 0 x, psetex KEY:gone 0 x,
-    incr KEY, incrby KEY 1, expire KEY:gone 1, pexpire KEY:gone 1, persist KEY:gone,
+    incr KEY, incrby KEY 1, expire KEY:gone 1, pexpire KEY:gone 1, persist KEY:gone, strlen KEY:gone,
     hget KEY:gone x, hgetall KEY:gone, hmget KEY:gone x, hexists KEY:gone x, hset KEY x x, hsetnx KEY x x, hdel KEY:gone x,
     hincrby KEY:gone x x, hincrbyfloat KEY:gone x x,
     lpush KEY x, rpush KEY x, lrange KEY:gone 0 0, ltrim KEY:gone 0 0, sadd KEY x, srem KEY:gone x, spop KEY:gone, smembers KEY:gone,
@@ -373,6 +374,8 @@ async def _eviction(client: Redis, info: dict[str, Any], *, allowed: bool) -> Fi
     policy = info.get("maxmemory_policy") or (await _asked(client.config_get("maxmemory-policy"))).get("maxmemory-policy")
     if policy is None:
         return Finding(Mark.NOTE, "Redis memory", "the server does not show its maxmemory-policy: make sure that it is noeviction")
+    if policy == "noeviction" and info.get("maxmemory") == 0:
+        return Finding(Mark.NOTE, "Redis memory", f"no maxmemory: if the machine's memory is full, the system kills Redis; {MAXMEMORY}")
     if policy == "noeviction":
         return Finding(Mark.GOOD, "Redis memory", "maxmemory-policy noeviction: it never evicts a task")
     text = f"maxmemory-policy {policy}: it evicts tasks when memory is full; {NOEVICTION}"

@@ -10,7 +10,7 @@
     │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
     │   │                                 also LineTooLong 414, HeadersTooLarge 431
     │   ├── RangeRefused         416  ├── QueueFull         429  ├── RateLimited       429
-    │   └── Internal             500  └── Unavailable       503
+    │   ├── QuotaExceeded        429  ├── Internal          500  └── Unavailable       503
     └── TaskFault                a run failed: `code` becomes the task's `error_code`
         ├── InputUnavailable  InvalidInput  UnsupportedParameter        caused by the request: the task fails at once
         ├── EngineUnavailable  ModelUnavailable  Unsigned               caused by the installation: the task fails at once
@@ -174,6 +174,12 @@ class RateLimited(RequestError):
     """The client has sent too many requests."""
 
     code, status, retryable = "rate_limited", 429, True
+
+
+class QuotaExceeded(RequestError):
+    """The project stores as many bytes as it may."""
+
+    code, status, retryable = "quota_exceeded", 429, True
 
 
 class Internal(RequestError):

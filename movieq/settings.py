@@ -120,6 +120,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         10_000
     )
     max_queued: Annotated[int, Meta(ge=0, le=1_000_000_000, description="Most waiting tasks of all projects together; 0: no limit")] = 0
+    max_record_mib_per_project: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Most MiB of a project's task records in Redis; 0: no limit")
+    ] = 256
+    max_upload_mib_per_project: Annotated[int, Meta(ge=0, le=1_000_000, description="Most MiB of a project's uploads; 0: no limit")] = 2048
     max_streams: Annotated[
         int, Meta(ge=0, le=1_000_000, description="Most open event streams of an API process; 0: what its files allow")
     ] = 5_000
@@ -165,6 +169,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     log_level: Annotated[LogLevel, Meta(description="debug, info, warning or error")] = LogLevel.INFO
     log_format: Annotated[LogFormat, Meta(description="console, json, or auto: console in a terminal")] = LogFormat.AUTO
+
+    @property
+    def max_record_bytes(self) -> int:
+        """Most bytes of a project's task records; 0 for no limit."""
+        return self.max_record_mib_per_project * 1024 * 1024
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Most bytes of a project's uploads; 0 for no limit."""
+        return self.max_upload_mib_per_project * 1024 * 1024
 
     def own_origins(self) -> tuple[str, ...]:
         """Return the addresses of the installation's own servers, which may be contacted wherever they are."""

@@ -15,7 +15,10 @@ from typing import Any, Final
 
 import pytest
 
+from movieq.local import doctor
 from movieq.local.embedded import Valkey, valkey
+from movieq.queue import connection
+from movieq.queue import store as store_module
 from movieq.queue.connection import Redis, connect
 from movieq.queue.store import Store
 from movieq.settings import Bucket
@@ -78,6 +81,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the patience that a busy machine needs; a test of a limit of time sets its own.
+
+    Runs of a test's own outlast every wait, and a Redis that is slow is not unavailable. Processes that a test starts keep their limits.
+    """
+    monkeypatch.setattr(store_module, "LEASE_MS", 300_000)
+    monkeypatch.setattr(connection, "PATIENT_S", 60.0)
+    monkeypatch.setattr(doctor, "CHECK_S", 60.0)
 
 
 @pytest.fixture(scope="session")

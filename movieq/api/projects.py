@@ -81,7 +81,8 @@ async def upload(request: Request) -> Response:
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
         # recorded before it is stored: a file without a record would never be deleted
-        await movieq.files.add_upload(upload_id, Upload(project_id, f"{prefix}/file", size, media_type), prefix)
+        stored = Upload(project_id, f"{prefix}/file", size, media_type)
+        await movieq.files.add_upload(upload_id, stored, prefix, movieq.settings.max_upload_bytes)
         await movieq.storage.put(f"{prefix}/file", path, media_type)
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
 

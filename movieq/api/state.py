@@ -82,7 +82,13 @@ class Api(Installation, kw_only=True):
     def project_state(self, project: Project, who: Caller) -> ProjectState:
         """Return the project as clients see it, with a signed URL of its stream that is valid for a day."""
         url = self.url(f"/projects/{project.project_id}/events?{self._signed('project-events', project.project_id, who)}")
-        return ProjectState(project.project_id, project.created_at, project.tasks, project.gpu_seconds, url)
+        settings = self.settings
+        return ProjectState(
+            **msgspec.structs.asdict(project),
+            record_bytes_limit=settings.max_record_bytes or None,
+            upload_bytes_limit=settings.max_upload_bytes or None,
+            events_url=url,
+        )
 
     def project_snapshot(self, project: Project, active: list[tuple[Task, int | None]], last_event_id: str | None, who: Caller) -> bytes:
         """Return the data of a project's `snapshot` event."""

@@ -238,6 +238,7 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         or "",
         max_queued=movieq.settings.max_queued_per_project,
         max_queued_all=movieq.settings.max_queued,
+        max_bytes=movieq.settings.max_record_bytes,
     )
 
 

@@ -34,6 +34,12 @@ SOCKET_PATH_BYTES: Final = 100
 """Longest socket path; the system's limit is about 107 bytes."""
 
 
+def max_memory() -> int:
+    """Return how many bytes the server may use: a quarter of the machine's memory, at least 256 MiB and at most 4 GiB."""
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return min(max(quarter, 256 * 1024**2), 4 * 1024**3)
+
+
 class Valkey:
     """A Valkey server with its data in `folder`. By default it syncs its append-only file before each answer, so no answered write is lost.
 
@@ -80,7 +86,8 @@ class Valkey:
         log = (self.folder / "valkey.log").open("ab")
         options = {
             "port": "0", "unixsocket": str(self.socket), "unixsocketperm": "700", "dir": str(self.folder.resolve()),
-            "appendonly": "yes", "appendfsync": self.appendfsync, "save": "", "maxmemory-policy": "noeviction",
+            "appendonly": "yes", "appendfsync": self.appendfsync, "save": "",
+            "maxmemory": str(max_memory()), "maxmemory-policy": "noeviction",
             "stream-node-max-bytes": "1024",
         }  # fmt: skip
         self._process = subprocess.Popen(

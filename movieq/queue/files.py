@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
+from movieq.errors import QuotaExceeded
 from movieq.queue.connection import Redis
 from movieq.queue.keys import UPLOAD_KEPT_S
+from movieq.queue.scripts import load
+from movieq.settings import variable
 from movieq.tasks.entities import Upload
 
 ORPHAN_S: Final = 60
@@ -21,14 +25,28 @@ class Files:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._keys = redis.key_names
+        self._add_upload = load(redis, "add_upload")["add_upload"]
 
-    async def add_upload(self, upload_id: str, upload: Upload, prefix: str) -> None:
-        """Add an upload. Tasks can refer to it for seven days; then the files under `prefix` are deleted."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self._keys["upload"] + upload_id, msgspec.msgpack.encode(upload), ex=UPLOAD_KEPT_S)
-            pipe.time()
-            _, (seconds, _) = await pipe.execute()
-        await self._redis.zadd(self._keys["orphans"], {prefix: (seconds + UPLOAD_KEPT_S) * 1000})
+    async def add_upload(self, upload_id: str, upload: Upload, prefix: str, max_bytes: int = 0) -> None:
+        """Add an upload. Tasks can refer to it for seven days; then the files under `prefix` are deleted.
+
+        Raises QuotaExceeded if the project's uploads would take more than `max_bytes` (0: no limit).
+        """
+        answer = await self._add_upload.finish(
+            upload_id=upload_id,
+            project_id=upload.project_id,
+            upload=msgspec.msgpack.encode(upload),
+            prefix=prefix,
+            size=upload.size_bytes,
+            max_bytes=max_bytes,
+            kept_ms=UPLOAD_KEPT_S * 1000,
+        )
+        if answer[0] == b"quota":
+            raise QuotaExceeded(
+                f"the uploads of project {upload.project_id} take {answer[1]} bytes, at most {max_bytes} are allowed "
+                f"({variable('max_upload_mib_per_project')}): wait until some expire, seven days after they were sent",
+                retry_after_s=math.ceil(answer[2] / 1000),
+            )
 
     async def upload(self, upload_id: str) -> Upload | None:
         """Return the upload; None if it does not exist or has expired."""

@@ -17,6 +17,7 @@ KEYS: Final[Mapping[str, str]] = {
     "durations": "movieq:durations:",  # + shape: list of the latest durations, ms
     "sums": "movieq:sums",  # hash "task_type tasks" and "task_type ms" -> sum over all completed tasks; also some counters
     "gpu_ms": "movieq:gpu_ms",  # hash project, and '' for all -> GPU time of ended runs, ms
+    "record_bytes": "movieq:record_bytes",  # hash project -> bytes of its tasks' records
     "totals": "movieq:totals",  # hash state -> number of tasks
     "dropped": "movieq:dropped",  # list of "LIST TASK", latest first: entries that scripts dropped in the last day
     "ended": "movieq:ended",  # zset task -> when it ended
@@ -53,6 +54,8 @@ KEYS: Final[Mapping[str, str]] = {
     "sweeper": "movieq:sweeper",  # string, the worker whose turn it is to sweep
     # the rest
     "upload": "movieq:upload:",  # + upload: string, Upload (msgpack)
+    "uploads": "movieq:uploads:",  # + project: zset "bytes upload" -> when it expires
+    "upload_bytes": "movieq:upload_bytes:",  # + project: string, the sum of these bytes
     "secret": "movieq:secret:signing",  # string, generated once if MOVIEQ_SIGNING_SECRET is unset
     "write_check": "movieq:write_check",  # string, written by health checks
     "keys": "movieq:keys",  # hash sha256 of an API key -> its rights (msgpack)

@@ -139,10 +139,19 @@ class Queries:
             for status in STATES:
                 pipe.zcard(f"{self._keys['index']}{project_id}|{status}|")
             pipe.hget(self._keys["gpu_ms"], project_id)
-            created, *counts, gpu_ms = await pipe.execute()
+            pipe.hget(self._keys["record_bytes"], project_id)
+            pipe.get(self._keys["upload_bytes"] + project_id)
+            created, *counts, gpu_ms, record_bytes, upload_bytes = await pipe.execute()
         if created is None:
             return None
-        return Project(project_id, utc(created), dict(zip(STATES, counts, strict=True)), round(number(gpu_ms) / 1000, 3))
+        return Project(
+            project_id,
+            utc(created),
+            dict(zip(STATES, counts, strict=True)),
+            round(number(gpu_ms) / 1000, 3),
+            int(number(record_bytes)),
+            int(number(upload_bytes)),
+        )
 
     async def active(
         self, project_id: ProjectId, task_types: Collection[TaskType], statuses: Collection[TaskStatus], limit: int

@@ -18,16 +18,19 @@ from typing import Any, Final, cast
 import msgspec
 
 from movieq import logs
-from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, RunLost
+from movieq.errors import IdempotencyMismatch, InvalidState, NotFound, QueueFull, QuotaExceeded, RunLost
 from movieq.queue.connection import Redis
 from movieq.queue.records import Able, decode_task, decode_warnings, pairs, text
 from movieq.queue.scripts import load
+from movieq.settings import variable
 from movieq.tasks.entities import Task, WorkerStatus
 from movieq.tasks.results import StoredResult
 from movieq.tasks.states import Kind, ProjectId, RunToken, TaskId, TaskStatus, TaskType
 
 RETRIES_LIMIT: Final = 20
 """Times that a failed task may be queued again by a client."""
+QUOTA_RETRY_S: Final = 3600
+"""`Retry-After` of a project whose task records take as many bytes as they may."""
 LEASE_MS: Final = 10_000
 """Length of a lease."""
 RENEW_S: Final = 3.0
@@ -84,6 +87,7 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     body_hash: str = ""
     max_queued: int = 0
     max_queued_all: int = 0
+    max_bytes: int = 0
     fingerprint: str = ""
     reused: str = ""
     """Id of the completed task whose stored result is reused.
@@ -155,7 +159,7 @@ class Store:
     async def submit(self, new: NewTask) -> Accepted:
         """Submit a task. It is queued, or completed at once with the stored result of an identical task.
 
-        Raises IdempotencyMismatch, QueueFull.
+        Raises IdempotencyMismatch, QueueFull, QuotaExceeded.
         """
         arguments = {name: "" if value is None else value for name, value in msgspec.structs.asdict(new).items()}
         arguments["warnings"] = msgspec.json.encode(new.warnings)
@@ -171,6 +175,13 @@ class Store:
                 raise QueueFull(
                     f"{whose} {answer[1]} waiting tasks, at most {most} are allowed: try again later",
                     retry_after_s=min(max(1, math.ceil(answer[2] / 1000)), 3600),
+                )
+            case b"quota":
+                raise QuotaExceeded(
+                    f"the task records of project {new.project_id} take {answer[1]} bytes, at most {new.max_bytes} are allowed "
+                    f"({variable('max_record_mib_per_project')}): wait until ended tasks are deleted ({variable('keep_tasks_days')}), "
+                    "or cancel waiting ones",
+                    retry_after_s=QUOTA_RETRY_S,
                 )
         return _accepted(answer)
 

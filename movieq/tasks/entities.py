@@ -65,12 +65,17 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Project(msgspec.Struct, frozen=True):
-    """A project, which exists from its first task on. `gpu_seconds` is the sum over its ended runs."""
+    """A project, which exists from its first task on. `gpu_seconds` is the sum over its ended runs.
+
+    `record_bytes` is what the records of its tasks take in Redis, `upload_bytes` what its uploads take.
+    """
 
     project_id: ProjectId
     created_at: datetime
     tasks: dict[TaskStatus, int]
     gpu_seconds: float
+    record_bytes: int
+    upload_bytes: int
 
 
 class TaskQueue(msgspec.Struct, frozen=True):

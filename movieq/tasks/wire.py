@@ -86,8 +86,10 @@ class Snapshot(TaskState, frozen=True):
 
 
 class ProjectState(Project, frozen=True):
-    """A project. The `snapshot` of its stream has more."""
+    """A project. The `snapshot` of its stream has more. Limits of bytes are null where there is none."""
 
+    record_bytes_limit: int | None
+    upload_bytes_limit: int | None
     events_url: str
 
 

@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from playwright.async_api import Page, async_playwright
 
-from movieq.queue import store
 from tests.fleet import Fleet, eventually, fleet
 from tests.programs import program
 from tests.service import serving
@@ -28,12 +27,6 @@ CHROMIUM_OPTIONS: Final = [
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
-
-
-@pytest.fixture(autouse=True)
-def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of the test's own outlasts every wait."""
-    monkeypatch.setattr(store, "LEASE_MS", 300_000)
 
 
 @pytest.fixture

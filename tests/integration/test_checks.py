@@ -108,6 +108,13 @@ async def test_told_to_it_starts_on_a_redis_that_evicts_and_says_so(folder: Path
         assert "maxmemory-policy volatile-ttl" in installation.processes[0].log.read_text()
 
 
+async def test_a_redis_without_a_limit_of_memory_is_named_and_that_of_movieq_up_has_one(own: Valkey, asked: Any) -> None:
+    assert (await found(installation(own)))["Redis memory"].mark is Mark.GOOD
+    await asked.config_set("maxmemory", 0)
+    finding = (await found(installation(own)))["Redis memory"]
+    assert (finding.mark, "CONFIG SET maxmemory" in finding.text) == (Mark.NOTE, True)
+
+
 @pytest.mark.parametrize("denied", [["-info"], ["-config|get"]])
 async def test_the_policy_is_found_out_by_whichever_way_the_server_allows(own: Valkey, asked: Any, denied: list[str]) -> None:
     await asked.config_set("maxmemory-policy", "allkeys-lfu")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Error, Page, Response, Route, async_playwright, expect
 
-from movieq.queue import store as stores
 from movieq.queue.store import Store
 from tests.arrange import claim, result
 from tests.browser.conftest import CHROMIUM_OPTIONS, listens
@@ -22,12 +21,6 @@ from tests.programs import node, program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXAMPLE = PLUGIN / "example"
-
-
-@pytest.fixture(autouse=True)
-def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of the test's own outlasts every wait."""
-    monkeypatch.setattr(stores, "LEASE_MS", 300_000)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@
 -- Appends `completed` and adds deliveries to the outbox. The log expires in 24 h. Stores the duration for estimates of this shape (for 30
 --   days), and the task as the one that has the result of its fingerprint.
 -- Cost: O(log n).
--- include: time record counters resume runs finish
+-- include: time record record_bytes counters resume runs finish
 local t = load(task_id)
 if t and t.status == 'completed' and t.ended_run == run then return 'ok' end
 if not holds(t, run, 0) then return 'lost' end
@@ -22,6 +22,7 @@ if t.made_ms ~= '0' then -- 0: the run found finished files, so its duration is 
 end
 if t.fingerprint then redis.call('SET', K.reusable .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
+count_bytes(t, COPIES * #result)
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
 finish(t, 'completed', {'"result":' .. result}, cms)
 return 'ok'

@@ -3,7 +3,7 @@
 -- args: apply
 --   apply: '1' to correct the counters, '' only to check
 -- Returns the differences as sentences; {} if there are none.
--- Cost: O(projects), and O(waiting tasks) of each kind that has at most 20,000.
+-- Cost: O(projects), and O(n) for each kind with n waiting tasks and each project with n tasks, if there are at most 20,000.
 local found = {}
 
 local function compare(key, field, actual, what)
@@ -18,6 +18,17 @@ for _, status in ipairs({'queued', 'processing', 'completed', 'failed', 'cancell
   local actual = 0
   for _, project in ipairs(projects) do actual = actual + redis.call('ZCARD', K.index .. project .. '|' .. status .. '|') end
   compare(K.totals, status, actual, status .. ' tasks')
+end
+
+for _, project in ipairs(projects) do
+  local tasks, bytes = K.index .. project .. '||', 0
+  if redis.call('ZCARD', tasks) <= 20000 then
+    for _, task_id in ipairs(redis.call('ZRANGE', tasks, 0, -1)) do
+      local of_task = redis.pcall('HGET', K.task .. task_id, 'bytes')
+      bytes = bytes + (type(of_task) == 'string' and tonumber(of_task) or 0)
+    end
+    compare(K.record_bytes, project, bytes, 'bytes of the task records of project ' .. project)
+  end
 end
 
 for _, kind in ipairs(redis.call('SMEMBERS', K.kinds)) do

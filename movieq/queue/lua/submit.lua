@@ -1,7 +1,7 @@
 #!lua
 -- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its
 -- memory is full.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
+-- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all max_bytes fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
 --   priority: 1 to 3
 --   bias_ms: by how much the priority moves the task ahead in its project's queue
@@ -17,6 +17,7 @@
 --   idempotency: hash of caller, project and key; '' for none
 --   body_hash: of the bytes of the body
 --   max_queued, max_queued_all: limits of queued tasks of the project, and of all projects; 0 for none
+--   max_bytes: limit of the bytes of the project's task records; 0 for none
 --   fingerprint: hash of everything that determines the result; '' for none
 --   reused: completed task whose stored result is reused; '' for none
 --   reused_result: JSON of that StoredResult
@@ -25,12 +26,12 @@
 --   reused_cms: address of the CMS collection that gets the reused result; '' for none
 -- Returns {'ok' or 'again' or 'replayed', task_id, created_at_ms, queue_position, estimate_ms, warnings}: 'again' for the same task_id,
 --   'replayed' for the same idempotency key and body; {'mismatch'} for that key with another body; {'full' or 'full_all', queued tasks, ms
---   until a place is free} at a limit.
+--   until a place is free} at a limit; {'quota', bytes} if the records of the project would take more than max_bytes.
 -- Appends `queued` to the project's log only: the task's log starts with `started`, since each stream takes 4 KB. For a reused result, also
 --   appends `started` and `completed`, adds deliveries to the outbox, and counts the age of its files from now. The idempotency key expires
 --   in 24 h.
 -- Cost: O(log n).
--- include: time record index lanes queue deadlines events conclude
+-- include: time record record_bytes index lanes queue deadlines events conclude
 local function receipt(code, t)
   return {code, t.task_id, tonumber(t.created_at_ms), tonumber(t.queued_position), tonumber(t.estimate_ms), t.warnings}
 end
@@ -67,6 +68,13 @@ if not hit and tonumber(max_queued_all) > 0 then
   if waiting >= tonumber(max_queued_all) then return {'full_all', waiting, claim_interval(kind)} end
 end
 
+local job = '\133\161t\192\161f' .. cmsgpack.pack(task_type) .. '\161a\144\161k' .. kwargs .. '\162et' .. cmsgpack.pack(now)
+local bytes = OVERHEAD + #job + COPIES * (#metadata + (hit and #reused_result or 0)) + #callback_url + #warnings
+if tonumber(max_bytes) > 0 then
+  local taken = tonumber(redis.call('HGET', K.record_bytes, project_id) or 0) or 0
+  if taken + bytes > tonumber(max_bytes) then return {'quota', math.floor(taken)} end
+end
+
 -- The estimate is the median of the latest durations of this shape, once there are five.
 local past = redis.call('LRANGE', K.durations .. shape, 0, 20)
 if #past >= 5 then
@@ -90,8 +98,8 @@ if start_by_ms ~= '' then fields.start_by_ms = start_by_ms end
 if finish_by_ms ~= '' then fields.finish_by_ms = finish_by_ms end
 if fingerprint ~= '' then fields.fingerprint = fingerprint end
 set(t, fields)
-redis.call('SET', K.job .. task_id,
-  '\133\161t\192\161f' .. cmsgpack.pack(task_type) .. '\161a\144\161k' .. kwargs .. '\162et' .. cmsgpack.pack(now))
+count_bytes(t, bytes)
+redis.call('SET', K.job .. task_id, job)
 redis.call('ZADD', K.projects, 'NX', now, project_id)
 redis.call('SADD', K.kinds, kind)
 redis.call('ZADD', index(t, '', ''), created(t), task_id)

@@ -18,6 +18,7 @@ local function sweep(task_id)
     redis.call('ZREM', index(t, status, t.task_type), task_id)
   end
   count(K.totals, t.status, -1)
+  if t.bytes then count(K.record_bytes, t.project_id, -t.bytes) end
   local lists = {} -- of the project; several, since a single list could be missing although the project has tasks
   for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
   if redis.call('EXISTS', unpack(lists)) == 0 then
@@ -25,6 +26,7 @@ local function sweep(task_id)
     redis.call('HDEL', K.idle_virtual_times .. t.kind, t.project_id)
     redis.call('HDEL', K.idle_virtual_times .. lane(t), t.project_id)
     redis.call('HDEL', K.gpu_ms, t.project_id)
+    redis.call('HDEL', K.record_bytes, t.project_id)
     redis.call('DEL', K.log .. 'project:' .. t.project_id)
   end
   if t.fingerprint and redis.call('GET', K.reusable .. t.fingerprint) == task_id then redis.call('DEL', K.reusable .. t.fingerprint) end

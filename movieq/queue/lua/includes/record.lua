@@ -45,7 +45,7 @@ local function mend(t)
   NUMBERS = NUMBERS or {
     'start_by_ms', 'finish_by_ms', 'ended_at_ms', 'remaining_ms', 'weight', 'rows', 'refunded', 'made_ms', 'made_at_ms', 'gpu_ms',
     'gpu_before_ms', 'gpu_billed_ms', 'gpu_at_ms', 'gpu_share', 'passed_ms', 'logged', 'batch_rows', 'deliveries', 'retried_position',
-    'step', 'steps', 'retries',
+    'step', 'steps', 'retries', 'bytes',
   }
   local mended = {}
   for name, default in pairs(FIELDS) do
