@@ -64,6 +64,8 @@ async def up(settings: Settings, *, host: str, port: int, folder: Path, worker: 
             valkey = Valkey(folder)
             stack.callback(valkey.stop)
             valkey.start()
+            if folder.stat().st_mode & 0o077:  # an earlier version or its user made it so
+                log.warning("data_folder_open", problem=f"other users of this machine can read {folder}: run chmod -R go= {folder}")
             environment[variable("redis_url")] = valkey.url
             if not settings.allow_private_urls and server.is_loopback(sock):  # else others could reach this machine's own servers
                 environment[variable("allow_private_urls")] = "127.0.0.0/8,::1/128"

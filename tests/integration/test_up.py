@@ -222,6 +222,18 @@ async def test_its_files_are_for_its_user_and_its_engines_get_no_credentials_of_
     assert {"PATH", "OMP_NUM_THREADS"} <= names.keys()
 
 
+async def test_it_warns_of_a_data_folder_that_others_can_read(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    warnings = []
+    for mode in (0o755, 0o700):
+        data.mkdir(exist_ok=True)
+        data.chmod(mode)
+        with service(tmp_path, options=("--no-worker",)) as running:
+            warnings.append([line["problem"] for line in running.log if line["message"] == "data_folder_open"])
+    assert ["chmod -R go=" in problem for problem in warnings[0]] == [True]
+    assert warnings[1] == []
+
+
 async def test_only_on_loopback_may_inputs_and_callbacks_reach_this_machine(tmp_path: Path) -> None:
     body = {"project_id": "film", "task_type": "generate_image", "task_data": {"prompt": "a lamp", "resolution": "64x64"}}
     answers = []
