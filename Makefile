@@ -14,7 +14,7 @@ QUICK := tests/unit $(patsubst %,tests/contract/test_%.py,deliveries health_work
 PACKAGE_JSONS := tests/browser/node/package.json tests/payload/package.json \
   deploy/payload/package.json deploy/payload/plugin/package.json deploy/payload/example/package.json
 
-.PHONY: help setup setup-quick setup-test setup-system up demo check fmt quick unit test coverage chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver constraints clean ci
+.PHONY: help setup setup-quick setup-test setup-system up demo check fmt quick unit test coverage chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver bench-abuse constraints clean ci
 
 help:           ## List the targets
 	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ -/' | sort | awk -F' - ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -129,6 +129,9 @@ bench-gpu: setup-test  ## Measure, on a machine with a GPU: serving, batches, co
 bench-deliver: setup-test  ## Measure: files to a bucket and back, beside aiobotocore and aws; webhooks
 	$(BIN)/python -m tests.bench.bench_deliver
 	$(BIN)/python -m tests.bench.bench_webhooks
+
+bench-abuse: setup-test  ## Measure: what a client notices while another one attacks
+	$(BIN)/python -m tests.bench.bench_abuse
 
 constraints: setup-test  ## Write constraints.txt anew from what is installed
 	(echo '# Versions that the tests run with; made by `make constraints`.'; \

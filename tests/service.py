@@ -119,8 +119,8 @@ async def fetched(url: str) -> tuple[int, Any, bytes]:
 
 
 @contextmanager
-def service(folder: Path, data: Path | None = None, options: Sequence[str] = (), **settings: str) -> Iterator[Service]:
-    """Yield a `movieq up` for the block; afterwards none of its processes is left."""
+def service(folder: Path, data: Path | None = None, options: Sequence[str] = (), key: str = "", **settings: str) -> Iterator[Service]:
+    """Yield a `movieq up` for the block; afterwards none of its processes is left. `key`: one of its settings; '' for its own."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOVIEQ_")},
         "MOVIEQ_LOG_FORMAT": "json",
@@ -138,7 +138,7 @@ def service(folder: Path, data: Path | None = None, options: Sequence[str] = (),
             line = process.stdout.readline()
             assert line, (folder / "log").read_text()
             url = line.removeprefix("movieq ready at ").strip() if line.startswith("movieq ready at ") else ""
-        yield Service(folder, process, url, ((data or folder / "data") / "api-key").read_text())
+        yield Service(folder, process, url, key or ((data or folder / "data") / "api-key").read_text())
         started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     finally:
         process.send_signal(signal.SIGTERM)
