@@ -24,10 +24,21 @@ from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
 from movieq.api.events import ProjectEvents, TaskEvents
 from movieq.api.key_cache import KeyCache
-from movieq.api.limits import AllowanceHeaders, Places, Rates
+from movieq.api.limits import HITS, AllowanceHeaders, Places, Rates
 from movieq.api.readiness import Readiness
 from movieq.api.state import Api, answered, now
-from movieq.errors import Internal, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError, StorageFault, Unavailable, ValidationFailed
+from movieq.errors import (
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    QueueFull,
+    QuotaExceeded,
+    RequestError,
+    StorageFault,
+    Unavailable,
+    ValidationFailed,
+)
 from movieq.queue.refusals import is_fault, log_failure, refusal
 from movieq.queue.store import TIDY_S, Store
 from movieq.settings import Settings
@@ -154,6 +165,8 @@ def error_answer(error: RequestError) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    if isinstance(error, (PayloadTooLarge, QueueFull, QuotaExceeded)):
+        HITS.add(error.code)
     return error_answer(error)
 
 

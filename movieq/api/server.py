@@ -324,6 +324,8 @@ class _Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer a request that is not parsed further, and close the connection."""
+        if isinstance(error, PayloadTooLarge):
+            HITS.add(error.code)
         answer = app.error_answer(error)
         head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (error.status, HTTPStatus(error.status).phrase.encode(), len(answer.body)) + answer.body)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from movieq.api import limits
 from movieq.errors import QuotaExceeded
 from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
@@ -46,6 +47,7 @@ async def test_a_project_may_store_only_so_many_bytes_of_task_records(small: Cli
     assert (refused.status, refused.error, refused.json["retryable"]) == (429, "quota_exceeded", True)
     assert int(refused.headers["Retry-After"]) > 0
     assert "MOVIEQ_MAX_RECORD_MIB_PER_PROJECT" in refused.message
+    assert limits.HITS.counts["quota_exceeded"] > 0
     taken, _ = await bytes_of(small)
     assert 1_000_000 < taken <= MIB
     assert (await small.submit(task_data=BIG, project_id="other")).status == 201, "another project is not affected"
