@@ -37,7 +37,7 @@ from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.logs import without_query
 from movieq.tasks import values
 from movieq.tasks.entities import UPLOAD_BYTES, ProcessingProgress
-from movieq.tasks.params import refused
+from movieq.tasks.faults import refused
 from movieq.tasks.states import TERMINAL_EVENTS, EventType, Priority, TaskStatus
 from movieq.tasks.wire import (
     CancelAnswer,

@@ -10,11 +10,12 @@ from starlette.requests import HTTPConnection
 from movieq import signing
 from movieq.api.limits import ALLOWANCE
 from movieq.api.state import Caller, api
-from movieq.errors import Forbidden, NotFound, Unauthorized, ValidationFailed
+from movieq.errors import Forbidden, NotFound, Unauthorized
 from movieq.settings import Grant, Scope, key_hash
 from movieq.tasks.entities import Task
+from movieq.tasks.faults import given, refused
 from movieq.tasks.states import ProjectId, TaskId
-from movieq.tasks.wire import PROJECT_PATTERN
+from movieq.tasks.wire import PROJECT_PATTERN, PROJECT_RULE
 
 _UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
 
@@ -62,7 +63,7 @@ def path_task_id(request: HTTPConnection) -> TaskId:
     """Return the task id in the request's path. Raises ValidationFailed if it is not a UUID."""
     text = str(request.path_params["task_id"]).lower()
     if not _UUID.match(text):
-        raise ValidationFailed("task_id: expected a UUID such as 123e4567-e89b-12d3-a456-426614174000")
+        raise refused([("task_id", f"expected a UUID such as 123e4567-e89b-12d3-a456-426614174000, got {given(text)}")])
     return TaskId(text)
 
 
@@ -87,7 +88,7 @@ async def project_of(request: HTTPConnection, scope: Scope) -> tuple[ProjectId, 
     who = await caller(request, scope)
     project_id = str(request.path_params["project_id"])
     if not re.fullmatch(PROJECT_PATTERN, project_id):
-        raise ValidationFailed("project_id: expected 1 to 100 ASCII letters, digits, hyphens or underscores")
+        raise refused([("project_id", f"expected {PROJECT_RULE}, got {given(project_id)}")])
     if not who.grant.allows(project_id):
         if scope is Scope.READ:
             raise NotFound(f"no project {project_id}")

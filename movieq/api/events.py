@@ -24,14 +24,15 @@ from starlette.types import Receive, Scope, Send
 
 from movieq.api.auth import project_of, signed_caller, task_of
 from movieq.api.limits import Place
-from movieq.api.query import only_query, query_choices
+from movieq.api.query import query
 from movieq.api.state import Api, Caller, api, encode
-from movieq.errors import NotFound, RequestError, ValidationFailed
+from movieq.errors import NotFound, RequestError
 from movieq.queue.queries import LogState
 from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
 from movieq.streams.watchers import Access, Facts, Opening, SocketWatcher, Source, Watcher
 from movieq.tasks.entities import Task
+from movieq.tasks.faults import given, refused
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import STATES, EventType, ProjectId, TaskId, TaskStatus, TaskType
 
@@ -80,9 +81,10 @@ class ProjectEvents:
         movieq = api(request)
         with _told_to_any_origin(request):
             project_id, who = await (_signed_project(request) if _signed(request) else project_of(request, KeyScope.READ))
-            only_query(request, "after", "task_type", "status", "expires", "key", "signature")
-            after = _resume_point(request)
-            wanted = _Wanted(query_choices(request, "task_type", REGISTRY.tasks), query_choices(request, "status", STATES))
+            with query(request, "after", "task_type", "status", "expires", "key", "signature") as asked:
+                with asked.faults:
+                    after = _resume_point(request)
+                wanted = _Wanted(asked.choices("task_type", REGISTRY.tasks), asked.choices("status", STATES))
             if await movieq.queries.project(project_id) is None:
                 raise NotFound(f"no project {project_id}")
             place = _place_of(movieq, request, f"project:{project_id}", who)
@@ -187,7 +189,7 @@ def _resume_point(request: HTTPConnection) -> str | None:
     for name, text in (("Last-Event-ID", request.headers.get("last-event-id")), ("after", request.query_params.get("after"))):
         if text:
             if not _ID.fullmatch(text):
-                raise ValidationFailed(f"{name}: expected an event id such as 1764000000000-0, got {text[:40]!r}")
+                raise refused([(name, f"expected an event id such as 1764000000000-0, got {given(text)}")])
             return text
     return None
 

@@ -11,6 +11,7 @@ from movieq.api.state import api
 from movieq.errors import Forbidden, NotFound, RangeRefused, RequestError
 from movieq.storage.base import content_type
 from movieq.storage.folder import FolderStorage
+from movieq.tasks.faults import given
 from movieq.tasks.results import MEDIA_URL_S
 
 _HEADERS = {
@@ -70,4 +71,4 @@ class _File(FileResponse):
             return []  # the whole file: a malformed range is ignored (RFC 9110, 14.2)
         except RangeNotSatisfiable:
             headers = {"Content-Range": f"bytes */{file_size}", "Access-Control-Allow-Origin": "*"}
-            raise RangeRefused(f"Range: {http_range[:80]!r} is outside the file, which has {file_size} bytes", headers=headers) from None
+            raise RangeRefused(f"Range: {given(http_range)} is outside the file, which has {file_size} bytes", headers=headers) from None

@@ -12,13 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from movieq.api.auth import project_of
-from movieq.api.query import only_query, query_choice, query_int
+from movieq.api.query import only_query, query
 from movieq.api.state import answered, api
 from movieq.api.tasks import arriving
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.fetch import download
 from movieq.settings import Scope
 from movieq.tasks.entities import UPLOAD_BYTES, Upload
+from movieq.tasks.faults import refused
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import utc
 from movieq.tasks.states import STATES
@@ -45,9 +46,9 @@ async def tasks(request: Request) -> Response:
     """`GET /projects/{project_id}/tasks`: list a page of a project's tasks, newest first."""
     movieq = api(request)
     project_id, _ = await project_of(request, Scope.READ)
-    only_query(request, "status", "task_type", "page", "limit")
-    page, limit = query_int(request, "page", 1, 1, PAGES), query_int(request, "limit", 20, 1, 100)
-    status, task_type = query_choice(request, "status", STATES), query_choice(request, "task_type", REGISTRY.tasks)
+    with query(request, "status", "task_type", "page", "limit") as asked:
+        page, limit = asked.number("page", 1, 1, PAGES), asked.number("limit", 20, 1, 100)
+        status, task_type = asked.choice("status", STATES), asked.choice("task_type", REGISTRY.tasks)
     found, total = await movieq.queries.page(project_id, status, task_type, page, limit)
     expiry_s = movieq.media_expiry_s()
     rows = [
@@ -70,7 +71,7 @@ async def upload(request: Request) -> Response:
     movieq = api(request)
     project_id, who = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise ValidationFailed("Content-Encoding: send the file without compression")
+        raise refused([("Content-Encoding", "send the file without compression")])
     if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > UPLOAD_BYTES:
         raise PayloadTooLarge(f"the upload is larger than {UPLOAD_BYTES} bytes")
     with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:

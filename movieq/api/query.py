@@ -1,51 +1,73 @@
-"""Functions that read and validate query parameters."""
+"""The query parameters of a request, with all their faults in one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from starlette.requests import HTTPConnection
 
-from movieq.errors import ValidationFailed
+from movieq.tasks.faults import Faults, given, printable, refused
 from movieq.tasks.states import TaskStatus, TaskType
 
 Choice = TypeVar("Choice", TaskStatus, TaskType)
 
 
+@contextmanager
+def query(request: HTTPConnection, *names: str) -> Iterator[Query]:
+    """Yield the query parameters, which may only be these. Raises ValidationFailed at the end of the block, with all their faults."""
+    asked = Query(request, *names)
+    yield asked
+    if asked.faults:
+        raise refused(asked.faults)
+
+
 def only_query(request: HTTPConnection, *names: str) -> None:
-    """Raise ValidationFailed for an unknown or repeated query parameter."""
-    for name in request.query_params:
-        if name not in names:
-            raise ValidationFailed(f"{name[:40]}: unknown query parameter; allowed: {', '.join(names) or 'none'}")
-        if len(request.query_params.getlist(name)) > 1:
-            raise ValidationFailed(f"{name}: given more than once in the query")
+    """Raise ValidationFailed if there are other query parameters, or repeated ones."""
+    with query(request, *names):
+        pass
 
 
-def query_int(request: HTTPConnection, name: str, default: int, least: int, most: int) -> int:
-    """Return a query parameter as an integer from `least` to `most`, or `default` if it is missing. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
-        raise ValidationFailed(f"{name}: expected a whole number from {least} to {most}, got {text[:40]!r}")
-    return int(text)
+class Query:
+    """Query parameters. Each is read by its kind; one that is missing or faulty is its default, and `faults` says what is wrong."""
 
+    def __init__(self, request: HTTPConnection, *names: str) -> None:
+        self.faults = Faults()
+        self._given = request.query_params
+        for name in self._given:
+            if name not in names:
+                self._fault(printable(name[:40]), f"unknown query parameter; allowed: {', '.join(names) or 'none'}")
+            elif len(self._given.getlist(name)) > 1:
+                self._fault(name, "given more than once in the query")
 
-def query_choice(request: HTTPConnection, name: str, values: Iterable[Choice]) -> Choice | None:
-    """Return a query parameter as one of these values, or None if it is missing. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    return None if text is None else _chosen(name, text, values)
+    def number(self, name: str, default: int, least: int, most: int) -> int:
+        """Return a whole number from `least` to `most`."""
+        text = self._given.get(name)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most):
+            self._fault(name, f"expected a whole number from {least} to {most}, got {given(text)}")
+            return default
+        return int(text)
 
+    def choice(self, name: str, values: Iterable[Choice]) -> Choice | None:
+        """Return one of these values, or None."""
+        text = self._given.get(name)
+        return None if text is None else self._chosen(name, text, values)
 
-def query_choices(request: HTTPConnection, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
-    """Return a comma-separated query parameter as a set of these values, empty if it is missing. Raises ValidationFailed."""
-    text = request.query_params.get(name)
-    return frozenset() if text is None else frozenset(_chosen(name, part.strip(), values) for part in text.split(","))
+    def choices(self, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
+        """Return a set of these values, of which the parameter has one or more, with commas in between."""
+        text = self._given.get(name)
+        chosen = () if text is None else (self._chosen(name, part.strip(), values) for part in text.split(","))
+        return frozenset(each for each in chosen if each is not None)
 
+    def _chosen(self, name: str, text: str, values: Iterable[Choice]) -> Choice | None:
+        for value in values:
+            if value == text:
+                return value
+        self._fault(name, f"expected one of {', '.join(values)}, got {given(text)}")
+        return None
 
-def _chosen(name: str, text: str, values: Iterable[Choice]) -> Choice:
-    for value in values:
-        if value == text:
-            return value
-    raise ValidationFailed(f"{name}: expected one of {', '.join(values)}, got {text[:80]!r}")
+    def _fault(self, name: str, message: str) -> None:
+        self.faults.add([(name, message)])

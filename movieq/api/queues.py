@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from movieq.api.auth import caller, path_task_id, task_of
 from movieq.api.limits import HITS
-from movieq.api.query import only_query, query_int
+from movieq.api.query import only_query, query
 from movieq.api.state import Api, answered, api
 from movieq.errors import Forbidden, NotFound
 from movieq.settings import Scope
@@ -36,8 +36,8 @@ async def queues(request: Request) -> Response:
 async def dead_letters(request: Request) -> Response:
     """`GET /dead-letters`: list the dead letters of the key's projects, latest first."""
     who = await caller(request, Scope.ADMIN)
-    only_query(request, "limit")
-    limit = query_int(request, "limit", 100, 1, 1000)
+    with query(request, "limit") as asked:
+        limit = asked.number("limit", 100, 1, 1000)
     letters, total = await api(request).queries.dead_letters(limit, who.grant.projects)
     return answered(DeadLettersAnswer(letters, total))
 

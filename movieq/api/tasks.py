@@ -9,7 +9,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
@@ -20,18 +20,18 @@ from starlette.responses import Response
 
 from movieq import logs
 from movieq.api.auth import caller, task_of
-from movieq.api.query import only_query, query_int
+from movieq.api.query import query
 from movieq.api.state import Api, Caller, answered, api
-from movieq.delivery.payload import TARGET
-from movieq.errors import CmsFault, Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
+from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.fetch.guard import UrlRefused
 from movieq.models import table as models
 from movieq.queue.store import Accepted, NewTask
 from movieq.settings import Scope
 from movieq.streams.sse import START, pair
 from movieq.streams.watchers import EndWatcher, Opening, Source
-from movieq.tasks import params, values
+from movieq.tasks import faults, params, values
 from movieq.tasks.entities import Task
+from movieq.tasks.faults import Fault, Faults, refused
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredResult, utc
 from movieq.tasks.states import PRIORITY_BIAS_MS, ProjectId, TaskId, TaskStatus, TaskType
@@ -53,7 +53,6 @@ WAIT_CHECK_S: Final = 1.0
 
 _decoder = msgspec.json.Decoder(SubmitRequest)
 _slow_decoder = msgspec.json.Decoder(SubmitRequest, float_hook=values.fraction)
-_any_decoder = msgspec.json.Decoder(float_hook=values.fraction)
 _idempotency_key = re.compile(r"[\x21-\x7e]{1,255}")
 log = logs.get()
 
@@ -64,10 +63,10 @@ async def submit(request: Request) -> Response:
     who = await caller(request, Scope.SUBMIT)
     with movieq.places.take_for_body(who.id):
         body = await read_body(request, BODY_BYTES)
-    submitted = decode(body)
-    if not who.grant.allows(submitted.project_id):
+    submitted, found = decode(body)
+    if submitted.project_id and not who.grant.allows(submitted.project_id):
         raise Forbidden(f"this API key has no access to project {submitted.project_id}")
-    new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"))
+    new = await new_task(movieq, who, submitted, body, request.headers.get("idempotency-key"), found)
     if new.fingerprint and not submitted.task_data.get("no_cache"):
         new = await _with_earlier(movieq, new)
     accepted = await movieq.store.submit(new)
@@ -91,8 +90,8 @@ async def status(request: Request) -> Response:
     """`GET /tasks/{task_id}/status`: return a task. With `?wait=SECONDS`, answer when the task has ended or the time is up."""
     movieq = api(request)
     task, who = await task_of(request, Scope.READ)
-    only_query(request, "wait")
-    wait_s = query_int(request, "wait", 0, 0, WAIT_S)
+    with query(request, "wait") as asked:
+        wait_s = asked.number("wait", 0, 0, WAIT_S)
     if wait_s and not task.status.ended:
         with movieq.places.take_for_key(who.id):
             await _ended(request, task, time.monotonic() + wait_s)
@@ -144,10 +143,10 @@ async def read_body(request: Request, limit: int) -> bytes:
     Raises PayloadTooLarge over `limit` bytes, ValidationFailed if it is compressed, arrives too slowly, or has another content type.
     """
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise ValidationFailed("Content-Encoding: send the body without compression")
+        raise refused([("Content-Encoding", "send the body without compression")])
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise ValidationFailed(f"Content-Type: expected application/json, got {content_type[:80]!r}")
+        raise refused([("Content-Type", f"expected application/json, got {faults.given(content_type)}")])
     chunks: list[bytes] = []
     size = 0
     async with arriving(BODY_S):
@@ -169,47 +168,73 @@ async def arriving(seconds: float) -> AsyncIterator[None]:
         raise ValidationFailed(f"the body did not arrive within {seconds:g} s") from None
 
 
-def decode(body: bytes) -> SubmitRequest:
-    """Return the decoded request. Raises ValidationFailed, naming the field, also for values that Redis or an engine cannot handle."""
+def decode(body: bytes) -> tuple[SubmitRequest, list[Fault]]:
+    """Return the decoded request, and its faults: fields that SubmitRequest does not allow, values that Redis or an engine cannot handle.
+
+    Wrong fields are left out of the request. Raises ValidationFailed for a body that cannot be read, or has too many faults.
+    """
     values.check_elements(body)
     try:
         submitted = (_slow_decoder if values.slow(body) else _decoder).decode(body)
-    except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `$")
-        if "out of range" in text and (faults := values.faults_of(body)):
-            raise params.refused(faults) from None
-        path = path.strip("`.")
-        text = _with_given(text, body, path)
-        raise ValidationFailed(f"{path}: {text}" if path else text, errors=((path, text),) if path else ()) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
-        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValidationFailed(f"cannot read the body as JSON: {problem}") from None
-    values.check(task_data=submitted.task_data, metadata=submitted.metadata)
-    return submitted
+        return _partly(body, error)
+    if len(found := values.found(task_data=submitted.task_data, metadata=submitted.metadata)) > faults.MOST:
+        raise refused(found)
+    return submitted, found
 
 
-def _with_given(text: str, body: bytes, path: str) -> str:
-    """Return msgspec's message with the given value added, if the path leads to a single value."""
+def _partly(body: bytes, error: Exception) -> tuple[SubmitRequest, list[Fault]]:
+    """Return what can be used of a body that msgspec has refused with this error, and its faults. Raises ValidationFailed."""
     try:
-        value = _any_decoder.decode(body)
-        for name in path.split(".") if path else []:
-            value = value[name]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return text
-    return text if isinstance(value, dict) else params.given(text, value)
+        sent = values.untyped(body)
+    except UnicodeError:
+        raise ValidationFailed("cannot read the body as JSON: it is not in UTF-8") from None
+    except RecursionError:
+        raise ValidationFailed(f"cannot read the body as JSON: at most {values.NESTING} levels of lists and objects are allowed") from None
+    except ValueError as malformed:
+        raise ValidationFailed(f"cannot read the body as JSON: {malformed}") from None
+    if not isinstance(sent, dict):
+        raise ValidationFailed(f"the body: expected a JSON object, got {faults.given(sent)}")
+    if len(found := values.faults(sent)) > faults.MOST:
+        raise refused(found)
+    found = Faults().add(faults.of_struct(SubmitRequest, sent)).add(found)
+    if not found:  # json reads more than msgspec, for example half a surrogate pair
+        raise ValidationFailed(f"cannot read the body as JSON: {error}")
+    kinds = {field.name: field.type for field in msgspec.structs.fields(SubmitRequest)}
+    good = {name: msgspec.convert(sent[name], kind) for name, kind in kinds.items() if name in sent and faults.fits(kind, sent[name])}
+    return SubmitRequest(**{"project_id": "", "task_type": "", "task_data": {}, **good}), found
 
 
-async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None) -> NewTask:
-    """Return the task to store, fully validated. Raises ValidationFailed."""
-    task_type = TaskType(submitted.task_type)
-    if (spec := REGISTRY.tasks.get(task_type)) is None:
-        raise ValidationFailed(f"task_type: expected one of {', '.join(REGISTRY.tasks)}, got {submitted.task_type[:80]!r}")
-    parsed, unread = params.parse(spec.params, submitted.task_data)
-    name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
+async def new_task(
+    movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None, found: Iterable[Fault] = ()
+) -> NewTask:
+    """Return the task to store, fully validated. Raises ValidationFailed with all faults, those `found` before included."""
+    faulty = Faults(found)
+    task_type, spec, parsed = TaskType(submitted.task_type), REGISTRY.tasks.get(TaskType(submitted.task_type)), None
+    if spec is None:
+        faulty.add([("task_type", f"expected one of {', '.join(REGISTRY.tasks)}, got {faults.given(submitted.task_type)}")])
+    elif (parsed := params.checked(spec.params, submitted.task_data, faulty)) is not None:
+        with faulty:
+            name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
+    if not faulty.of("metadata"):
+        with faulty:
+            metadata = _metadata(submitted.metadata or {})
+        if movieq.cms is not None:
+            faulty.add(movieq.cms.target_faults(submitted.metadata or {}))
+    with faulty:
+        callback_url = _callback(movieq, submitted.callback_url)
+    deadline = submitted.deadline or Deadline()
+    with faulty:
+        start_by_ms = _deadline("start_by", deadline.start_by)
+    with faulty:
+        finish_by_ms = _deadline("finish_by", deadline.finish_by)
+    with faulty:
+        idempotency = _idempotency(who, submitted.project_id, idempotency_key)
+    if spec is None or parsed is None or faulty:
+        raise refused(faulty)
     model = movieq.models[name]
     batch, batch_rows = models.batch(name, model, parsed)
     priority = submitted.priority or 2
-    deadline = submitted.deadline or Deadline()
     return NewTask(
         task_id=TaskId(str(uuid.uuid4())),
         project_id=ProjectId(submitted.project_id),
@@ -221,16 +246,16 @@ async def new_task(movieq: Api, who: Caller, submitted: SubmitRequest, body: byt
         priority=priority,
         bias_ms=PRIORITY_BIAS_MS[priority],
         kwargs=msgspec.msgpack.encode({"task_data": submitted.task_data}),
-        metadata=_metadata(movieq, submitted.metadata or {}),
+        metadata=metadata,
         estimate_ms=int(model.tasks[task_type] * 1000),
         max_ms=spec.max_duration_s * 1000,
         batch=batch,
         batch_rows=batch_rows,
-        callback_url=_callback(movieq, submitted.callback_url),
-        start_by_ms=_deadline("start_by", deadline.start_by),
-        finish_by_ms=_deadline("finish_by", deadline.finish_by),
-        warnings=tuple(f"Unknown field ignored: task_data.{key[:200]}" for key in unread[:100]),
-        idempotency=_idempotency(who, submitted.project_id, idempotency_key),
+        callback_url=callback_url,
+        start_by_ms=start_by_ms,
+        finish_by_ms=finish_by_ms,
+        warnings=tuple(f"Unknown field ignored: task_data.{key[:200]}" for key in params.unknown(spec.params, submitted.task_data)[:100]),
+        idempotency=idempotency,
         body_hash=hashlib.sha256(body).hexdigest(),
         fingerprint=models.fingerprint(
             submitted.project_id, movieq.models, name, task_type, parsed, submitted.task_data, movieq.settings.file_tags
@@ -282,15 +307,10 @@ def receipt(movieq: Api, accepted: Accepted, project_id: ProjectId, who: Caller,
     )
 
 
-def _metadata(movieq: Api, metadata: dict[str, Any]) -> bytes:
+def _metadata(metadata: dict[str, Any]) -> bytes:
     encoded = msgspec.json.encode(metadata)
     if len(encoded) > METADATA_BYTES:
-        raise ValidationFailed(f"metadata: expected at most {METADATA_BYTES} bytes of JSON, got {len(encoded)}")
-    if movieq.cms is not None:
-        try:
-            movieq.cms.target(metadata)
-        except CmsFault as fault:
-            raise ValidationFailed(fault.message, errors=((TARGET, fault.message.removeprefix(f"{TARGET}: ")),)) from None
+        raise refused([("metadata", f"expected at most {METADATA_BYTES} bytes of JSON, got {len(encoded)}")])
     return encoded
 
 
@@ -300,7 +320,7 @@ def _callback(movieq: Api, url: str | None) -> str:
     try:
         movieq.guard.check_url(url)
     except UrlRefused as error:
-        raise ValidationFailed(f"callback_url: {error.description}", errors=(("callback_url", str(error.description)),)) from None
+        raise refused([("callback_url", f"{error.description}, got {faults.given(str(error.url))}")]) from None
     return url
 
 
@@ -310,12 +330,12 @@ def _deadline(name: str, at: datetime | None) -> int | None:
     try:
         return int(at.timestamp() * 1000)
     except (OverflowError, ValueError):
-        raise ValidationFailed(f"deadline.{name}: expected a time between the years 1 and 9999") from None
+        raise refused([(f"deadline.{name}", f"expected a time between the years 1 and 9999, got {at.isoformat()}")]) from None
 
 
 def _idempotency(who: Caller, project_id: str, key: str | None) -> str:
     if key is None:
         return ""
     if not _idempotency_key.fullmatch(key):
-        raise ValidationFailed("Idempotency-Key: expected 1 to 255 visible ASCII characters")
+        raise refused([("Idempotency-Key", f"expected 1 to 255 visible ASCII characters, got {faults.given(key)}")])
     return hashlib.sha256(f"{who.id}\n{project_id}\n{key}".encode()).hexdigest()

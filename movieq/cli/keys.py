@@ -14,7 +14,8 @@ from movieq.cli.context import read_settings, refuse, run_async
 from movieq.queue.api_keys import ApiKeys
 from movieq.queue.connection import connect
 from movieq.settings import Grant, Scope, key_hash
-from movieq.tasks.wire import PROJECT_PATTERN
+from movieq.tasks.faults import given
+from movieq.tasks.wire import PROJECT_PATTERN, PROJECT_RULE
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +40,7 @@ def keys() -> None:
 def keys_create(projects: tuple[str, ...], scopes: tuple[str, ...]) -> None:
     """Create a key and print it. It is not shown again."""
     if wrong := [project for project in projects if not re.fullmatch(PROJECT_PATTERN, project)]:
-        refuse(f"--project {wrong[0]!r}: {PROJECT_PATTERN} is expected")
+        refuse(f"--project: expected {PROJECT_RULE}, got {given(wrong[0])}")
     key = secrets.token_urlsafe(24)
     default = frozenset({Scope.READ, Scope.SUBMIT}) if projects else frozenset(Scope)
     grant = Grant(frozenset(projects) if projects else None, frozenset(map(Scope, scopes)) or default)

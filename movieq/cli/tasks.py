@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from movieq.cli.context import exit_with, open_client, printable, run_async, server_options
+from movieq.tasks.faults import given
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Priority, TaskStatus, TaskType
 from movieq.tasks.wire import DeliveriesAnswer
@@ -162,15 +163,17 @@ def _task_data(task_type: TaskType, text: str, pairs: tuple[str, ...], draft: bo
             name, text = "standard input", sys.stdin.read()
         elif text.startswith("@"):
             name, text = text[1:], Path(text[1:]).read_text()
-        task_data = msgspec.json.decode(text, type=dict[str, Any])
+        task_data: Any = msgspec.json.decode(text)
     except OSError as error:
         raise click.UsageError(f"--data: {name} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise click.UsageError(f"--data: a JSON object is expected, got {name[:80]!r}: {error}") from None
+        raise click.UsageError(f"--data: expected a JSON object, got {given(name)}: {error}") from None
+    if not isinstance(task_data, dict):
+        raise click.UsageError(f"--data: expected a JSON object, got {given(task_data)}")
     for pair in pairs:
         field, equals, value = pair.partition("=")
         if not equals or not field:
-            raise click.UsageError(f"--set: NAME=VALUE is expected, got {pair[:80]!r}")
+            raise click.UsageError(f"--set: expected NAME=VALUE, got {given(pair)}")
         try:
             task_data[field] = msgspec.json.decode(value)
         except msgspec.DecodeError:

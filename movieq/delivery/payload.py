@@ -14,18 +14,20 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from msgspec import Meta
 from yarl import URL
 
 from movieq.errors import CmsFault, SettingsError
 from movieq.fetch.problems import HttpFault, http_fault, reason
 from movieq.settings import PayloadMode, Settings
-from movieq.tasks import params
+from movieq.tasks import faults, params
 from movieq.tasks.entities import Delivery
+from movieq.tasks.faults import Fault
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia
 from movieq.tasks.states import TaskId, TaskType
@@ -55,6 +57,7 @@ TASK_ID: Final = "generationMetadata.taskId"
 MEDIA_TYPES: Final = {"dialogue_audio": "audio_clip"}
 """Media types that have another name in the CMS."""
 
+
 _PATH = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")  # no __proto__
 _SLUG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.~-]{0,199}")
@@ -64,12 +67,16 @@ Id = str | int
 """The id of a document: a number or a text, depending on the database of the CMS."""
 
 
+def _whole(pattern: re.Pattern[str]) -> str:
+    return rf"^({pattern.pattern})(?!\n)$"  # Python's $ also matches before a last line break
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A document of the CMS that is to refer to a result. `field` may be in a group (`takes.first`)."""
 
-    collection: str
-    id: Id
-    field: str
+    collection: Annotated[str, Meta(pattern=_whole(_SLUG), description="the slug of a collection")]
+    id: int | Annotated[str, Meta(pattern=_whole(_ID), description="the id of a document")]
+    field: Annotated[str, Meta(pattern=_whole(_PATH), description="the name of a field")]
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -115,20 +122,21 @@ class Cms(msgspec.Struct, frozen=True):
 
     def target(self, metadata: Mapping[str, Any]) -> Target | None:
         """Return the document that `metadata.payload` of a task names, or None if it names none. Raises a final CmsFault."""
-        if metadata.get("payload") is None:
-            return None
-        try:
-            named = msgspec.convert(metadata["payload"], Target)
-        except msgspec.ValidationError:
-            raise CmsFault(
-                f"{TARGET}: expected {{collection, id, field}}; the id may be a number, the others are texts", final=True
-            ) from None
-        if not (_SLUG.fullmatch(named.collection) and _ID.fullmatch(str(named.id)) and _PATH.fullmatch(named.field)):
-            raise CmsFault(f"{TARGET}: expected the slug of a collection, the id of a document and the name of a field", final=True)
-        if (named.collection, named.field) not in self.writable:
-            pair = f"{named.collection}.{named.field}"[:200]
-            raise CmsFault(f"{TARGET}: tasks may not write {pair}; the operator can allow it with MOVIEQ_PAYLOAD_WRITABLE", final=True)
-        return named
+        if found := self.target_faults(metadata):
+            raise CmsFault(faults.refused(found).message, final=True)
+        named = metadata.get("payload")
+        return None if named is None else msgspec.convert(named, Target)
+
+    def target_faults(self, metadata: Mapping[str, Any]) -> list[Fault]:
+        """Return the faults of `metadata.payload`: it is not a Target, or one that tasks may not write."""
+        named = metadata.get("payload")
+        if named is None or (found := [*faults.of(Target, named, TARGET)]):
+            return [] if named is None else found
+        pair = named["collection"], named["field"]
+        if pair in self.writable:
+            return []
+        what = faults.printable(".".join(pair)[:200])
+        return [(TARGET, f"tasks may not write {what}; the operator can allow it with MOVIEQ_PAYLOAD_WRITABLE")]
 
     def project(self, project_id: str) -> Any:
         """Return a project's id in the CMS."""

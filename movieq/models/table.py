@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,7 +13,9 @@ import msgspec
 from msgspec import Meta
 
 import movieq
-from movieq.errors import SettingsError, ValidationFailed
+from movieq.errors import SettingsError
+from movieq.tasks import faults
+from movieq.tasks.faults import given, refused
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams, frames, size
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import PROCESS_AUDIO, EngineChoice, Kind, TaskType
@@ -135,7 +138,8 @@ def _checked(name: str, entries: dict[str, Any]) -> dict[str, Model]:
     try:
         table = msgspec.convert(entries, dict[str, Model])
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{name}: {error}") from None
+        wrong = "; ".join(f"{path}: {message}" for path, message in islice(faults.of(dict[str, Model], entries), faults.MOST))
+        raise SettingsError(f"{name}: {wrong or error}") from None
     for each, model in table.items():
         if problem := _problem(model):
             raise SettingsError(f"{name}: {each}: {problem}")
@@ -191,27 +195,25 @@ def resolve(table: dict[str, Model], choice: EngineChoice, had_gpu: bool, task_t
     """Return the model for this task: the animatic for a draft, else `model`, else the default. Raises ValidationFailed."""
     if params.draft:
         if task_type not in table[ANIMATIC].tasks:
-            raise ValidationFailed(f"task_data.draft: {task_type} has no animatic; leave draft out")
+            raise refused([("task_data.draft", f"{task_type} has no animatic; leave draft out")])
         return ANIMATIC
     if params.model is not None:
         fitting = [name for name, model in table.items() if makes(model, task_type, params)]
         if params.model not in fitting:
-            message = f"{params.model!r} cannot be used for {_called(task_type, params)}; use one of: {', '.join(fitting)}"
-            raise ValidationFailed(f"task_data.model: {message}", errors=(("task_data.model", message),))
+            called = _called(task_type, params)
+            raise refused([("task_data.model", f"expected a model for {called} ({', '.join(fitting)}), got {given(params.model)}")])
         return params.model
     if choice is EngineChoice.DIFFUSERS or (choice is EngineChoice.AUTO and had_gpu):
         name = default(table, Engine.DIFFUSERS, task_type, params)
         if name is None and choice is EngineChoice.DIFFUSERS:
-            raise ValidationFailed(
-                f"task_type: MOVIEQ_ENGINE is diffusers, and no model of the table renders {_called(task_type, params)}; "
-                "add one, or send draft"
-            )
+            called = _called(task_type, params)
+            raise refused([("task_type", f"MOVIEQ_ENGINE is diffusers, and no model renders {called}; add one, or send draft")])
         if name is not None:
             return name
     for name in (ANIMATIC, *table):
         if makes(table[name], task_type, params) and table[name].engine != Engine.DIFFUSERS:
             return name
-    raise ValidationFailed(f"task_type: {_called(task_type, params)} has no default model here; set task_data.model")
+    raise refused([("task_type", f"{_called(task_type, params)} has no default model here; set task_data.model")])
 
 
 def _called(task_type: TaskType, params: Params) -> str:

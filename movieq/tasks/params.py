@@ -5,17 +5,18 @@ Known fields are validated here. Unknown ones are passed to the engine unchanged
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from movieq.errors import ValidationFailed
+from movieq.tasks import faults
+from movieq.tasks.faults import Fault, Faults, given
 
 MAX_PIXELS: Final = 4_000_000_000
 """Largest width x height x frames of one task."""
@@ -28,6 +29,8 @@ LANGUAGES: Final = frozenset(
     """.split()
 )
 """The languages that can be spoken, as primary language subtags (BCP 47)."""
+
+_DESCRIBING: Final = ("scene_description", "character_description", "prompt", "storyboard_images", "reference_images")
 
 
 class ImageFormat(StrEnum):
@@ -48,11 +51,12 @@ class AudioFormat(StrEnum):
 
 Text = Annotated[str, Meta(max_length=8000)]
 Word = Annotated[str, Meta(max_length=200)]
-Reference = Annotated[str, Meta(min_length=1, max_length=1_000_000, description="url, upload:ID, data: url or task:ID")]
+Reference = Annotated[str, Meta(min_length=1, max_length=1_000_000, description="a url, upload:ID, data: url or task:ID")]
 References = Annotated[list[Reference], Meta(max_length=32)]
 Seconds = Annotated[float, Meta(ge=1, le=30)]
-Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}(?!\n)$", description="WIDTHxHEIGHT, even sides of 64 to 3840")]
-Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$")]
+SIZES: Final = "WIDTHxHEIGHT, even sides of 64 to 3840"
+Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}(?!\n)$", description=SIZES)]
+Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$", description='a ratio such as "24000/1001"')]
 Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
 
 
@@ -134,7 +138,7 @@ class AudioParams(Params, frozen=True, kw_only=True):
     background_noise: Word | None = None
     duration: Annotated[float, Meta(ge=0.5, le=60)] = 5.0
     output_format: AudioFormat = AudioFormat.MP3
-    sample_rate: Annotated[int, Meta(ge=8000, le=48000)] = 44100
+    sample_rate: Literal[8000, 16000, 22050, 24000, 44100, 48000] = 44100
 
     @property
     def description(self) -> str:
@@ -165,25 +169,41 @@ class AnimationParams(Params, frozen=True, kw_only=True):
         return list(dict.fromkeys(self.reference_images))
 
 
-SAMPLE_RATES: Final = (8000, 16000, 22050, 24000, 44100, 48000)
+def checked(cls: type[Params], task_data: dict[str, Any], found: Faults) -> Params | None:
+    """Return the parameters, and add their faults to `found`.
 
-
-def parse(cls: type[Params], task_data: dict[str, Any]) -> tuple[Params, list[str]]:
-    """Return the validated parameters, and the unknown keys of `task_data`.
-
-    Raises ValidationFailed, which names each wrong field, its value and what is allowed.
+    Wrong fields are left out of the parameters, also those in which faults were found before; None if nothing can be made of the rest.
     """
+    sent = {key: value for key, value in task_data.items() if value is not None}
     try:
-        params = convert(cls, task_data)
-    except msgspec.ValidationError:
-        raise refused(_problems(cls, task_data)) from None
-    if errors := list(_inconsistent(params)):
-        raise refused(errors)
-    return params, sorted(task_data.keys() - set(cls.__struct_fields__))
+        params = msgspec.convert(_without(sent, _fields(found)), cls)
+    except msgspec.ValidationError as error:
+        if not found.add(faults.of_struct(cls, sent, "task_data")):  # it is wrong as a whole, by a rule of a plug-in
+            found.add([("task_data", str(error))])
+        try:
+            params = msgspec.convert(_without(sent, _fields(found)), cls)
+        except msgspec.ValidationError:
+            return None
+    found.add(_inconsistent(params, _fields(found)))
+    return params
+
+
+def _without(sent: dict[str, Any], fields: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in sent.items() if key not in fields} if fields else sent
+
+
+def _fields(found: Iterable[Fault]) -> set[str]:
+    """Return the fields of task_data in which there are faults."""
+    return {name[1] for path, _ in found if (name := re.match(r"task_data\.([^.[]+)", path))}
+
+
+def unknown(cls: type[Params], task_data: dict[str, Any]) -> list[str]:
+    """Return the keys of `task_data` that are not fields of the task type."""
+    return sorted(task_data.keys() - set(cls.__struct_fields__))
 
 
 def convert(cls: type[Params], task_data: dict[str, Any]) -> Params:
-    """Return the parameters of `task_data` that `parse` has accepted before; null means absent."""
+    """Return the parameters of `task_data` that `checked` has accepted before; null means absent."""
     return msgspec.convert({key: value for key, value in task_data.items() if value is not None}, cls)
 
 
@@ -214,100 +234,50 @@ def _frames(duration: float, fps: float | str) -> int:
     return max(1, round(Fraction(duration) * frame_rate(fps)))
 
 
-def _problems(cls: type[Params], task_data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return every wrong field with its problem; msgspec itself stops at the first."""
-    errors: list[tuple[str, str]] = []
-    for field in msgspec.structs.fields(cls):
-        value = task_data.get(field.encode_name)
-        if value is not None:
-            try:
-                msgspec.convert(value, field.type)
-            except msgspec.ValidationError as error:
-                errors.append(_problem(field.encode_name, value, str(error)))
-        elif field.required:  # only plug-ins have required fields
-            errors.append((f"task_data.{field.encode_name}", "required"))
-    return errors
-
-
-def given(text: str, value: object) -> str:
-    """Return the text of msgspec with the given value after it, as JSON of at most 80 characters."""
-    shown = msgspec.json.encode(value).decode() if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return f"{text}{'' if ', got ' in text else ', got'} {shown if len(shown) <= 80 else shown[:77] + '...'}"
-
-
-def _problem(key: str, value: object, message: str) -> tuple[str, str]:
-    text, _, path = message.partition(" - at `$")
-    return f"task_data.{key}{path.removesuffix('`')}", given(text, value)
-
-
-def refused(errors: list[tuple[str, str]]) -> ValidationFailed:
-    """Return the error for wrong values, which are pairs of path and message."""
-    path, message = errors[0]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return ValidationFailed(f"{path}: {message}{more}", errors=tuple(errors))
-
-
-def _inconsistent(params: Params) -> list[tuple[str, str]]:
-    errors: list[tuple[str, str]] = []
-    if not params.description.strip():
-        if isinstance(params, AudioParams):
-            errors.append(("task_data.text", "one of text (dialogue) and prompt (sound without speech) is needed"))
-        elif not params.references:
-            names = [
-                n
-                for n in ("scene_description", "character_description", "prompt", "storyboard_images", "reference_images")
-                if hasattr(params, n)
-            ]
-            errors.append((f"task_data.{names[0]}", f"one of {', '.join(names)} is needed"))
+def _inconsistent(params: Params, wrong: set[str]) -> Iterator[Fault]:
+    """Yield the faults of fields that msgspec accepts. `wrong` are fields with other faults, which are not in `params`."""
+    if not params.description.strip() and (isinstance(params, AudioParams) or not params.references):
+        names = ["text", "prompt"] if isinstance(params, AudioParams) else [name for name in _DESCRIBING if hasattr(params, name)]
+        if wrong.isdisjoint(names):
+            yield f"task_data.{names[0]}", f"one of {', '.join(names)} is needed"
     for name, text in _texts(params):
-        if "\0" in text or not _encodable(text):
-            errors.append((f"task_data.{name}", "text with NUL or half a surrogate pair cannot be drawn or spoken"))
+        if "\0" in text:
+            yield f"task_data.{name}", f"expected text without NUL characters, got {given(text)}"
     if isinstance(params, AudioParams):
-        if params.sample_rate not in SAMPLE_RATES:
-            errors.append(("task_data.sample_rate", f"one of {', '.join(map(str, SAMPLE_RATES))} is allowed, got {params.sample_rate}"))
         if params.language.lower().replace("_", "-").split("-")[0] not in LANGUAGES:
-            errors.append(
-                (
-                    "task_data.language",
-                    f"{params.language!r} cannot be spoken; allowed: {', '.join(sorted(LANGUAGES))}, with a region behind (en-gb)",
-                )
-            )
-        if params.text is not None and not params.text.strip():
-            errors.append(("task_data.text", "at least one visible character is needed"))
+            known = f"one of {', '.join(sorted(LANGUAGES))}, also with a region (en-gb)"
+            yield "task_data.language", f"expected {known}, got {given(params.language)}"
+        if params.text is not None and not params.text.strip() and params.description.strip():
+            yield "task_data.text", f"expected at least one visible character, got {given(params.text)}"
     if isinstance(params, VideoParams | ImageParams | AnimationParams):
-        errors += _sizes(params)
-    return errors
+        yield from _sizes(params, wrong)
 
 
 def _texts(params: Params) -> Iterator[tuple[str, str]]:
-    """Yield the field and the text of every text in the parameters, also of those in lists."""
+    """Yield the path and the text of every text in the parameters, also of those in lists."""
     for name in params.__struct_fields__:
         value = getattr(params, name)
-        for each in value if isinstance(value, list) else (value,):
-            if isinstance(each, str):
-                yield name, each
+        if isinstance(value, str):
+            yield name, value
+        elif isinstance(value, list):
+            yield from ((f"{name}[{index}]", each) for index, each in enumerate(value) if isinstance(each, str))
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _sizes(params: VideoParams | ImageParams | AnimationParams) -> list[tuple[str, str]]:
+def _sizes(params: VideoParams | ImageParams | AnimationParams, wrong: set[str]) -> Iterator[Fault]:
     width, height = size(params.resolution)
-    if not (64 <= width <= 3840 and 64 <= height <= 3840) or width % 2 or height % 2:
-        return [("task_data.resolution", f"both sides must be even and 64 to 3840, got {params.resolution!r}")]
+    fits = all(64 <= side <= 3840 and side % 2 == 0 for side in (width, height))
+    if not fits:
+        yield "task_data.resolution", f"expected {SIZES}, got {given(params.resolution)}"
     if isinstance(params, ImageParams):
-        return []
+        return
     try:
         rate = frame_rate(params.fps)
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
     if not 1 <= rate <= 60:
-        return [("task_data.fps", f"1 to 60 frames a second are allowed, got {params.fps!r}")]
-    if (pixels := width * height * frames(params)) > MAX_PIXELS:
-        return [("task_data.resolution", f"width x height x frames is {pixels}, at most {MAX_PIXELS} allowed: ask for less of one of them")]
-    return []
+        yield "task_data.fps", f"expected {faults.allowed(Fps)}, got {given(params.fps)}"
+    elif fits and wrong.isdisjoint(("resolution", "fps", "duration")) and (pixels := width * height * frames(params)) > MAX_PIXELS:
+        yield (
+            "task_data.resolution",
+            f"width x height x frames may be at most {MAX_PIXELS}, and is {pixels}: ask for a smaller resolution, duration or fps",
+        )

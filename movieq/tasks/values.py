@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final
@@ -15,7 +16,8 @@ from typing import Any, Final
 import msgspec
 
 from movieq.errors import ValidationFailed
-from movieq.tasks.params import refused
+from movieq.tasks.faults import MOST as MOST_FAULTS
+from movieq.tasks.faults import Fault
 
 ELEMENTS: Final = 20_000
 """Most values of a body, lists and objects included. Decoding so many blocks the event loop for under 10 ms; 350,000 for 160 ms."""
@@ -33,29 +35,28 @@ MOST_SLOW: Final = 5_000
 NUMBER_CHARACTERS: Final = 100
 """Longest number in such a body."""
 
-FAULTS: Final = 5
-"""Most wrong values that an error names."""
 PATH_CHARACTERS: Final = 100
+_HALF: Final = re.compile("[\ud800-\udfff]")
 _FLAT: Final = bytes.maketrans(b"123456789E", b"000000000e")
 
 
-def check(**fields: Any) -> None:
-    """Raise ValidationFailed, which names the values that msgpack or its decoders cannot handle."""
+def found(**fields: Any) -> list[Fault]:
+    """Return the faults of values that msgpack or its decoders cannot handle."""
     try:
         msgspec.msgpack.encode(fields)
         if not _deeper(fields, NESTING):
-            return
+            return []
     except (OverflowError, RecursionError):
         pass
-    raise refused(faults(fields))
+    return faults(fields)
 
 
-def faults(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return path and problem of the first values that are numbers out of range, or nested too deeply."""
-    return [*islice(_faults(fields), FAULTS)]
+def faults(fields: dict[str, Any]) -> list[Fault]:
+    """Return the faults of the first values that are numbers out of range, or nested too deeply."""
+    return [*islice(_faults(fields), MOST_FAULTS + 1)]
 
 
-def _faults(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _faults(fields: dict[str, Any]) -> Iterator[Fault]:
     inside: list[tuple[Any, int, Any]] = [(fields, 1, ())]
     while inside:
         value, level, place = inside.pop()
@@ -64,11 +65,15 @@ def _faults(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield _path(place), f"nested too deeply: at most {NESTING} levels of lists and objects are allowed"
             else:
                 keys: Any = value if isinstance(value, dict) else range(len(value))
+                if isinstance(value, dict) and any(map(_HALF.search, value)):
+                    yield _path(place), "expected names of whole characters, got half a surrogate pair"
                 inside += reversed([(value[key], level + 1, (place, key)) for key in keys])
+        elif isinstance(value, str) and _HALF.search(value):
+            yield _path(place), "expected text of whole characters, got half a surrogate pair"
         elif isinstance(value, int) and not LEAST <= value <= MOST:
-            yield _path(place), f"whole numbers of 64 bits are allowed, {LEAST} to {MOST}; send a larger one as text"
+            yield _path(place), f"expected a whole number of 64 bits, from {LEAST} to {MOST}; send a larger one as text"
         elif isinstance(value, float) and not math.isfinite(value):
-            yield _path(place), "numbers up to 1.8e308 are allowed, got a larger one, or NaN"
+            yield _path(place), "expected a number up to 1.8e308, got a larger one, or NaN"
 
 
 def slow(body: bytes) -> bool:
@@ -103,13 +108,9 @@ def fraction(text: str) -> float:
     return number
 
 
-def faults_of(body: bytes) -> list[tuple[str, str]]:
-    """Return path and problem of the numbers because of which JSON could not be decoded; empty if something else is wrong."""
-    try:
-        value = json.loads(body, parse_int=lambda digits: int(digits[:40]))
-    except (ValueError, RecursionError):
-        return []
-    return faults(value) if isinstance(value, dict) else []
+def untyped(body: bytes) -> Any:
+    """Return the decoded JSON, also with numbers that are out of range. Raises ValueError, RecursionError."""
+    return json.loads(body.decode(), parse_int=lambda digits: int(digits[:40]))
 
 
 def check_elements(body: bytes) -> None:

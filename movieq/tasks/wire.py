@@ -17,6 +17,7 @@ EVENTS_URL_S: Final = 24 * 3600
 
 
 PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}(?!\n)$"  # Python's $ also matches before a last line break
+PROJECT_RULE: Final = "1 to 100 ASCII letters, digits, hyphens or underscores"
 
 
 class Deadline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,8 +30,8 @@ class Deadline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of `POST /tasks/submit`."""
 
-    project_id: Annotated[str, Meta(pattern=PROJECT_PATTERN)]
-    task_type: str
+    project_id: Annotated[str, Meta(pattern=PROJECT_PATTERN, description=PROJECT_RULE)]
+    task_type: Annotated[str, Meta(description="the name of a task type, such as generate_video")]
     task_data: dict[str, Any]
     priority: Annotated[int, Meta(ge=1, le=3)] | None = None
     callback_url: Annotated[str, Meta(max_length=2048)] | None = None
@@ -294,7 +295,7 @@ class TaskTypesAnswer(msgspec.Struct, frozen=True):
 
 
 class FieldError(msgspec.Struct, frozen=True):
-    """One of the faults in a request."""
+    """One of the faults in a request. `path` is that of a field, a query parameter or a header."""
 
     path: str
     message: str

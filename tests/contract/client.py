@@ -185,7 +185,7 @@ def kept(method: str, path: str, answer: Answer) -> None:
     if answer.status >= 400 and not (path.endswith(("/health", "/health/ready")) and answer.status == 503):
         assert answer.headers["Content-Type"] == "application/json", answer
         assert STATUS_OF[answer.error] == answer.status, answer
-        assert len(answer.body) < 4000, "an error repeats at most a little of what was sent"
+        assert len(answer.body) < 2000 + 700 * len(answer.json.get("errors", "1")), "an error repeats at most a little of what was sent"
         schema("ErrorAnswer").validate(answer.json)
     elif operation := _operation(method, path):
         assert answer.headers["Content-Type"] == "application/json", answer

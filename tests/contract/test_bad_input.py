@@ -14,9 +14,10 @@ import pytest
 
 from movieq.queue.queries import Queries
 from movieq.queue.store import Store
+from movieq.settings import Settings
 from tests.arrange import claim
 from tests.contract.client import ALL, BODY, Answer, Client
-from tests.contract.conftest import Tasks
+from tests.contract.conftest import Tasks, served
 from workers.protocol import Run
 
 MIB = 1024 * 1024
@@ -121,10 +122,60 @@ async def test_a_task_type_of_a_neighbour_is_refused_with_the_list(api: Client, 
     refused(await api.submit(task_type=task_type), "task_type", "generate_video", "generate_image", "process_audio", "render_animation")
 
 
-async def test_several_wrong_fields_are_all_named(api: Client) -> None:
-    answer = await api.submit(task_type="generate_video", task_data={"prompt": "x", "fps": 0, "duration": -1, "seed": "a"})
+async def test_all_faults_of_a_request_are_in_one_answer(api: Client) -> None:
+    wrong = {
+        "project_id": "a b",
+        "task_type": "generate_video",
+        "task_data": {
+            "fps": 0,
+            "duration": "long",
+            "audio_cues": ["rain", 1, "wind", 2],
+            "resolution": "65x64",
+            "model": "none",
+            "a": HUGE,
+        },
+        "priority": 9,
+        "callback_url": "http://10.0.0.1/",
+        "metadata": {"a": "x" * 20_000},
+        "deadline": {"start_by": "soon", "by": 1},
+        "colour": 1,
+    }
+    answer = await api.submit(headers={"Idempotency-Key": "a b"}, **wrong)
+    refused(answer, "(and 15 more)")
+    assert {error["path"] for error in answer.json["errors"]} == {
+        *("project_id", "task_data.fps", "task_data.duration", "task_data.audio_cues[1]", "task_data.audio_cues[3]"),
+        *("task_data.resolution", "task_data.model", "task_data.a", "task_data.scene_description", "priority", "callback_url", "metadata"),
+        *("deadline.start_by", "deadline.by", "colour", "Idempotency-Key"),
+    }
+    assert not {error["path"] for error in (await api.submit(**(wrong | {"task_type": "x"}))).json["errors"]} & {"task_data.fps"}
+
+
+async def test_a_faulty_document_of_the_cms_is_told_with_the_other_faults(settings: Settings, store: Store) -> None:
+    cms = {"payload_url": "https://cms.example/api", "payload_api_key": "the-key-of-the-cms"}
+    async with served(msgspec.structs.replace(settings, **cms)) as api:
+        answer = await api.submit(priority=0, metadata={"payload": {"collection": "a/b", "id": 1.5, "name": "x"}})
+        refused(answer)
+        assert {error["path"].removeprefix("metadata.payload.") for error in answer.json["errors"]} == {
+            *("priority", "collection", "id", "field", "name")
+        }
+        refused(await api.submit(metadata={"payload": {"collection": "a", "id": 1, "field": "b"}}), "a.b", "MOVIEQ_PAYLOAD_WRITABLE")
+
+
+async def test_of_many_faults_fifty_are_listed(api: Client) -> None:
+    for fields in ({f"field_{number}": 1 for number in range(1000)}, {"metadata": {"a": [10**30] * 1000}}):
+        answer = await api.submit(**fields)
+        refused(answer, "(and at least 49 more)")
+        assert len(answer.json["errors"]) == 50
+
+
+async def test_all_faults_of_a_query_are_in_one_answer(api: Client) -> None:
+    await api.submit(project_id="other")
+    answer = await api.get("/api/v1/projects/other/tasks?page=0&limit=many&limit=2&status=done&task_type=x&colour=red")
+    refused(answer, "(and 4 more)")
+    assert [error["path"] for error in answer.json["errors"]] == ["limit", "colour", "page", "status", "task_type"]
+    answer = await api.get("/api/v1/projects/other/events?after=x&status=queued,done,over&task_type=x&colour=red")
     refused(answer)
-    assert {error["path"] for error in answer.json["errors"]} == {"task_data.fps", "task_data.duration", "task_data.seed"}
+    assert [error["path"] for error in answer.json["errors"]] == ["colour", "after", "task_type", "status"]
 
 
 TASK_DATA: dict[str, dict[str, list[Any]]] = {

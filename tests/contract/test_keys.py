@@ -171,7 +171,11 @@ async def test_the_method_is_checked_before_the_key(api: Client, method: str, pa
         ("wrong", b"{", 401),
         (READ, b"{", 403),
         (FILM, b'{"project_id": "other", "task_type": "x", "task_data": {}}', 403),
+        (FILM, b'{"project_id": "other", "priority": 9, "colour": 1}', 403),
+        (FILM, b'{"project_id": "other", "task_type": "x", "task_data": {"a": 1e999}}', 403),
         (FILM, b'{"project_id": "film", "task_type": "x", "task_data": {}}', 400),
+        (FILM, b'{"project_id": "film", "priority": 9}', 400),
+        (FILM, b'{"project_id": 1}', 400),
     ],
 )
 async def test_key_scope_project_and_body_are_checked_in_this_order(api: Client, key: str, body: bytes, status: int) -> None:
@@ -191,6 +195,21 @@ async def test_the_scope_is_checked_before_the_task_id(api: Client, method: str,
 
 async def test_the_project_is_checked_before_the_bytes_of_an_upload(api: Client) -> None:
     assert (await api.post("/api/v1/projects/other/uploads", key=FILM, data=b"<html>")).status == 403
+
+
+@pytest.mark.parametrize(("method", "path"), [case for case in READS + WRITES if "submit" not in case[1] and "uploads" not in case[1]])
+async def test_the_query_is_checked_last(api: Client, tasks: Tasks, method: str, path: str) -> None:
+    foreign = at(path, await tasks.queued(project_id="other"), "other").partition("?")[0] + "?colour=red&after=x&wait=x&page=x"
+    of_a_project = path not in ("/api/v1/workers/status", "/api/v1/task-types")
+    lacking = SUBMIT if (method, path) in READS else READ
+    statuses = [(await api.ask(method, foreign, key=key)).status for key in ("wrong", lacking, FILM)]
+    assert statuses == [401, 403, 404 if of_a_project else 400]
+
+
+async def test_the_project_is_checked_before_the_headers_of_an_upload(api: Client) -> None:
+    for project, status in (("other", 403), ("film", 400)):
+        headers = {"Content-Encoding": "gzip"}
+        assert (await api.post(f"/api/v1/projects/{project}/uploads", key=FILM, data=PNG, headers=headers)).status == status
 
 
 async def test_health_and_openapi_need_no_key(api: Client) -> None:

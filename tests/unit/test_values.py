@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movieq.api.tasks import decode
+from movieq.api import tasks
 from movieq.errors import ValidationFailed
 from movieq.tasks import values
+from movieq.tasks.faults import MOST as MOST_FAULTS
+from movieq.tasks.faults import refused
 from movieq.tasks.values import ELEMENTS, LEAST, MOST, NESTING
 from movieq.tasks.wire import SubmitRequest
 
@@ -53,6 +55,13 @@ def carried(value: Any) -> bool:
         case int():
             return LEAST <= value <= MOST
     return True
+
+
+def decode(text: bytes) -> SubmitRequest:
+    submitted, found = tasks.decode(text)
+    if found:
+        raise refused(found)
+    return submitted
 
 
 def refusal(text: bytes) -> ValidationFailed:
@@ -113,7 +122,8 @@ def test_a_path_is_shown_in_a_few_printable_characters(key: str, levels: int) ->
         value = {key * levels: value}
     error = refusal(body(metadata=value if isinstance(value, dict) else {"a": value}))
     assert error.message.isprintable()
-    assert len(json.dumps([error.message, error.errors], ensure_ascii=False).encode()) < 3500
+    assert len(json.dumps([error.message, error.errors], ensure_ascii=False).encode()) < 1000 + 500 * len(error.errors)
+    assert len(error.errors) <= MOST_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -185,9 +195,19 @@ def test_a_number_that_is_too_large_is_refused_by_its_path_among_many(number: st
     assert "1.8e308" in error.message
 
 
-@pytest.mark.parametrize("rest", ["?", '"metadata": {"a": 1e999}}', '"metadata": {"a": ' + "[" * 5000, '"a": "\\ud800"}'], ids=range(4))
-def test_a_body_with_a_fault_behind_the_first_is_refused_for_the_first(rest: str) -> None:
-    assert refusal(f'{{"project_id": 5, {rest}'.encode()).message.startswith("project_id: ")
+def test_all_faults_are_named_whatever_their_kind() -> None:
+    fields = b'"project_id": 5, "priority": 7, "task_data": {"a": "\\ud800", "b": NaN}, "metadata": {"a": 1e999}'
+    sent = b'{%b, "x": %b%b}' % (fields, b"[" * 70, b"]" * 70)
+    paths = [path for path, _ in refusal(sent).errors]
+    assert {path for path in paths if not path.startswith("x[")} == {
+        *("project_id", "priority", "task_type", "x"),
+        *("task_data.a", "task_data.b", "metadata.a"),
+    }
+
+
+@pytest.mark.parametrize("rest", ["?", '"metadata": {"a": ' + "[" * 5000], ids=range(2))
+def test_a_body_that_is_no_json_behind_its_first_fault_is_refused_as_such(rest: str) -> None:
+    assert refusal(f'{{"project_id": 5, {rest}'.encode()).message.startswith("cannot read the body as JSON: ")
 
 
 @settings(deadline=None)
