@@ -6,9 +6,10 @@
     ├── CmsFault                 the CMS did not store a result; with `final`, another try cannot help
     ├── RequestError             the error answer to a request: `code`, `status`, `retryable`
     │   ├── ValidationFailed     400  ├── InvalidState      400  ├── Unauthorized       401
-    │   ├── Forbidden            403  ├── NotFound          404  ├── MethodNotAllowed   405
-    │   ├── Conflict             409  ├── PayloadTooLarge   413  ├── IdempotencyMismatch 422
-    │   │                                 also LineTooLong 414, HeadersTooLarge 431
+    │   ├── Forbidden            403  ├── InvalidSignature  403  ├── Expired            403
+    │   ├── NotFound             404  ├── MethodNotAllowed  405  ├── Conflict           409
+    │   ├── PayloadTooLarge      413  ├── IdempotencyMismatch 422
+    │   │      also LineTooLong 414, HeadersTooLarge 431
     │   ├── RangeRefused         416  ├── QueueFull         429  ├── RateLimited       429
     │   ├── QuotaExceeded        429  ├── Internal          500  └── Unavailable       503
     └── TaskFault                a run failed: `code` becomes the task's `error_code`
@@ -111,9 +112,21 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The API key or the signed URL does not allow the request."""
+    """The API key does not allow the request."""
 
     code, status = "forbidden", 403
+
+
+class InvalidSignature(RequestError):
+    """The URL is not as it was signed."""
+
+    code, status = "invalid_signature", 403
+
+
+class Expired(RequestError):
+    """The signed URL has expired; the task or project has a fresh one."""
+
+    code, status = "expired", 403
 
 
 class NotFound(RequestError):

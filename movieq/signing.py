@@ -14,7 +14,7 @@ import hmac
 import re
 from collections.abc import Sequence
 
-from movieq.errors import Forbidden
+from movieq.errors import Expired, InvalidSignature
 
 _SECOND = re.compile(r"0|[1-9][0-9]{0,11}")
 
@@ -38,7 +38,7 @@ def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, s
 
     `expires` and `signature` are the raw values from the URL.
 
-    Raises Forbidden for an invalid signature, and with another message for one that has expired.
+    Raises InvalidSignature, or Expired.
     """
     # Compare the texts, not the decoded values: "0123" and "123", or two spellings of the last base64 character, decode to the same
     # value, but a URL with any changed character must be refused.
@@ -47,6 +47,6 @@ def verify(secrets: Sequence[bytes], purpose: str, subject: str, expires: str, s
         hmac.compare_digest(sign(secret, purpose, subject, int(expires)).encode(), given) for secret in secrets
     )
     if not good:
-        raise Forbidden("Invalid signature: use the URL exactly as issued")
+        raise InvalidSignature("Invalid signature: use the URL exactly as issued")
     if now_s > int(expires):
-        raise Forbidden("This URL has expired: request the task or project again for a fresh one")
+        raise Expired("This URL has expired: request the task or project again for a fresh one")

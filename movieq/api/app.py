@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from movieq import assembly, logs
 from movieq.api import deliveries, health, media, openapi, projects, queues, tasks, web, workers
-from movieq.api.events import ProjectEvents, TaskEvents
+from movieq.api.events import ProjectEvents, TaskEvents, signed
 from movieq.api.key_cache import KeyCache
 from movieq.api.limits import HITS, AllowanceHeaders, Places, Rates
 from movieq.api.readiness import Readiness
@@ -163,11 +163,19 @@ def error_answer(error: RequestError) -> Response:
     return answered(body, error.status, {**error.headers, **retry})
 
 
+def _response(request: Request, error: RequestError) -> Response:
+    """Return the HTTP response for an error of this request. Pages of any origin may read that of a signed URL, as they may use it."""
+    response = error_answer(error)
+    if signed(request) or request.scope["path"].startswith(MEDIA):
+        response.headers.update({"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "Retry-After"})
+    return response
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     if isinstance(error, (PayloadTooLarge, QueueFull, QuotaExceeded)):
         HITS.add(error.code)
-    return error_answer(error)
+    return _response(request, error)
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
@@ -177,7 +185,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
         404: f"unknown path: {request.scope['path'][:200]}",  # not request.url, which raises for a malformed Host header
         405: f"{request.method} is not allowed for this path; allowed: {(error.headers or {}).get('Allow', '')}",
     }.get(error.status_code, str(error.detail))
-    response = error_answer(kind(message))
+    response = _response(request, kind(message))
     response.headers.update(error.headers or {})
     return response
 
@@ -189,14 +197,14 @@ async def _redis_away(request: Request, error: Exception) -> Response:
     log.warning("request_without_redis", problem=str(error) or type(error).__name__)
     if refused := refusal(error):
         why = f"Redis refused the request because {refused.reason}"
-        return error_answer(Unavailable(f"{why}: nothing was changed; try again later", retry_after_s=2))
+        return _response(request, Unavailable(f"{why}: nothing was changed; try again later", retry_after_s=2))
     # no promise that nothing changed: a Redis that hangs may still execute the command later
-    return error_answer(Unavailable("Redis is unavailable: try again; an Idempotency-Key prevents duplicate tasks", retry_after_s=2))
+    return _response(request, Unavailable("Redis is unavailable: try again; an Idempotency-Key prevents duplicate tasks", retry_after_s=2))
 
 
 async def _storage_away(request: Request, error: Exception) -> Response:
     log.error("storage_away", problem=str(error))
-    return error_answer(Unavailable("the storage is unavailable: try again later", retry_after_s=10))
+    return _response(request, Unavailable("the storage is unavailable: try again later", retry_after_s=10))
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:
@@ -205,7 +213,7 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     # when Starlette calls this as its last handler, it raises the error again, and uvicorn logs it
-    return error_answer(Internal("internal error: see the log of the API"))
+    return _response(request, Internal("internal error: see the log of the API"))
 
 
 class _Cors(CORSMiddleware):

@@ -13,9 +13,8 @@ The response has `Connection: close`, since no further request would be read.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -26,7 +25,7 @@ from movieq.api.auth import project_of, signed_caller, task_of
 from movieq.api.limits import Place
 from movieq.api.query import query
 from movieq.api.state import Api, Caller, api, encode
-from movieq.errors import NotFound, RequestError
+from movieq.errors import NotFound
 from movieq.queue.queries import LogState
 from movieq.settings import Scope as KeyScope
 from movieq.streams.sse import START, chunk, frame, pair, retry
@@ -60,14 +59,13 @@ class TaskEvents:
         """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
-        with _told_to_any_origin(request):
-            task, who = await (_signed_task(movieq, request) if _signed(request) else task_of(request, KeyScope.READ))
-            after = _resume_point(request)
-            if after is not None and task.status.ended and after == task.last_event_id:
-                await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
-                await send({"type": "http.response.body", "body": b""})
-                return
-            place = _place_of(movieq, request, task.task_id, who)
+        task, who = await (_signed_task(movieq, request) if signed(request) else task_of(request, KeyScope.READ))
+        after = _resume_point(request)
+        if after is not None and task.status.ended and after == task.last_event_id:
+            await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        place = _place_of(movieq, request, task.task_id, who)
         access = Access(who.id, task.project_id) if who.id else None
         await _stream(request, send, Source.of_task(task.task_id), place, access, lambda: _opening(movieq, task, after, who))
 
@@ -79,15 +77,14 @@ class ProjectEvents:
         """Answer with the stream. Raises RequestError before anything is sent."""
         request = HTTPConnection(scope)
         movieq = api(request)
-        with _told_to_any_origin(request):
-            project_id, who = await (_signed_project(request) if _signed(request) else project_of(request, KeyScope.READ))
-            with query(request, "after", "task_type", "status", "expires", "key", "signature") as asked:
-                with asked.faults:
-                    after = _resume_point(request)
-                wanted = _Wanted(asked.choices("task_type", REGISTRY.tasks), asked.choices("status", STATES))
-            if await movieq.queries.project(project_id) is None:
-                raise NotFound(f"no project {project_id}")
-            place = _place_of(movieq, request, f"project:{project_id}", who)
+        project_id, who = await (_signed_project(request) if signed(request) else project_of(request, KeyScope.READ))
+        with query(request, "after", "task_type", "status", "expires", "key", "signature") as asked:
+            with asked.faults:
+                after = _resume_point(request)
+            wanted = _Wanted(asked.choices("task_type", REGISTRY.tasks), asked.choices("status", STATES))
+        if await movieq.queries.project(project_id) is None:
+            raise NotFound(f"no project {project_id}")
+        place = _place_of(movieq, request, f"project:{project_id}", who)
         source = Source.of_project(project_id)
         access = Access(who.id, project_id) if who.id else None
         wants = wanted if wanted.task_types or wanted.statuses else None
@@ -194,27 +191,17 @@ def _resume_point(request: HTTPConnection) -> str | None:
     return None
 
 
-def _signed(request: HTTPConnection) -> bool:
+def signed(request: HTTPConnection) -> bool:
+    """Whether the request's URL has a signature, or a part of one."""
     return not {"expires", "signature"}.isdisjoint(request.query_params)
 
 
 def _place_of(movieq: Api, request: HTTPConnection, subject: str, who: Caller) -> Place:
-    return movieq.places.take_for_url(subject, who.id) if _signed(request) else movieq.places.take_for_key(who.id)
+    return movieq.places.take_for_url(subject, who.id) if signed(request) else movieq.places.take_for_key(who.id)
 
 
 def _headers(request: HTTPConnection) -> list[tuple[bytes, bytes]]:
-    return [*_HEADERS, (b"access-control-allow-origin", b"*")] if _signed(request) else _HEADERS
-
-
-@contextlib.contextmanager
-def _told_to_any_origin(request: HTTPConnection) -> Iterator[None]:
-    """Let pages of any origin read an error of a signed URL, so that movieq.js can report why the stream failed."""
-    try:
-        yield
-    except RequestError as error:
-        if _signed(request):
-            error.headers = {**error.headers, "Access-Control-Allow-Origin": "*"}
-        raise
+    return [*_HEADERS, (b"access-control-allow-origin", b"*")] if signed(request) else _HEADERS
 
 
 async def _signed_task(movieq: Api, request: HTTPConnection) -> tuple[Task, Caller]:

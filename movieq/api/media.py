@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable, Response
 
 from movieq.api.state import api
-from movieq.errors import Forbidden, NotFound, RangeRefused, RequestError
+from movieq.errors import InvalidSignature, NotFound, RangeRefused
 from movieq.storage.base import content_type
 from movieq.storage.folder import FolderStorage
 from movieq.tasks.faults import given
@@ -34,26 +34,18 @@ _PREFLIGHT = {
 
 
 async def media(request: Request) -> Response:
-    """`GET /media/{key}?expires=...&signature=...`: return a stored file. Raises Forbidden, NotFound.
+    """`GET /media/{key}?expires=...&signature=...`: return a stored file. Raises InvalidSignature, Expired, NotFound.
 
     OPTIONS answers a browser that asks whether a script may read a range.
     """
     if request.method == "OPTIONS":
         return Response(status_code=204, headers=_PREFLIGHT)
-    try:
-        return await _file(request)
-    except RequestError as error:
-        error.headers = {**error.headers, "Access-Control-Allow-Origin": "*"}
-        raise
-
-
-async def _file(request: Request) -> Response:
     storage = api(request).storage
     key, query = str(request.path_params["key"]), request.query_params
     if not isinstance(storage, FolderStorage):
         raise NotFound("this server does not serve files: get a new URL from the task's status")
     if "signature" not in query:
-        raise Forbidden("missing signature: use the URL from the task's status exactly as issued")
+        raise InvalidSignature("missing signature: use the URL from the task's status exactly as issued")
     storage.verify(key, query.get("expires", ""), query["signature"], time.time())
     if await storage.size(key) is None:
         raise NotFound("the file no longer exists")
@@ -70,5 +62,5 @@ class _File(FileResponse):
         except MalformedRangeHeader:
             return []  # the whole file: a malformed range is ignored (RFC 9110, 14.2)
         except RangeNotSatisfiable:
-            headers = {"Content-Range": f"bytes */{file_size}", "Access-Control-Allow-Origin": "*"}
+            headers = {"Content-Range": f"bytes */{file_size}"}
             raise RangeRefused(f"Range: {given(http_range)} is outside the file, which has {file_size} bytes", headers=headers) from None

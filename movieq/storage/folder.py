@@ -69,7 +69,7 @@ class FolderStorage(Storage):
         return f"{self._public_url}/media/{key}?expires={expires_at_s}&signature={signature}"
 
     def verify(self, key: str, expires: str, signature: str, now_s: float) -> None:
-        """Raise Forbidden unless these are the parts of a url that `url` returned and that has not expired; see `signing.verify`."""
+        """Return if these are the parts of a url that `url` returned, and that has not expired. Raises InvalidSignature, Expired."""
         signing.verify(self._signing_secrets, "media", key, expires, signature, now_s)
 
     async def _in_thread(self, verb: str, key: str, work: Callable[[], T]) -> T:

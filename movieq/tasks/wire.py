@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
+from movieq.errors import RequestError
 from movieq.tasks.entities import DeadLetter, Project, TaskQueue, WorkerStatus
 from movieq.tasks.results import Result
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus, TaskType
@@ -304,7 +305,7 @@ class FieldError(msgspec.Struct, frozen=True):
 class ErrorAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of every error."""
 
-    error: str
+    error: Annotated[str, Meta(extra_json_schema={"enum": [each.code for each in RequestError.__subclasses__()]})]
     message: str
     timestamp: datetime
     retryable: bool

@@ -28,7 +28,7 @@ from movieq.streams.watchers import STUCK_S
 from movieq.tasks.entities import DeliveryState, ProcessingProgress
 from movieq.tasks.states import STATES, RunToken, TaskId, TaskStatus
 from tests.arrange import raw, result
-from tests.contract.client import ALL, DEADLINE_S, READ, Answer, Client, Event, Stream, schema
+from tests.contract.client import ALL, DEADLINE_S, READ, UNKNOWN, Answer, Client, Event, Stream, schema
 from tests.contract.conftest import Tasks, served, stopped
 from tests.contract.test_status_cancel_retry import STATUS
 
@@ -405,21 +405,74 @@ async def test_a_letter_of_another_case_is_a_change(api: Client, signed: str) ->
 )
 async def test_an_events_url_without_its_whole_signature_is_forbidden(api: Client, signed: str, change: tuple[str, str]) -> None:
     for key in (None, ALL):
-        assert (await api.get(re.sub(*change, signed, count=1), key=key)).status == 403
+        answer = await api.get(re.sub(*change, signed, count=1), key=key)
+        assert (answer.status, answer.error) == (403, "invalid_signature")
 
 
 async def test_an_events_url_that_has_expired_is_forbidden_and_says_so(api: Client, ended: TaskId) -> None:
     expires = int(time.time()) - 1
     signature = signing.sign(api.state.signing_secrets[0], "events", ended, expires)
     answer = await api.get(f"/api/v1/tasks/{ended}/events?expires={expires}&signature={signature}", key=None)
-    assert (answer.status, answer.error) == (403, "forbidden")
+    assert (answer.status, answer.error) == (403, "expired")
     assert "expired" in answer.message
 
 
-async def test_a_refused_events_url_can_be_read_as_such_by_a_page_of_any_origin(api: Client, signed: str) -> None:
-    for url, status in [(f"{signed}x", 403), (f"{signed}&after=x", 400)]:
-        answer = await api.get(url, key=None, headers={"Origin": "https://anywhere.example"})
-        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, "*")
+def errors_of_signed_urls(api: Client) -> dict[str, tuple[int, str]]:
+    """Return urls of streams and files that are answered with an error, and the errors."""
+    secret, now = api.state.signing_secrets[0], int(time.time())
+
+    def url(path: str, purpose: str, subject: str, expires: int = now + 60) -> str:
+        return f"{api.url}{path}?expires={expires}&signature={signing.sign(secret, purpose, subject, expires)}"
+
+    task, project, file = f"/api/v1/tasks/{UNKNOWN}/events", "/api/v1/projects/film/events", "/media/a.png"
+    return {
+        url(task, "events", UNKNOWN): (404, "not_found"),
+        url(project, "project-events", "film"): (404, "not_found"),
+        url(file, "media", "a.png"): (404, "not_found"),
+        f"{url(project, 'project-events', 'film')}&after=x&colour=red": (400, "validation_failed"),
+        url(task, "project-events", UNKNOWN): (403, "invalid_signature"),
+        url(project, "events", "film"): (403, "invalid_signature"),
+        url(file, "events", "a.png"): (403, "invalid_signature"),
+        url(task, "events", UNKNOWN, now - 1): (403, "expired"),
+        url(project, "project-events", "film", now - 1): (403, "expired"),
+        url(file, "media", "a.png", now - 1): (403, "expired"),
+        url(task.replace("events", "event"), "events", UNKNOWN): (404, "not_found"),
+    }
+
+
+@pytest.mark.parametrize("origins", [(), ("https://app.example",), ("*",)], ids=["none", "one", "all"])
+async def test_every_error_of_a_signed_url_can_be_read_by_a_page_of_any_origin(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch, origins: tuple[str, ...]
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError
+
+    async with served(msgspec.structs.replace(settings, cors_origins=origins)) as api:
+        expected = errors_of_signed_urls(api)
+        for origin in ("https://app.example", "https://anywhere.example"):
+            headers = {"Origin": origin}
+            answers = {url: await api.get(url, key=None, headers=headers) for url in expected}
+            assert {url: (answer.status, answer.error) for url, answer in answers.items()} == expected
+            refused = await api.post(next(iter(expected)), key=None, headers=headers)
+            assert (refused.status, refused.error) == (405, "method_not_allowed")
+            with monkeypatch.context() as patch:
+                patch.setattr(api.state.queries, "task", broken)
+                crashed = await api.get(next(iter(expected)), key=None, headers=headers)
+            assert (crashed.status, crashed.error) == (500, "internal")
+            for answer in (*answers.values(), refused, crashed):
+                assert answer.headers["Access-Control-Allow-Origin"] in ("*", origin)
+                if not (origins == ("*",) and answer is crashed):
+                    assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+
+
+async def test_that_redis_is_away_can_be_read_by_a_page_of_any_origin(own: Valkey, away: Client) -> None:
+    urls = [(await away.submit()).json["events_url"], (await away.get("/api/v1/projects/film")).json["events_url"]]
+    await asyncio.to_thread(own.kill)
+    for url in urls:
+        answer = await away.get(url, key=None, headers={"Origin": "https://anywhere.example"})
+        assert (answer.status, answer.error, answer.headers["Access-Control-Allow-Origin"]) == (503, "unavailable", "*")
+        assert answer.headers["Access-Control-Expose-Headers"] == "Retry-After"
+        assert int(answer.headers["Retry-After"]) > 0
 
 
 async def test_an_events_url_opens_its_own_task_only(api: Client, tasks: Tasks, signed: str, ended: TaskId) -> None:
