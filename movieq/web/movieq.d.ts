@@ -35,9 +35,13 @@ export interface Gap {
   [field: string]: unknown;
 }
 
-/** The URL is refused for good, for example because it has expired. Fetch a fresh `events_url` and watch again with `after: lastEventId`. */
+/**
+ * The stream is refused for good: the task is gone (`not_found`), or the URL was changed (`invalid_signature`) or has expired (`expired`).
+ * After `expired`, fetch a fresh `events_url` and watch again with `after: lastEventId`, or give the watch a `renew` that does so.
+ */
 export interface Refused {
   status: number;
+  /** The error code; empty if another server than movieq answered. */
   error: string;
   message: string;
 }
@@ -52,7 +56,10 @@ export interface Watching {
 interface Common {
   /** The id of the last event already seen. */
   after?: string | null;
+  /** Called when the URL has expired: return a fresh `events_url`, for example from the task's status. Without one, `onError` is called. */
+  renew?(): string | URL | null | Promise<string | URL | null>;
   onGap?(gap: Gap): void;
+  /** Called once, at the end of the watch: no other try can help. After answers such as 429 and 503 the watch tries again by itself. */
   onError?(refused: Refused): void;
 }
 

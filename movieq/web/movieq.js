@@ -7,15 +7,16 @@
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 30_000;
 const ASKING_MS = 30_000;
-const FINAL = new Set([400, 401, 403, 404]);
+const LONGEST_RETRY_AFTER_MS = 3_600_000;
+const MAY_PASS = new Set([404, 408, 425, 429]); // of a proxy: it may have no backend at the moment
 const ENDS = ["completed", "failed", "cancelled"];
 const CHANGES = ["queued", "started", "retrying", ...ENDS, "updated"];
 
 /** Follow a task by its `events_url` until it ends. */
-export function watchTask(url, { after = null, onProgress, onPreview, onDone, onUpdate, onGap, onError } = {}) {
+export function watchTask(url, { after = null, renew, onProgress, onPreview, onDone, onUpdate, onGap, onError } = {}) {
   let snapshot = null; // events up to its last_event_id are older than the snapshot
   const isHistory = (id) => snapshot?.last_event_id && id !== null && !isAfter(id, snapshot.last_event_id);
-  const stream = new Stream(url, after, onError);
+  const stream = new Stream(url, after, renew, onError);
   stream.on("snapshot", (event) => {
     snapshot = event;
     onProgress?.(event);
@@ -41,8 +42,8 @@ export function watchTask(url, { after = null, onProgress, onPreview, onDone, on
 }
 
 /** Follow all tasks of a project by its `events_url` until the stream is closed. */
-export function watchProject(url, { after = null, onSnapshot, onChange, onProgress, onGap, onError } = {}) {
-  const stream = new Stream(url, after, onError);
+export function watchProject(url, { after = null, renew, onSnapshot, onChange, onProgress, onGap, onError } = {}) {
+  const stream = new Stream(url, after, renew, onError);
   stream.on("snapshot", (event) => {
     stream.continueAfter(event.last_event_id); // skips the events before the snapshot
     onSnapshot?.(event);
@@ -57,6 +58,8 @@ export function watchProject(url, { after = null, onSnapshot, onChange, onProgre
 /** A followed stream. Another page can continue it with `lastEventId` as its `after`. */
 class Stream {
   #url;
+  #renew;
+  #renewed = false; // whether the URL is fresh and has not worked yet
   #onError;
   #listeners = new Map();
   #source = null;
@@ -65,8 +68,9 @@ class Stream {
   #waitMs = FIRST_WAIT_MS;
   #placed = true; // whether the EventSource itself would continue after lastEventId
 
-  constructor(url, after, onError) {
+  constructor(url, after, renew, onError) {
     this.#url = new URL(url, globalThis.location?.href);
+    this.#renew = renew;
     this.#onError = onError;
     this.lastEventId = after ?? this.#url.searchParams.get("after");
     this.#url.searchParams.delete("after");
@@ -89,6 +93,7 @@ class Stream {
     this.#placed = true;
     this.#source.onopen = () => {
       this.#waitMs = FIRST_WAIT_MS;
+      this.#renewed = false;
     };
     this.#source.onerror = () => this.#failed();
     for (const [type, told] of this.#listeners) {
@@ -120,28 +125,23 @@ class Stream {
     return url;
   }
 
-  #failed() {
+  #failed(leastMs = 0) {
     if (this.closed || (this.#placed && this.#source.readyState !== EventSource.CLOSED)) return; // it reconnects by itself
     this.#source.close();
-    const waitMs = this.#waitMs * (0.5 + Math.random()); // random, so that clients do not all reconnect at once
+    const waitMs = leastMs + this.#waitMs * (0.5 + Math.random()); // random, so that clients do not all reconnect at once
     this.#waitMs = Math.min(this.#waitMs * 2, LONGEST_WAIT_MS);
     this.#timer = setTimeout(() => this.#again(), waitMs);
   }
 
-  // An EventSource does not report the answer's status, so ask: an expired URL is refused for ever, a proxy's 502 is temporary.
+  // An EventSource does not report the answer's status, so ask: some refusals are for ever, a proxy's 502 is temporary.
   async #again() {
     const asking = (this.#asking = new AbortController());
     const limit = setTimeout(() => asking.abort(), ASKING_MS);
-    let status = 0;
+    let answer = null;
+    let refusal = null;
     try {
-      const answer = await fetch(this.#continued(), { signal: asking.signal, cache: "no-store" });
-      status = answer.status;
-      // only an error of movieq's own is final: a proxy without a backend may answer 404 too
-      const refusal = FINAL.has(status) ? await answer.json().catch(() => null) : null;
-      if (!this.closed && typeof refusal?.error === "string") {
-        this.close();
-        this.#onError?.({ status, error: refusal.error, message: refusal.message });
-      }
+      answer = await fetch(this.#continued(), { signal: asking.signal, cache: "no-store" });
+      if (!answer.ok) refusal = await refusalOf(answer);
     } catch {
       // the server is unavailable, or the stream was closed
     } finally {
@@ -149,10 +149,49 @@ class Stream {
       asking.abort();
     }
     if (this.closed) return;
-    if (status === 204) this.lastEventId = null; // this id is past the end of the log: start over, to get the end
-    if (status === 200 || status === 204) this.open();
-    else this.#failed();
+    if (answer?.status === 204) this.lastEventId = null; // this id is past the end of the log: start over, to get the end
+    if (answer?.ok) this.open();
+    else if (refusal === null) this.#failed(retryAfterMs(answer));
+    else if (refusal.error !== "expired" || !(await this.#refresh())) this.#giveUp(refusal);
   }
+
+  /** Continue by a fresh URL. Return whether there is one. */
+  async #refresh() {
+    if (!this.#renew || this.#renewed) return false;
+    try {
+      const url = await this.#renew();
+      if (!url) return false;
+      this.#url = new URL(url, globalThis.location?.href);
+      this.#url.searchParams.delete("after");
+    } catch {
+      return false;
+    }
+    this.#renewed = true;
+    if (!this.closed) this.open();
+    return true;
+  }
+
+  #giveUp(refusal) {
+    if (this.closed) return;
+    this.close();
+    this.#onError?.(refusal);
+  }
+}
+
+/** Return what an answer refuses for good; null if another try may help. */
+async function refusalOf(answer) {
+  const { status } = answer;
+  const body = await answer.json().catch(() => null);
+  if (typeof body?.error === "string") return body.retryable ? null : { status, error: body.error, message: body.message };
+  const final = status >= 400 && status < 500 && !MAY_PASS.has(status);
+  return final ? { status, error: "", message: `The server answered ${status}.` } : null;
+}
+
+/** Return the milliseconds of the header Retry-After; 0 without one. */
+function retryAfterMs(answer) {
+  const text = answer?.headers.get("Retry-After") ?? "0";
+  const ms = /^\d+$/.test(text) ? Number(text) * 1000 : Date.parse(text) - Date.now();
+  return Math.min(Math.max(ms || 0, 0), LONGEST_RETRY_AFTER_MS);
 }
 
 function isAfter(id, other) {

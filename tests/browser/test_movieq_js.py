@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from tests.nginx import Nginx, nginx
 from tests.programs import node
 from tests.service import Service
 
-FOLLOW = """async ([script, method, url, options, handlers]) => {
+FOLLOW = """async ([script, method, url, {fresh, ...options}, handlers]) => {
     const movieq = await import(script);
     window.told = [];
+    if (fresh !== undefined) options.renew = async () => (told.push(["renew", null]), fresh);
     const named = handlers.map((name) => [name, (event) => told.push([name, event])]);
     window.watching = movieq[method](url, {...options, ...Object.fromEntries(named)});
 }"""
@@ -194,28 +196,104 @@ async def test_a_watch_continues_where_another_stopped(installation: Fleet, api:
     assert await watching.told("onGap") == []
 
 
+async def expired_url(installation: Fleet, api: Service, task_id: TaskId) -> str:
+    """The address of a task's stream that has expired a second ago."""
+    expires = int(time.time()) - 1
+    signature = signing.sign(await ApiKeys(installation.store.redis).signing_secret(), "events", task_id, expires)
+    return f"{api.url}/api/v1/tasks/{task_id}/events?expires={expires}&signature={signature}"
+
+
+async def asks_no_more(api: Service, page: Page) -> bool:
+    """Whether a page whose clock is installed sends no request for ten hours."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    await page.clock.fast_forward("10:00:00")
+    await page.evaluate("(url) => fetch(url)", f"{api.url}/movieq.js")
+    return asked == [f"{api.url}/movieq.js"]
+
+
 @pytest.mark.parametrize("change", ["expired", "changed"])
 async def test_a_refused_address_is_told_with_the_reason_and_asked_no_more(
     installation: Fleet, api: Service, page: Page, change: str
 ) -> None:
     task_id, _ = await running(installation.store)
     await page.clock.install()
-    if change == "expired":
-        expires = int(time.time()) - 1
-        signature = signing.sign(await ApiKeys(installation.store.redis).signing_secret(), "events", task_id, expires)
-        url = f"{api.url}/api/v1/tasks/{task_id}/events?expires={expires}&signature={signature}"
-    else:
-        url = f"{await events_url(api, f'/tasks/{task_id}/status')}x"
+    changed = f"{await events_url(api, f'/tasks/{task_id}/status')}x"
+    url = await expired_url(installation, api, task_id) if change == "expired" else changed
     watching = await watch(page, api.url, "watchTask", url)
     await watching.until("watching.closed")
     (refused,) = await watching.told("onError")
     assert (refused["status"], refused["error"]) == (403, "expired" if change == "expired" else "invalid_signature")
+    assert await asks_no_more(api, page)
+
+
+async def test_a_watch_whose_address_has_expired_goes_on_with_a_fresh_one(installation: Fleet, api: Service, page: Page) -> None:
+    task_id, run = await running(installation.store)
+    fresh = await events_url(api, f"/tasks/{task_id}/status")
+    watching = await watch(page, api.url, "watchTask", await expired_url(installation, api, task_id), fresh=fresh)
+    await watching.until("told.some(([name]) => name === 'onProgress')")
+    await installation.store.complete(task_id, run, result())
+    await watching.until("watching.closed")
+    assert [done["status"] for done in await watching.told("onDone")] == ["completed"]
+    assert (await watching.told("renew"), await watching.told("onError")) == ([None], [])
+
+
+@pytest.mark.parametrize("fresh", ["expired", "none"])
+async def test_an_expired_address_without_a_fresh_one_is_told(installation: Fleet, api: Service, page: Page, fresh: str) -> None:
+    task_id, _ = await running(installation.store)
+    await page.clock.install()
+    url = await expired_url(installation, api, task_id)
+    watching = await watch(page, api.url, "watchTask", url, fresh=url if fresh == "expired" else None)
+    await watching.until("watching.closed")
+    assert [refused["error"] for refused in await watching.told("onError")] == ["expired"]
+    assert await watching.told("renew") == [None]
+    assert await asks_no_more(api, page)
+
+
+@pytest.mark.parametrize(("status", "retry_after"), [(429, "600"), (503, "600"), (503, "date")])
+async def test_a_server_that_is_busy_is_asked_again_at_the_time_that_it_names(
+    installation: Fleet, api: Service, page: Page, status: int, retry_after: str
+) -> None:
     asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    await page.clock.fast_forward("10:00:00")
+
+    async def busy(request: web.Request) -> web.Response:
+        asked.append(request.headers.get("Accept", ""))
+        after = formatdate(time.time() + 600, usegmt=True) if retry_after == "date" else retry_after
+        headers = {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "Retry-After", "Retry-After": after}
+        return web.json_response({"error": "busy", "message": "later", "retryable": True}, status=status, headers=headers)
+
+    balancer = web.AppRunner(web.Application())
+    balancer.app.router.add_get("/{path:.*}", busy)
+    await balancer.setup()
+    port = free_port()
+    await web.TCPSite(balancer, "127.0.0.1", port).start()
+    await page.clock.install()
+    watching = await watch(page, api.url, "watchTask", f"http://127.0.0.1:{port}/events")
+    await eventually(lambda: len(asked) == 2)  # the stream, and why it was refused
+    await page.clock.fast_forward(590_000)
     await page.evaluate("(url) => fetch(url)", f"{api.url}/movieq.js")
-    assert asked == [f"{api.url}/movieq.js"]
-    assert ("expired" in refused["message"]) == (change == "expired")
+    assert len(asked) == 2
+    await page.clock.fast_forward(30_000)
+    await eventually(lambda: len(asked) > 2)
+    assert await watching.told("onError") == []
+    await page.evaluate("watching.close()")
+    await balancer.cleanup()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 410])
+async def test_a_refusal_of_a_proxy_is_told(installation: Fleet, api: Service, page: Page, status: int) -> None:
+    async def refusing(request: web.Request) -> web.Response:
+        return web.Response(status=status, text="<html>", headers={"Access-Control-Allow-Origin": "*"})
+
+    balancer = web.AppRunner(web.Application())
+    balancer.app.router.add_get("/{path:.*}", refusing)
+    await balancer.setup()
+    port = free_port()
+    await web.TCPSite(balancer, "127.0.0.1", port).start()
+    watching = await watch(page, api.url, "watchTask", f"http://127.0.0.1:{port}/events")
+    await watching.until("watching.closed")
+    assert [(refused["status"], refused["error"]) for refused in await watching.told("onError")] == [(status, "")]
+    await balancer.cleanup()
 
 
 async def test_a_task_that_is_not_there_any_more_is_told_as_such(installation: Fleet, api: Service, page: Page) -> None:

@@ -7,7 +7,8 @@ const watching: Watching = watchTask("https://movieq.example/api/v1/tasks/1/even
   onPreview: (preview) => console.log(preview.image.length),
   onDone: (event: Ended) => console.log(event.result?.media_url.length ?? event.error_code),
   onGap: (gap) => console.log(gap.after),
-  onError: (refused) => console.log(refused.status.toFixed(), refused.message),
+  renew: async () => (await fetch("/fresh")).text(),
+  onError: (refused) => console.log(refused.status.toFixed(), refused.error === "expired", refused.message),
 });
 watching.close();
 const resumed = watchProject(new URL("https://movieq.example/api/v1/projects/film/events"), {
