@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from movieq import logs, signing
 from movieq.assembly import Installation
+from movieq.queue.records import decode_warnings
 from movieq.settings import Grant
 from movieq.tasks.entities import ProcessingProgress, Project, Task
-from movieq.tasks.results import MEDIA_URL_S, StoredResult, utc
+from movieq.tasks.results import MEDIA_URL_S, StoredResult, utc, warnings_of
 from movieq.tasks.states import EventType, TaskId, TaskStatus
 from movieq.tasks.wire import EVENTS_URL_S, ProjectSnapshot, ProjectState, Snapshot, TaskState
 
@@ -153,6 +154,7 @@ class Api(Installation, kw_only=True):
             attempt=task.attempt,
             queue_position=position,
             estimated_remaining=None if remaining_ms is None else remaining_ms / 1000,
+            warnings=[*decode_warnings(task.warnings), *warnings_of(task.result)],
             events_url=self.events_url(task.task_id, who),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import uvloop
 
 from movieq import logs
 from movieq.delivery import payload
-from movieq.errors import MovieqError, SettingsError
+from movieq.errors import MovieqError, RequestError, SettingsError
 from movieq.models import table as models
 from movieq.settings import STORAGE, Settings, load, unknown, variable
 from movieq.tasks.states import TaskStatus
@@ -56,11 +55,17 @@ def run_async(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return uvloop.run(run())
     except MovieqError as error:
-        refuse("; ".join((error.message, *getattr(error, "__notes__", ()))))
+        refuse("; ".join((_told(error), *getattr(error, "__notes__", ()))))
     except KeyboardInterrupt:
         sys.exit(130)
     except asyncio.CancelledError:  # by a signal
         sys.exit(143)
+
+
+def _told(error: MovieqError) -> str:
+    """Return the message of an error; all faults of a request that has several."""
+    faults = error.errors if isinstance(error, RequestError) else ()
+    return "\n".join(f"{path}: {message}" for path, message in faults) if len(faults) > 1 else error.message
 
 
 def refuse(message: str) -> NoReturn:
@@ -91,11 +96,6 @@ def _own_key() -> str:
         return path.read_text().strip()
     except OSError as error:
         raise SettingsError(f"no API key: pass --key, or set {variable('api_keys')}; {path}: {error.strerror}") from None
-
-
-def printable(text: str) -> str:
-    """Return the text on one line, with control characters escaped as in JSON."""
-    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
 
 
 def exit_with(status: TaskStatus | None) -> None:

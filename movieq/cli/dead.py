@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from movieq.cli.context import open_client, printable, run_async, server_options
+from movieq.cli.context import open_client, run_async, server_options
 from movieq.errors import InvalidState, NotFound, ValidationFailed
+from movieq.tasks.faults import printable
 from movieq.tasks.wire import DeadLettersAnswer
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ import click
 import msgspec
 
 from movieq import checks, logs
-from movieq.cli.context import DATA, LOCAL_URL, printable, read_settings, run_async
+from movieq.cli.context import DATA, LOCAL_URL, read_settings, run_async
 from movieq.queue.connection import connect
 from movieq.queue.store import Store
 from movieq.settings import LogFormat, LogLevel, load
+from movieq.tasks.faults import printable
 
 
 @click.command()

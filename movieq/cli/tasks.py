@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from movieq.cli.context import exit_with, open_client, printable, run_async, server_options
-from movieq.tasks.faults import given
+from movieq.cli.context import exit_with, open_client, run_async, server_options
+from movieq.tasks.faults import given, printable
 from movieq.tasks.registry import REGISTRY
+from movieq.tasks.results import warnings_of
 from movieq.tasks.states import Priority, TaskStatus, TaskType
 from movieq.tasks.wire import DeliveriesAnswer
 
@@ -76,10 +77,9 @@ def submit(
             receipt = await client.submit(
                 project, task_type, task_data, priority=Priority(priority) if priority else None, callback_url=callback
             )
-            for warning in receipt.warnings:
-                click.echo(f"warning: {warning}", err=True)
+            _warn(receipt.warnings)
             click.echo(receipt.task_id)
-            return await _watch(client, receipt.task_id, task_type, url) if watching else None
+            return await _watch(client, receipt.task_id, task_type, url, receipt.warnings) if watching else None
 
     exit_with(run_async(run))
 
@@ -90,8 +90,8 @@ def submit(
 def watch(task_id: str, url: str | None, key: str | None) -> None:
     """Follow a task until it ends; then print the URL of its result, or the error.
 
-    Shows the current step, the progress and the remaining time. Exits with 0 if the task completed, with 1 if it failed or was
-    cancelled. Ctrl-C leaves the task running. Reconnects by itself, without missing events.
+    Shows the current step, the progress and the remaining time, and warns of what was ignored. Exits with 0 if the task completed, with 1
+    if it failed or was cancelled. Ctrl-C leaves the task running. Reconnects by itself, without missing events.
 
     \b
         movieq watch 123e4567-e89b-12d3-a456-426614174000
@@ -99,7 +99,9 @@ def watch(task_id: str, url: str | None, key: str | None) -> None:
 
     async def run() -> TaskStatus:
         async with open_client(url, key) as client:
-            return await _watch(client, task_id, (await client.status(task_id)).task_type, url)
+            state = await client.status(task_id)
+            _warn(state.warnings)
+            return await _watch(client, task_id, state.task_type, url, state.warnings)
 
     exit_with(run_async(run))
 
@@ -183,8 +185,13 @@ def _task_data(task_type: TaskType, text: str, pairs: tuple[str, ...], draft: bo
     return task_data
 
 
-async def _watch(client: Client, task_id: str, name: str, url: str | None) -> TaskStatus:
-    """Show the progress of a task until it ends, then its result or error. Return how it ended."""
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
+async def _watch(client: Client, task_id: str, name: str, url: str | None, warned: list[str]) -> TaskStatus:
+    """Show the progress of a task until it ends, then its result or error, and the warnings that are new. Return how it ended."""
     from rich.console import Console
 
     from movieq.local.terminal import follow
@@ -196,6 +203,7 @@ async def _watch(client: Client, task_id: str, name: str, url: str | None) -> Ta
         rest = f"{task_id} --url {url}" if url else task_id
         click.echo(f"\nThe task keeps running.\n  Watch it again:  movieq watch {rest}\n  Cancel it:       movieq cancel {rest}", err=True)
         raise
+    _warn([warning for warning in warnings_of(end.result) if warning not in warned])
     if end.result is not None:
         click.echo(end.result.media_url)
     else:

@@ -199,7 +199,7 @@ def decode_task_data(job: bytes | None) -> dict[str, Any]:
         return {}
 
 
-def decode_warnings(stored: bytes) -> list[str]:
+def decode_warnings(stored: bytes | str) -> list[str]:
     try:
         return _strings.decode(stored)
     except msgspec.MsgspecError:  # a receipt without warnings is better than none

@@ -60,6 +60,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     error_code: str | None = None
     retryable: bool | None = None
     metadata: dict[str, Any] = {}
+    warnings: str = "[]"
+    """The warnings of its receipt, in JSON."""
     callback_url: str | None = None
     previous_state: TaskStatus | None = None
 

@@ -51,7 +51,7 @@ class Faults(list[Fault]):
     def add(self, more: Iterable[Fault]) -> Self:
         """Add these faults, but none of a value that is known to be wrong, and only as many as an answer can tell."""
         known = [path for path, _ in self]
-        self += islice((fault for fault in more if not any(_is_in(fault[0], path) for path in known)), MOST + 1)
+        self.extend(islice((fault for fault in more if not any(_is_in(fault[0], path) for path in known)), MOST + 1))
         return self
 
     def of(self, path: str) -> bool:
@@ -135,8 +135,8 @@ def given(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with escapes in the place of characters that a terminal or a log cannot show."""
-    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in text)
+    """Return the text on one line, with control characters escaped as in JSON."""
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
 
 
 def joined(path: str, key: str) -> str:

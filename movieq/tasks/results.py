@@ -63,6 +63,12 @@ class Result(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
 
 
+def warnings_of(result: StoredResult | Result | None) -> list[str]:
+    """Return what an engine ignored or changed when it rendered the result."""
+    found = None if result is None else result.metadata.get("warnings")
+    return [str(each) for each in found] if isinstance(found, list) else []
+
+
 _LAST_MS: Final = 253_402_300_799_000
 """The last second of the year 9999, in milliseconds."""
 

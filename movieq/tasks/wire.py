@@ -57,6 +57,7 @@ class Receipt(msgspec.Struct, frozen=True):
 class TaskState(msgspec.Struct, frozen=True):
     """The status of a task. The `snapshot` of its stream has `last_event_id` as well.
 
+    `warnings`: those of the receipt, then those of the result.
     `gpu_seconds`: GPU time of its runs; the time of a batch is divided among its tasks. 0 on a CPU.
     """
 
@@ -78,6 +79,7 @@ class TaskState(msgspec.Struct, frozen=True):
     attempt: int
     queue_position: int | None
     estimated_remaining: float | None
+    warnings: list[str]
     events_url: str
 
 

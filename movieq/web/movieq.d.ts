@@ -12,6 +12,8 @@ export interface TaskEvent {
   estimated_remaining: number | null;
   /** Seconds of GPU time of all its runs; only in the snapshot. */
   gpu_seconds?: number;
+  /** What was ignored or changed; only in the snapshot. */
+  warnings?: string[];
   [field: string]: unknown;
 }
 

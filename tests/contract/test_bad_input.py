@@ -123,7 +123,7 @@ async def test_a_task_type_of_a_neighbour_is_refused_with_the_list(api: Client, 
 
 
 async def test_all_faults_of_a_request_are_in_one_answer(api: Client) -> None:
-    wrong = {
+    wrong: dict[str, Any] = {
         "project_id": "a b",
         "task_type": "generate_video",
         "task_data": {

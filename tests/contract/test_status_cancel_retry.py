@@ -12,7 +12,7 @@ import pytest
 from movieq.queue.keys import KEYS
 from movieq.queue.store import Budget, Store
 from movieq.tasks.states import STATES, TaskId, TaskStatus
-from tests.arrange import raw
+from tests.arrange import raw, result
 from tests.contract.client import UNKNOWN, Client
 from tests.contract.conftest import Tasks
 from tests.fleet import eventually
@@ -31,13 +31,45 @@ STATUS = {
         "retryable",
         "started_at",
     ),
-    *("completed_at", "created_at", "processing_time", "gpu_seconds", "attempt", "queue_position", "estimated_remaining", "events_url"),
+    *(
+        "completed_at",
+        "created_at",
+        "processing_time",
+        "gpu_seconds",
+        "attempt",
+        "queue_position",
+        "estimated_remaining",
+        "warnings",
+        "events_url",
+    ),
 }
 ENDED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED]
 
 
 def when(text: str) -> datetime:
     return datetime.fromisoformat(text)
+
+
+async def test_the_warnings_of_the_receipt_and_then_of_the_result_are_in_the_status_and_the_snapshot(api: Client, tasks: Tasks) -> None:
+    task_id, run = await tasks.processing(task_data={"prompt": "a lighthouse", "mood": "calm"})
+    asked = ["Unknown field ignored: task_data.mood"]
+    assert (await api.status(task_id))["warnings"] == asked
+    done = result()
+    done.metadata["warnings"] = ["lighting 'dim' is not known"]
+    await tasks.store.complete(task_id, run, done)
+    assert (await api.status(task_id))["warnings"] == [*asked, "lighting 'dim' is not known"]
+    async with api.events(task_id) as stream:
+        snapshot = await stream.next()
+    assert snapshot is not None
+    assert snapshot.data["warnings"] == [*asked, "lighting 'dim' is not known"]
+
+
+@pytest.mark.parametrize("stored", ["", "{", "[1]", "null"])
+async def test_warnings_that_cannot_be_read_are_none(api: Client, tasks: Tasks, store: Store, stored: str) -> None:
+    task_id = await tasks.queued()
+    await raw(store).hset(KEYS["task"] + task_id, "warnings", stored)
+    status = await api.status(task_id)
+    assert (status["status"], status["warnings"]) == ("queued", [])
 
 
 @pytest.mark.parametrize("state", STATES)

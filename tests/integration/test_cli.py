@@ -76,6 +76,28 @@ async def test_submit_with_watch_ends_with_the_address_of_the_result(up: Service
     assert re.search(r"generate_image +100%  completed", err)
 
 
+async def test_what_was_ignored_is_told_once_when_a_task_is_submitted_and_when_it_is_watched(up: Service) -> None:
+    unread, unknown = "warning: Unknown field ignored: task_data.mood", "warning: lighting 'glowworms' is not known"
+    code, out, err = await movieq(
+        "submit", "generate_image", "--project", "pilot", "--set", "prompt=a keeper", "--set", "mood=calm", "--set", "lighting=glowworms",
+        "--set", "resolution=64x64", "--watch", "--url", up.url,
+        folder=up.folder,
+    )  # fmt: skip
+    assert (code, err.count(unread), err.count(unknown)) == (0, 1, 1), err
+    code, _, err = await movieq("watch", out.split()[0], "--url", up.url, folder=up.folder)
+    assert (code, err.count(unread), err.count(unknown)) == (0, 1, 1), err
+
+
+async def test_all_faults_of_a_submit_are_printed(up: Service) -> None:
+    code, _, err = await movieq(
+        "submit", "generate_video", "--project", "pilot", "--set", "duration=long", "--set", "fps=0", "--url", up.url, folder=up.folder
+    )
+    assert code == 1
+    assert [line.partition(": ")[0] for line in err.removeprefix("Error: ").splitlines()] == [
+        *("task_data.duration", "task_data.fps", "task_data.scene_description")
+    ]
+
+
 async def test_task_data_comes_from_a_file_or_from_standard_input(up: Service) -> None:
     (up.folder / "lamp.json").write_text('{"prompt": "a lamp", "duration": 900}')
     for data in ("@lamp.json", "-"):

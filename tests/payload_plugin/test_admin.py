@@ -84,7 +84,7 @@ async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(insta
     await installation.worker(MOVIEQ_WEBHOOK_SECRET=SECRET, MOVIEQ_PUBLIC_URL=api.url)
     project = (await cms.create("projects", title="Lighthouse"))["id"]
     boards = [await cms.picture(project) for _ in range(3)]
-    fields = {"description": "The keeper lights the lamp", "lighting": "moonlight", "cameraAngle": "dolly in", "duration": 7}
+    fields = {"description": "The keeper lights the lamp", "lighting": "glowworms", "cameraAngle": "dolly in", "duration": 7}
     scene = (await cms.create("scenes", title="The lamp", project=project, storyboard=boards, resolution="1920x1080", **fields))["id"]
     await opened(page, cms, scene)
     await page.screenshot(path=folder / "before.png")
@@ -103,6 +103,7 @@ async def test_an_editor_queues_a_scene_and_sees_the_bar_move_and_the_clip(insta
             await asyncio.sleep(0.05)
     assert len(seen) > 10, seen
     await expect(page.locator(".movieq-panel__chip")).to_have_text("Ready")
+    await expect(page.locator(".movieq-panel__warnings")).to_contain_text("lighting 'glowworms' is not known")
     video = page.locator(".movieq-panel video")
     await page.wait_for_function("document.querySelector('.movieq-panel video').readyState >= 1")
     assert await video.evaluate("video => Math.round(video.duration)") == 7

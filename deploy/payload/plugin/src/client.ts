@@ -62,6 +62,8 @@ export interface Status extends TaskState {
   attempt: number
   queue_position: number | null
   estimated_remaining: number | null
+  /** What was ignored or changed: the warnings of the receipt, then those of the result. */
+  warnings: string[]
   events_url: string
 }
 
@@ -173,8 +175,9 @@ export class Movieq {
       throw new MovieqError(`movieq at ${address.origin} cannot be reached: ${reason(error)}`, 503, 'unreachable', true)
     }
     if (answer.ok) return body as T
-    const { error = 'internal', message = `HTTP status ${answer.status}`, retryable = false } = (body ?? {}) as Partial<Refusal>
-    throw new MovieqError(`movieq refused the request: ${message}`, answer.status, error, retryable)
+    const { error = 'internal', message = `HTTP status ${answer.status}`, retryable = false, errors = [] } = (body ?? {}) as Partial<Refusal>
+    const told = errors.length > 1 ? errors.map((each) => `${each.path}: ${each.message}`).join('; ') : message
+    throw new MovieqError(`movieq refused the request: ${told}`, answer.status, error, retryable)
   }
 }
 
@@ -189,6 +192,7 @@ interface Refusal {
   error: string
   message: string
   retryable: boolean
+  errors: { path: string; message: string }[]
 }
 
 function reason(error: unknown): string {

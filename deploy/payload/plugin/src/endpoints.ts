@@ -25,6 +25,8 @@ export interface SceneState {
   currentStep: string | null
   queuePosition: number | null
   remaining: number | null
+  /** What movieq ignored or changed. */
+  warnings: string[]
   media: { url: string; type: string; poster: string | null } | null
   /** Why the other fields may be out of date. */
   problem: string | null
@@ -118,6 +120,7 @@ async function shown(options: MovieqOptions, req: PayloadRequest, scene: Scene, 
     currentStep: running ? (task?.current_step ?? null) : null,
     queuePosition: running ? (task?.queue_position ?? null) : null,
     remaining: running ? (task?.estimated_remaining ?? null) : null,
+    warnings: task?.warnings ?? [],
     media,
   }
 }

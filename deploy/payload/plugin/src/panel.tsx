@@ -61,6 +61,13 @@ export function Panel(): ReactNode {
           {state.error}
         </p>
       )}
+      {state && state.warnings.length > 0 && (
+        <ul className="movieq-panel__warnings" aria-label="Warnings">
+          {state.warnings.map((warning, index) => (
+            <li key={index}>{warning}</li>
+          ))}
+        </ul>
+      )}
       {problem && <p className="movieq-panel__problem">{problem}</p>}
       {id === undefined && <p className="movieq-panel__hint">The scene is saved first, then rendered.</p>}
     </section>
@@ -165,7 +172,7 @@ function useScene(): Shown {
         },
         onPreview: ({ image }) => setShown((before) => ({ ...before, preview: image })),
         onDone: () => void ended(),
-        onError: () => again(watching?.lastEventId ?? null), // the URL has expired: get a fresh one from the CMS
+        onError: () => again(watching?.lastEventId ?? null), // the URL has expired, say: get a fresh one from the CMS
       })
     }
 
@@ -238,5 +245,6 @@ const STYLE = `
 .movieq-panel__picture { display: block; width: 100%; max-height: 60vh; object-fit: contain; background: #000; border-radius: 4px; }
 .movieq-panel audio { width: 100%; }
 .movieq-panel__error { padding: 0.6rem 0.8rem; border-left: 4px solid var(--theme-error-500); background: var(--theme-error-50); color: var(--theme-error-900); }
+.movieq-panel__warnings { margin: 0; padding: 0.6rem 0.8rem 0.6rem 2rem; border-left: 4px solid var(--theme-warning-500); background: var(--theme-warning-50); color: var(--theme-warning-900); }
 .movieq-panel__problem, .movieq-panel__hint { color: var(--theme-elevation-600); }
 `
