@@ -46,6 +46,11 @@ class Caller(msgspec.Struct, frozen=True):
     until_s: int | None = None
     """When a URL that an earlier version issued to no key expires (Unix time); URLs that are issued to its caller expire then too."""
 
+    @property
+    def flow(self) -> str:
+        """The flow of its tasks: the start of its id if it may use all projects, else '' for the flow of the task's project."""
+        return self.id[:16] if self.grant.projects is None else ""
+
 
 class Api(Installation, kw_only=True):
     """The state of one API process: the installation, and the process's own hub, key cache, limits and readiness checks."""

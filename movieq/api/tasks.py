@@ -238,6 +238,7 @@ async def new_task(
     return NewTask(
         task_id=TaskId(str(uuid.uuid4())),
         project_id=ProjectId(submitted.project_id),
+        flow=who.flow,
         task_type=task_type,
         kind=model.kind,
         engine=model.engine,

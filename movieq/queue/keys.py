@@ -25,12 +25,13 @@ KEYS: Final[Mapping[str, str]] = {
     "media": "movieq:media",  # zset storage prefix of a result -> when it was committed
     # the queue
     "kinds": "movieq:kinds",  # set of kinds that ever had a task
-    "waiting": "movieq:waiting:",  # + kind: zset task -> created; + kind:project: an arq queue, zset task -> created - bias
+    # "+ scope": a lane, in which flows share, or lane:@KEY, the flow of a key, in which projects share
+    "waiting": "movieq:waiting:",  # + lane: zset task -> created; + scope:project: an arq queue, zset task -> created - bias
     "lanes": "movieq:lanes:",  # + kind: set of lanes (kind/type/model) for tasks that some workers cannot run
-    "virtual_times": "movieq:flows:",  # + kind: zset project -> virtual time, of projects with waiting tasks
-    "idle_virtual_times": "movieq:spent:",  # + kind: hash project -> virtual time when it last went idle
-    "claimed_virtual_time": "movieq:clock:",  # + kind: string, virtual time of the last claim
-    "claims": "movieq:claims:",  # + kind: counter; every eighth claim gets the oldest task
+    "virtual_times": "movieq:flows:",  # + scope: zset project or @KEY -> virtual time, of those with waiting tasks
+    "idle_virtual_times": "movieq:spent:",  # + scope: hash project or @KEY -> virtual time when it last went idle
+    "claimed_virtual_time": "movieq:clock:",  # + scope: string, virtual time of the last claim
+    "claims": "movieq:claims:",  # + lane: counter; every eighth claim gets the oldest task
     "running": "movieq:running:",  # + kind: zset task -> end of lease
     "offered": "movieq:offered:",  # + host: zset task with finished files on this host -> when it can be claimed
     "delayed": "movieq:delayed",  # zset task -> due

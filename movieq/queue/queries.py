@@ -109,15 +109,20 @@ class Queries:
 
     async def position(self, task: Task) -> int | None:
         """Return the task's position in its project's queue, from 1; None if it is not waiting."""
-        rank = await self._redis.shared.call("ZRANK", f"{self._keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
+        rank = await self._redis.shared.call("ZRANK", self._queue(task), task.task_id)
         return None if rank is None else rank + 1
 
     async def positions(self, tasks: Sequence[Task]) -> list[int | None]:
         """Return each task's position in its project's queue, as `position` does."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for task in tasks:
-                pipe.zrank(f"{self._keys['waiting']}{task.lane or task.kind}:{task.project_id}", task.task_id)
+                pipe.zrank(self._queue(task), task.task_id)
             return [None if rank is None else rank + 1 for rank in await pipe.execute()]
+
+    def _queue(self, task: Task) -> str:
+        """Return the key of the task's queue: that of its project in its lane and flow."""
+        flow = f":@{task.flow}" if task.flow else ""
+        return f"{self._keys['waiting']}{task.lane or task.kind}{flow}:{task.project_id}"
 
     # ── Projects ──
 

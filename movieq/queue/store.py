@@ -76,6 +76,8 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     metadata: bytes
     estimate_ms: int
     max_ms: int
+    flow: str = ""
+    """The flow of its key, as hexadecimal digits; '' for that of its project."""
     batch: str = ""
     """Batch key: tasks with the same key can be rendered together, at most `batch_rows` of them."""
     batch_rows: int = 1

@@ -41,6 +41,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     max_ms: Whole
     lane: str = ""
     """The lane in which it waits; empty for the main lane of its kind."""
+    flow: str = ""
+    """The flow of the key that submitted it, if that may use all projects; empty for the flow of its project."""
     batch: str = ""
     attempt: Whole = 0
     run: RunToken | None = None

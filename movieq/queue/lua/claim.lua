@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Projects share the queue fairly: the project with the
--- least virtual time is next, and is charged the task's estimate. Every eighth claim gets the oldest task of the lane, unless its project
--- is more than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it
+-- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Flows share the queue fairly, and projects share a flow:
+-- the flow, and in it the project, with the least virtual time is next, and both are charged the task's estimate. Every eighth claim gets
+-- the oldest task of the lane, unless its flow or project is more than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it
 -- does not block the tasks behind it. An entry without a record is dropped; a task whose parameters are gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
 --   worker_id: of the worker
@@ -34,19 +34,42 @@ local function can_run(task_type, model)
   return not types or types[task_type] and known[model]
 end
 
--- Removes an entry of a lane that belongs to no waiting task.
-local function drop(kind, of, project, task_id)
-  local waited = redis.call('ZREM', K.waiting .. of, task_id) + redis.call('ZREM', K.waiting .. of .. ':' .. project, task_id)
-  if waited > 0 then note_dropped('waiting', task_id) end
-  leave_share(kind, of, project)
+-- Returns a place in which tasks wait, with the fields of a task there.
+local function place(kind, of, flow, project_id)
+  return {kind = kind, lane = of ~= kind and of or nil, flow = flow, project_id = project_id}
 end
 
--- Returns the task if it waits in this lane; else removes its entry and returns nil.
-local function waiting_task(kind, of, project, task_id)
+-- Returns the project or flow of the scope with the least virtual time, and that time; nil if there is none.
+local function least(of)
+  return unpack(redis.call('ZRANGE', K.virtual_times .. of, 0, 0, 'WITHSCORES'))
+end
+
+-- Returns the place whose turn it is in this lane; nil if no flow has a virtual time there.
+local function next_place(kind, of)
+  local member = least(of)
+  if not member then return nil end
+  if string.sub(member, 1, 1) ~= '@' then return place(kind, of, nil, member) end
+  local at = place(kind, of, string.sub(member, 2))
+  at.project_id = least(scope(at)) or '' -- '' has no tasks
+  return at
+end
+
+-- Returns the task if it waits here; else removes its entry and returns nil. A task that waits elsewhere in the lane, because an older
+-- version does not know flows, is put where it belongs.
+local function waiting_task(at, task_id)
   local t = load(task_id)
-  if t and t.status == 'queued' and lane(t) == of and t.project_id == project then return t end
+  local waits = t and t.status == 'queued'
+  if waits and queue(t) == queue(at) then return t end
   moves_left = moves_left - 1
-  drop(kind, of, project, task_id)
+  local elsewhere = waits and lane(t) == lane(at) and redis.call('ZSCORE', K.waiting .. lane(t), task_id)
+  local removed = redis.call('ZREM', queue(at), task_id)
+  if elsewhere then
+    dequeue(t)
+    enqueue(t)
+  elseif redis.call('ZREM', K.waiting .. lane(at), task_id) + removed > 0 then
+    note_dropped('waiting', task_id)
+  end
+  leave_share(at)
 end
 
 -- Returns whether this worker can run the task; if not, moves it to the lane of its task type and model.
@@ -77,7 +100,7 @@ local function by_affinity(first, is_loaded)
   return first
 end
 
--- Queues the oldest task of a lane again, because its project's virtual time is missing there.
+-- Queues the oldest task of a lane again, because the virtual time of its project or flow is missing there.
 local function enqueue_oldest(kind, of)
   local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
   local t = load(oldest)
@@ -92,36 +115,59 @@ local function enqueue_oldest(kind, of)
   end
 end
 
--- Returns the next task of the lane that this worker can run, and the lane's least virtual time; nil if there is no such task.
+-- Returns whether the project and flow of this place are at most one task ahead of their shares; nil if one has no virtual time.
+local function in_share(at, estimate_ms)
+  local fair = true
+  for _, share in ipairs(shares(at)) do
+    local of, member = unpack(share)
+    local virtual, _, first = redis.call('ZSCORE', K.virtual_times .. of, member), least(of)
+    if not virtual then return nil end
+    if virtual - first > estimate_ms / (member == at.project_id and weight_of[member] or 1) then fair = false end
+  end
+  return fair
+end
+
+-- Returns the next task of the lane that this worker can run; nil if there is none.
 local function pick(kind, of, is_loaded)
   local turn = redis.call('INCR', K.claims .. of)
   while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
-    local project, least = unpack(redis.call('ZRANGE', K.virtual_times .. of, 0, 0, 'WITHSCORES'))
-    local t
-    if project and turn % 8 == 0 then
+    local at, t = next_place(kind, of)
+    if at and turn % 8 == 0 then
       local oldest = redis.call('ZRANGE', K.waiting .. of, 0, 0)[1]
       local found = load(oldest)
-      local virtual = found and redis.call('ZSCORE', K.virtual_times .. of, found.project_id)
-      if not virtual then
-        project = nil
-      elseif virtual - least <= found.estimate_ms / (weight_of[found.project_id] or 1) then -- else its project is ahead of its share
-        t = waiting_task(kind, of, found.project_id, oldest)
+      local old = found and place(kind, of, found.flow, found.project_id)
+      local fair = old and in_share(old, found.estimate_ms)
+      if fair == nil then
+        at = nil
+      elseif fair then
+        t = waiting_task(old, oldest)
       end
     end
-    if not project then
+    if not at then
       enqueue_oldest(kind, of)
     else
       if not t then
-        local first = redis.call('ZRANGE', K.waiting .. of .. ':' .. project, 0, 0)[1]
+        local first = redis.call('ZRANGE', queue(at), 0, 0)[1]
         if first then
-          t = waiting_task(kind, of, project, first)
+          t = waiting_task(at, first)
         else
           moves_left = moves_left - 1
-          leave_share(kind, of, project)
+          leave_share(at)
         end
         if t and can_run(t.task_type, t.model) then t = by_affinity(t, is_loaded) end
       end
-      if t and runnable_or_moved(t) then return t, tonumber(least) end
+      if t and runnable_or_moved(t) then return t end
+    end
+  end
+end
+
+-- Stores the least virtual time of each of the task's shares, at which others join.
+local function advance(t)
+  for _, share in ipairs(shares(t)) do
+    local of = share[1]
+    local _, first = least(of)
+    if tonumber(first or 0) > tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0) then
+      redis.call('SET', K.claimed_virtual_time .. of, first)
     end
   end
 end
@@ -144,15 +190,15 @@ local function pick_lane(kinds, passed)
   return found, found_kind
 end
 
--- Returns the next task for a slot, its lane, and the lane's least virtual time; nil if there is no task.
+-- Returns the next task for a slot; nil if there is none.
 local function next_task(slot)
   local is_loaded, passed = {}, {}
   for _, model in ipairs(slot.models) do is_loaded[model] = true end
   while true do
     local of, kind = pick_lane(slot.kinds, passed)
     if not of then return nil end
-    local t, least = pick(kind, of, is_loaded)
-    if t then return t, of, least end
+    local t = pick(kind, of, is_loaded)
+    if t then return t end
     passed[of] = true
   end
 end
@@ -229,9 +275,9 @@ end
 
 begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
-  local t, of, least = next_task(slot)
+  local t = next_task(slot)
   if t then
-    if least > tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0) then redis.call('SET', K.claimed_virtual_time .. of, least) end
+    advance(t)
     local together = batch(t)
     for _, each in ipairs(together) do begin(each, number - 1, #together) end
   elseif slot.free then

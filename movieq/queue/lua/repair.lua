@@ -7,7 +7,7 @@
 -- Returns the inconsistencies, as clauses about the task; {} if there are none.
 -- Appends nothing; a pending delivery that is in no queue becomes due at once.
 -- Cost: O(log n), O(deliveries of the task).
--- include: time record index lanes queue deadlines delivery_jobs
+-- include: time record index lanes fair_share queue deadlines delivery_jobs
 local found = {}
 local mending = apply == '1'
 
@@ -35,14 +35,27 @@ local function check_index(t)
   if redis.call('SISMEMBER', K.kinds, t.kind) == 0 then note('has a kind that is not in the list of kinds', 'SADD', K.kinds, t.kind) end
 end
 
+-- Returns whether the task's project and flow have a virtual time.
+local function has_shares(t)
+  for _, share in ipairs(shares(t)) do
+    if not redis.call('ZSCORE', K.virtual_times .. share[1], share[2]) then return false end
+  end
+  return true
+end
+
 local function check_queue(t)
+  for i = 3, #ARGV do
+    local key = ARGV[i]
+    if string.sub(key, 1, #K.waiting) == K.waiting and key ~= K.waiting .. lane(t) and key ~= queue(t) and listed(key) then
+      note('is in the list ' .. key .. ', where it does not belong', 'ZREM', key, task_id)
+    end
+  end
   local waits, placed = listed(K.waiting .. lane(t)), listed(queue(t))
   local later = listed(K.delayed)
   if t.status == 'queued' then
-    local virtual = redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id)
     local named = not t.lane or redis.call('SISMEMBER', K.lanes .. t.kind, t.lane) == 1
-    if waits and placed and virtual and named or later and not waits and not placed then return end
-    note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project has no share'
+    if waits and placed and has_shares(t) and named or later and not waits and not placed then return end
+    note(not named and waits and 'waits in a lane that no list names' or waits and placed and 'waits in a queue whose project or flow has no share'
       or (waits or placed) and 'is in only one of the two lists of its queue' or 'is queued and in no queue')
     if mending then
       dequeue(t)

@@ -1,8 +1,9 @@
 #!lua
 -- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its
 -- memory is full.
--- args: task_id project_id task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all max_bytes fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
+-- args: task_id project_id flow task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all max_bytes fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
+--   flow: hexadecimal digits that stand for the caller's key, if that may use all projects; '' for the project's own flow
 --   priority: 1 to 3
 --   bias_ms: by how much the priority moves the task ahead in its project's queue
 --   kwargs: msgpack map, the keyword arguments of the arq job
@@ -88,6 +89,7 @@ local fields = {
   priority = priority, bias_ms = bias_ms, created_at_ms = now, created_us = micros % 1000, estimate_ms = estimate_ms, max_ms = max_ms,
   warnings = warnings, attempt = 0, tries = 0, deaths = 0, silences = 0, progress = 0, current_step = 'waiting_in_queue',
 }
+if flow ~= '' then fields.flow = flow end
 if metadata ~= '{}' then fields.metadata = metadata end
 if batch ~= '' then
   fields.batch = batch
@@ -110,10 +112,12 @@ if hit then
 else
   enqueue(t)
   watch_deadline(t)
-  -- Exact while only one project has waiting tasks; otherwise an estimate in which every project has one turn for each turn of this one.
+  -- Exact while only one project has waiting tasks; otherwise an estimate in which every flow has one turn for each turn of this one, and
+  -- every project of this flow one turn for each turn of this one.
   local ahead = redis.call('ZRANK', queue(t), task_id)
   local others = redis.call('ZCARD', K.waiting .. kind) - redis.call('ZCARD', queue(t))
-  set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (redis.call('ZCARD', K.virtual_times .. kind) - 1))})
+  local turns = redis.call('ZCARD', K.virtual_times .. kind) * (t.flow and redis.call('ZCARD', K.virtual_times .. scope(t)) or 1)
+  set(t, {queued_position = 1 + ahead + math.min(others, (ahead + 1) * (turns - 1))})
 end
 log_in_project(t, 'queued', event(t, 'queued'))
 if idempotency ~= '' then redis.call('SET', K.idempotency .. idempotency, body_hash .. ' ' .. task_id, 'EX', 86400) end

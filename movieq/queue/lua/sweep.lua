@@ -9,6 +9,17 @@
 -- Files are swept by their own age. Appends nothing.
 -- Cost: O(batch log n).
 -- include: time counters record index lanes
+
+-- Deletes a project's virtual time in the flow of a key and, if no other project has one there, what is stored of the flow.
+local function forget_in_flow(of, flow, project_id)
+  local within = of .. ':' .. flow
+  redis.call('HDEL', K.idle_virtual_times .. within, project_id)
+  if redis.call('EXISTS', K.idle_virtual_times .. within, K.virtual_times .. within) == 0 then
+    redis.call('DEL', K.claimed_virtual_time .. within)
+    redis.call('HDEL', K.idle_virtual_times .. of, flow)
+  end
+end
+
 local function sweep(task_id)
   local t = load(task_id)
   if not t then return end
@@ -23,8 +34,10 @@ local function sweep(task_id)
   for _, status in ipairs({'', 'queued', 'processing', 'completed', 'failed', 'cancelled'}) do lists[#lists + 1] = index(t, status, '') end
   if redis.call('EXISTS', unpack(lists)) == 0 then
     redis.call('ZREM', K.projects, t.project_id)
-    redis.call('HDEL', K.idle_virtual_times .. t.kind, t.project_id)
-    redis.call('HDEL', K.idle_virtual_times .. lane(t), t.project_id)
+    for _, of in ipairs({t.kind, lane(t)}) do
+      redis.call('HDEL', K.idle_virtual_times .. of, t.project_id)
+      if t.flow then forget_in_flow(of, '@' .. t.flow, t.project_id) end
+    end
     redis.call('HDEL', K.gpu_ms, t.project_id)
     redis.call('HDEL', K.record_bytes, t.project_id)
     redis.call('DEL', K.log .. 'project:' .. t.project_id)

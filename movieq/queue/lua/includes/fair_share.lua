@@ -1,31 +1,50 @@
--- Fair shares: each project has a virtual time in each lane, and the project with the least is next.
+-- Fair shares: each flow has a virtual time in each lane, and the flow with the least is next. A flow is a project or, for tasks of a key
+-- that may use all projects, the key: by inventing projects it gets no more. In the flow of a key, its projects share in the same way.
 -- include: counters lanes
 
--- Adds the task's project to the lane's shares, with at least the virtual time of the lane's last claim.
+-- Returns the task's shares, its project's first: pairs of a scope, and the project or flow that has a virtual time there.
+local function shares(t)
+  if not t.flow then return {{lane(t), t.project_id}} end
+  return {{scope(t), t.project_id}, {lane(t), '@' .. t.flow}}
+end
+
+-- Adds the task's project and flow to the shares, with at least the virtual time of the last claim there.
 local function join_share(t)
-  if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then return end
-  local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. lane(t), t.project_id) or 0)
-  local claimed = tonumber(redis.call('GET', K.claimed_virtual_time .. lane(t)) or 0)
-  redis.call('ZADD', K.virtual_times .. lane(t), math.max(idle or 0, claimed or 0), t.project_id)
-end
-
--- Removes a project without waiting tasks from a lane's shares, and stores its virtual time. Removes a lane of a task type and model from
--- the list of lanes when it is empty.
-local function leave_share(kind, of, project_id)
-  if redis.call('EXISTS', K.waiting .. of .. ':' .. project_id) == 0 then
-    local virtual = redis.call('ZSCORE', K.virtual_times .. of, project_id)
-    if virtual then redis.call('HSET', K.idle_virtual_times .. of, project_id, virtual) end
-    redis.call('ZREM', K.virtual_times .. of, project_id)
+  for _, share in ipairs(shares(t)) do
+    local of, member = unpack(share)
+    if not redis.call('ZSCORE', K.virtual_times .. of, member) then
+      local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. of, member) or 0)
+      local claimed = tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0)
+      redis.call('ZADD', K.virtual_times .. of, math.max(idle or 0, claimed or 0), member)
+    end
   end
-  if of ~= kind and redis.call('EXISTS', K.virtual_times .. of) == 0 then redis.call('SREM', K.lanes .. kind, of) end
 end
 
--- Adds a duration to the virtual time of the task's project, divided by the project's weight and the number of tasks in the batch.
+-- Removes the task's project from the shares if none of its tasks waits in this flow, and the flow if none of its projects does, and stores
+-- their virtual times. Removes a lane of a task type and model from the list of lanes when it is empty.
+local function leave_share(t)
+  local members = queue(t)
+  for _, share in ipairs(shares(t)) do
+    if redis.call('EXISTS', members) == 1 then return end
+    local of, member = unpack(share)
+    local virtual = redis.call('ZSCORE', K.virtual_times .. of, member)
+    if virtual then redis.call('HSET', K.idle_virtual_times .. of, member, virtual) end
+    redis.call('ZREM', K.virtual_times .. of, member)
+    members = K.virtual_times .. of
+  end
+  if t.lane and redis.call('EXISTS', members) == 0 then redis.call('SREM', K.lanes .. t.kind, t.lane) end
+end
+
+-- Adds a duration, divided by the number of tasks in the batch, to the virtual times of the task's project and flow. The project's is
+-- divided by its weight too.
 local function charge(t, ms)
-  ms = ms / (t.weight or 1) / (t.rows or 1)
-  if redis.call('ZSCORE', K.virtual_times .. lane(t), t.project_id) then
-    redis.call('ZINCRBY', K.virtual_times .. lane(t), ms, t.project_id)
-  else
-    count(K.idle_virtual_times .. lane(t), t.project_id, ms)
+  for _, share in ipairs(shares(t)) do
+    local of, member = unpack(share)
+    local cost = ms / (member == t.project_id and t.weight or 1) / (t.rows or 1)
+    if redis.call('ZSCORE', K.virtual_times .. of, member) then
+      redis.call('ZINCRBY', K.virtual_times .. of, cost, member)
+    else
+      count(K.idle_virtual_times .. of, member, cost)
+    end
   end
 end

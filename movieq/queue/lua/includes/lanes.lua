@@ -5,7 +5,13 @@ local function lane(t)
   return t.lane or t.kind
 end
 
--- Returns the key of the project's queue in this lane.
+-- Returns where projects share with the task's project: in its lane or, if its key may use all projects, in the key's flow in that lane.
+-- `@` is in no name of a project.
+local function scope(t)
+  return t.flow and lane(t) .. ':@' .. t.flow or lane(t)
+end
+
+-- Returns the key of the project's queue in this lane and flow.
 local function queue(t)
-  return K.waiting .. lane(t) .. ':' .. t.project_id
+  return K.waiting .. scope(t) .. ':' .. t.project_id
 end

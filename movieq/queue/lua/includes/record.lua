@@ -60,6 +60,7 @@ local function mend(t)
     if t[name] and tonumber(t[name]) <= 0 then unset(t, name) end -- it is a divisor
   end
   if t.lane and t.lane ~= t.kind .. '/' .. t.task_type .. '/' .. t.model then unset(t, 'lane') end
+  if t.flow and not string.match(t.flow, '^%x+$') then unset(t, 'flow') end
   if t.status == 'processing' or t.reaped then
     if not t.run and not t.reaped then mended.run = 'none' end
     if not t.worker_id then mended.worker_id = 'none' end
