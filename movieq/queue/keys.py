@@ -29,7 +29,7 @@ KEYS: Final[Mapping[str, str]] = {
     "waiting": "movieq:waiting:",  # + lane: zset task -> created; + scope:project: an arq queue, zset task -> created - bias
     "lanes": "movieq:lanes:",  # + kind: set of lanes (kind/type/model) for tasks that some workers cannot run
     "virtual_times": "movieq:flows:",  # + scope: zset project or @KEY -> virtual time, of those with waiting tasks
-    "idle_virtual_times": "movieq:spent:",  # + scope: hash project or @KEY -> virtual time when it last went idle
+    "idle_virtual_times": "movieq:spent:",  # + lane: hash project or @KEY -> virtual time while idle; + lane:project: hash @KEY -> the same
     "claimed_virtual_time": "movieq:clock:",  # + scope: string, virtual time of the last claim
     "claims": "movieq:claims:",  # + lane: counter; every eighth claim gets the oldest task
     "running": "movieq:running:",  # + kind: zset task -> end of lease

@@ -1,4 +1,4 @@
-"""The order of claims, by simulations with the real scripts. Before a task is completed its start is moved back, to simulate time.
+"""The order of claims, by simulations with the real scripts. Before a task is completed its duration is set, to simulate time.
 
 Redis's clock only gives the order of arrival, so that hours of work pass in seconds.
 """
@@ -25,9 +25,12 @@ from movieq.queue.store import Claimed, Store
 from movieq.tasks.states import TaskId
 from tests.arrange import CPU, new_task, raw, result
 
-# MOVIEQ_TEST_EXAMPLES=100 for a long look
+EXAMPLES = int(os.environ.get("MOVIEQ_TEST_EXAMPLES", 4))
+"""How many examples of each property are tried; 100 for a long look."""
 EIGHTH = 1 / 8
 """The share of claims that get the oldest task. A project with a smaller fair share may get this much."""
+KEY, OTHER_KEY = "0123456789abcdef", "fedcba9876543210"
+"""The flows of two keys that may use all projects; '' is the flow of the task's project."""
 
 
 class Farm:
@@ -64,9 +67,7 @@ class Farm:
         if not self._busy:
             return False
         self.now_ms, _, claimed, duration_ms = heapq.heappop(self._busy)
-        seconds, micros = await self.store.redis.time()
-        started = seconds * 1000 + micros // 1000 - duration_ms
-        await raw(self.store).hset(KEYS["task"] + claimed.task.task_id, "started_at_ms", started)
+        await raw(self.store).hset(KEYS["task"] + claimed.task.task_id, "made_ms", duration_ms)
         await self.store.complete(claimed.task.task_id, claimed.run, result())
         self.served_ms[claimed.task.project_id] += duration_ms
         await self.fill()
@@ -88,6 +89,11 @@ def simulate(server: Valkey, play: Callable[[Store], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
+def total_ms(served_ms: Counter[str], *names: str) -> Counter[str]:
+    """Return the time of each group of projects whose names begin with one of these."""
+    return Counter({name: sum(ms for project, ms in served_ms.items() if project.startswith(name)) for name in names})
+
+
 def assert_shares(served_ms: Counter[str], weights: dict[str, float], error_ms: Mapping[str, float] | None = None) -> None:
     """Assert that each project got its share of the time within a tenth.
 
@@ -101,17 +107,21 @@ def assert_shares(served_ms: Counter[str], weights: dict[str, float], error_ms: 
         assert 0.9 * fair * whole <= served_ms[project] <= most, (project, fair, served_ms)
 
 
-SIMULATION = settings(
-    max_examples=int(os.environ.get("MOVIEQ_TEST_EXAMPLES", 4)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SIMULATION = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WEIGHTS = st.lists(st.sampled_from([1.0, 1.5, 2.0, 3.0]), min_size=2, max_size=4).map(lambda found: dict(zip("abcd", found, strict=False)))
 
 
 @SIMULATION
-@given(weights=WEIGHTS, slots=st.integers(1, 4), seed=st.integers(0, 2**16), error=st.sampled_from([0.2, 1.0, 5.0]))
-@example(weights={"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.5}, slots=1, seed=4112, error=5.0)
+@given(
+    weights=WEIGHTS,
+    slots=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+    error=st.sampled_from([0.2, 1.0, 5.0]),
+    flow=st.sampled_from(["", KEY]),
+)
+@example(weights={"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.5}, slots=1, seed=4112, error=5.0, flow="")
 def test_under_backlog_projects_share_the_time_by_weight_whatever_their_priorities_and_estimates(
-    server: Valkey, weights: dict[str, float], slots: int, seed: int, error: float
+    server: Valkey, weights: dict[str, float], slots: int, seed: int, error: float, flow: str
 ) -> None:
     chance = random.Random(seed)
     mean_ms = {project: chance.choice([500, 1000, 2000]) for project in weights}
@@ -120,7 +130,8 @@ def test_under_backlog_projects_share_the_time_by_weight_whatever_their_prioriti
         farm = Farm(store, slots, weights, lambda project: int(mean_ms[project] * chance.uniform(0.5, 1.5)))
         for project in weights:
             for _ in range(12):
-                await farm.submit(project, 50, priority=chance.choice([1, 2, 3]), estimate_ms=int(mean_ms[project] * error), shape=project)
+                priority, estimate_ms = chance.choice([1, 2, 3]), int(mean_ms[project] * error)
+                await farm.submit(project, 50, priority=priority, estimate_ms=estimate_ms, shape=project, flow=flow)
         while farm.now_ms < 300 * sum(mean_ms.values()) / len(mean_ms) / slots:
             assert await farm.step()
         assert_shares(farm.served_ms, weights, {project: max(0, error - 1) * mean for project, mean in mean_ms.items()})
@@ -129,17 +140,23 @@ def test_under_backlog_projects_share_the_time_by_weight_whatever_their_prioriti
 
 
 @SIMULATION
-@given(used_ms=st.integers(20_000, 200_000), seed=st.integers(0, 2**16))
-def test_who_used_idle_capacity_owes_nothing_for_it_when_another_comes(server: Valkey, used_ms: int, seed: int) -> None:
+@given(
+    used_ms=st.integers(20_000, 200_000),
+    seed=st.integers(0, 2**16),
+    flows=st.sampled_from([("", ""), (KEY, KEY), (KEY, ""), (KEY, OTHER_KEY)]),
+)
+def test_who_used_idle_capacity_owes_nothing_for_it_when_another_comes(
+    server: Valkey, used_ms: int, seed: int, flows: tuple[str, str]
+) -> None:
     chance = random.Random(seed)
 
     async def play(store: Store) -> None:
         farm = Farm(store, 2, {}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
-        await farm.submit("early", 600, estimate_ms=1000)
+        await farm.submit("early", 600, estimate_ms=1000, flow=flows[0])
         while farm.now_ms < used_ms:
             await farm.step()
         farm.served_ms.clear()
-        await farm.submit("late", 300, estimate_ms=1000)
+        await farm.submit("late", 300, estimate_ms=1000, flow=flows[1])
         until_ms = farm.now_ms + 90_000
         while farm.now_ms < until_ms:
             assert await farm.step()
@@ -195,12 +212,77 @@ def test_a_trickling_client_beside_a_bursting_one_gets_what_it_asks_for_at_once(
     simulate(server, play)
 
 
+@SIMULATION
+@given(projects=st.integers(2, 200), slots=st.integers(1, 4), seed=st.integers(0, 2**16), first=st.sampled_from(["film", "invented"]))
+@example(projects=200, slots=1, seed=0, first="invented")
+def test_a_key_that_invents_projects_gets_no_more_than_a_project_with_a_key_of_its_own(
+    server: Valkey, projects: int, slots: int, seed: int, first: str
+) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, slots, {}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        for name in sorted(("film", "invented"), key=lambda name: name != first):
+            if name == "film":
+                await farm.submit(name, 200, estimate_ms=1000)
+            else:
+                for number in range(projects):
+                    await farm.submit(f"{name}{number}", 200 // projects + 1, estimate_ms=1000, flow=KEY)
+        for _ in range(200):
+            assert await farm.step()
+        assert_shares(total_ms(farm.served_ms, "film", "invented"), {"film": 1, "invented": 1})
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(seed=st.integers(0, 2**16), slots=st.integers(1, 3))
+def test_weights_count_among_flows_for_projects_and_inside_the_flow_of_a_key(server: Valkey, seed: int, slots: int) -> None:
+    chance = random.Random(seed)
+
+    async def play(store: Store) -> None:
+        farm = Farm(store, slots, {"film": 2.0, "key-a": 1.5}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
+        for name, flow in (("film", ""), ("key-a", KEY), ("key-b", KEY), ("other-a", OTHER_KEY), ("other-b", OTHER_KEY)):
+            await farm.submit(name, 600, estimate_ms=1000, flow=flow)
+        for _ in range(600):
+            assert await farm.step()
+        assert_shares(total_ms(farm.served_ms, "film", "key", "other"), {"film": 2, "key": 1, "other": 1})
+        for weights in ({"key-a": 1.5, "key-b": 1.0}, {"other-a": 1.0, "other-b": 1.0}):
+            assert_shares(Counter({project: farm.served_ms[project] for project in weights}), weights)
+
+    simulate(server, play)
+
+
+@SIMULATION
+@given(weights=WEIGHTS, slots=st.integers(1, 4), seed=st.integers(0, 2**16))
+def test_with_a_single_key_projects_are_served_in_the_order_that_they_have_without_flows(
+    server: Valkey, weights: dict[str, float], slots: int, seed: int
+) -> None:
+    orders = []
+
+    async def play(store: Store, flow: str) -> None:
+        chance = random.Random(seed)
+        farm = Farm(store, slots, weights, lambda _: chance.randrange(500, 1500))
+        for _ in range(30):
+            project, count = chance.choice(sorted(weights)), chance.randrange(1, 6)
+            await farm.submit(project, count, priority=chance.choice([1, 2, 3]), estimate_ms=chance.randrange(200, 5000), flow=flow)
+            for _ in range(chance.randrange(6)):
+                await farm.step()
+        while await farm.step():
+            pass
+        orders.append(farm.order)
+
+    for flow in ("", KEY):
+        simulate(server, lambda store, flow=flow: play(store, flow))  # type: ignore[misc]
+    assert orders[0] == orders[1]
+
+
 def test_cancelled_thousands_leave_no_mark_on_the_order(server: Valkey) -> None:
     async def play(store: Store) -> None:
         farm = Farm(store, 1, {}, lambda _: 1000)
-        gone = await farm.submit("a", 3000, estimate_ms=1000)
+        gone = [task_id for flow in ("", KEY) for task_id in await farm.submit("a", 1500, estimate_ms=1000, flow=flow)]
         await asyncio.gather(*(store.cancel(task_id) for task_id in gone))
-        assert await raw(store).zcard(KEYS["virtual_times"] + "cpu_intensive") == 0
+        assert await raw(store).keys(KEYS["virtual_times"] + "*") == []
         await farm.submit("a", 100, estimate_ms=1000)
         await farm.submit("b", 100, estimate_ms=1000)
         for _ in range(100):

@@ -9,17 +9,6 @@
 -- Files are swept by their own age. Appends nothing.
 -- Cost: O(batch log n).
 -- include: time counters record index lanes
-
--- Deletes a project's virtual time in the flow of a key and, if no other project has one there, what is stored of the flow.
-local function forget_in_flow(of, flow, project_id)
-  local within = of .. ':' .. flow
-  redis.call('HDEL', K.idle_virtual_times .. within, project_id)
-  if redis.call('EXISTS', K.idle_virtual_times .. within, K.virtual_times .. within) == 0 then
-    redis.call('DEL', K.claimed_virtual_time .. within)
-    redis.call('HDEL', K.idle_virtual_times .. of, flow)
-  end
-end
-
 local function sweep(task_id)
   local t = load(task_id)
   if not t then return end
@@ -36,7 +25,7 @@ local function sweep(task_id)
     redis.call('ZREM', K.projects, t.project_id)
     for _, of in ipairs({t.kind, lane(t)}) do
       redis.call('HDEL', K.idle_virtual_times .. of, t.project_id)
-      if t.flow then forget_in_flow(of, '@' .. t.flow, t.project_id) end
+      redis.call('DEL', K.idle_virtual_times .. of .. ':' .. t.project_id)
     end
     redis.call('HDEL', K.gpu_ms, t.project_id)
     redis.call('HDEL', K.record_bytes, t.project_id)

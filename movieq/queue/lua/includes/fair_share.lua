@@ -2,18 +2,21 @@
 -- that may use all projects, the key: by inventing projects it gets no more. In the flow of a key, its projects share in the same way.
 -- include: counters lanes
 
--- Returns the task's shares, its project's first: pairs of a scope, and the project or flow that has a virtual time there.
+-- Returns the task's shares, its project's first. Of each: the scope, the project or flow that has a virtual time there, and the hash and
+-- field in which that is stored while nothing of it waits. `sweep` deletes those of a project without knowing its flows.
 local function shares(t)
-  if not t.flow then return {{lane(t), t.project_id}} end
-  return {{scope(t), t.project_id}, {lane(t), '@' .. t.flow}}
+  local of = lane(t)
+  if not t.flow then return {{of, t.project_id, of, t.project_id}} end
+  local flow = '@' .. t.flow
+  return {{scope(t), t.project_id, of .. ':' .. t.project_id, flow}, {of, flow, of, flow}}
 end
 
 -- Adds the task's project and flow to the shares, with at least the virtual time of the last claim there.
 local function join_share(t)
   for _, share in ipairs(shares(t)) do
-    local of, member = unpack(share)
+    local of, member, idle_in, as = unpack(share)
     if not redis.call('ZSCORE', K.virtual_times .. of, member) then
-      local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. of, member) or 0)
+      local idle = tonumber(redis.call('HGET', K.idle_virtual_times .. idle_in, as) or 0)
       local claimed = tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0)
       redis.call('ZADD', K.virtual_times .. of, math.max(idle or 0, claimed or 0), member)
     end
@@ -26,9 +29,9 @@ local function leave_share(t)
   local members = queue(t)
   for _, share in ipairs(shares(t)) do
     if redis.call('EXISTS', members) == 1 then return end
-    local of, member = unpack(share)
+    local of, member, idle_in, as = unpack(share)
     local virtual = redis.call('ZSCORE', K.virtual_times .. of, member)
-    if virtual then redis.call('HSET', K.idle_virtual_times .. of, member, virtual) end
+    if virtual then redis.call('HSET', K.idle_virtual_times .. idle_in, as, virtual) end
     redis.call('ZREM', K.virtual_times .. of, member)
     members = K.virtual_times .. of
   end
@@ -39,12 +42,12 @@ end
 -- divided by its weight too.
 local function charge(t, ms)
   for _, share in ipairs(shares(t)) do
-    local of, member = unpack(share)
+    local of, member, idle_in, as = unpack(share)
     local cost = ms / (member == t.project_id and t.weight or 1) / (t.rows or 1)
     if redis.call('ZSCORE', K.virtual_times .. of, member) then
       redis.call('ZINCRBY', K.virtual_times .. of, cost, member)
     else
-      count(K.idle_virtual_times .. of, member, cost)
+      count(K.idle_virtual_times .. idle_in, as, cost)
     end
   end
 end
