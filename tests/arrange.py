@@ -28,6 +28,8 @@ from workers.supervisor import Child, Progress
 
 _nonces = itertools.count()
 CPU = [Slot((Kind.CPU_INTENSIVE,))]
+KEY_FLOW, OTHER_KEY_FLOW = "0123456789abcdef", "fedcba9876543210"
+"""The flows of two keys that may use all projects."""
 
 
 def settings_of(**texts: str) -> Settings:

@@ -92,6 +92,19 @@ async def test_a_key_may_do_in_its_project_what_its_scopes_say(api: Client) -> N
     assert [(await api.ask(method, at(path, task_id), key=key)).status for method, path, key in asked] == [200, 200, 200]
 
 
+async def test_tasks_of_a_key_for_all_projects_are_one_flow_which_no_answer_shows(api: Client, store: Store) -> None:
+    hashed = hashlib.sha256(ALL.encode()).hexdigest()
+    ids = {key: (await api.submit(key=key)).json["task_id"] for key in (ALL, FILM)}
+    flows = {key: await raw(store).hget(KEYS["task"] + task_id, "flow") for key, task_id in ids.items()}
+    assert flows == {ALL: hashed[:16].encode(), FILM: None}
+    paths = ["/queues", "/workers/status", "/tasks/metrics", "/tasks/health", "/projects/film", "/projects/film/tasks"]
+    paths += [f"/tasks/{task_id}/status" for task_id in ids.values()]
+    answers = [await api.get(f"/api/v1{path}") for path in paths]
+    assert {answer.status for answer in answers} == {200}
+    assert [answer.body for answer in answers if hashed[:16].encode() in answer.body] == []
+    assert [(await api.status(task_id))["queue_position"] for task_id in ids.values()] == [1, 1]
+
+
 @pytest.mark.parametrize("value", ["Bearer {}", "bearer {}", "BEARER   {}"])
 async def test_the_key_may_come_as_a_bearer(api: Client, value: str) -> None:
     assert (await api.get("/api/v1/workers/status", key=None, headers={"Authorization": value.format(ALL)})).status == 200

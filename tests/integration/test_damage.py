@@ -17,7 +17,7 @@ from movieq.queue.queries import Queries
 from movieq.queue.store import Budget, Slot, Store
 from movieq.tasks.entities import DeliveryState
 from movieq.tasks.states import STATES, EventType, Kind, ProjectId, RunToken, TaskId, TaskStatus
-from tests.arrange import CPU, claim, new_task, raw, result, running
+from tests.arrange import CPU, KEY_FLOW, claim, new_task, raw, result, running
 
 _nonces = itertools.count()
 IDS = {
@@ -33,7 +33,8 @@ async def busy(store: Store) -> dict[bytes, bytes]:
     """Return all keys, serialised, of an installation with a task in every state, deliveries, leases, deadlines and orphans."""
     hook: dict[str, Any] = {"callback_url": "http://127.0.0.1:1/", "max_ms": 10_000_000}
     for name in ("completed", "failed", "cancelled", "processing", "reaped", "delayed"):
-        await store.submit(new_task(task_id=IDS[name], fingerprint=name, idempotency=name, body_hash="b", **hook))
+        flow = KEY_FLOW if name in ("failed", "reaped", "delayed") else ""
+        await store.submit(new_task(task_id=IDS[name], flow=flow, fingerprint=name, idempotency=name, body_hash="b", **hook))
     runs = {c.task.task_id: c.run for c in await store.claim("w1", "first", CPU * 6)}
     await store.complete(IDS["completed"], runs[IDS["completed"]], result(), "http://127.0.0.1:1/cms")
     await store.requeue(IDS["failed"], runs[IDS["failed"]], Budget.DEATHS, 1, 0, "it died", "worker_lost", exit_code=-9, stage="decode")
@@ -46,7 +47,8 @@ async def busy(store: Store) -> dict[bytes, bytes]:
     await store.renew("w1", [], [(IDS["processing"], runs[IDS["processing"]])], has_gpu=True)
     await store.tidy()
     for name in ("queued", "offered", "batched"):
-        await store.submit(new_task(task_id=IDS[name], finish_by_ms=9_000_000_000_000, batch="b", batch_rows=2, **hook))
+        flow = "" if name == "offered" else KEY_FLOW
+        await store.submit(new_task(task_id=IDS[name], flow=flow, finish_by_ms=9_000_000_000_000, batch="b", batch_rows=2, **hook))
     await raw(store).hset(KEYS["task"] + IDS["offered"], "made_on", "here")
     await raw(store).zadd(KEYS["offered"] + "here", {IDS["offered"]: 1})
     await raw(store).set("runs", runs[IDS["processing"]])

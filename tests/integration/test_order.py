@@ -23,14 +23,12 @@ from movieq.queue.connection import connect
 from movieq.queue.keys import KEYS
 from movieq.queue.store import Claimed, Store
 from movieq.tasks.states import TaskId
-from tests.arrange import CPU, new_task, raw, result
+from tests.arrange import CPU, KEY_FLOW, OTHER_KEY_FLOW, new_task, raw, result
 
 EXAMPLES = int(os.environ.get("MOVIEQ_TEST_EXAMPLES", 4))
 """How many examples of each property are tried; 100 for a long look."""
 EIGHTH = 1 / 8
 """The share of claims that get the oldest task. A project with a smaller fair share may get this much."""
-KEY, OTHER_KEY = "0123456789abcdef", "fedcba9876543210"
-"""The flows of two keys that may use all projects; '' is the flow of the task's project."""
 
 
 class Farm:
@@ -117,7 +115,7 @@ WEIGHTS = st.lists(st.sampled_from([1.0, 1.5, 2.0, 3.0]), min_size=2, max_size=4
     slots=st.integers(1, 4),
     seed=st.integers(0, 2**16),
     error=st.sampled_from([0.2, 1.0, 5.0]),
-    flow=st.sampled_from(["", KEY]),
+    flow=st.sampled_from(["", KEY_FLOW]),
 )
 @example(weights={"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.5}, slots=1, seed=4112, error=5.0, flow="")
 def test_under_backlog_projects_share_the_time_by_weight_whatever_their_priorities_and_estimates(
@@ -143,7 +141,7 @@ def test_under_backlog_projects_share_the_time_by_weight_whatever_their_prioriti
 @given(
     used_ms=st.integers(20_000, 200_000),
     seed=st.integers(0, 2**16),
-    flows=st.sampled_from([("", ""), (KEY, KEY), (KEY, ""), (KEY, OTHER_KEY)]),
+    flows=st.sampled_from([("", ""), (KEY_FLOW, KEY_FLOW), (KEY_FLOW, ""), (KEY_FLOW, OTHER_KEY_FLOW)]),
 )
 def test_who_used_idle_capacity_owes_nothing_for_it_when_another_comes(
     server: Valkey, used_ms: int, seed: int, flows: tuple[str, str]
@@ -227,7 +225,7 @@ def test_a_key_that_invents_projects_gets_no_more_than_a_project_with_a_key_of_i
                 await farm.submit(name, 200, estimate_ms=1000)
             else:
                 for number in range(projects):
-                    await farm.submit(f"{name}{number}", 200 // projects + 1, estimate_ms=1000, flow=KEY)
+                    await farm.submit(f"{name}{number}", 200 // projects + 1, estimate_ms=1000, flow=KEY_FLOW)
         for _ in range(200):
             assert await farm.step()
         assert_shares(total_ms(farm.served_ms, "film", "invented"), {"film": 1, "invented": 1})
@@ -242,7 +240,13 @@ def test_weights_count_among_flows_for_projects_and_inside_the_flow_of_a_key(ser
 
     async def play(store: Store) -> None:
         farm = Farm(store, slots, {"film": 2.0, "key-a": 1.5}, lambda _: int(1000 * chance.uniform(0.5, 1.5)))
-        for name, flow in (("film", ""), ("key-a", KEY), ("key-b", KEY), ("other-a", OTHER_KEY), ("other-b", OTHER_KEY)):
+        for name, flow in (
+            ("film", ""),
+            ("key-a", KEY_FLOW),
+            ("key-b", KEY_FLOW),
+            ("other-a", OTHER_KEY_FLOW),
+            ("other-b", OTHER_KEY_FLOW),
+        ):
             await farm.submit(name, 600, estimate_ms=1000, flow=flow)
         for _ in range(600):
             assert await farm.step()
@@ -272,7 +276,7 @@ def test_with_a_single_key_projects_are_served_in_the_order_that_they_have_witho
             pass
         orders.append(farm.order)
 
-    for flow in ("", KEY):
+    for flow in ("", KEY_FLOW):
         simulate(server, lambda store, flow=flow: play(store, flow))  # type: ignore[misc]
     assert orders[0] == orders[1]
 
@@ -280,7 +284,7 @@ def test_with_a_single_key_projects_are_served_in_the_order_that_they_have_witho
 def test_cancelled_thousands_leave_no_mark_on_the_order(server: Valkey) -> None:
     async def play(store: Store) -> None:
         farm = Farm(store, 1, {}, lambda _: 1000)
-        gone = [task_id for flow in ("", KEY) for task_id in await farm.submit("a", 1500, estimate_ms=1000, flow=flow)]
+        gone = [task_id for flow in ("", KEY_FLOW) for task_id in await farm.submit("a", 1500, estimate_ms=1000, flow=flow)]
         await asyncio.gather(*(store.cancel(task_id) for task_id in gone))
         assert await raw(store).keys(KEYS["virtual_times"] + "*") == []
         await farm.submit("a", 100, estimate_ms=1000)
