@@ -222,7 +222,12 @@ class Walk:
 
     async def submit(self) -> None:
         model = self.chance.choice(["animatic", "animatic", "palettes"])
-        fields = {"model": model, "priority": self.chance.choice([1, 2, 3]), "batch": self.chance.choice(["", "b"]), "batch_rows": 2}
+        fields: dict[str, Any] = {
+            "model": model,
+            "priority": self.chance.choice([1, 2, 3]),
+            "batch": self.chance.choice(["", "b"]),
+            "batch_rows": 2,
+        }
         await submitted(self.store, self.chance.choice(["film", "other"]), self.chance.choice(["", KEY_FLOW, OTHER_KEY_FLOW]), **fields)
 
     async def claim(self) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -262,7 +263,7 @@ def test_weights_count_among_flows_for_projects_and_inside_the_flow_of_a_key(ser
 def test_with_a_single_key_projects_are_served_in_the_order_that_they_have_without_flows(
     server: Valkey, weights: dict[str, float], slots: int, seed: int
 ) -> None:
-    orders = []
+    orders: list[list[str]] = []
 
     async def play(store: Store, flow: str) -> None:
         chance = random.Random(seed)
@@ -277,7 +278,7 @@ def test_with_a_single_key_projects_are_served_in_the_order_that_they_have_witho
         orders.append(farm.order)
 
     for flow in ("", KEY_FLOW):
-        simulate(server, lambda store, flow=flow: play(store, flow))  # type: ignore[misc]
+        simulate(server, partial(play, flow=flow))
     assert orders[0] == orders[1]
 
 

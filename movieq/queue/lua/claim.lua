@@ -44,13 +44,19 @@ local function least(of)
   return unpack(redis.call('ZRANGE', K.virtual_times .. of, 0, 0, 'WITHSCORES'))
 end
 
--- Returns the place whose turn it is in this lane; nil if no flow has a virtual time there.
+-- Returns the place whose turn it is in this lane; nil if no flow has a virtual time there. Its field `least` has the least virtual times, by
+-- scope.
 local function next_place(kind, of)
-  local member = least(of)
+  local member, virtual = least(of)
   if not member then return nil end
-  if string.sub(member, 1, 1) ~= '@' then return place(kind, of, nil, member) end
-  local at = place(kind, of, string.sub(member, 2))
-  at.project_id = least(scope(at)) or '' -- '' has no tasks
+  local at = place(kind, of, nil, member)
+  at.least = {[of] = virtual}
+  if string.sub(member, 1, 1) == '@' then
+    at.flow = string.sub(member, 2)
+    local project, within = least(scope(at))
+    at.project_id = project or '' -- '' has no tasks
+    at.least[scope(at)] = within
+  end
   return at
 end
 
@@ -127,7 +133,7 @@ local function in_share(at, estimate_ms)
   return fair
 end
 
--- Returns the next task of the lane that this worker can run; nil if there is none.
+-- Returns the next task of the lane that this worker can run, and the place whose turn it was; nil if there is no such task.
 local function pick(kind, of, is_loaded)
   local turn = redis.call('INCR', K.claims .. of)
   while moves_left > 0 and redis.call('EXISTS', K.waiting .. of) == 1 do
@@ -156,18 +162,7 @@ local function pick(kind, of, is_loaded)
         end
         if t and can_run(t.task_type, t.model) then t = by_affinity(t, is_loaded) end
       end
-      if t and runnable_or_moved(t) then return t end
-    end
-  end
-end
-
--- Stores the least virtual time of each of the task's shares, at which others join.
-local function advance(t)
-  for _, share in ipairs(shares(t)) do
-    local of = share[1]
-    local _, first = least(of)
-    if tonumber(first or 0) > tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0) then
-      redis.call('SET', K.claimed_virtual_time .. of, first)
+      if t and runnable_or_moved(t) then return t, at end
     end
   end
 end
@@ -190,15 +185,15 @@ local function pick_lane(kinds, passed)
   return found, found_kind
 end
 
--- Returns the next task for a slot; nil if there is none.
+-- Returns the next task for a slot, and the place whose turn it was; nil if there is no task.
 local function next_task(slot)
   local is_loaded, passed = {}, {}
   for _, model in ipairs(slot.models) do is_loaded[model] = true end
   while true do
     local of, kind = pick_lane(slot.kinds, passed)
     if not of then return nil end
-    local t = pick(kind, of, is_loaded)
-    if t then return t end
+    local t, at = pick(kind, of, is_loaded)
+    if t then return t, at end
     passed[of] = true
   end
 end
@@ -275,9 +270,13 @@ end
 
 begin_offered()
 for number, slot in ipairs(cjson.decode(slots)) do
-  local t = next_task(slot)
+  local t, at = next_task(slot)
   if t then
-    advance(t)
+    for of, virtual in pairs(at.least) do -- what joins later joins at these virtual times
+      if tonumber(virtual) > tonumber(redis.call('GET', K.claimed_virtual_time .. of) or 0) then
+        redis.call('SET', K.claimed_virtual_time .. of, virtual)
+      end
+    end
     local together = batch(t)
     for _, each in ipairs(together) do begin(each, number - 1, #together) end
   elseif slot.free then
