@@ -173,6 +173,15 @@ async def test_what_was_lost_of_a_flow_is_found_and_repaired(store: Store) -> No
         assert [each async for each in inconsistencies(store, apply=False)] == []
 
 
+async def test_what_was_lost_of_a_flow_stops_no_task_that_is_still_listed(store: Store) -> None:
+    for lost in (f"{KEYS['waiting']}{FLOW}:film", KEYS["virtual_times"] + FLOW, KEYS["virtual_times"] + CPU):
+        await raw(store).flushdb()
+        tasks = [await submitted(store, project, flow) for project, flow in (("film", KEY_FLOW), ("other", KEY_FLOW), ("film", ""))]
+        await raw(store).delete(lost)
+        assert sorted([each.task.task_id for _ in range(8) for each in await claim(store)]) == sorted(tasks), lost
+        assert await members(store, "waiting", "virtual_times") == {}
+
+
 async def test_an_entry_in_the_queue_of_another_flow_is_found_and_removed(store: Store) -> None:
     task_id = await submitted(store)
     before = await members(store, "waiting")

@@ -15,7 +15,7 @@ from movieq.queue.queries import Queries
 from movieq.queue.repair import inconsistencies
 from movieq.queue.store import Store
 from movieq.tasks.states import Kind, TaskStatus
-from tests.arrange import claim, contents, new_task, raw, result
+from tests.arrange import KEY_FLOW, claim, contents, new_task, raw, result
 from tests.integration.test_damage import busy, put
 
 
@@ -47,7 +47,8 @@ async def test_what_was_mended_is_in_order(store: Store) -> None:
 
 @pytest.mark.parametrize("name", ["waiting", "virtual_times", "kinds", "running", "deadlines", "index", "deliveries", "totals", "projects"])
 async def test_every_task_ends_after_a_list_was_lost_and_mended(store: Store, name: str) -> None:
-    tasks = [new_task(project, callback_url="http://127.0.0.1:1/") for project in ("film", "other", "film")]
+    places = (("film", KEY_FLOW), ("other", KEY_FLOW), ("film", ""))
+    tasks = [new_task(project, flow=flow, callback_url="http://127.0.0.1:1/") for project, flow in places]
     for task in tasks:
         await store.submit(task)
     await claim(store)
