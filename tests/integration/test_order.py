@@ -248,8 +248,8 @@ def test_weights_count_among_flows_for_projects_and_inside_the_flow_of_a_key(ser
             ("other-a", OTHER_KEY_FLOW),
             ("other-b", OTHER_KEY_FLOW),
         ):
-            await farm.submit(name, 600, estimate_ms=1000, flow=flow)
-        for _ in range(600):
+            await farm.submit(name, 400 if name == "film" else 200, estimate_ms=1000, flow=flow)
+        for _ in range(500):
             assert await farm.step()
         assert_shares(total_ms(farm.served_ms, "film", "key", "other"), {"film": 2, "key": 1, "other": 1})
         for weights in ({"key-a": 1.5, "key-b": 1.0}, {"other-a": 1.0, "other-b": 1.0}):

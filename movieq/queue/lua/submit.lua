@@ -1,7 +1,7 @@
 #!lua
 -- Submits a task: none -> queued, or -> completed at once if the stored result of an identical task is reused. Redis refuses it if its
 -- memory is full.
--- args: task_id project_id flow task_type kind engine model shape priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all max_bytes fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
+-- args: task_id project_id task_type kind engine model shape flow priority bias_ms kwargs metadata callback_url estimate_ms max_ms batch batch_rows start_by_ms finish_by_ms warnings idempotency body_hash max_queued max_queued_all max_bytes fingerprint reused reused_result reused_prefix reuse_within_ms reused_cms
 --   task_id, project_id, task_type, kind, engine, model, shape: of the task
 --   flow: hexadecimal digits that stand for the caller's key, if that may use all projects; '' for the project's own flow
 --   priority: 1 to 3
