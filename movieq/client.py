@@ -46,8 +46,11 @@ from movieq.tasks.wire import (
     DeliveriesAnswer,
     DeliveryAnswer,
     ErrorAnswer,
+    Gap,
     HealthAnswer,
+    Preview,
     Receipt,
+    Retrying,
     Snapshot,
     SubmitRequest,
     TaskPage,
@@ -83,24 +86,10 @@ class Unreachable(Unavailable):
     """No server listens at the address: the request did not arrive."""
 
 
-class Gap(msgspec.Struct, frozen=True):
-    """The log was trimmed: the events between `after` and `first` are lost. A snapshot of the current state follows."""
-
-    after: str | None = None
-    first: str | None = None
-    last: str | None = None
-
-
-class Preview(msgspec.Struct, frozen=True):
-    """A small picture of the run in progress, as a data URL."""
-
-    image: str
-
-
 class ClientEvent(msgspec.Struct, frozen=True):
     """An event of a stream. `id` is its position in the log, from which a later stream can continue; None for an event that is not logged.
 
-    `data` is a Snapshot, Gap or Preview for the type of that name, else a ProcessingProgress.
+    `data` is a Snapshot, Retrying, Gap or Preview for the type of that name, else a ProcessingProgress.
     """
 
     id: str | None
@@ -506,6 +495,7 @@ class _Stream:
 _DATA: Final[dict[str, type[ProcessingProgress | Snapshot | Gap | Preview]]] = {
     **dict.fromkeys(EventType, ProcessingProgress),
     EventType.SNAPSHOT: Snapshot,
+    EventType.RETRYING: Retrying,
     EventType.GAP: Gap,
     EventType.PREVIEW: Preview,
 }

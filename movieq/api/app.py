@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from movieq import assembly, logs
@@ -57,9 +57,9 @@ def create(settings: Settings, public_url: str) -> Starlette:
         *(Route(path, health.health) for path in ("/health", "/api/v1/health")),
         *(Route(path, health.live) for path in ("/health/live", "/api/v1/health/live")),
         *(Route(path, health.ready) for path in ("/health/ready", "/api/v1/health/ready")),
-        Route("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
-        Route("/api/v1/tasks/metrics", queues.metrics),
-        Route("/api/v1/tasks/health", queues.health),
+        _Fixed("/api/v1/tasks/submit", tasks.submit, methods=["POST"]),
+        _Fixed("/api/v1/tasks/metrics", queues.metrics),
+        _Fixed("/api/v1/tasks/health", queues.health),
         Route("/api/v1/queues", queues.queues),
         Route("/api/v1/dead-letters", queues.dead_letters),
         Route("/api/v1/dead-letters/{task_id}", queues.drop_dead_letter, methods=["DELETE"]),
@@ -214,6 +214,15 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 async def _broken(request: Request, error: Exception) -> Response:
     # when Starlette calls this as its last handler, it raises the error again, and uvicorn logs it
     return _response(request, Internal("internal error: see the log of the API"))
+
+
+class _Fixed(Route):
+    """A route whose path looks like that of a task. Other methods get 405 here, and do not go on to the routes of tasks."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether the path matches; starlette's `handle` then checks the method."""
+        match, child = super().matches(scope)
+        return (Match.FULL if match is Match.PARTIAL else match), child
 
 
 class _Cors(CORSMiddleware):

@@ -17,7 +17,7 @@ from movieq.tasks.faults import given, refused
 from movieq.tasks.states import ProjectId, TaskId
 from movieq.tasks.wire import PROJECT_PATTERN, PROJECT_RULE
 
-_UUID = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 async def caller(request: HTTPConnection, scope: Scope) -> Caller:
@@ -62,7 +62,7 @@ async def signed_caller(request: HTTPConnection, purpose: str, id: str) -> Calle
 def path_task_id(request: HTTPConnection) -> TaskId:
     """Return the task id in the request's path. Raises ValidationFailed if it is not a UUID."""
     text = str(request.path_params["task_id"]).lower()
-    if not _UUID.match(text):
+    if not _UUID.fullmatch(text):
         raise refused([("task_id", f"expected a UUID such as 123e4567-e89b-12d3-a456-426614174000, got {given(text)}")])
     return TaskId(text)
 

@@ -1,33 +1,54 @@
-"""The OpenAPI description of the API, generated from the Structs that it decodes and encodes."""
+"""The OpenAPI description of the API, generated from the Structs that it decodes and encodes, the handlers, the errors and the guides.
+
+It is written for code generators: a schema says as much as JSON Schema can, but optional fields have no `default` beside their schema,
+since generators take such a field for one that is always present. What differs from one installation to another, such as the models,
+is in `GET /task-types` instead: a generated client fits all of them.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from functools import cache
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, get_args
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 import movieq as package
+from movieq.api import deliveries, events, health, projects, queues, tasks, workers
 from movieq.api.state import answered, api
-from movieq.tasks import states as c
+from movieq.errors import MethodNotAllowed, RangeRefused, RequestError
+from movieq.settings import Scope
+from movieq.tasks import params
 from movieq.tasks.entities import ProcessingProgress
 from movieq.tasks.registry import REGISTRY
+from movieq.tasks.states import STATES, EventType, TaskId
 from movieq.tasks.wire import (
+    PROJECT_PATTERN,
     CancelAnswer,
     DeadLettersAnswer,
+    Deadline,
     DeliveriesAnswer,
     DeliveryAnswer,
     ErrorAnswer,
+    Gap,
+    Goodbye,
     HealthAnswer,
     LiveAnswer,
     MetricsAnswer,
+    Preview,
     ProjectSnapshot,
     ProjectState,
     QueuesAnswer,
     ReadyAnswer,
     Receipt,
+    Retrying,
     Snapshot,
     SubmitRequest,
     TaskPage,
@@ -39,91 +60,202 @@ from movieq.tasks.wire import (
     WorkersAnswer,
 )
 
+Struct = type[msgspec.Struct]
+Json = dict[str, Any]
+
 
 class Operation(msgspec.Struct, frozen=True):
-    """One operation of the API.
+    """One operation of the API. The docstring of its handler describes it; `name` is its operationId.
 
-    `query` maps parameter names to schemas. `answer` is None if the response is not JSON. `body` is a Struct or a media type. `also` maps
-    further statuses that are not errors to their responses.
+    `answer` is None if the response is not JSON. `body` is a Struct or a media type. `query` and `headers` map parameters to schemas.
+    `errors` are the statuses that only some operations answer. `unhealthy` is the answer of a health check with status 503. `events` is the
+    schema of a stream's events.
     """
 
-    method: str
-    path: str
+    handler: Callable[..., Any]
+    route: str
+    name: str
     summary: str
-    answer: type[msgspec.Struct] | None
+    scope: Scope | None
+    answer: Struct | None = None
     status: int = 200
-    body: type[msgspec.Struct] | str | None = None
-    query: dict[str, dict[str, Any]] = {}
-    answer_type: str = "application/json"
-    errors: tuple[int, ...] = (400, 401, 403, 404, 503)
-    also: dict[int, type[msgspec.Struct] | None] = {}
+    body: Struct | str | None = None
+    query: dict[str, Json] = {}
+    headers: dict[str, Json] = {}
+    errors: tuple[int, ...] = ()
+    unhealthy: Struct | None = None
+    events: str = ""
+
+    @property
+    def description(self) -> str:
+        """Return what the operation does and which key it needs."""
+        text = inspect.cleandoc(self.handler.__doc__ or "").partition(": ")[2]
+        return f"{text[0].upper()}{text[1:]}" + (f" Needs a key with the scope `{self.scope}`." if self.scope else "")
 
 
-_PAGE: Final[dict[str, dict[str, Any]]] = {
-    "status": {"type": "string", "enum": [*c.TaskStatus]},
-    "task_type": {"type": "string", "enum": [*REGISTRY.tasks]},
-    "page": {"type": "integer", "minimum": 1, "default": 1},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+def _whole(least: int, most: int, default: int, description: str) -> Json:
+    return {"type": "integer", "minimum": least, "maximum": most, "default": default, "description": description}
+
+
+def _some(names: Iterable[str], description: str) -> Json:
+    each = f" *({'|'.join(names)}) *"
+    return {"type": "string", "pattern": f"^{each}(,{each})*$", "description": f"{description} One or more, comma-separated."}
+
+
+_EVENT_ID: Final = {"type": "string", "pattern": "^([0-9]{1,18}-[0-9]{1,18})?$"}
+_RESUME: Final[dict[str, Json]] = {
+    "after": {**_EVENT_ID, "description": "Continue after the event with this id."},
+    "expires": {"type": "integer", "description": "Part of a signed `events_url`; use it together with its `signature`."},
 }
-_WAIT: Final = {"type": "integer", "minimum": 0, "maximum": 60, "default": 0}
-_SIGNED: Final[dict[str, dict[str, Any]]] = {"expires": {"type": "integer"}, "signature": {"type": "string"}}
+_LAST_EVENT_ID: Final = {"Last-Event-ID": {**_EVENT_ID, "description": "Overrides `after`. Browsers send it when they reconnect."}}
+_IDEMPOTENCY_KEY: Final = {
+    "type": "string",
+    "pattern": "^[!-~]{1,255}$",
+    "description": "Makes a submit safe to repeat: for 24 hours, the same key with the same bytes of the body gets the same receipt.",
+}
 
-_MANY: Final = {"type": "string", "description": "one or more, comma-separated"}
 
-OPERATIONS: Final = (
-    Operation("get", "/health", "Health check", HealthAnswer, errors=(), also={503: HealthAnswer}),
-    Operation("get", "/health/live", "Liveness check", LiveAnswer, errors=()),
-    Operation("get", "/health/ready", "Readiness check: tasks can be accepted and run", ReadyAnswer, errors=(), also={503: ReadyAnswer}),
-    Operation("post", "/tasks/submit", "Submit a task", Receipt, 201, SubmitRequest, errors=(400, 401, 403, 409, 413, 422, 429, 503)),
-    Operation("get", "/tasks/{task_id}/status", "Get a task", TaskState, query={"wait": _WAIT}),
-    Operation("delete", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
-    Operation("post", "/tasks/{task_id}/cancel", "Cancel a task", CancelAnswer),
-    Operation("delete", "/tasks/{task_id}", "Cancel a task", CancelAnswer),
-    Operation("post", "/tasks/{task_id}/retry", "Retry a failed task", Receipt, 201),
-    Operation("get", "/projects/{project_id}/tasks", "List a project's tasks, newest first", TaskPage, query=_PAGE),
-    Operation("get", "/workers/status", "List workers", WorkersAnswer),
-    Operation(
-        "get",
-        "/tasks/{task_id}/events",
-        "Stream a task's events; 204 if the client has them all",
-        None,
-        query={"after": {"type": "string"}, **_SIGNED},
-        answer_type="text/event-stream",
-        also={204: None},
-    ),
-    Operation("get", "/tasks/{task_id}/deliveries", "List a task's webhook and CMS deliveries, sent and pending", DeliveriesAnswer),
-    Operation("post", "/tasks/{task_id}/deliveries/{delivery_id}/resend", "Send a delivery again", DeliveryAnswer),
-    Operation("get", "/projects/{project_id}", "Get a project with the number of its tasks in each state", ProjectState),
-    Operation(
-        "get",
-        "/projects/{project_id}/events",
-        "Stream the events of a project's tasks",
-        None,
-        query={"after": {"type": "string"}, "task_type": _MANY, "status": _MANY, **_SIGNED},
-        answer_type="text/event-stream",
-    ),
-    Operation(
-        "post",
-        "/projects/{project_id}/uploads",
-        "Upload an image or sound file, stored for seven days",
-        UploadAnswer,
-        201,
-        "application/octet-stream",
-        errors=(400, 401, 403, 413, 503),
-    ),
-    Operation("get", "/queues", "List queues with their waiting and running tasks", QueuesAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/metrics", "Get totals, rates, average durations and GPU seconds", MetricsAnswer, errors=(401, 403, 503)),
-    Operation("get", "/tasks/health", "List alerts", TasksHealthAnswer, errors=(401, 403, 503)),
-    Operation(
-        "get",
-        "/dead-letters",
-        "List dead letters: tasks that failed because their engine process or worker died too often",
-        DeadLettersAnswer,
-        query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}},
-        errors=(400, 401, 403, 503),
-    ),
-    Operation("delete", "/dead-letters/{task_id}", "Remove a dead letter", None, 204),
-    Operation("get", "/task-types", "List task types", TaskTypesAnswer),
+@cache
+def operations() -> dict[str, tuple[Operation, ...]]:
+    """Return the operations by tag. Plug-ins must have been loaded, since their task types are among the parameters."""
+    read, submit, admin, types = Scope.READ, Scope.SUBMIT, Scope.ADMIN, [*REGISTRY.tasks]
+    listed: dict[str, Json] = {
+        "status": {"type": "string", "enum": [*STATES], "description": "Only tasks in this state."},
+        "task_type": {"type": "string", "enum": types, "description": "Only tasks of this type."},
+        "page": _whole(1, projects.PAGES, 1, "Number of the page."),
+        "limit": _whole(1, 100, 20, "Most tasks of a page."),
+    }
+    filters = {**_RESUME, "task_type": _some(types, "Only tasks of these types."), "status": _some(STATES, "Only tasks in these states.")}
+    wait = _whole(0, tasks.WAIT_S, 0, "Seconds to wait for the end of the task before answering.")
+    letters, letter = {"limit": _whole(1, 1000, 100, "Most dead letters of the answer.")}, "DELETE /dead-letters/{task_id}"
+    resend = "POST /tasks/{task_id}/deliveries/{delivery_id}/resend"
+    upload = "POST /projects/{project_id}/uploads"
+    return {
+        "tasks": (
+            Operation(
+                tasks.submit,
+                "POST /tasks/submit",
+                "submit_task",
+                "Submit a task",
+                submit,
+                Receipt,
+                201,
+                SubmitRequest,
+                headers={"Idempotency-Key": _IDEMPOTENCY_KEY},
+                errors=(409, 422, 429),
+            ),
+            Operation(tasks.status, "GET /tasks/{task_id}/status", "get_task", "Get a task", read, TaskState, query={"wait": wait}),
+            Operation(tasks.cancel, "DELETE /tasks/{task_id}/cancel", "cancel_task", "Cancel a task", submit, CancelAnswer),
+            Operation(tasks.cancel, "POST /tasks/{task_id}/cancel", "post_cancel", "Cancel a task by POST", submit, CancelAnswer),
+            Operation(tasks.cancel, "DELETE /tasks/{task_id}", "delete_task", "Cancel a task by its own path", submit, CancelAnswer),
+            Operation(tasks.retry, "POST /tasks/{task_id}/retry", "retry_task", "Retry a failed task", submit, Receipt, 201),
+            Operation(health.task_types, "GET /task-types", "list_task_types", "List task types", read, TaskTypesAnswer),
+        ),
+        "projects": (
+            Operation(projects.project, "GET /projects/{project_id}", "get_project", "Get a project", read, ProjectState),
+            Operation(projects.tasks, "GET /projects/{project_id}/tasks", "list_tasks", "List tasks", read, TaskPage, query=listed),
+            Operation(projects.upload, upload, "upload_file", "Upload a file", submit, UploadAnswer, 201, "application/octet-stream"),
+        ),
+        "events": (
+            Operation(
+                events.TaskEvents,
+                "GET /tasks/{task_id}/events",
+                "stream_task",
+                "Stream a task's events",
+                read,
+                query=_RESUME,
+                headers=_LAST_EVENT_ID,
+                events="TaskEvent",
+            ),
+            Operation(
+                events.ProjectEvents,
+                "GET /projects/{project_id}/events",
+                "stream_project",
+                "Stream a project's events",
+                read,
+                query=filters,
+                headers=_LAST_EVENT_ID,
+                events="ProjectEvent",
+            ),
+        ),
+        "operators": (
+            Operation(workers.status, "GET /workers/status", "list_workers", "List workers", read, WorkersAnswer),
+            Operation(queues.queues, "GET /queues", "list_queues", "List queues", admin, QueuesAnswer),
+            Operation(queues.metrics, "GET /tasks/metrics", "get_metrics", "Get totals and rates", read, MetricsAnswer),
+            Operation(queues.health, "GET /tasks/health", "list_alerts", "List alerts", read, TasksHealthAnswer),
+            Operation(
+                deliveries.deliveries, "GET /tasks/{task_id}/deliveries", "list_deliveries", "List deliveries", read, DeliveriesAnswer
+            ),
+            Operation(deliveries.resend, resend, "resend_delivery", "Send a delivery again", admin, DeliveryAnswer),
+            Operation(
+                queues.dead_letters, "GET /dead-letters", "list_dead_letters", "List dead letters", admin, DeadLettersAnswer, query=letters
+            ),
+            Operation(queues.drop_dead_letter, letter, "remove_dead_letter", "Remove a dead letter", admin, status=204),
+        ),
+        "health": (
+            Operation(health.health, "GET /health", "get_health", "Health check", None, HealthAnswer, unhealthy=HealthAnswer),
+            Operation(health.live, "GET /health/live", "get_liveness", "Liveness check", None, LiveAnswer),
+            Operation(health.ready, "GET /health/ready", "get_readiness", "Readiness check", None, ReadyAnswer, unhealthy=ReadyAnswer),
+        ),
+    }
+
+
+_TAGS: Final = {
+    "tasks": "Submit tasks, read their status, cancel and retry them.",
+    "projects": "A project: its tasks, its totals, its uploads.",
+    "events": "Streams of server-sent events.",
+    "operators": "Workers, queues, deliveries, dead letters, totals and alerts.",
+    "health": "Health checks.",
+}
+_PATHS: Final[dict[str, Json]] = {
+    "task_id": {"type": "string", "format": "uuid"},
+    "project_id": {"type": "string", "pattern": PROJECT_PATTERN},
+    "delivery_id": {"type": "string", "minLength": 1},
+}
+_SECURITY: Final = {
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "An API key."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key as a bearer token."},
+    "signed_url": {
+        "type": "apiKey",
+        "in": "query",
+        "name": "signature",
+        "description": "The signature of an `events_url`, which is good for 24 hours. Use the URL exactly as issued.",
+    },
+}
+_DATA: Final[dict[EventType, Struct]] = {
+    **dict.fromkeys(EventType, ProcessingProgress),
+    EventType.RETRYING: Retrying,
+    EventType.PREVIEW: Preview,
+    EventType.GAP: Gap,
+    EventType.GOODBYE: Goodbye,
+}
+"""The data of each event. That of a `snapshot` depends on the stream."""
+_STREAMS: Final[dict[str, Struct]] = {"TaskEvent": Snapshot, "ProjectEvent": ProjectSnapshot}
+_FORMATS: Final[dict[Any, str]] = {datetime: "date-time", TaskId: "uuid"}
+_REQUESTS: Final[tuple[Struct, ...]] = (SubmitRequest, Deadline, params.Params)
+_SPARSE: Final[tuple[Struct, ...]] = (ErrorAnswer, Webhook, ProcessingProgress, Gap, Goodbye)
+"""Answers that may lack the fields that have defaults. All others have all their fields."""
+_NOTHING: Final[dict[str, Json]] = {
+    **{name: {"pattern": r"^\s*$"} for name in ("scene_description", "character_description", "text", "prompt")},
+    **{name: {"maxItems": 0} for name in ("storyboard_images", "reference_images")},
+    "style_guide": {"type": "null"},
+}
+"""The fields of task_data of which at least one must say something, each with the schema of saying nothing."""
+_EVEN: Final = "(6[468]|[78][02468]|9[02468]|[1-9][0-9][02468]|[12][0-9]{2}[02468]|3[0-7][0-9][02468]|38[0-3][02468]|3840)"
+_SPOKEN: Final = "|".join("".join(f"[{letter}{letter.upper()}]" for letter in language) for language in sorted(params.LANGUAGES))
+_NO_NUL: Final = r"^[^\x00]*$"
+_PATTERNS: Final = {
+    "resolution": rf"^{_EVEN}x{_EVEN}(?!\n)$",
+    "language": rf"^({_SPOKEN})([-_][^\x00]*)?$",
+    "text": r"^[^\x00]*[^\s\x00][^\x00]*$",
+}
+"""What `movieq.tasks.params` checks by hand, so that an error can say more than a pattern. Other texts have no NUL."""
+_GUIDES: Final = Path(__file__).parents[1] / "web" / "docs"
+_EXAMPLE: Final = re.compile(r"^<!-- (\w+) -->\n```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SUBMITTED: Final = re.compile(r"/tasks/submit .*? -d '(\{.*?\})'", re.DOTALL)
+_ABOUT: Final = (
+    "Times are RFC 3339 in UTC with `Z`; durations are in seconds unless the name of the field says otherwise. An optional field that is "
+    "null counts as absent. Newer versions may add fields to answers, events and webhooks. Every error has the body `ErrorAnswer`."
 )
 
 
@@ -133,69 +265,306 @@ async def openapi(request: Request) -> Response:
 
 
 @cache
-def document(public_url: str) -> dict[str, Any]:
+def document(public_url: str) -> Json:
     """Return the description of the whole API as OpenAPI 3.1."""
-    structs: set[type[msgspec.Struct]] = {ErrorAnswer, ProcessingProgress, ProjectSnapshot, Snapshot, Webhook}
-    structs |= {spec.params for spec in REGISTRY.tasks.values()}
-    structs |= {op.answer for op in OPERATIONS if op.answer} | {op.body for op in OPERATIONS if isinstance(op.body, type)}
-    ordered = sorted(structs, key=lambda struct: struct.__name__)
-    refs, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
-    schemas = dict(zip(ordered, refs, strict=True))
-    paths: dict[str, dict[str, Any]] = {}
-    for op in OPERATIONS:
-        paths.setdefault(f"/api/v1{op.path}", {})[op.method] = _operation(op, schemas)
+    errors = _errors()
+    paths: dict[str, Json] = {}
+    for tag, group in operations().items():
+        for op in group:
+            method, path = op.route.split()
+            paths.setdefault(f"/api/v1{path}", {})[method.lower()] = _operation(op, tag, errors)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "movieq",
             "version": package.__version__,
             "summary": "Storyboards to clips, descriptions to images, lines to voices.",
+            "description": _ABOUT,
+            "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": public_url}],
         "security": [{"key": []}, {"bearer": []}],
+        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
         "paths": paths,
+        "webhooks": {"task_ended": {"post": _webhook()}},
         "components": {
-            "schemas": components,
-            "securitySchemes": {
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-                "bearer": {"type": "http", "scheme": "bearer"},
-            },
+            "schemas": _schemas(errors),
+            "responses": {_error_name(status): _error_response(status, kinds) for status, kinds in errors.items()},
+            "securitySchemes": _SECURITY,
         },
     }
 
 
-def _operation(op: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]]) -> dict[str, Any]:
-    content = {op.answer_type: {"schema": schemas[op.answer]} if op.answer else {}}
-    error = {"content": {"application/json": {"schema": schemas[ErrorAnswer]}}}
-    parameters = [_parameter(name[1:-1], "path", {"type": "string"}) for name in op.path.split("/") if name.startswith("{")]
-    parameters += [_parameter(name, "query", schema) for name, schema in op.query.items()]
-    if op.path == "/tasks/submit":
-        parameters.append(_parameter("Idempotency-Key", "header", {"type": "string", "maxLength": 255}))
-    described: dict[str, Any] = {
+# ── Operations ──
+
+
+def _operation(op: Operation, tag: str, errors: dict[int, list[type[RequestError]]]) -> Json:
+    places = {"path": {name: _PATHS[name] for name in re.findall(r"\{(\w+)\}", op.route)}, "query": op.query, "header": op.headers}
+    statuses = {400, 414, 431, 500, *op.errors}
+    statuses |= {401, 403, 503} if op.scope else set()
+    statuses |= {404} if places["path"] else set()
+    statuses |= {413} if op.body else set()
+    described: Json = {
+        "tags": [tag],
         "summary": op.summary,
-        "operationId": f"{op.method}_{op.path.strip('/').replace('/', '_').replace('{', '').replace('}', '').replace('-', '_')}",
-        "parameters": parameters,
+        "description": op.description,
+        "operationId": op.name,
+        "parameters": [_parameter(name, place, schema) for place, found in places.items() for name, schema in found.items()],
         "responses": {
-            str(op.status): {"description": op.summary, "content": content},
-            **{str(status): {"description": "An error", **error} for status in op.errors},
-            **{
-                str(status): {
-                    "description": op.summary,
-                    **({"content": {"application/json": {"schema": schemas[struct]}}} if struct else {}),
-                }
-                for status, struct in op.also.items()
-            },
+            **_responses(op),
+            **{str(status): {"$ref": f"#/components/responses/{_error_name(status)}"} for status in errors if status in statuses},
         },
+        "security": [{each: [op.scope]} for each in _SECURITY if each != "signed_url" or op.events] if op.scope else [],
     }
-    if op.body is not None:
-        body = {op.body: {}} if isinstance(op.body, str) else {"application/json": {"schema": schemas[op.body]}}
-        described["requestBody"] = {"required": True, "content": body}
-    if op.path.startswith("/health"):
-        described["security"] = []
-    if "signature" in op.query:
-        described["security"] = [{"key": []}, {"bearer": []}, {}]
+    if isinstance(op.body, str):
+        described["requestBody"] = {"required": True, "content": {op.body: {"schema": {"type": "string", "format": "binary"}}}}
+    elif op.body is not None:
+        described["requestBody"] = {"required": True, "content": _json(op.body)}
     return described
 
 
-def _parameter(name: str, place: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": place, "required": place == "path", "schema": schema}
+def _responses(op: Operation) -> Json:
+    done: Json = {"description": op.summary}
+    if op.answer is not None:
+        done["content"] = _json(op.answer)
+    if op.body is SubmitRequest:
+        done["headers"] = {
+            "Location": {"schema": {"type": "string"}, "description": "The `status_url`."},
+            "Idempotent-Replayed": {"schema": {"type": "string"}, "description": "`true` if the task had been submitted before."},
+        }
+    if op.events:
+        # generators take the stream for one text, schemathesis for a sequence of objects, as OpenAPI 3.2 will
+        done["content"] = {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, _ref(op.events)]}}}
+        return {"200": done, "204": {"description": "The client has all events of the task"}} if op.events == "TaskEvent" else {"200": done}
+    unhealthy = {"503": {"description": "Something does not work", "content": _json(op.unhealthy)}} if op.unhealthy else {}
+    return {str(op.status): done, **unhealthy}
+
+
+def _webhook() -> Json:
+    headers = {
+        "webhook-id": "Id of the delivery, the same in each repeat.",
+        "webhook-timestamp": "Unix time of this try, in seconds.",
+        "webhook-signature": "Signatures as in Standard Webhooks: one `v1,` part for each secret. Absent without `MOVIEQ_WEBHOOK_SECRET`.",
+        "X-Webhook-Signature": "The hex HMAC-SHA256 of the raw body, keyed with the text of the first secret. Absent without a secret.",
+    }
+    return {
+        "tags": ["tasks"],
+        "summary": "A task has ended",
+        "description": "Sent to the `callback_url` of a submit when the task completes, fails or is cancelled, and if its result gains a "
+        "`payload_media_id` later. Any of them may be sent more than once.",
+        "operationId": "task_ended",
+        "security": [],
+        "parameters": [{**_parameter(name, "header", {"type": "string"}), "description": text} for name, text in headers.items()],
+        "requestBody": {"required": True, "content": _json(Webhook)},
+        "responses": {
+            "2XX": {"description": "Received. Any other answer is tried again, ten times in a day and a half"},
+            "410": {"description": "Refused for good: it is not tried again"},
+        },
+    }
+
+
+def _parameter(name: str, place: str, schema: Json) -> Json:
+    found: Json = {"name": name, "in": place, "required": place == "path", "schema": schema}
+    if "description" in schema:
+        found["description"] = schema["description"]
+        found["schema"] = {key: value for key, value in schema.items() if key != "description"}
+    return found
+
+
+def _json(struct: Struct) -> Json:
+    return {"application/json": {"schema": _ref(struct.__name__)}}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+# ── Errors ──
+
+
+def _errors() -> dict[int, list[type[RequestError]]]:
+    """Return the classes of the errors of operations by their status."""
+    found: dict[int, list[type[RequestError]]] = {}
+    for kind in _subclasses(RequestError):
+        if kind not in (MethodNotAllowed, RangeRefused):  # no operation answers these
+            found.setdefault(kind.status, []).append(kind)
+    return dict(sorted(found.items()))
+
+
+def _subclasses(kind: type[RequestError]) -> Iterator[type[RequestError]]:
+    for each in kind.__subclasses__():
+        if each.__module__ == RequestError.__module__:  # else a client's own
+            yield each
+            yield from _subclasses(each)
+
+
+def _error_name(status: int) -> str:
+    return f"Error{status}"
+
+
+def _error_response(status: int, kinds: list[type[RequestError]]) -> Json:
+    described: Json = {
+        "description": " ".join(f"`{kind.code}`: {kind.__doc__}" for kind in kinds),
+        "content": {"application/json": {"schema": _ref(_error_name(status))}},
+    }
+    if status in (429, 503):
+        described["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before the next try."}}
+    return described
+
+
+# ── Schemas ──
+
+
+def _schemas(errors: dict[int, list[type[RequestError]]]) -> dict[str, Json]:
+    """Return the schemas of all Structs, of a submit for each task type, of the events and of the errors."""
+    roots: set[Struct] = {SubmitRequest, ErrorAnswer, Webhook, *_DATA.values(), *_STREAMS.values()}
+    roots |= {spec.params for spec in REGISTRY.tasks.values()}
+    roots |= {op.answer for group in operations().values() for op in group if op.answer}
+    ordered = sorted(roots, key=lambda struct: struct.__name__)
+    _, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
+    for struct in _reached(ordered):
+        _finish(struct, components[struct.__name__])
+    for each in components.values():
+        each["description"] = inspect.cleandoc(each["description"])
+        if "enum" in each:
+            each["type"] = "string"
+        _tidy(each)
+    examples = _examples()
+    for name in examples.keys() & components.keys():
+        components[name]["examples"] = examples[name]
+    submit = components["SubmitRequest"]
+    variants = {task_type: f"Submit{task_type.title().replace('_', '')}" for task_type in REGISTRY.tasks}
+    for task_type, spec in REGISTRY.tasks.items():
+        fields = {**submit["properties"], "task_type": {"type": "string", "const": task_type}, "task_data": _ref(spec.params.__name__)}
+        shown = [each for each in examples["SubmitRequest"] if each["task_type"] == task_type]
+        about = f"{spec.description[:1].upper()}{spec.description[1:]}"
+        named = {**submit, "title": variants[task_type], "description": about, "properties": fields, "examples": shown}
+        components[variants[task_type]] = named
+    components["SubmitRequest"] = {
+        "title": "SubmitRequest",
+        "description": submit["description"],
+        "oneOf": [_ref(name) for name in variants.values()],
+        "discriminator": {"propertyName": "task_type", "mapping": {key: _ref(name)["$ref"] for key, name in variants.items()}},
+        "examples": examples["SubmitRequest"],
+    }
+    for status, kinds in errors.items():
+        codes = {"type": "string", "enum": sorted({kind.code for kind in kinds})}
+        base = components["ErrorAnswer"]
+        components[_error_name(status)] = {**base, "title": _error_name(status), "properties": {**base["properties"], "error": codes}}
+    return dict(sorted({**components, **{name: _stream(name) for name in _STREAMS}}.items()))
+
+
+def _stream(name: str) -> Json:
+    """Return the schema of an event of a stream as it is sent."""
+    kinds: dict[str, list[EventType]] = {}
+    for kind, struct in {**_DATA, EventType.SNAPSHOT: _STREAMS[name]}.items():
+        kinds.setdefault(struct.__name__, []).append(kind)
+    data = {struct: {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(struct)} for struct in kinds}
+    found = "; ".join(f"{', '.join(f'`{each}`' for each in kinds[struct])}: `{struct}`" for struct in kinds)
+    return {
+        "title": name,
+        "description": f"A server-sent event. Its `data` is JSON, whose schema depends on `event`. {found}.",
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"event": {"type": "string", "enum": each}, "id": {"type": "string"}, "data": data[struct]},
+                "required": ["event", "data"],
+            }
+            for struct, each in kinds.items()
+        ],
+    }
+
+
+def _reached(structs: Iterable[Struct]) -> set[Struct]:
+    """Return the Structs and those that their fields hold, at any depth."""
+    found: set[Struct] = set()
+    left = [*structs]
+    while left:
+        struct = left.pop()
+        if struct not in found:
+            found.add(struct)
+            left += [part for field in msgspec.structs.fields(struct) for part in _parts(field.type) if _is_struct(part)]
+    return found
+
+
+def _is_struct(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, msgspec.Struct)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield the type and all types inside it."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
+
+
+def _finish(struct: Struct, schema: Json) -> None:
+    """Complete the schema of a Struct: formats, which fields are optional, and for parameters what no single field says."""
+    fields = schema["properties"]
+    for field in msgspec.structs.fields(struct):
+        name, parts = field.encode_name, {part for part in _parts(field.type) if getattr(part, "__hash__", None)}
+        for kind, text in _FORMATS.items():
+            if kind in parts:
+                for each in fields[name].get("anyOf", [fields[name]]):
+                    if each.get("type") == "string":
+                        each["format"] = text
+        if struct.__module__ == params.__name__:
+            _restrict(fields[name], _PATTERNS.get(name))
+        fields[name] = _optional(fields[name]) if issubclass(struct, _REQUESTS) and not field.required else fields[name]
+        fields[name].pop("default", None)
+    if not issubclass(struct, (*_REQUESTS, *_SPARSE)):
+        schema["required"] = [*fields]
+    if issubclass(struct, params.Params):
+        schema["additionalProperties"] = True
+        if struct.__module__ == params.__name__:  # a plug-in's may have other rules
+            schema["not"] = {"properties": {name: nothing for name, nothing in _NOTHING.items() if name in fields}}
+
+
+def _restrict(schema: Any, pattern: str | None) -> None:
+    """Give the texts in a schema a pattern, by default one without NUL."""
+    if isinstance(schema, list):
+        for inner in schema:
+            _restrict(inner, pattern)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "string" and (pattern or not {"pattern", "enum"} & schema.keys()):
+            schema["pattern"] = pattern or _NO_NUL
+        for name in {"anyOf", "items"} & schema.keys():
+            _restrict(schema[name], pattern)
+
+
+def _optional(schema: Json) -> Json:
+    """Return the schema of a field that may be null, with its default inside."""
+    default = schema.pop("default", None)
+    description = {"description": schema.pop("description")} if "description" in schema else {}
+    kinds = schema.get("anyOf", [schema])
+    if default:
+        kinds[0] = {**kinds[0], "default": default}
+    return {**description, "anyOf": [*kinds, *([] if {"type": "null"} in kinds else [{"type": "null"}])]}
+
+
+def _tidy(schema: Any) -> None:
+    """Let objects without properties have any, and write a value that may be null as one type of two, at any depth."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
+            schema["additionalProperties"] = True
+        match schema.get("anyOf"):
+            case [{"type": str(kind), **rest}, {"type": "null"}] if not {"enum", "default"} & rest.keys():
+                del schema["anyOf"]
+                schema |= {**rest, "type": [kind, "null"]}
+        for inner in schema.values():
+            _tidy(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _tidy(inner)
+
+
+@cache
+def _examples() -> dict[str, list[Json]]:
+    """Return schema -> the examples in the guides: JSON below the name of its schema, and the requests of the first steps."""
+    found: dict[str, list[Json]] = {}
+    for page in sorted(_GUIDES.glob("*.md")):
+        for name, example in _EXAMPLE.findall(page.read_text("utf-8")):
+            found.setdefault(name, []).append(json.loads(example))
+    first = (_GUIDES / "getting-started.md").read_text("utf-8")
+    found["SubmitRequest"] += [json.loads(body) for body in _SUBMITTED.findall(first)]
+    return found

@@ -60,6 +60,11 @@ Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$", descrip
 Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
 
 
+def _first(*texts: str | None) -> str:
+    """Return the first text with a visible character; empty if there is none."""
+    return next((text for text in texts if text and text.strip()), "")
+
+
 class Params(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that every task type has."""
 
@@ -100,7 +105,7 @@ class VideoParams(Params, frozen=True, kw_only=True):
 
     @property
     def description(self) -> str:
-        return self.scene_description or self.prompt or ""
+        return _first(self.scene_description, self.prompt)
 
     @property
     def references(self) -> list[str]:
@@ -120,7 +125,7 @@ class ImageParams(Params, frozen=True, kw_only=True):
 
     @property
     def description(self) -> str:
-        return self.character_description or self.prompt or ""
+        return _first(self.character_description, self.prompt)
 
     @property
     def references(self) -> list[str]:
@@ -162,7 +167,7 @@ class AnimationParams(Params, frozen=True, kw_only=True):
 
     @property
     def description(self) -> str:
-        return self.character_description or self.prompt or ""
+        return _first(self.character_description, self.prompt)
 
     @property
     def references(self) -> list[str]:

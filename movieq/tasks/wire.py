@@ -10,13 +10,15 @@ import msgspec
 from msgspec import Meta
 
 from movieq.errors import RequestError
-from movieq.tasks.entities import DeadLetter, Project, TaskQueue, WorkerStatus
+from movieq.tasks.entities import DeadLetter, ProcessingProgress, Project, TaskQueue, WorkerStatus
 from movieq.tasks.results import Result
-from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus, TaskType
+from movieq.tasks.states import EventType, Kind, ProjectId, TaskId, TaskStatus, TaskType
 
 EVENTS_URL_S: Final = 24 * 3600
 
 
+URL_PATTERN: Final = r"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\\\x00-\x20\x7f]+([/?#][^\\\x00-\x1f\x7f]*)?$"
+"""What a JSON Schema says of a url that may be called; `movieq.fetch.guard` decides."""
 PROJECT_PATTERN: Final = r"^[a-zA-Z0-9_-]{1,100}(?!\n)$"  # Python's $ also matches before a last line break
 PROJECT_RULE: Final = "1 to 100 ASCII letters, digits, hyphens or underscores"
 
@@ -35,7 +37,7 @@ class SubmitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task_type: Annotated[str, Meta(description="the name of a task type, such as generate_video")]
     task_data: dict[str, Any]
     priority: Annotated[int, Meta(ge=1, le=3)] | None = None
-    callback_url: Annotated[str, Meta(max_length=2048)] | None = None
+    callback_url: Annotated[str, Meta(max_length=2048, extra_json_schema={"pattern": URL_PATTERN})] | None = None
     metadata: dict[str, Any] | None = None
     deadline: Deadline | None = None
 
@@ -314,10 +316,44 @@ class ErrorAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     errors: list[FieldError] = []
 
 
+class Retrying(ProcessingProgress, frozen=True, kw_only=True):
+    """The data of `retrying`: a run failed, and the task will run again after `retry_in` seconds."""
+
+    retry_in: float
+
+
+class Preview(msgspec.Struct, frozen=True, kw_only=True):
+    """The data of `preview`: a small picture of the run in progress, as a data URL."""
+
+    task_id: TaskId
+    project_id: ProjectId
+    type: EventType
+    time: datetime
+    attempt: int
+    image: str
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """The data of `gap`: the log was trimmed, and the events between `after` and `first` are lost. A snapshot follows."""
+
+    task_id: TaskId | None = None
+    project_id: ProjectId | None = None
+    after: str | None = None
+    first: str | None = None
+    last: str | None = None
+
+
+class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
+    """The data of `goodbye`: the server is stopping. Open the stream again, after the last id."""
+
+    task_id: TaskId | None = None
+    project_id: ProjectId | None = None
+
+
 class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The body of a webhook. `taskId`, `event`, `data`, `scene_id` and `video_url` repeat fields for older receivers."""
 
-    type: str
+    type: Annotated[str, Meta(description="task.completed, task.failed, task.cancelled or task.updated; newer versions may have others")]
     timestamp: datetime
     task_id: TaskId
     project_id: ProjectId
