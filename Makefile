@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 # no torch, no Node, at most 45 seconds on two cores
 QUICK := tests/unit $(patsubst %,tests/contract/test_%.py,deliveries health_workers openapi queues status_cancel_retry submit uploads) \
   $(patsubst %,tests/integration/test_%.py,lanes order)
-PACKAGE_JSONS := tests/browser/node/package.json tests/payload/package.json \
+PACKAGE_JSONS := tests/browser/node/package.json tests/openapi/node/package.json tests/payload/package.json \
   deploy/payload/package.json deploy/payload/plugin/package.json deploy/payload/example/package.json
 
 .PHONY: help setup setup-quick setup-test setup-system up demo check fmt quick unit test coverage chaos arq-suite gallery bench bench-animatic bench-queue bench-sweep bench-sse bench-engine bench-gpu bench-deliver bench-abuse constraints clean ci
@@ -47,12 +47,14 @@ $(VENV)/.setup-test: pyproject.toml constraints.txt | $(VENV)/.pip
 	$(PIP) torch==2.13.0
 	$(PIP) --group test --editable '.[speech,gpu,c2pa]'
 	$(BIN)/python -m pip download --quiet --quiet --disable-pip-version-check --no-deps --no-binary arq --dest .cache/arq "arq==$$($(BIN)/python -c 'import arq; print(arq.VERSION)')"
+	$(BIN)/python -m venv $(VENV)/openapi-python-client # its dependencies conflict with those above
+	$(VENV)/openapi-python-client/bin/python -m pip install --quiet --quiet --disable-pip-version-check openapi-python-client==0.29.1
 	touch $@ $(VENV)/.setup $(VENV)/.setup-quick
 
 $(VENV)/.setup-npm: $(PACKAGE_JSONS) | $(VENV)/.pip
 	if node -e 'process.exit(Number(parseInt(process.versions.node) < 20))' 2>/dev/null && command -v npm >/dev/null; then \
 	  echo "Installing npm packages ..." && \
-	  for folder in tests/browser/node tests/payload deploy/payload; do \
+	  for folder in tests/browser/node tests/openapi/node tests/payload deploy/payload; do \
 	    npm install --prefix $$folder --ignore-scripts --no-package-lock --no-audit --no-fund --silent || exit; \
 	  done && touch $@; \
 	else \

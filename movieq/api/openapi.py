@@ -543,12 +543,14 @@ def _optional(schema: Json) -> Json:
 
 
 def _tidy(schema: Any) -> None:
-    """Let objects without properties have any, and write a value that may be null as one type of two, at any depth."""
+    """Let objects without properties have any, and write a simple value that may be null with a list of types, at any depth."""
     if isinstance(schema, dict):
         if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
             schema["additionalProperties"] = True
         match schema.get("anyOf"):
-            case [{"type": str(kind), **rest}, {"type": "null"}] if not {"enum", "default"} & rest.keys():
+            case [{"type": "string" | "integer" | "number" | "boolean" as kind, **rest}, {"type": "null"}] if (
+                not {"enum", "default"} & rest.keys()
+            ):
                 del schema["anyOf"]
                 schema |= {**rest, "type": [kind, "null"]}
         for inner in schema.values():

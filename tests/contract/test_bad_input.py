@@ -16,7 +16,7 @@ from movieq.queue.queries import Queries
 from movieq.queue.store import Store
 from movieq.settings import Settings
 from tests.arrange import claim
-from tests.contract.client import ALL, BODY, Answer, Client
+from tests.contract.client import ALL, BODY, UNKNOWN, Answer, Client
 from tests.contract.conftest import Tasks, served
 from workers.protocol import Run
 
@@ -447,7 +447,9 @@ async def test_without_a_content_type_json_is_meant(api: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "task_id", ["x", "%00", "%ff", "123e4567e89b12d3a456426614174000", "123e4567-e89b-12d3-a456-42661417400g", "a" * 3000, "%0A"], ids=short
+    "task_id",
+    ["x", "%00", "%ff", "123e4567e89b12d3a456426614174000", "123e4567-e89b-12d3-a456-42661417400g", "a" * 3000, "%0A", f"{UNKNOWN}%0A"],
+    ids=short,
 )
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "status"), ("GET", "events"), ("DELETE", "cancel"), ("POST", "cancel"), ("POST", "retry")], ids=short

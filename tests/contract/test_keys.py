@@ -158,6 +158,9 @@ async def test_an_unknown_route_is_a_404_with_or_without_a_key(api: Client, path
     [
         ("GET", "/api/v1/tasks/submit", {"POST"}),
         ("PUT", "/api/v1/tasks/submit", {"POST"}),
+        ("DELETE", "/api/v1/tasks/submit", {"POST"}),
+        ("DELETE", "/api/v1/tasks/metrics", {"GET", "HEAD"}),
+        ("DELETE", "/api/v1/tasks/health", {"GET", "HEAD"}),
         ("POST", TASK + "/status", {"GET", "HEAD"}),
         ("GET", TASK + "/cancel", {"DELETE", "POST"}),
         ("DELETE", TASK + "/retry", {"POST"}),
