@@ -202,7 +202,7 @@ class Internal(RequestError):
 
 
 class Unavailable(RequestError):
-    """Redis is unavailable."""
+    """Redis or the storage is unavailable."""
 
     code, status, retryable = "unavailable", 503, True
 

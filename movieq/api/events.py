@@ -53,7 +53,7 @@ _HEADERS: Final = [
 
 
 class TaskEvents:
-    """`GET /tasks/{task_id}/events`: stream a task's events. Needs an API key or the signature of an `events_url` (from any origin)."""
+    """`GET /tasks/{task_id}/events`: stream a task's events until it ends. Answer 204 if the client has them all."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the stream. Raises RequestError before anything is sent."""

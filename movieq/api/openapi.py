@@ -1,20 +1,16 @@
-"""The OpenAPI description of the API, generated from the Structs that it decodes and encodes, the handlers, the errors and the guides.
+"""The OpenAPI description of the API: its operations, their errors, and the webhook. `movieq.api.schemas` has the schemas of the bodies.
 
-It is written for code generators: a schema says as much as JSON Schema can, but optional fields have no `default` beside their schema,
-since generators take such a field for one that is always present. What differs from one installation to another, such as the models,
-is in `GET /task-types` instead: a generated client fits all of them.
+The handlers describe the operations, the errors themselves. What differs from one installation to another, such as the models, is in
+`GET /task-types` instead, so that a generated client fits all of them.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
 from functools import cache
-from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import msgspec
 from starlette.requests import Request
@@ -22,34 +18,25 @@ from starlette.responses import Response
 
 import movieq as package
 from movieq.api import deliveries, events, health, projects, queues, tasks, workers
+from movieq.api.schemas import Json, Struct, ref, schemas
 from movieq.api.state import answered, api
 from movieq.errors import MethodNotAllowed, RangeRefused, RequestError
 from movieq.settings import Scope
-from movieq.tasks import params
-from movieq.tasks.entities import ProcessingProgress
 from movieq.tasks.registry import REGISTRY
-from movieq.tasks.states import STATES, EventType, TaskId
+from movieq.tasks.states import STATES
 from movieq.tasks.wire import (
     PROJECT_PATTERN,
     CancelAnswer,
     DeadLettersAnswer,
-    Deadline,
     DeliveriesAnswer,
     DeliveryAnswer,
-    ErrorAnswer,
-    Gap,
-    Goodbye,
     HealthAnswer,
     LiveAnswer,
     MetricsAnswer,
-    Preview,
-    ProjectSnapshot,
     ProjectState,
     QueuesAnswer,
     ReadyAnswer,
     Receipt,
-    Retrying,
-    Snapshot,
     SubmitRequest,
     TaskPage,
     TasksHealthAnswer,
@@ -59,9 +46,6 @@ from movieq.tasks.wire import (
     Webhook,
     WorkersAnswer,
 )
-
-Struct = type[msgspec.Struct]
-Json = dict[str, Any]
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -90,7 +74,8 @@ class Operation(msgspec.Struct, frozen=True):
     def description(self) -> str:
         """Return what the operation does and which key it needs."""
         text = inspect.cleandoc(self.handler.__doc__ or "").partition(": ")[2]
-        return f"{text[0].upper()}{text[1:]}" + (f" Needs a key with the scope `{self.scope}`." if self.scope else "")
+        signed = ", or the signature of an `events_url`" if self.events else ""
+        return f"{text[0].upper()}{text[1:]}" + (f" Needs a key with the scope `{self.scope}`{signed}." if self.scope else "")
 
 
 def _whole(least: int, most: int, default: int, description: str) -> Json:
@@ -222,37 +207,6 @@ _SECURITY: Final = {
         "description": "The signature of an `events_url`, which is good for 24 hours. Use the URL exactly as issued.",
     },
 }
-_DATA: Final[dict[EventType, Struct]] = {
-    **dict.fromkeys(EventType, ProcessingProgress),
-    EventType.RETRYING: Retrying,
-    EventType.PREVIEW: Preview,
-    EventType.GAP: Gap,
-    EventType.GOODBYE: Goodbye,
-}
-"""The data of each event. That of a `snapshot` depends on the stream."""
-_STREAMS: Final[dict[str, Struct]] = {"TaskEvent": Snapshot, "ProjectEvent": ProjectSnapshot}
-_FORMATS: Final[dict[Any, str]] = {datetime: "date-time", TaskId: "uuid"}
-_REQUESTS: Final[tuple[Struct, ...]] = (SubmitRequest, Deadline, params.Params)
-_SPARSE: Final[tuple[Struct, ...]] = (ErrorAnswer, Webhook, ProcessingProgress, Gap, Goodbye)
-"""Answers that may lack the fields that have defaults. All others have all their fields."""
-_NOTHING: Final[dict[str, Json]] = {
-    **{name: {"pattern": r"^\s*$"} for name in ("scene_description", "character_description", "text", "prompt")},
-    **{name: {"maxItems": 0} for name in ("storyboard_images", "reference_images")},
-    "style_guide": {"type": "null"},
-}
-"""The fields of task_data of which at least one must say something, each with the schema of saying nothing."""
-_EVEN: Final = "(6[468]|[78][02468]|9[02468]|[1-9][0-9][02468]|[12][0-9]{2}[02468]|3[0-7][0-9][02468]|38[0-3][02468]|3840)"
-_SPOKEN: Final = "|".join("".join(f"[{letter}{letter.upper()}]" for letter in language) for language in sorted(params.LANGUAGES))
-_NO_NUL: Final = r"^[^\x00]*$"
-_PATTERNS: Final = {
-    "resolution": rf"^{_EVEN}x{_EVEN}(?!\n)$",
-    "language": rf"^({_SPOKEN})([-_][^\x00]*)?$",
-    "text": r"^[^\x00]*[^\s\x00][^\x00]*$",
-}
-"""What `movieq.tasks.params` checks by hand, so that an error can say more than a pattern. Other texts have no NUL."""
-_GUIDES: Final = Path(__file__).parents[1] / "web" / "docs"
-_EXAMPLE: Final = re.compile(r"^<!-- (\w+) -->\n```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SUBMITTED: Final = re.compile(r"/tasks/submit .*? -d '(\{.*?\})'", re.DOTALL)
 _ABOUT: Final = (
     "Times are RFC 3339 in UTC with `Z`; durations are in seconds unless the name of the field says otherwise. An optional field that is "
     "null counts as absent. Newer versions may add fields to answers, events and webhooks. Every error has the body `ErrorAnswer`."
@@ -268,6 +222,7 @@ async def openapi(request: Request) -> Response:
 def document(public_url: str) -> Json:
     """Return the description of the whole API as OpenAPI 3.1."""
     errors = _errors()
+    answers = {op.answer for group in operations().values() for op in group if op.answer}
     paths: dict[str, Json] = {}
     for tag, group in operations().items():
         for op in group:
@@ -288,7 +243,7 @@ def document(public_url: str) -> Json:
         "paths": paths,
         "webhooks": {"task_ended": {"post": _webhook()}},
         "components": {
-            "schemas": _schemas(errors),
+            "schemas": schemas(answers, {_error_name(status): {kind.code for kind in kinds} for status, kinds in errors.items()}),
             "responses": {_error_name(status): _error_response(status, kinds) for status, kinds in errors.items()},
             "securitySchemes": _SECURITY,
         },
@@ -334,7 +289,7 @@ def _responses(op: Operation) -> Json:
         }
     if op.events:
         # generators take the stream for one text, schemathesis for a sequence of objects, as OpenAPI 3.2 will
-        done["content"] = {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, _ref(op.events)]}}}
+        done["content"] = {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, ref(op.events)]}}}
         return {"200": done, "204": {"description": "The client has all events of the task"}} if op.events == "TaskEvent" else {"200": done}
     unhealthy = {"503": {"description": "Something does not work", "content": _json(op.unhealthy)}} if op.unhealthy else {}
     return {str(op.status): done, **unhealthy}
@@ -372,11 +327,7 @@ def _parameter(name: str, place: str, schema: Json) -> Json:
 
 
 def _json(struct: Struct) -> Json:
-    return {"application/json": {"schema": _ref(struct.__name__)}}
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
+    return {"application/json": {"schema": ref(struct.__name__)}}
 
 
 # ── Errors ──
@@ -405,168 +356,8 @@ def _error_name(status: int) -> str:
 def _error_response(status: int, kinds: list[type[RequestError]]) -> Json:
     described: Json = {
         "description": " ".join(f"`{kind.code}`: {kind.__doc__}" for kind in kinds),
-        "content": {"application/json": {"schema": _ref(_error_name(status))}},
+        "content": {"application/json": {"schema": ref(_error_name(status))}},
     }
     if status in (429, 503):
         described["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before the next try."}}
     return described
-
-
-# ── Schemas ──
-
-
-def _schemas(errors: dict[int, list[type[RequestError]]]) -> dict[str, Json]:
-    """Return the schemas of all Structs, of a submit for each task type, of the events and of the errors."""
-    roots: set[Struct] = {SubmitRequest, ErrorAnswer, Webhook, *_DATA.values(), *_STREAMS.values()}
-    roots |= {spec.params for spec in REGISTRY.tasks.values()}
-    roots |= {op.answer for group in operations().values() for op in group if op.answer}
-    ordered = sorted(roots, key=lambda struct: struct.__name__)
-    _, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
-    for struct in _reached(ordered):
-        _finish(struct, components[struct.__name__])
-    for each in components.values():
-        each["description"] = inspect.cleandoc(each["description"])
-        if "enum" in each:
-            each["type"] = "string"
-        _tidy(each)
-    examples = _examples()
-    for name in examples.keys() & components.keys():
-        components[name]["examples"] = examples[name]
-    submit = components["SubmitRequest"]
-    variants = {task_type: f"Submit{task_type.title().replace('_', '')}" for task_type in REGISTRY.tasks}
-    for task_type, spec in REGISTRY.tasks.items():
-        fields = {**submit["properties"], "task_type": {"type": "string", "const": task_type}, "task_data": _ref(spec.params.__name__)}
-        shown = [each for each in examples["SubmitRequest"] if each["task_type"] == task_type]
-        about = f"{spec.description[:1].upper()}{spec.description[1:]}"
-        named = {**submit, "title": variants[task_type], "description": about, "properties": fields, "examples": shown}
-        components[variants[task_type]] = named
-    components["SubmitRequest"] = {
-        "title": "SubmitRequest",
-        "description": submit["description"],
-        "oneOf": [_ref(name) for name in variants.values()],
-        "discriminator": {"propertyName": "task_type", "mapping": {key: _ref(name)["$ref"] for key, name in variants.items()}},
-        "examples": examples["SubmitRequest"],
-    }
-    for status, kinds in errors.items():
-        codes = {"type": "string", "enum": sorted({kind.code for kind in kinds})}
-        base = components["ErrorAnswer"]
-        components[_error_name(status)] = {**base, "title": _error_name(status), "properties": {**base["properties"], "error": codes}}
-    return dict(sorted({**components, **{name: _stream(name) for name in _STREAMS}}.items()))
-
-
-def _stream(name: str) -> Json:
-    """Return the schema of an event of a stream as it is sent."""
-    kinds: dict[str, list[EventType]] = {}
-    for kind, struct in {**_DATA, EventType.SNAPSHOT: _STREAMS[name]}.items():
-        kinds.setdefault(struct.__name__, []).append(kind)
-    data = {struct: {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(struct)} for struct in kinds}
-    found = "; ".join(f"{', '.join(f'`{each}`' for each in kinds[struct])}: `{struct}`" for struct in kinds)
-    return {
-        "title": name,
-        "description": f"A server-sent event. Its `data` is JSON, whose schema depends on `event`. {found}.",
-        "oneOf": [
-            {
-                "type": "object",
-                "properties": {"event": {"type": "string", "enum": each}, "id": {"type": "string"}, "data": data[struct]},
-                "required": ["event", "data"],
-            }
-            for struct, each in kinds.items()
-        ],
-    }
-
-
-def _reached(structs: Iterable[Struct]) -> set[Struct]:
-    """Return the Structs and those that their fields hold, at any depth."""
-    found: set[Struct] = set()
-    left = [*structs]
-    while left:
-        struct = left.pop()
-        if struct not in found:
-            found.add(struct)
-            left += [part for field in msgspec.structs.fields(struct) for part in _parts(field.type) if _is_struct(part)]
-    return found
-
-
-def _is_struct(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, msgspec.Struct)
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield the type and all types inside it."""
-    yield annotation
-    for inner in get_args(annotation):
-        yield from _parts(inner)
-
-
-def _finish(struct: Struct, schema: Json) -> None:
-    """Complete the schema of a Struct: formats, which fields are optional, and for parameters what no single field says."""
-    fields = schema["properties"]
-    for field in msgspec.structs.fields(struct):
-        name, parts = field.encode_name, {part for part in _parts(field.type) if getattr(part, "__hash__", None)}
-        for kind, text in _FORMATS.items():
-            if kind in parts:
-                for each in fields[name].get("anyOf", [fields[name]]):
-                    if each.get("type") == "string":
-                        each["format"] = text
-        if struct.__module__ == params.__name__:
-            _restrict(fields[name], _PATTERNS.get(name))
-        fields[name] = _optional(fields[name]) if issubclass(struct, _REQUESTS) and not field.required else fields[name]
-        fields[name].pop("default", None)
-    if not issubclass(struct, (*_REQUESTS, *_SPARSE)):
-        schema["required"] = [*fields]
-    if issubclass(struct, params.Params):
-        schema["additionalProperties"] = True
-        if struct.__module__ == params.__name__:  # a plug-in's may have other rules
-            schema["not"] = {"properties": {name: nothing for name, nothing in _NOTHING.items() if name in fields}}
-
-
-def _restrict(schema: Any, pattern: str | None) -> None:
-    """Give the texts in a schema a pattern, by default one without NUL."""
-    if isinstance(schema, list):
-        for inner in schema:
-            _restrict(inner, pattern)
-    elif isinstance(schema, dict):
-        if schema.get("type") == "string" and (pattern or not {"pattern", "enum"} & schema.keys()):
-            schema["pattern"] = pattern or _NO_NUL
-        for name in {"anyOf", "items"} & schema.keys():
-            _restrict(schema[name], pattern)
-
-
-def _optional(schema: Json) -> Json:
-    """Return the schema of a field that may be null, with its default inside."""
-    default = schema.pop("default", None)
-    description = {"description": schema.pop("description")} if "description" in schema else {}
-    kinds = schema.get("anyOf", [schema])
-    if default:
-        kinds[0] = {**kinds[0], "default": default}
-    return {**description, "anyOf": [*kinds, *([] if {"type": "null"} in kinds else [{"type": "null"}])]}
-
-
-def _tidy(schema: Any) -> None:
-    """Let objects without properties have any, and write a simple value that may be null with a list of types, at any depth."""
-    if isinstance(schema, dict):
-        if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
-            schema["additionalProperties"] = True
-        match schema.get("anyOf"):
-            case [{"type": "string" | "integer" | "number" | "boolean" as kind, **rest}, {"type": "null"}] if (
-                not {"enum", "default"} & rest.keys()
-            ):
-                del schema["anyOf"]
-                schema |= {**rest, "type": [kind, "null"]}
-        for inner in schema.values():
-            _tidy(inner)
-    elif isinstance(schema, list):
-        for inner in schema:
-            _tidy(inner)
-
-
-@cache
-def _examples() -> dict[str, list[Json]]:
-    """Return schema -> the examples in the guides: JSON below the name of its schema, and the requests of the first steps."""
-    found: dict[str, list[Json]] = {}
-    for page in sorted(_GUIDES.glob("*.md")):
-        for name, example in _EXAMPLE.findall(page.read_text("utf-8")):
-            found.setdefault(name, []).append(json.loads(example))
-    first = (_GUIDES / "getting-started.md").read_text("utf-8")
-    found["SubmitRequest"] += [json.loads(body) for body in _SUBMITTED.findall(first)]
-    return found

@@ -32,7 +32,7 @@ PAGES: Final = 1_000_000
 
 
 async def project(request: Request) -> Response:
-    """`GET /projects/{project_id}`: return a project."""
+    """`GET /projects/{project_id}`: return a project with the number of its tasks in each state."""
     project_id, who = await project_of(request, Scope.READ)
     only_query(request)
     movieq = api(request)

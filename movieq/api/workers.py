@@ -16,7 +16,7 @@ from movieq.tasks.wire import WorkersAnswer
 
 
 async def status(request: Request) -> Response:
-    """`GET /workers/status`: list the workers."""
+    """`GET /workers/status`: list the engine processes of all workers."""
     queries = api(request).queries
     who = await caller(request, Scope.READ)
     only_query(request)

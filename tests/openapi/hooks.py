@@ -64,4 +64,4 @@ def valid_requests_are_accepted(ctx: Any, response: Any, case: Any) -> bool | No
         answer = response.json()
         if answer["error"] in STATES or UNSAYABLE.match(answer["message"]):
             return True
-    return positive_data_acceptance(ctx, response, case)  # type: ignore[no-any-return]
+    return positive_data_acceptance(ctx, response, case)

@@ -95,7 +95,7 @@ def test_openapi_python_client_generates_a_client_without_a_warning_which_submit
         missing("openapi-python-client (run make test)")
     assert "warning" not in generated(folder, running, PYTHON, "openapi-python-client").lower()
     environment = {**os.environ, "URL": running.url, "KEY": running.key, "PYTHONPATH": str(folder)}
-    command = [PYTHON / "python", "-c", PROGRAM]
+    command: list[str | Path] = [PYTHON / "python", "-c", PROGRAM]
     done = subprocess.run(command, input=readme_request(), cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["queued", "True", "None"]
