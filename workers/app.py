@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
 
 from arq import func
 
@@ -23,7 +22,7 @@ from movieq.queue.records import Able
 from movieq.settings import Settings, variable
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import Kind
-from workers.delivery import HELD_S, DeliveryParts, deliver
+from workers.delivery import DEPOSITS, HELD_S, WEBHOOKS, DeliveryParts, deliver
 from workers.execute import run_task
 from workers.finished import FinishedFiles
 from workers.host import Host
@@ -33,9 +32,6 @@ from workers.running import Parts
 from workers.spool import spool
 from workers.supervisor import Child, ChildUnfit
 from workers.worker import Worker, unending
-
-DELIVERIES: Final = 32
-"""Most deliveries that a worker runs at once."""
 
 log = logs.get()
 
@@ -88,7 +84,8 @@ async def serve(settings: Settings) -> None:
                 ],
                 queue_name=found.redis.default_queue_name,
                 redis_pool=found.redis,
-                max_jobs=DELIVERIES,
+                max_jobs=WEBHOOKS + DEPOSITS,
+                outbox=found.outbox,
                 job_serializer=found.redis.job_serializer,
                 job_deserializer=found.redis.job_deserializer,
                 ctx={

@@ -2,7 +2,8 @@
 
 The script that ends a task writes its deliveries to the outbox. A job turns each of them into a webhook body or a CMS document, with URLs
 signed at the time of sending, and tries until the receiver accepts it: ten times over a day and a half. Delivery is at least once: if a
-worker dies, another takes over its job after half a minute. Even so the CMS ends up with one document for each task: a try looks for a
+worker dies, another takes over its job after half a minute. A host that does not answer gets one webhook at a time as a probe; its others
+wait, at most two days, and are sent when it answers. Even so the CMS ends up with one document for each task: a try looks for a
 document before it creates one. If the answer to a try was lost, the try may have created a second document; a minute later duplicates are
 removed.
 """
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -49,10 +51,12 @@ TURN_S: Final = 30.0
 """Wait of a webhook for an earlier delivery of its task, in seconds. The end of that one makes the webhook due sooner."""
 DOUBT_S: Final = 60.0
 """Time in which a CMS that hung may finish its writes before duplicates are removed, in seconds."""
+WEBHOOKS: Final = 64
+"""Places for webhooks in a worker. A project, and a host, can have half of them; if others deliver too, less."""
 DEPOSITS: Final = 8
-"""Most CMS deliveries that a worker runs at once. The rest of its jobs stay free for webhooks, even while a CMS hangs."""
-BUSY_S: Final = 3.0, 9.0
-"""Shortest and longest wait of a CMS delivery while `DEPOSITS` others run, in seconds."""
+"""Places for CMS deliveries in a worker, apart from those for webhooks."""
+GIVE_UP_S: Final = 2 * 24 * 3600.0
+"""Longest wait of a webhook for its host to answer, in seconds; longer than the schedule of tries."""
 HELD_S: Final = 30.0
 """Time until the job of a worker that died is taken over, in seconds."""
 
@@ -74,7 +78,6 @@ class DeliveryParts(msgspec.Struct, frozen=True):
     secrets: tuple[str, ...]
     spool: Path | None = None
     cms: Payload | None = None
-    deposits: asyncio.Semaphore = msgspec.field(default_factory=lambda: asyncio.Semaphore(DEPOSITS))
 
 
 class _Attempt(msgspec.Struct, frozen=True):
@@ -112,7 +115,7 @@ def wait_s(tries: int) -> float:
 
 
 async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
-    delivery = await parts.outbox.begin(delivery_id)
+    delivery = await parts.outbox.begin(delivery_id, int(HELD_S * 1000))
     if delivery == "wait":
         raise Retry(defer=TURN_S)
     if delivery is None:
@@ -123,13 +126,12 @@ async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
                 await _remove_doubles(parts, delivery_id, delivery)
             return
         match delivery.kind:
+            case DeliveryKind.WEBHOOK if delivery.held_back_ms:
+                tried = _held_back(delivery)
             case DeliveryKind.WEBHOOK:
                 tried = await _send(parts, delivery_id, delivery)
-            case DeliveryKind.PAYLOAD if parts.deposits.locked():
-                raise Retry(defer=random.uniform(*BUSY_S))  # noqa: S311  # spreads load, hides nothing
             case DeliveryKind.PAYLOAD:
-                async with parts.deposits:
-                    tried = await _deposit(parts, delivery_id, delivery)
+                tried = await _deposit(parts, delivery_id, delivery)
             case _:  # a newer version wrote it
                 tried = _Attempt(False, problem=f"this worker cannot deliver to {delivery.kind}: update it")
         await _note(parts, delivery_id, delivery, tried)
@@ -177,7 +179,19 @@ async def _send(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _
     body = msgspec.json.encode(webhook(delivery, parts.storage))
     headers = webhooks.headers(parts.secrets, delivery_id, int(time.time()), body)
     outcome = await webhooks.send(parts.session, delivery.url, body, headers)
+    if outcome.timed_out or outcome.status is not None:
+        wait_ms = await parts.outbox.heard(delivery_id, not outcome.timed_out)
+        if wait_ms:
+            log.warning("host_unresponsive", host=urlsplit(delivery.url).netloc, problem=outcome.problem, again_in_s=wait_ms / 1000)
     return _Attempt(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)
+
+
+def _held_back(delivery: Delivery) -> _Attempt:
+    """Return the outcome of a webhook that has waited too long for its host. Raise Retry if it can still wait."""
+    waited_s = time.time() - max(delivery.at_ms, delivery.resent_at_ms) / 1000
+    if waited_s < GIVE_UP_S:
+        raise Retry(defer=delivery.held_back_ms / 1000 * random.uniform(1, 1 + JITTER))  # noqa: S311  # spreads load, hides nothing
+    return _Attempt(False, final=True, problem="given up: its host did not answer for two days")
 
 
 def webhook(delivery: Delivery, storage: Storage) -> Webhook:

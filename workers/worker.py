@@ -31,6 +31,7 @@ import movieq
 from movieq import logs
 from movieq.errors import RunLost
 from movieq.models import table as models
+from movieq.queue.outbox import Admitted, Outbox
 from movieq.queue.pubsub import Subscriber
 from movieq.queue.queries import Queries
 from movieq.queue.records import Able
@@ -41,6 +42,7 @@ from movieq.tasks.results import utc
 from movieq.tasks.states import Kind, RunToken, TaskId, TaskStatus
 from workers import gpus
 from workers.concurrency import first, set_within
+from workers.delivery import DEPOSITS, WEBHOOKS
 from workers.execute import refuse_task
 from workers.finished import SWEEP_S, FinishedFiles
 from workers.host import Host
@@ -91,6 +93,7 @@ class Worker(ArqWorker):
         weights: Mapping[str, float],
         finished: FinishedFiles | None = None,
         able: Able | None = None,
+        outbox: Outbox | None = None,
         host: Host | None = None,
         retention: Retention | None = None,
         **arq: Any,
@@ -106,6 +109,8 @@ class Worker(ArqWorker):
         self._weights = msgspec.json.encode(weights)
         self._finished = finished
         self._able = able
+        self._outbox = outbox
+        self._in_flight: dict[str, Admitted] = {}
         self._retention = retention
         self._host = host
         self._hostname = socket.gethostname()
@@ -119,6 +124,7 @@ class Worker(ArqWorker):
         self._ready = False
         """Whether one of its engines has served."""
         self._full = False
+        """Whether deliveries wait for a place."""
         self._renew_soon = asyncio.Event()
         """Set after Redis was away or a message may have been missed: leases are renewed at once, before anything is claimed."""
         self._renewed_s = time.monotonic()
@@ -217,33 +223,55 @@ class Worker(ArqWorker):
         return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """Start jobs as arq does, but several at once, and without those that run here already: arq makes four round trips for each.
+        """Start deliveries as arq starts jobs, but those that the outbox admits. Without an outbox, start the jobs as arq does.
 
-        A job whose start failed in Redis is not counted as running. An entry that is not text is dropped.
+        A job that still runs here although its hold has expired is not started twice. An entry that is not text is dropped.
         """
-        due = []
-        for job_id in job_ids:
+        if self._outbox is None:
+            await super().start_jobs(job_ids)
+            return
+        webhooks = sum(each.is_webhook for each in self._in_flight.values())
+        free, free_cms = WEBHOOKS - webhooks, DEPOSITS - (len(self._in_flight) - webhooks)
+        admission = await self._outbox.admit(free, free_cms, self._in_flight.values(), int(self.in_progress_timeout_s * 1000))
+        self._full = admission.left
+        if admission.more:
+            self._wake.set()
+        for each in admission.admitted:
             try:
-                if job_id.decode() not in self.tasks:
-                    due.append(job_id)
+                job_id = each.job.decode()
             except UnicodeDecodeError:
-                await self.pool.zrem(self.queue_name, job_id)
-                log.warning("entries_dropped", entries=[f"deliveries {job_id!r}"], cure="none is needed: it names no delivery")
-        try:
-            while due and (room := self.max_jobs - self.job_counter) > 0:
-                batch, due = due[:room], due[room:]
-                started = await asyncio.gather(*(super(Worker, self).start_jobs([job_id]) for job_id in batch), return_exceptions=True)
-                for error in filter(None, started):
-                    raise error
-            self._full = self.job_counter >= self.max_jobs
-        except BaseException:
-            await asyncio.sleep(0)  # let jobs that ended lower the counter first
-            for _ in range(self.job_counter - sum(not job.done() for job in self.tasks.values())):
-                self._release_sem_dec_counter_on_complete()
-            raise
+                await self.pool.zrem(self.queue_name, each.job)
+                log.warning("entries_dropped", entries=[f"deliveries {each.job!r}"], cure="none is needed: it names no delivery")
+                continue
+            if job_id not in self._in_flight:
+                self._in_flight[job_id] = each
+                self.job_counter += 1
+                await self.sem.acquire()
+                self.tasks[job_id] = self.loop.create_task(self.run_job(job_id, each.score))
+                self.tasks[job_id].add_done_callback(partial(self._delivered, job_id))
+
+    def _delivered(self, job_id: str, _: asyncio.Task[None]) -> None:
+        """Free the place of a delivery."""
+        self._in_flight.pop(job_id, None)
+        self._release_sem_dec_counter_on_complete()
+
+    async def finish_job(
+        self,
+        job_id: str,
+        finish: bool,
+        result_data: bytes | None,
+        result_timeout_s: float | None,
+        keep_result_forever: bool,
+        incr_score: int | None,
+        keep_in_progress: float | None,
+    ) -> None:
+        """End a job as arq does; a delivery that was interrupted is due at once, not only when its hold would have expired."""
+        if job_id in self._in_flight and not finish and not incr_score:
+            incr_score = -int(self.in_progress_timeout_s * 1000)
+        await super().finish_job(job_id, finish, result_data, result_timeout_s, keep_result_forever, incr_score, keep_in_progress)
 
     async def run_job(self, job_id: str, score: int) -> None:
-        """Run a job as arq does. If its keys are damaged, write them again from its name; it is due as before."""
+        """Run a job as arq does. If its keys are damaged, write them again from its name; it is due now."""
         try:
             await super().run_job(job_id, score)
         except ResponseError as error:
@@ -252,11 +280,12 @@ class Worker(ArqWorker):
             log.warning("job_repaired", job_id=job_id, problem=str(error))
             definition = serialize_job("deliver", (job_id.partition(".")[0],), {}, None, score, serializer=self.job_serializer)
             await self.pool.set(job_key_prefix + job_id, definition)
+            await self.pool.zadd(self.queue_name, {job_id: int(time.time() * 1000)}, xx=True)
             await self.pool.delete(retry_key_prefix + job_id, in_progress_key_prefix + job_id)
 
     def _release_sem_dec_counter_on_complete(self) -> None:
         super()._release_sem_dec_counter_on_complete()
-        if self._full:  # more may be due than there was room for
+        if self._full:
             self._wake.set()
 
     async def claim(self, runs: asyncio.TaskGroup) -> None:

@@ -29,8 +29,9 @@ MAX_RETRY_AFTER_S: Final = 24 * 3600.0
 class Outcome(msgspec.Struct, frozen=True):
     """The outcome of one try.
 
-    `status` is None if no answer came. `ok` is any 2xx. `gone` (410) means that the receiver must not be called again. `retry_after_s`, 0
-    to a day, is the `Retry-After` of a refusal. `problem` is the reason in words, without the url; it is empty if `ok`.
+    `status` is None if no answer came, because the time was over (`timed_out`) or for another reason. `ok` is any 2xx. `gone` (410) means
+    that the receiver must not be called again. `retry_after_s`, 0 to a day, is the `Retry-After` of a refusal. `problem` is the reason in
+    words, without the url; it is empty if `ok`.
     """
 
     status: int | None
@@ -38,6 +39,7 @@ class Outcome(msgspec.Struct, frozen=True):
     gone: bool
     retry_after_s: float | None
     problem: str
+    timed_out: bool = False
 
 
 def headers(secrets: tuple[str, ...], delivery_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
@@ -63,6 +65,7 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes, headers: d
     """
     sent = {"Content-Type": "application/json", **headers}
     answer: aiohttp.ClientResponse | None = None
+    timed_out = False
     try:
         async with (
             asyncio.timeout(timeout_s),
@@ -70,11 +73,11 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes, headers: d
         ):
             await _drained(answer)
     except TimeoutError:  # also aiohttp's own, which are ClientErrors
-        problem = f"no answer within {timeout_s:g} s"
+        timed_out, problem = True, f"no answer within {timeout_s:g} s"
     except (aiohttp.ClientError, OSError, ValueError) as error:
         problem = _problem(error)
     if answer is None:
-        return Outcome(status=None, ok=False, gone=False, retry_after_s=None, problem=problem)
+        return Outcome(status=None, ok=False, gone=False, retry_after_s=None, problem=problem, timed_out=timed_out)
     return _outcome(answer)
 
 

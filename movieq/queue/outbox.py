@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -11,8 +13,34 @@ from movieq.queue.connection import Redis
 from movieq.queue.keys import DELIVERY_KEPT_S
 from movieq.queue.records import awaited, decode_delivery, execute_tolerantly, pairs
 from movieq.queue.scripts import load
-from movieq.tasks.entities import Delivery, DeliveryState
+from movieq.tasks.entities import Delivery, DeliveryKind, DeliveryState
 from movieq.tasks.states import TaskId
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    """A delivery that a worker may try now.
+
+    `job` is its arq job and `score` the job's score in the arq queue. It counts for the limits of `queue`, its kind and project, and of
+    `host`, which is empty for the CMS.
+    """
+
+    job: bytes
+    score: int
+    queue: str
+    host: str
+
+    @property
+    def is_webhook(self) -> bool:
+        """Whether it has a place for webhooks; else it has one for the CMS."""
+        return not self.queue.startswith(f"{DeliveryKind.PAYLOAD}:")
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """Deliveries that a worker may try now. `left`: others wait for a place. `more`: they could not all be looked at."""
+
+    admitted: list[Admitted]
+    left: bool
+    more: bool
 
 
 class Outbox:
@@ -21,14 +49,32 @@ class Outbox:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._keys = redis.key_names
-        self._scripts = load(redis, "begin", "delivered", "resend")
+        self._scripts = load(redis, "admit", "begin", "delivered", "heard", "resend")
 
-    async def begin(self, delivery_id: str) -> Delivery | Literal["wait"] | None:
+    async def admit(self, webhook_places: int, cms_places: int, in_flight: Collection[Admitted], held_ms: int) -> Admission:
+        """Choose due deliveries for the free places of a worker, in fair shares; `in_flight` are those that it runs.
+
+        If the worker dies, or the answer is lost, other workers can try them after `held_ms`.
+        """
+        counts = {
+            "queues": Counter(each.queue for each in in_flight),
+            "hosts": Counter(each.host for each in in_flight if each.host),
+        }
+        admitted, left, more = await self._scripts["admit"].finish(
+            held_ms=held_ms, webhook_places=webhook_places, payload_places=cms_places, in_flight=msgspec.json.encode(counts)
+        )
+        found = [
+            Admitted(job, score, queue.decode(errors="replace"), host.decode(errors="replace")) for job, score, queue, host in admitted
+        ]
+        return Admission(found, bool(left), bool(more))
+
+    async def begin(self, delivery_id: str, held_ms: int) -> Delivery | Literal["wait"] | None:
         """Start a try of a delivery and return the delivery, whose content no longer changes.
 
-        Return "wait" for a webhook while an earlier one of the same task is pending; None if the delivery does not exist or was swept.
+        Return "wait" for a webhook while an earlier one of the same task is pending; None if the delivery does not exist or was swept. If
+        `held_back_ms` is set, the webhook must not be sent: its host does not answer, and a probe of at most `held_ms` may be in flight.
         """
-        answer = await self._scripts["begin"].finish(delivery_id=delivery_id)
+        answer = await self._scripts["begin"].finish(delivery_id=delivery_id, held_ms=held_ms)
         return "wait" if answer == [b"wait"] else decode_delivery(delivery_id, pairs(answer))
 
     async def delivered(
@@ -44,6 +90,14 @@ class Outbox:
             media_id="" if media_id is None else msgspec.json.encode(media_id),
         )
         return msgspec.json.decode(answer, type=str | int) if answer else None
+
+    async def heard(self, delivery_id: str, answered: bool) -> int:
+        """Record whether the receiver of a webhook answered in time.
+
+        Return for how many ms its host gets no more webhooks; 0 if it does, or if this was returned within the last minute.
+        """
+        wait_ms: int = await self._scripts["heard"].finish(delivery_id=delivery_id, answered="1" if answered else "")
+        return wait_ms
 
     async def resend(self, task_id: TaskId, delivery_id: str) -> None:
         """Make the delivery due now, with a new budget of tries. Raises NotFound."""

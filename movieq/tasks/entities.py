@@ -196,6 +196,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of the outbox: the state of the task when it ended, and the progress of the delivery.
 
     For the CMS: `media_id` is the document that was created; `doubt` says that a try may have created another without getting its answer.
+    `held_back_ms` is not stored: a try that began gets it if nothing may be sent for this long, because the host does not answer.
     """
 
     kind: DeliveryKind = DeliveryKind.WEBHOOK
@@ -218,6 +219,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     last_problem: str | None = None
     media_id: str | int | None = None
     doubt: bool = False
+    resent_at_ms: Whole = 0
+    held_back_ms: Whole = 0
 
 
 class DeadLetter(msgspec.Struct, frozen=True):

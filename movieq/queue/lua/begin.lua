@@ -1,18 +1,39 @@
 #!lua flags=allow-oom
--- Starts a try of a delivery. From now on the content of a webhook no longer changes.
--- args: delivery_id
+-- Starts a try of a delivery. From now on the content of a webhook no longer changes. No try is started while the host of a webhook is
+-- unresponsive; once its time is over, the next webhook is the only one, as a probe, until it has ended or held_ms are over.
+-- args: delivery_id held_ms
 --   delivery_id: TASK-NUMBER
+--   held_ms: most time of a probe
 -- Returns the delivery's hash as field, value, ...; {} if it does not exist or was swept; {'wait'} for a webhook while an earlier one of
---   the same task is pending, since webhooks are sent in order.
+--   the same task is pending, since webhooks are sent in order. If no try was started because of the host, the additional field
+--   `held_back_ms` is the time until the next probe, and the delivery is due sooner if the host answers.
 -- Cost: O(deliveries of the task).
+-- include: time hosts
 local key = K.delivery .. delivery_id
-local kind, begun = unpack(redis.call('HMGET', key, 'kind', 'begun'))
-if kind == 'webhook' and not begun then
+local kind, begun, state, url = unpack(redis.call('HMGET', key, 'kind', 'begun', 'state', 'url'))
+if kind ~= 'webhook' then return redis.call('HGETALL', key) end
+if not begun then
   local task_id, number = string.match(delivery_id, '^(.*)%-(%d+)$')
   for n = 1, number - 1 do
     local before = redis.call('HMGET', K.delivery .. task_id .. '-' .. n, 'kind', 'state')
     if before[1] == 'webhook' and before[2] == 'pending' then return {'wait'} end
   end
-  redis.call('HSET', key, 'begun', '1')
 end
+
+local host = host_of(url)
+local until_ms, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. host, 'until_ms', 'probe_ms'))
+if until_ms and state == 'pending' then
+  local free_ms = math.max(tonumber(until_ms) or 0, tonumber(probe_ms or '') or 0)
+  if free_ms > now then
+    redis.call('HSET', key, 'last_problem', 'its host does not answer: it is sent when the host answers another webhook, or as the next probe')
+    redis.call('SADD', K.held_back .. host, delivery_id)
+    redis.call('EXPIRE', K.held_back .. host, 86400)
+    local answer = redis.call('HGETALL', key)
+    answer[#answer + 1] = 'held_back_ms'
+    answer[#answer + 1] = tostring(free_ms - now)
+    return answer
+  end
+  redis.call('HSET', K.unresponsive .. host, 'probe_ms', now + held_ms)
+end
+if not begun then redis.call('HSET', key, 'begun', '1') end
 return redis.call('HGETALL', key)
