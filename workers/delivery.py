@@ -138,7 +138,7 @@ async def _deliver(parts: DeliveryParts, delivery_id: str) -> None:
 
 
 async def _note(parts: DeliveryParts, delivery_id: str, delivery: Delivery, tried: _Attempt) -> None:
-    tries = delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
+    tries = delivery.tries if delivery.held_back_ms else delivery.tries + 1  # arq's own count also grows when a worker dies or is stopped
     facts = {"delivery_id": delivery_id, "kind": delivery.kind, "url": logs.without_query(delivery.url), "tries": tries}
     over = not tried.ok and (tried.final or tries >= TRIES)
     state = DeliveryState.DELIVERED if tried.ok else DeliveryState.FAILED if over else DeliveryState.PENDING

@@ -232,7 +232,8 @@ class Worker(ArqWorker):
             return
         webhooks = sum(each.is_webhook for each in self._in_flight.values())
         free, free_cms = WEBHOOKS - webhooks, DEPOSITS - (len(self._in_flight) - webhooks)
-        admission = await self._outbox.admit(free, free_cms, self._in_flight.values(), int(self.in_progress_timeout_s * 1000))
+        held_ms = int(self.in_progress_timeout_s * 1000)
+        admission = await self._outbox.admit(self.worker_id, secrets.token_hex(8), free, free_cms, self._in_flight.values(), held_ms)
         self._full = admission.left
         if admission.more:
             self._wake.set()

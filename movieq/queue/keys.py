@@ -54,7 +54,8 @@ KEYS: Final[Mapping[str, str]] = {
     "in_progress": "arq:in-progress:",  # + job of a delivery: string, arq's; it exists while a worker runs the job
     "due_deliveries": "movieq:due:",  # + webhook:PROJECT or payload:PROJECT: zset job that waits for a place -> when it was due
     "due_queues": "movieq:due",  # zset webhook:PROJECT or payload:PROJECT -> when a worker last looked at its due deliveries
-    "unresponsive": "movieq:unresponsive:",  # + host: hash, its timeouts in a row; from three on, when a probe is due
+    "admitted": "movieq:admitted:",  # + worker: string, the nonce and the answer (msgpack) of the last call of admit
+    "unresponsive": "movieq:unresponsive:",  # + host: hash, its timeouts in a row; from three on, when the next probe is due
     "held_back": "movieq:held_back:",  # + host: set of webhooks that wait until it answers
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
     "sweeper": "movieq:sweeper",  # string, the worker whose turn it is to sweep

@@ -51,17 +51,24 @@ class Outbox:
         self._keys = redis.key_names
         self._scripts = load(redis, "admit", "begin", "delivered", "heard", "resend")
 
-    async def admit(self, webhook_places: int, cms_places: int, in_flight: Collection[Admitted], held_ms: int) -> Admission:
+    async def admit(
+        self, worker_id: str, nonce: str, webhook_places: int, cms_places: int, in_flight: Collection[Admitted], held_ms: int
+    ) -> Admission:
         """Choose due deliveries for the free places of a worker, in fair shares; `in_flight` are those that it runs.
 
-        If the worker dies, or the answer is lost, other workers can try them after `held_ms`.
+        If the worker dies, other workers can try them after `held_ms`. A repeated call with the same nonce gets the same answer.
         """
         counts = {
             "queues": Counter(each.queue for each in in_flight),
             "hosts": Counter(each.host for each in in_flight if each.host),
         }
         admitted, left, more = await self._scripts["admit"].finish(
-            held_ms=held_ms, webhook_places=webhook_places, payload_places=cms_places, in_flight=msgspec.json.encode(counts)
+            worker_id=worker_id,
+            nonce=nonce,
+            held_ms=held_ms,
+            webhook_places=webhook_places,
+            payload_places=cms_places,
+            in_flight=msgspec.json.encode(counts),
         )
         found = [
             Admitted(job, score, queue.decode(errors="replace"), host.decode(errors="replace")) for job, score, queue, host in admitted

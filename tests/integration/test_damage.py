@@ -51,6 +51,11 @@ async def busy(store: Store) -> dict[bytes, bytes]:
         await store.submit(new_task(task_id=IDS[name], flow=flow, finish_by_ms=9_000_000_000_000, batch="b", batch_rows=2, **hook))
     await raw(store).hset(KEYS["task"] + IDS["offered"], "made_on", "here")
     await raw(store).zadd(KEYS["offered"] + "here", {IDS["offered"]: 1})
+    for _ in range(3):  # the webhook of the completed task waits for its host, those of the others for a place
+        await Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=False)
+        await raw(store).hincrby(KEYS["delivery"] + f"{IDS['completed']}-2", "tries", 1)
+    await Outbox(store.redis).begin(f"{IDS['completed']}-2", 30_000)
+    await Outbox(store.redis).admit("w1", "busy", 2, 0, [], 30_000)
     await raw(store).set("runs", runs[IDS["processing"]])
     await raw(store).set("reaped_run", runs[IDS["reaped"]])
     return {key: await raw(store).dump(key) for key in await raw(store).keys("*")}
@@ -104,9 +109,12 @@ async def all_verbs(store: Store) -> None:
         lambda: Queries(store.redis).average_durations_s(),
         lambda: store.claim("w2", f"n{next(_nonces)}", CPU * 2, host="here"),
         lambda: store.claim("w1", "first", CPU),
-        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-1"),
+        lambda: Outbox(store.redis).admit("w1", "nonce", 9, 9, [], 30_000),
+        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-1", 30_000),
         lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-1", DeliveryState.DELIVERED, 1, 200, "", "cms-id"),
-        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-2"),
+        lambda: Outbox(store.redis).begin(f"{IDS['completed']}-2", 30_000),
+        lambda: Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=False),
+        lambda: Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=True),
         lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-2", DeliveryState.FAILED, 1, 500, "no"),
         lambda: Outbox(store.redis).resend(IDS["completed"], f"{IDS['completed']}-2"),
         *(lambda id=id: store.retry(id) for id in IDS.values()),

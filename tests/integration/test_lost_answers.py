@@ -142,8 +142,35 @@ async def write_check(store: Store) -> Any:
 
 async def begin(store: Store) -> Any:
     await store.complete(TASK, await begun(store), result(), CMS)
-    delivery = await Outbox(store.redis).begin(f"{TASK}-2")
-    return isinstance(delivery, Delivery) and delivery.state
+    delivery = await Outbox(store.redis).begin(f"{TASK}-2", 30_000)
+    return isinstance(delivery, Delivery) and (delivery.state, delivery.held_back_ms)
+
+
+async def admit(store: Store) -> Any:
+    await fail(store)
+    return [each.job for each in (await Outbox(store.redis).admit("w1", "nonce", 9, 9, [], 30_000)).admitted]
+
+
+async def heard(store: Store) -> Any:
+    await fail(store)
+    said = []
+    for tries in range(3):
+        said.append(await Outbox(store.redis).heard(f"{TASK}-1", answered=False))
+        await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.PENDING, tries + 1, None, "no answer")
+    return said
+
+
+async def heard_again(store: Store) -> Any:
+    said = await heard(store)
+    await Outbox(store.redis).begin(f"{TASK}-1", 30_000)
+    return said, await Outbox(store.redis).heard(f"{TASK}-1", answered=True)
+
+
+async def probe(store: Store) -> Any:
+    await heard(store)
+    await raw(store).hset(KEYS["unresponsive"] + "127.0.0.1:1", "until_ms", 1)
+    delivery = await Outbox(store.redis).begin(f"{TASK}-1", 30_000)
+    return isinstance(delivery, Delivery) and delivery.held_back_ms
 
 
 async def delivered(store: Store) -> Any:
@@ -200,7 +227,9 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "retire": [retire],
     "take_turn": [take_turn],
     "write_check": [write_check],
-    "begin": [begin],
+    "admit": [admit],
+    "begin": [begin, probe],
+    "heard": [heard, heard_again],
     "delivered": [delivered, delivered_late, delivered_not_yet, given_up],
     "resend": [resend],
     "repair": [repair],

@@ -2,7 +2,9 @@
 -- Admits due deliveries to the free places of a worker, in fair shares: the project with the fewest deliveries in flight is next. A project
 -- and a host each get a place for a webhook only while they have fewer webhooks in flight than places are free: half of the places if they
 -- are alone, and a place always stays free for the next project. Due deliveries wait in a queue for each kind and project.
--- args: held_ms webhook_places payload_places in_flight
+-- args: worker_id nonce held_ms webhook_places payload_places in_flight
+--   worker_id: of the worker
+--   nonce: random; a repeated call with the same nonce gets the same answer
 --   held_ms: time until an admitted job can be admitted again, if its worker dies
 --   webhook_places: free places for webhooks
 --   payload_places: free places for CMS deliveries, which have no other limit
@@ -10,11 +12,16 @@
 -- Returns {[{job, score, queue, host}, ...], 1 if due deliveries are left, 1 if not all could be looked at}: the score is that of the job
 --   in the arq queue from now on.
 -- Appends nothing. Every due delivery stays in the arq queue, in a minute or after held_ms at the latest: if the other lists are lost, it
---   is found there.
+--   is found there. The answer is stored for a minute.
 -- Cost: O(log n) for each of at most 500 deliveries that have become due and of those admitted; of at most 100 queues, O(20) for each whose
 --   hosts have their share. With more queues, those are next that have waited longest to be looked at.
 -- include: time hosts
 local SORTED, BLOCKED, QUEUES, WAIT_MS, ROUND_MS = 500, 20, 100, 60000, 500
+local stored = redis.pcall('GET', K.admitted .. worker_id)
+if type(stored) == 'string' then
+  local of, answer = cmsgpack.unpack(stored)
+  if of == nonce then return answer end
+end
 local flying = cjson.decode(in_flight)
 local free = {webhook = tonumber(webhook_places), payload = tonumber(payload_places)}
 
@@ -102,4 +109,6 @@ for _, each in ipairs(queues) do
 end
 local longest = redis.call('ZRANGE', K.due_queues, 0, 0, 'WITHSCORES')
 local more = sorted == SORTED or longest[2] and free.webhook > 0 and now - longest[2] > ROUND_MS
-return {admitted, longest[2] and 1 or 0, more and 1 or 0}
+local answer = {admitted, longest[2] and 1 or 0, more and 1 or 0}
+if #admitted > 0 then redis.call('SET', K.admitted .. worker_id, cmsgpack.pack(nonce, answer), 'PX', 60000) end
+return answer

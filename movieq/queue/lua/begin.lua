@@ -21,10 +21,10 @@ if not begun then
 end
 
 local host = host_of(url)
-local until_ms, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. host, 'until_ms', 'probe_ms'))
+local until_ms, probe, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. host, 'until_ms', 'probe', 'probe_ms'))
 if until_ms and state == 'pending' then
   local free_ms = math.max(tonumber(until_ms) or 0, tonumber(probe_ms or '') or 0)
-  if free_ms > now then
+  if free_ms > now and probe ~= delivery_id then
     redis.call('HSET', key, 'last_problem', 'its host does not answer: it is sent when the host answers another webhook, or as the next probe')
     redis.call('SADD', K.held_back .. host, delivery_id)
     redis.call('EXPIRE', K.held_back .. host, 86400)
@@ -33,7 +33,7 @@ if until_ms and state == 'pending' then
     answer[#answer + 1] = tostring(free_ms - now)
     return answer
   end
-  redis.call('HSET', K.unresponsive .. host, 'probe_ms', now + held_ms)
+  redis.call('HSET', K.unresponsive .. host, 'probe', delivery_id, 'probe_ms', now + held_ms)
 end
 if not begun then redis.call('HSET', key, 'begun', '1') end
 return redis.call('HGETALL', key)
