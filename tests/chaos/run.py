@@ -275,7 +275,18 @@ async def leftover_entries(store: Store, ghosts: Collection[TaskId]) -> list[str
     A ghost may stay in what a dead worker held until that is forgotten, five minutes after its last heartbeat.
     """
     left = []
-    for name in ("waiting", "virtual_times", "running", "worker_tasks", "lanes", "delayed", "deadlines", "deliveries"):
+    for name in (
+        "waiting",
+        "virtual_times",
+        "running",
+        "worker_tasks",
+        "lanes",
+        "delayed",
+        "deadlines",
+        "deliveries",
+        "due_deliveries",
+        "due_queues",
+    ):
         keys = await raw(store).keys(f"{KEYS[name]}*") if KEYS[name].endswith(":") else [KEYS[name].encode()]
         for key in keys:
             entries = await (raw(store).smembers(key) if name in ("worker_tasks", "lanes") else raw(store).zrange(key, 0, -1))

@@ -205,6 +205,13 @@ async def test_deliveries_that_wait_for_a_place_are_found_though_their_lists_are
     assert await raw(store).keys(KEYS["due_queues"] + "*") == []
 
 
+async def test_a_damaged_record_holds_up_no_other_delivery(store: Store, outbox: Outbox) -> None:
+    damaged, gone, whole = [await webhook(store, "film") for _ in range(3)]
+    await raw(store).delete(KEYS["delivery"] + damaged, KEYS["delivery"] + gone)
+    await raw(store).set(KEYS["delivery"] + damaged, "no record")
+    assert sorted(ids(await admit(outbox))) == sorted([damaged, gone, whole])
+
+
 async def test_what_has_ended_meanwhile_is_not_admitted_and_leaves_no_list(store: Store, outbox: Outbox) -> None:
     await webhook(store, "film")
     await outbox.admit("w1", f"nonce{next(_tries)}", 0, 0, [], HELD_MS)
@@ -422,26 +429,32 @@ async def test_a_host_that_refuses_connections_is_no_unresponsive_one(store: Sto
 # A worker
 
 
+class Dead(asyncio.Protocol):
+    """The connection of a receiver that accepts connections and never answers."""
+
+    def __init__(self, came: list[Dead]) -> None:
+        came.append(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+
 @pytest.mark.parametrize("hosts", [1, 80])
 async def test_dead_webhooks_of_one_project_do_not_hold_up_the_webhook_of_another(installation: Fleet, hosts: int) -> None:
-    store, requests = installation.store, 0
-
-    async def hang(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-        nonlocal requests
-        requests += 1
-        await reader.read()  # until the client gives up
-
-    servers = [await asyncio.start_server(hang, "127.0.0.1", 0) for _ in range(hosts)]
-    urls = [f"127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
+    store, came = installation.store, list[Dead]()
+    servers = [await asyncio.get_running_loop().create_server(partial(Dead, came), "127.0.0.1", 0) for _ in range(hosts)]
+    addresses = [f"127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
     for number in range(160):
-        await webhook(store, "dead", urls[number % hosts])
+        await webhook(store, "dead", addresses[number % hosts])
     await installation.worker()
-    await eventually(lambda: requests > 0)
+    await eventually(lambda: came != [])
     async with receiver() as hook:
         healthy = await webhook(store, "healthy", hook.url.removeprefix("http://").removesuffix("/hook"))
         ((headers, _),) = await hook.wait_for(1)
     assert headers["webhook-id"] == healthy
-    assert requests < 160  # it has overtaken the dead ones that were due before it
+    assert len(came) < 160  # it has overtaken dead ones that were due before it
+    for each in came:
+        each.transport.close()
     for server in servers:
         server.close()
 

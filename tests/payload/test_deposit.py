@@ -22,8 +22,7 @@ from tests.arrange import raw
 from tests.payload.conftest import Desk, clip, still, tried
 from tests.payload.server import PayloadServer, payload_server
 from tests.service import serving
-from workers.app import DELIVERIES
-from workers.delivery import BUSY_S, DEPOSITS, SCHEDULE_S, TRIES
+from workers.delivery import SCHEDULE_S, TRIES
 
 
 async def test_a_result_becomes_a_document_that_says_what_it_is(desk: Desk, cms: PayloadServer) -> None:
@@ -283,20 +282,6 @@ async def test_a_cms_that_is_down_is_tried_for_more_than_a_day_and_then_given_up
     async with desk.parts(cms) as parts:
         assert await tried(parts, task_id) is None
     assert await desk.media_id(task_id) == cms.documents(task_id)[0]["id"]
-
-
-async def test_a_cms_that_hangs_keeps_places_free_for_webhooks(desk: Desk, cms: PayloadServer) -> None:
-    task_id = await desk.completed(cms)
-    async with desk.parts(cms) as parts:
-        for _ in range(DEPOSITS):
-            await parts.deposits.acquire()
-        wait = await tried(parts, task_id)
-        assert wait is not None
-        assert BUSY_S[0] <= wait <= BUSY_S[1]
-        assert (await desk.delivery(task_id)).tries == 0
-        parts.deposits.release()
-        assert await tried(parts, task_id) is None
-    assert DEPOSITS < DELIVERIES
 
 
 async def test_what_answers_and_is_no_payload_is_named(desk: Desk, cms: PayloadServer) -> None:
