@@ -85,6 +85,7 @@ async def serve(settings: Settings) -> None:
                 queue_name=found.redis.default_queue_name,
                 redis_pool=found.redis,
                 max_jobs=WEBHOOKS + DEPOSITS,
+                queue_read_limit=1,  # what arq reads is not used: the outbox admits deliveries
                 outbox=found.outbox,
                 job_serializer=found.redis.job_serializer,
                 job_deserializer=found.redis.job_deserializer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 import msgspec
@@ -16,6 +16,14 @@ from movieq.settings import variable
 
 if TYPE_CHECKING:
     pass
+
+
+THREADS: Final = 256
+"""Threads of a worker for file access and name lookups, which may use half of them.
+
+A lookup of a name whose name server does not answer takes a thread for half a minute or longer; with libuv's default of four threads, two
+such names would delay every other request. A project can start about two a second (`workers.delivery.WEBHOOKS`).
+"""
 
 
 @click.command()
@@ -78,6 +86,7 @@ def worker(devices: str | None) -> None:
         refuse(
             f"{variable('public_url')} is not set: webhooks contain links to the API; set it to an address such as https://movieq.example"
         )
+    os.environ.setdefault("UV_THREADPOOL_SIZE", str(THREADS))  # libuv, below uvloop, reads it at the first lookup
 
     async def run() -> None:
         from workers.app import serve

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, MutableMapping
 from functools import partial
@@ -27,6 +29,7 @@ from movieq.tasks.entities import Delivery, DeliveryState
 from movieq.tasks.states import TaskId
 from tests.arrange import delivery_parts, new_task, now_ms, raw, result, running
 from tests.fleet import Fleet, eventually
+from tests.programs import program
 from tests.service import receiver, serving
 from workers.delivery import DEPOSITS, GIVE_UP_S, HELD_S, JITTER, WEBHOOKS, DeliveryParts, deliver
 
@@ -457,6 +460,40 @@ async def test_dead_webhooks_of_one_project_do_not_hold_up_the_webhook_of_anothe
         each.transport.close()
     for server in servers:
         server.close()
+
+
+LOOKUPS: Final = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <string.h>
+#include <unistd.h>
+
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **res) {
+  int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
+  if (node && strstr(node, ".dead.test")) { sleep(120); return EAI_AGAIN; }
+  if (node && strstr(node, ".live.test")) node = "127.0.0.1";
+  return real(node, service, hints, res);
+}
+"""
+"""A library for a process in which names below dead.test have a name server that does not answer."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD")
+async def test_names_whose_name_server_does_not_answer_do_not_hold_up_other_names(installation: Fleet) -> None:
+    store, library = installation.store, installation.folder / "lookups.so"
+    compiler = program("gcc", "gcc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), "-ldl"], input=LOOKUPS, text=True, check=True)
+    dead = [await webhook(store, "dead", f"{number}.dead.test") for number in range(80)]
+    await installation.worker(LD_PRELOAD=str(library))
+
+    async def looks_up() -> bool:
+        return await raw(store).exists(*(in_progress_key_prefix + each for each in dead)) >= HALF
+
+    await eventually(looks_up)
+    async with receiver() as hook:
+        await webhook(store, "healthy", f"hook.live.test:{hook.url.split(':')[2].removesuffix('/hook')}")
+        await hook.wait_for(1)
 
 
 async def test_an_interrupted_delivery_is_due_at_once(installation: Fleet, silent: Silent) -> None:
