@@ -1,7 +1,8 @@
 """The arq worker of a host: claims tasks by script, renews their leases, is woken by pub/sub, drains on SIGTERM. It never imports torch.
 
 For tasks, the verb scripts do arq's reads and writes: a claim returns what arq would read, and only the verbs write. arq's lifecycle,
-signals, context and registered functions are used as they are. Deliveries are plain jobs in a plain arq queue, run by arq's own code.
+signals, context and registered functions are used as they are. Deliveries are plain jobs in a plain arq queue: the outbox admits them, and
+arq's own code runs them.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ async def test_a_receiver_that_never_answers_costs_the_time_limit(receiver: Rece
         return web.Response()
 
     outcome = await send(session, await receiver(handler), BODY, {}, timeout_s=0.2)
-    assert outcome == Outcome(status=None, ok=False, gone=False, retry_after_s=None, problem="no answer within 0.2 s")
+    assert outcome == Outcome(status=None, ok=False, gone=False, retry_after_s=None, problem="no answer within 0.2 s", timed_out=True)
 
 
 @pytest.mark.parametrize("status", [200, 500])
