@@ -55,8 +55,9 @@ KEYS: Final[Mapping[str, str]] = {
     "due_deliveries": "movieq:due:",  # + webhook:PROJECT or payload:PROJECT: zset job that waits for a place -> when it was due
     "due_queues": "movieq:due",  # zset webhook:PROJECT or payload:PROJECT -> when a worker last looked at its due deliveries
     "admitted": "movieq:admitted:",  # + worker: string, the nonce and the answer (msgpack) of the last call of admit
-    "unresponsive": "movieq:unresponsive:",  # + host: hash, its timeouts in a row; from three on, when the next probe is due
-    "held_back": "movieq:held_back:",  # + host: set of webhooks that wait until it answers
+    "unresponsive": "movieq:unresponsive:",  # + "host project": hash, timeouts in a row; from three on, when the next probe is due
+    "held_back": "movieq:held_back:",  # + "host project": set of webhooks that wait until it answers
+    "host_logged": "movieq:host_logged:",  # + host: string, exists for a minute after it was logged as unresponsive
     "orphans": "movieq:orphans",  # zset storage prefix -> when to delete it
     "sweeper": "movieq:sweeper",  # string, the worker whose turn it is to sweep
     # the rest

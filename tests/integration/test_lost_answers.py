@@ -168,7 +168,7 @@ async def heard_again(store: Store) -> Any:
 
 async def probe(store: Store) -> Any:
     await heard(store)
-    await raw(store).hset(KEYS["unresponsive"] + "127.0.0.1:1", "until_ms", 1)
+    await raw(store).hset(KEYS["unresponsive"] + "127.0.0.1:1 film", "until_ms", 1)
     delivery = await Outbox(store.redis).begin(f"{TASK}-1", 30_000)
     return isinstance(delivery, Delivery) and delivery.held_back_ms
 

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Starts a try of a delivery. From now on the content of a webhook no longer changes. No try is started while the host of a webhook is
--- unresponsive; once its time is over, the next webhook is the only one, as a probe, until it has ended or held_ms are over.
+-- Starts a try of a delivery. From now on the content of a webhook no longer changes. No try is started while the host is unresponsive for
+-- webhooks of this project; once the time for that is over, the next webhook is the only one, as a probe, until it ends or held_ms are over.
 -- args: delivery_id held_ms
 --   delivery_id: TASK-NUMBER
 --   held_ms: most time of a probe
@@ -10,7 +10,7 @@
 -- Cost: O(deliveries of the task).
 -- include: time hosts
 local key = K.delivery .. delivery_id
-local kind, begun, state, url = unpack(redis.call('HMGET', key, 'kind', 'begun', 'state', 'url'))
+local kind, begun, state, project, url = unpack(redis.call('HMGET', key, 'kind', 'begun', 'state', 'project_id', 'url'))
 if kind ~= 'webhook' then return redis.call('HGETALL', key) end
 if not begun then
   local task_id, number = string.match(delivery_id, '^(.*)%-(%d+)$')
@@ -20,20 +20,20 @@ if not begun then
   end
 end
 
-local host = host_of(url)
-local until_ms, probe, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. host, 'until_ms', 'probe', 'probe_ms'))
+local receiver = receiver_of(project, url)
+local until_ms, probe, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. receiver, 'until_ms', 'probe', 'probe_ms'))
 if until_ms and state == 'pending' then
   local free_ms = math.max(tonumber(until_ms) or 0, tonumber(probe_ms or '') or 0)
   if free_ms > now and probe ~= delivery_id then
     redis.call('HSET', key, 'last_problem', 'its host does not answer: it is sent when the host answers another webhook, or as the next probe')
-    redis.call('SADD', K.held_back .. host, delivery_id)
-    redis.call('EXPIRE', K.held_back .. host, 86400)
+    redis.call('SADD', K.held_back .. receiver, delivery_id)
+    redis.call('EXPIRE', K.held_back .. receiver, 86400)
     local answer = redis.call('HGETALL', key)
     answer[#answer + 1] = 'held_back_ms'
     answer[#answer + 1] = tostring(free_ms - now)
     return answer
   end
-  redis.call('HSET', K.unresponsive .. host, 'probe', delivery_id, 'probe_ms', now + held_ms)
+  redis.call('HSET', K.unresponsive .. receiver, 'probe', delivery_id, 'probe_ms', now + held_ms)
 end
 if not begun then redis.call('HSET', key, 'begun', '1') end
 return redis.call('HGETALL', key)

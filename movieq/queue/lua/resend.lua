@@ -1,6 +1,6 @@
 #!lua
 -- Makes a delivery due again: delivered or failed -> pending, with a new budget of tries. A pending delivery is due now. If its host is
--- unresponsive, a probe is due now, too.
+-- unresponsive, a probe is due now.
 -- args: task_id delivery_id
 --   task_id: of the task
 --   delivery_id: TASK-NUMBER
@@ -9,9 +9,9 @@
 -- Cost: O(log n).
 -- include: time hosts delivery_jobs
 local key = K.delivery .. delivery_id
-local owner, state, resent, url = unpack(redis.call('HMGET', key, 'task_id', 'state', 'resent', 'url'))
+local owner, state, resent, project, url = unpack(redis.call('HMGET', key, 'task_id', 'state', 'resent', 'project_id', 'url'))
 if owner ~= task_id then return 'unknown' end
-local unresponsive = K.unresponsive .. host_of(url)
+local unresponsive = K.unresponsive .. receiver_of(project, url)
 if redis.call('HEXISTS', unresponsive, 'until_ms') == 1 then redis.call('HSET', unresponsive, 'until_ms', now, 'probe_ms', 0) end
 if state == 'pending' and make_due(delivery_id) then return 'ok' end
 resent = (tonumber(resent or 0) or 0) + 1
