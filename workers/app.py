@@ -62,7 +62,7 @@ async def serve(settings: Settings) -> None:
                 finished,
                 found.cms.address if found.cms else "",
                 host,
-                (folder.parent, *((settings.storage.absolute(),) if isinstance(settings.storage, Path) else ())),
+                places=(folder.parent, *((settings.storage.absolute(),) if isinstance(settings.storage, Path) else ())),
             )
             cms = Payload(found.cms, session) if found.cms else None
             worker = Worker(

@@ -97,3 +97,8 @@ def without_paths(text: str, *places: Path | str) -> str:
     roots = {str(place).rstrip("/") for place in (*places, *_own_places())}
     named = "|".join(re.escape(root) for root in sorted(roots, key=len, reverse=True) if len(root) > 1)
     return re.sub(rf"(?<![\w/.:-])(?:{named}|{_SYSTEM})(?:/[^\s'\"`,;:)\]]*)?", lambda found: Path(found[0]).name, text)
+
+
+def abbreviated(reference: str) -> str:
+    """Return a reference for a message: whole, except that long ones, such as `data:` urls, are cut."""
+    return reference if len(reference) <= 200 else f"{reference[:60]}... ({len(reference)} characters)"

@@ -1,4 +1,4 @@
-"""Fetch the inputs of a task into its folder."""
+"""Fetch the inputs of a task into its folder, and check that they can be decoded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from movieq.errors import InputUnavailable, cut, first_of
-from movieq.fetch import download
+from movieq.fetch.formats import Kind
+from movieq.fetch.guard import shown
 from movieq.tasks.params import AudioParams, Params
 from movieq.tasks.states import ProjectId, TaskId, TaskStatus
 from workers.running import Parts
@@ -21,11 +22,11 @@ REFERENCE_CHARS: Final = 200
 
 
 async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, parsed: Params, spool: Path) -> dict[str, str]:
-    """Fetch the references of the parameters, a few at once; return reference -> local file.
+    """Fetch the references of the parameters, a few at once, and decode each in a probe; return reference -> local file.
 
     Raises InputUnavailable or InvalidInput, naming the reference.
     """
-    kinds = (download.Kind.AUDIO,) if isinstance(parsed, AudioParams) else (download.Kind.IMAGE,)
+    kind = Kind.AUDIO if isinstance(parsed, AudioParams) else Kind.IMAGE
     places = asyncio.Semaphore(AT_ONCE)
 
     async def fetch(reference: str, dest: Path) -> None:
@@ -36,7 +37,7 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
             elif scheme == "task":
                 await _result_of(parts, project_id, task_id, reference, rest, dest)
             else:
-                await parts.fetcher.fetch(reference, dest, kinds)
+                await parts.fetcher.fetch(reference, dest, (kind,))
 
     found = {reference: spool / f"input{number}" for number, reference in enumerate(parsed.references)}
     try:
@@ -47,7 +48,13 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
         raise InputUnavailable(f"the {len(found)} inputs could not all be fetched within {ALL_S:g} s") from None
     except BaseExceptionGroup as errors:
         raise first_of(errors)  # noqa: B904  # its own cause is kept
+    await parts.probe.check([(_name(reference), dest) for reference, dest in found.items()], kind)
     return {reference: str(dest) for reference, dest in found.items()}
+
+
+def _name(reference: str) -> str:
+    """Return the reference for a message: a url without its query and data."""
+    return cut(reference, REFERENCE_CHARS) if reference.startswith(("upload:", "task:")) else shown(reference)
 
 
 async def _uploaded(parts: Parts, project_id: ProjectId, reference: str, upload_id: str, dest: Path) -> None:

@@ -20,6 +20,7 @@ from movieq.tasks.states import RunToken
 from workers.eta import Eta
 from workers.finished import Finished, FinishedFiles
 from workers.host import Host
+from workers.probe import Probe
 from workers.provenance import Provenance
 from workers.slots import Group
 from workers.supervisor import Child
@@ -42,6 +43,8 @@ class Parts(msgspec.Struct, frozen=True):
     """Address of the collection that results are written to; empty if there is no CMS."""
     host: Host | None = None
     """Records problems of this machine."""
+    probe: Probe = msgspec.field(default_factory=Probe)
+    """Decodes inputs before an engine process gets them."""
     places: tuple[Path, ...] = ()
     """Folders that no error for clients may name."""
 

@@ -421,7 +421,7 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=1024 * 1024,
-            env={**{name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}, **OFFLINE},
+            env=environment(),
         )
 
     async def _serve(self, ready: Ready, stdout: asyncio.StreamReader) -> None:
@@ -511,6 +511,11 @@ class Child:
             text = line.decode(errors="replace").rstrip()
             self._stderr.append(text)
             log.debug("child_output", child=self.name, text=text)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables of a process that runs models, plug-ins or decoders."""
+    return {**{name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}, **OFFLINE}
 
 
 def _sendable(request: Run) -> bytes:

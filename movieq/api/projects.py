@@ -16,7 +16,8 @@ from movieq.api.query import only_query, query
 from movieq.api.state import answered, api
 from movieq.api.tasks import arriving
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
-from movieq.fetch import download
+from movieq.fetch.download import image_problem
+from movieq.fetch.formats import read_head, sniff
 from movieq.settings import Scope
 from movieq.tasks.entities import UPLOAD_BYTES, Upload
 from movieq.tasks.faults import refused
@@ -103,10 +104,9 @@ async def _receive(request: Request, file: IO[bytes]) -> int:
 
 
 def _media_type(path: Path) -> str:
-    with path.open("rb") as file:
-        media_type = download.sniff(file.read(download.HEAD_BYTES))
+    media_type = sniff(read_head(path))
     if media_type is None:
         raise ValidationFailed("unsupported file type: send an image (jpeg, png, webp, gif, tiff, bmp) or sound (wav, mp3, flac, ogg, m4a)")
-    if media_type.startswith("image/") and (problem := download.image_problem(path)):
+    if media_type.startswith("image/") and (problem := image_problem(path)):
         raise ValidationFailed(f"the upload cannot be used: {problem}")
     return media_type

@@ -6,7 +6,7 @@ The guard's sessions check every request in this way, those of webhooks included
 
 `Fetcher` downloads an image or a sound to a file. It limits bytes and seconds, follows redirects itself so that each is checked, and
 accepts a file by its bytes, never by its declared type. Left out: caching, resuming, `upload:` and `task:` references (the worker reads
-them from the storage), and decoding, so a file that is damaged after its header passes.
+them from the storage), and decoding, so a file that is damaged after its header passes; `workers.probe` decodes it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import re
 import socket
 import struct
 from collections.abc import Collection
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
@@ -29,6 +27,7 @@ import msgspec
 from PIL import Image
 
 from movieq.errors import InputUnavailable, InvalidInput, StorageFault
+from movieq.fetch.formats import Kind, decoder, kind_problem, read_head, sniff
 from movieq.fetch.guard import CONNECT_S, TOTAL_S, Guard, shown
 from movieq.fetch.problems import HttpFault, http_fault, reason
 
@@ -39,21 +38,6 @@ MAX_REDIRECTS: Final = 5
 MAX_PIXELS: Final = 40_000_000
 MAX_SCANS: Final = 100
 """Most scans of a JPEG. A progressive one has about ten; each scan is decoded over all pixels, so that thousands take minutes."""
-HEAD_BYTES: Final = 512
-"""Number of bytes at the beginning of a file that `sniff` needs."""
-
-IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-"""Allowed formats, by Pillow's names. The others are off, because some start programs (EPS)."""
-
-
-class Kind(StrEnum):
-    """A kind of input: the first half of its media type."""
-
-    IMAGE = "image"
-    AUDIO = "audio"
-
-
-_ACCEPTED: Final = {Kind.IMAGE: "an image (jpeg, png, webp, gif, tiff, bmp)", Kind.AUDIO: "a sound (wav, mp3, flac, ogg, m4a)"}
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -174,25 +158,14 @@ class Fetcher:
             await asyncio.to_thread(file.write, pending)
 
 
-def sniff(head: bytes) -> str | None:
-    """Return the media type that the first `HEAD_BYTES` bytes of a file show, or None if it is neither an image nor a sound.
-
-    Every mp4 counts as `audio/mp4`: only opening it shows whether it has sound. SVG is not accepted: it is code that draws, not pixels.
-    """
-    for media_type, pattern in _MAGIC:
-        if pattern.match(head):
-            return media_type
-    return None
-
-
 def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
     """Return why this image cannot be used, judged by its header and its scans, or None if it can. Blocks."""
+    if (pinned := decoder(path, Kind.IMAGE)) is None:
+        return "its image header cannot be read"
     with path.open("rb") as file:
         try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with Image.open(file, formats=(pinned,)) as image:
                 width, height = image.size
-                # FF DA begins a scan; inside the coded data of a scan FF is always followed by 00 or a restart marker
-                scans = path.read_bytes().count(b"\xff\xda") if image.format == "JPEG" else 1
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits, at 89 and 179 megapixels
             return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
         except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
@@ -200,31 +173,10 @@ def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
             return "its image header cannot be read"
     if width * height > max_pixels:
         return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
-    if scans > MAX_SCANS:
+    # FF DA begins a scan; inside the coded data of a scan FF is always followed by 00 or a restart marker
+    if pinned == "JPEG" and (scans := path.read_bytes().count(b"\xff\xda")) > MAX_SCANS:
         return f"it has {scans} scans, at most {MAX_SCANS} are allowed: save it with an ordinary program"
     return None
-
-
-_MP3_RATES: Final = bytes(byte for byte in range(256) if 0 < byte >> 4 < 15 and byte >> 2 & 3 != 3)
-
-_MAGIC: Final = [
-    (media_type, re.compile(pattern, re.DOTALL))
-    for media_type, pattern in (
-        ("image/jpeg", rb"\xff\xd8\xff"),
-        ("image/png", rb"\x89PNG\r\n\x1a\n"),
-        ("image/webp", rb"RIFF....WEBP"),
-        ("image/gif", rb"GIF8[79]a"),
-        ("image/tiff", rb"II\*\0|MM\0\*"),
-        # texts may begin with "BM" too, so check the reserved zeros and the size of the second header
-        ("image/bmp", rb"BM....\0{4}....[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}"),
-        ("audio/wav", rb"(?:RIFF|RF64)....WAVE"),
-        ("audio/flac", rb"fLaC"),
-        ("audio/ogg", rb"OggS\0"),
-        ("audio/mp4", rb"....ftyp(?:M4A |M4B |mp4[12]|isom|iso[2-9]|3gp[4-7]|dash)"),
-        # an ID3 tag, or a layer III frame with a valid bit rate and sample rate
-        ("audio/mpeg", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + re.escape(_MP3_RATES) + rb"]"),
-    )
-]
 
 
 class _Missed(Exception):
@@ -246,27 +198,13 @@ def _created(dest: Path) -> BinaryIO:
 
 
 def _examined(url: str, path: Path, kinds: Collection[Kind]) -> Fetched:
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    media_type = sniff(head)
-    if media_type is None or media_type.partition("/")[0] not in kinds:
-        asked = " or ".join(_ACCEPTED[kind] for kind in Kind if kind in kinds)
-        raise InvalidInput(f"{shown(url)} is {media_type or _description(head)}, expected {asked}")
+    head = read_head(path)
+    if problem := kind_problem(head, kinds):
+        raise InvalidInput(f"{shown(url)} {problem}")
+    media_type = sniff(head) or ""
     if media_type.startswith("image/") and (problem := image_problem(path)):
         raise InvalidInput(f"{shown(url)} cannot be used: {problem}")
     return Fetched(path=path, media_type=media_type, size_bytes=path.stat().st_size)
-
-
-def _description(head: bytes) -> str:
-    """Describe the content of a file that is not accepted, for the error message."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        return "empty"
-    if b"<svg" in text:
-        return "an SVG drawing"
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "an HTML page"
-    return "a file of an unknown kind"
 
 
 def _unavailable(url: str, problem: str) -> InputUnavailable:

@@ -1,4 +1,4 @@
-"""The inputs of a task: fetched a few at once, within a limit for all of them."""
+"""The inputs of a task: fetched a few at once, within a limit for all of them, and decoded before an engine gets them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from movieq.errors import InputUnavailable
+from movieq.errors import InputUnavailable, InvalidInput
 from movieq.fetch.download import Fetcher
 from movieq.fetch.guard import Guard
+from movieq.queue.files import Files
 from movieq.queue.store import Store
 from movieq.storage.folder import FolderStorage
+from movieq.tasks.entities import Upload
 from movieq.tasks.params import VideoParams
 from movieq.tasks.states import ProjectId, TaskId
 from tests.arrange import parts
@@ -31,6 +33,9 @@ class Pictures:
         self.at_once = 0
         self.most = 0
         self.open = asyncio.Event()
+        buffer = io.BytesIO()
+        Image.effect_noise((8, 8), 50).save(buffer, "PNG")
+        self.body = buffer.getvalue()
 
     async def handle(self, request: web.Request) -> web.Response:
         self.asked += 1
@@ -42,9 +47,7 @@ class Pictures:
         self.at_once -= 1
         if "gone" in request.query_string:
             return web.Response(status=404)
-        buffer = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(buffer, "PNG")
-        return web.Response(body=buffer.getvalue())
+        return web.Response(body=self.body[:-30] if "damaged" in request.query_string else self.body)
 
 
 async def fetched(store: Store, folder: Path, references: list[str]) -> dict[str, str]:
@@ -81,3 +84,20 @@ async def test_all_inputs_together_have_a_time_limit(store: Store, folder: Path,
         with pytest.raises(InputUnavailable, match=r"the 2 inputs could not all be fetched within 0.2 s"):
             await fetched(store, folder, [f"{url}/picture?1", f"{url}/picture?2"])
     assert list(folder.glob("input*")) == []
+
+
+async def test_an_input_that_is_damaged_after_its_header_is_refused_before_an_engine_gets_it(store: Store, folder: Path) -> None:
+    pictures = Pictures()
+    pictures.open.set()
+    async with serving({"/picture": pictures.handle}) as url:
+        with pytest.raises(InvalidInput, match=r"/picture\?\.\.\. is no picture that can be read"):
+            await fetched(store, folder, [f"{url}/picture?whole", f"{url}/picture?damaged"])
+
+
+async def test_an_upload_that_is_no_picture_is_refused_where_a_picture_is_expected(store: Store, folder: Path) -> None:
+    storage = FolderStorage(folder / "media", "http://127.0.0.1", (b"secret",))
+    (folder / "voice").write_bytes(b"fLaC" + bytes(100))
+    await Files(store.redis).add_upload("u1", Upload(ProjectId("film"), "uploads/film/u1/file", 104, "audio/flac"), "uploads/film/u1")
+    await storage.put("uploads/film/u1/file", folder / "voice", "audio/flac")
+    with pytest.raises(InvalidInput, match=r"upload:u1 is audio/flac, expected an image"):
+        await fetched(store, folder, ["upload:u1"])

@@ -301,7 +301,6 @@ STILLS: dict[str, Callable[[], bytes]] = {
     "Lab": lambda: encoded(Image.new("LAB", (320, 180), (120, 130, 140)), "TIFF"),
     "animated": lambda: encoded(drawing(), "GIF", save_all=True, append_images=[drawing(seed=2)]),
     "webp": lambda: encoded(drawing(), "WEBP"),
-    "avif": lambda: encoded(drawing(), "AVIF"),
     "bmp": lambda: encoded(drawing(), "BMP"),
     "damaged profile": lambda: encoded(drawing(), "JPEG", icc_profile=b"not a profile"),
 }

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from movieq.errors import InputUnavailable, InvalidInput, StorageFault
-from movieq.fetch.download import BACKOFF_S, HEAD_BYTES, Fetched, Fetcher, Kind, image_problem, sniff
+from movieq.fetch.download import BACKOFF_S, Fetched, Fetcher, image_problem
+from movieq.fetch.formats import HEAD_BYTES, Kind, sniff
 from movieq.fetch.guard import Guard, UrlRefused, shown
 from tests.fleet import eventually
 

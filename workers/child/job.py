@@ -22,7 +22,7 @@ from movieq.errors import InputUnavailable, causes
 from movieq.tasks.params import Params, convert
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import TaskType
-from workers.faults import without_paths
+from workers.faults import abbreviated, without_paths
 from workers.protocol import FromChild, Note, Plan, Preview, Produced, Rows, Run, Stage, Step
 
 STEP_INTERVAL_S = 1 / 20
@@ -206,8 +206,3 @@ class BatchJob(Job):
                 if not job.cancelled:
                     stack.enter_context(job.uninterruptible())
             yield
-
-
-def abbreviated(reference: str) -> str:
-    """Return a reference for a message: whole, except that long ones, such as `data:` urls, are cut."""
-    return reference if len(reference) <= 200 else f"{reference[:60]}... ({len(reference)} characters)"

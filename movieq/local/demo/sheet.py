@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from movieq.fetch.formats import Kind, decoder
+
 Colour = tuple[int, int, int]
 Mono = npt.NDArray[np.float32]
 
@@ -162,7 +164,7 @@ def _soundtrack(page: ImageDraw.ImageDraw, clip: Clip, top: int) -> None:
 
 
 def _picture(image: Image.Image, page: ImageDraw.ImageDraw, contents: Contents, corner: tuple[int, int], side: int) -> None:
-    with Image.open(contents.picture) as picture:
+    with Image.open(contents.picture, formats=("JPEG", "PNG", "WEBP")) as picture:
         fitted = ImageOps.pad(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, PANEL)
         size, kind = picture.size, picture.format
     image.paste(fitted, corner)
@@ -259,7 +261,7 @@ def _wrapped(text: str, style: Style, most: float) -> list[str]:
 
 def read_clip(path: Path) -> Clip:
     """Read a clip. It is divided into `FRAMES` equal parts, and the middle frame of each is shown."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), format="mov") as container:
         video = container.streams.video[0]
         video.thread_type = "AUTO"
         count = video.frames
@@ -279,7 +281,7 @@ def read_clip(path: Path) -> Clip:
 
 def read_sound(path: Path) -> Sound:
     """Read the sound of a file."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), format=decoder(path, Kind.AUDIO) or "mov") as container:
         audio = container.streams.audio[0]
         to_mono = av.AudioResampler(format="flt", layout="mono", rate=audio.rate)
         blocks: list[Mono] = []

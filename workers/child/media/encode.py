@@ -32,9 +32,9 @@ from PIL import Image, PngImagePlugin
 
 from movieq.credentials import SOURCES
 from movieq.errors import InvalidInput
+from movieq.fetch import formats
 from movieq.tasks.params import AudioFormat, ImageFormat
-from workers.child.job import abbreviated
-from workers.faults import public_message
+from workers.faults import abbreviated, public_message
 
 Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
@@ -237,10 +237,12 @@ def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[S
 
     Raises InvalidInput naming the reference if the file has no sound that can be decoded.
     """
+    if (pinned := formats.decoder(path, formats.Kind.AUDIO)) is None:
+        raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: it is of an unknown kind")
     wanted, size = round(seconds * rate), 0
     parts: list[Samples] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=pinned) as container:
             resampler = av.AudioResampler("fltp", "mono", rate)
             for frame in itertools.chain(container.decode(audio=0), (None,)):
                 for each in resampler.resample(frame):

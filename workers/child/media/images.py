@@ -10,18 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageCms, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
 from movieq.errors import InvalidInput
-from workers.child.job import abbreviated
-from workers.faults import without_paths
+from movieq.fetch import formats
+from workers.faults import abbreviated, without_paths
 
 MAX_PIXELS = 40_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "TGA")
-"""What is decoded. Not EPS or PDF, for which Pillow starts programs."""
 
 MAX_CROP_SHARE = 0.125
 """A still that loses at most this share of its area by filling the frame is cropped (16:10 in 16:9); others get a background."""
@@ -34,7 +30,7 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.e
 
 def check(reference: str, path: Path) -> None:
     """Raise InvalidInput if the file's header is not that of an image, or the image is too large. Cheap: nothing is decoded."""
-    with _decoding(reference, path), Image.open(path, formats=FORMATS):
+    with _decoding(reference, path), _opened(path):
         pass
 
 
@@ -48,7 +44,7 @@ def load(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image
 
 def load_with_alpha(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image:
     """Return the still like `load`, but as RGBA if it has transparent parts."""
-    with _decoding(reference, path), Image.open(path, formats=FORMATS) as image:
+    with _decoding(reference, path), _opened(path) as image:
         image.draft(None, (frame_size[0] * 2, frame_size[1] * 2))  # JPEG only: decoded at a half, a quarter or an eighth
         image.load()
         still = _to_srgb(ImageOps.exif_transpose(image))
@@ -63,6 +59,13 @@ def flatten_alpha(still: Image.Image) -> Image.Image:
     ground = Image.new("RGB", still.size, TRANSPARENCY_COLOUR)
     ground.paste(still, mask=still.getchannel("A"))
     return ground
+
+
+def _opened(path: Path) -> Image.Image:
+    """Open the file as what its first bytes show. Raises UnidentifiedImageError if that is no image."""
+    if (pinned := formats.decoder(path, formats.Kind.IMAGE)) is None:
+        raise UnidentifiedImageError("it is of an unknown kind")
+    return Image.open(path, formats=(pinned,))
 
 
 @contextmanager
@@ -113,12 +116,8 @@ def _cover_box(still: Image.Image, size: tuple[int, int]) -> tuple[float, float,
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Return RGB or RGBA of any mode: 16-bit and float values are scaled, CMYK and wide gamuts converted by their ICC profile."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        top = next((top for top in (1.0, 255.0, 65535.0) if values.max(initial=0) <= top), float(values.max(initial=1)))
-        return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bits(image)
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
@@ -129,3 +128,14 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             assert converted is not None
             return converted
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return RGB of an image with 16-bit, 32-bit or float values."""
+    import numpy as np  # only here: the probe decodes the inputs of every task, and they seldom need it
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    top = next((top for top in (1.0, 255.0, 65535.0) if values.max(initial=0) <= top), float(values.max(initial=1)))
+    return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
