@@ -35,7 +35,7 @@ from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import TaskStatus, TaskType
 from workers.concurrency import uninterrupted
 from workers.eta import UPLOAD_AT
-from workers.faults import HOST, PLACE, HostFault, public_message, without_paths
+from workers.faults import HOST, PLACE, FinishFault, HostFault, public_message, without_paths
 from workers.finished import Finished
 from workers.inputs import fetch_inputs
 from workers.outcome import Completed, Failed, Lost, Outcome, Requeued, Unable, Unreadable, outcome_of, unreadable
@@ -111,7 +111,12 @@ async def _outcome(parts: Parts, running: Running, task_data: dict[str, Any]) ->
     except asyncio.CancelledError:
         return _stopped(running.stop_reason)
     except Exception as error:
-        return outcome_of(error, running.task, parts.spool, running.spool)
+        return _outcome_of(parts, running, error)
+
+
+def _outcome_of(parts: Parts, running: Running, error: Exception) -> Outcome:
+    saved = running.finished is not None and running.finished.folder is not None
+    return outcome_of(error, running.task, parts.spool, running.spool, rendered=running.rendered_ms > 0 and not saved)
 
 
 def _stopped(reason: Stop | None) -> Outcome:
@@ -158,6 +163,8 @@ async def _rendered(parts: Parts, running: Running, parsed: Params, task_data: d
     running.rendered_ms = max(1, int((time.monotonic() - running.started_s) * 1000))
     running.use_gpu(0.0)
     running.free_slot()
+    if (spool / OUT).is_dir() and not all(Path(produced.path).is_file() for produced in done.files):
+        raise FinishFault("the engine names a file that it has not written")
     done = await signed(parts.provenance, running.task, parsed.description, done)
     if parts.finished is None:
         return Finished(done)
@@ -290,7 +297,7 @@ async def _reported(parts: Parts, running: Running, outcome: Outcome) -> None:
         await _reported(parts, running, Lost())
     except Exception as error:
         if isinstance(outcome, Completed):  # the result cannot be committed
-            await _reported(parts, running, outcome_of(error, running.task, parts.spool, running.spool))
+            await _reported(parts, running, _outcome_of(parts, running, error))
         elif isinstance(error, ResponseError):
             log.exception("script_failed", during="report")
         else:

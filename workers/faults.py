@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from movieq.errors import MovieqError, causes
+from movieq.errors import InternalFault, MovieqError, causes
 
 HOST: Final = {
     errno.ENOSPC: "its disk is full",
@@ -50,6 +50,12 @@ class HostFault(MovieqError):
     def __init__(self, message: str, *, device: bool = False) -> None:
         super().__init__(message)
         self.device = device
+
+
+class FinishFault(InternalFault):
+    """An internal error after the rendering. The task fails at once: another run would repeat the whole rendering, and fail again."""
+
+    retryable = False
 
 
 def host_problem(error: BaseException | None, *places: Path) -> str | None:

@@ -79,8 +79,11 @@ class Unreadable(InternalFault):
     """This worker cannot read the task; a worker of another version may be able to. It counts as a try: the task may be damaged."""
 
 
-def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = None) -> Outcome:
-    """Return the outcome of a run that raised `error`. `spool` is the worker's folder, `own` the run's folder in it, if it has one."""
+def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = None, *, rendered: bool = False) -> Outcome:
+    """Return the outcome of a run that raised `error`. `spool` is the worker's folder, `own` the run's folder in it, if it has one.
+
+    `rendered`: whether another run would have to render again what this one has rendered.
+    """
     match error:
         case RunLost():
             return Lost()
@@ -104,6 +107,8 @@ def outcome_of(error: Exception, task: Task, spool: Path, own: Path | None = Non
         case TaskFault():
             return Requeued(error.message, error.code, Budget.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
     log.error("run_broke", exc_info=error)
+    if rendered:
+        return Failed(BROKE, InternalFault.code)
     return Requeued(BROKE, InternalFault.code, Budget.TRIES, TRIES_LIMIT, retry_delay_ms(task.attempt))
 
 

@@ -167,6 +167,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Whether the child ends now, since its next run would fail too."""
     problem: str = ""
     """The problem of this machine, or of the device if `broken`; empty if the run is at fault."""
+    rendered: bool = False
+    """Whether the device had done its part: another run would repeat that, only to fail in the same way."""
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):

@@ -29,7 +29,7 @@ from movieq.models import table as models
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.states import GENERATE_IMAGE, Kind
 from workers.concurrency import uninterrupted
-from workers.faults import HostFault
+from workers.faults import FinishFault, HostFault
 from workers.protocol import (
     EXIT_UNFIT,
     HEADER,
@@ -338,6 +338,8 @@ class Child:
                 self.suspect(failed.problem)
             return HostFault(failed.problem, device=failed.broken)
         fault = TASK_FAULTS.get(failed.code, InternalFault)
+        if failed.rendered and fault is InternalFault:
+            return FinishFault(failed.message)
         if issubclass(fault, InternalFault | OutOfMemory):
             self._count_failure(group)
         return fault(failed.message)
@@ -494,7 +496,7 @@ class Child:
                     header = _header.decode(body)
                     log.error("child_unreadable", child=self.name, what=header.type, run=header.run, problem=str(error))
                     if header.type in ENDS:
-                        return Failed(header.run, InternalFault.code, "the answer of the engine cannot be read")
+                        return Failed(header.run, InternalFault.code, "the answer of the engine cannot be read", rendered=True)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 

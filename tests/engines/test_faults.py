@@ -36,6 +36,12 @@ def render(job):
     mark = Path(job.params.once)
     if not mark.exists():
         mark.touch()
+        if job.params.fault == "finish":
+            return lambda: finish(job)
+        if job.params.fault == "unsendable":
+            return Output((), {"model": object()})
+        if job.params.fault == "unwritten":
+            return Output((Produced(str(job.out_dir / "output.png"), "output", "image/png", 64, 64),), {})
         if job.params.fault == "hang":
             re.match(r"(a|a)+b", "a" * 64)  # for ever, and it holds the GIL
         if job.params.fault == "cuda":
@@ -45,6 +51,9 @@ def render(job):
                 raise ValueError("the denoiser failed") from error
     Image.new("RGB", (64, 64)).save(path := job.out_dir / "output.png")
     return Output((Produced(str(path), "output", "image/png", 64, 64),), {})
+
+def finish(job):
+    raise ValueError("a tag cannot be written")
 
 plugin = Plugin(
     task_types={"fault": TaskSpec(params=FaultParams)},
@@ -90,6 +99,20 @@ async def test_an_engine_process_with_a_broken_device_ends_by_itself_and_the_nex
     ended = await running.ended(await running.submit("fault", {"fault": "cuda", "once": str(folder / "once")}))
     assert (ended["status"], ended["attempt"]) == ("completed", 2), ended
     assert EXIT_BROKEN in exit_codes(running)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("finish", "the faults engine failed: a tag cannot be written"),
+        ("unsendable", "the engine answered with something that cannot be passed on"),
+        ("unwritten", "the engine names a file that it has not written"),
+    ],
+)
+async def test_a_fault_after_the_rendering_does_not_repeat_the_rendering(running: Service, folder: Path, fault: str, error: str) -> None:
+    ended = await running.ended(await running.submit("fault", {"fault": fault, "once": str(folder / "once")}))
+    assert (ended["status"], ended["error_code"], ended["attempt"]) == ("failed", "internal", 1), ended
+    assert error in ended["error"]
 
 
 async def test_a_field_that_a_plug_in_needs_is_named_where_it_is_missing(running: Service) -> None:

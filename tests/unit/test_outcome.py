@@ -11,8 +11,8 @@ from movieq.errors import InvalidInput, KeyTaken, NetworkFault, OutOfMemory, Run
 from movieq.queue.store import DEATHS_LIMIT, TRIES_LIMIT, Budget
 from movieq.tasks.entities import Task
 from movieq.tasks.states import Kind, ProjectId, TaskId, TaskStatus
-from workers.faults import HostFault
-from workers.outcome import UNCOUNTED, UNREADABLE_LIMIT, Failed, Lost, Requeued, Unable, Unreadable, outcome_of
+from workers.faults import FinishFault, HostFault
+from workers.outcome import BROKE, UNCOUNTED, UNREADABLE_LIMIT, Failed, Lost, Requeued, Unable, Unreadable, outcome_of
 from workers.running import Stop
 from workers.supervisor import ChildDied
 
@@ -57,6 +57,13 @@ def test_a_fault_that_may_pass_counts_as_a_try_and_waits(error: Exception) -> No
     assert (found.budget, found.limit) == (Budget.TRIES, TRIES_LIMIT)
     assert found.delay_ms > 0
     assert "nobody" not in found.error
+
+
+def test_a_fault_of_ours_after_the_rendering_fails_the_task_at_once() -> None:
+    assert outcome_of(FinishFault("a tag cannot be written"), task(), SPOOL) == Failed("a tag cannot be written", "internal")
+    assert outcome_of(ValueError("nobody expected this"), task(), SPOOL, rendered=True) == Failed(BROKE, "internal")
+    for error in (OutOfMemory("full"), StorageFault("away")):
+        assert isinstance(outcome_of(error, task(), SPOOL, rendered=True), Requeued)
 
 
 def test_the_death_of_a_child_counts_as_a_death_unless_another_run_is_to_blame() -> None:

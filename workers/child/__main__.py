@@ -141,7 +141,7 @@ class EngineProcess:
             if not isinstance(message, Answer):
                 raise  # in the engine that sent it: its run fails
             why = f"the engine answered with something that cannot be passed on: {error}"
-            frame = protocol.frame(Failed(message.run, InternalFault.code, why, traceback.format_exc()))
+            frame = protocol.frame(Failed(message.run, InternalFault.code, why, traceback.format_exc(), rendered=True))
         if isinstance(message, Answer) and self._flags.pop(message.run, None) is None:
             return
         try:
@@ -175,7 +175,7 @@ class EngineProcess:
 
     def _finish(self, unfinished: list[tuple[Run, Finish]]) -> None:
         for run, finish in unfinished:
-            self._answer(finish_run(run, finish))
+            self._answer(finish_run(run, finish, rendered=True))
 
     def _answer(self, answer: Answer) -> None:
         self.send(answer)
@@ -213,9 +213,11 @@ def engine_function(name: str, function: str = "render") -> Any:
     return getattr(importlib.import_module(REGISTRY.engines[name]), function)
 
 
-def finish_run(run: Run, finish: Finish) -> Answer:
-    """Do the rest of a run and return its answer."""
+def finish_run(run: Run, finish: Finish, *, rendered: bool = False) -> Answer:
+    """Do the rest of a run and return its answer. `rendered`: whether the device has done its part."""
     output = _result_or_failure(run, finish)
+    if isinstance(output, Failed):
+        return msgspec.structs.replace(output, rendered=rendered)
     return Done(run.run, output.files, output.metadata, *models_in_memory()) if isinstance(output, Output) else output
 
 
