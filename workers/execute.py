@@ -33,7 +33,7 @@ from movieq.tasks.params import Params
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.results import StoredMedia, StoredResult
 from movieq.tasks.states import TaskStatus, TaskType
-from workers.concurrency import uninterrupted
+from workers.concurrency import beside, uninterrupted
 from workers.eta import UPLOAD_AT
 from workers.faults import HOST, PLACE, FinishFault, HostFault, public_message, without_paths
 from workers.finished import Finished
@@ -44,7 +44,11 @@ from workers.provenance import signed
 from workers.reporter import reporting
 from workers.retry import insist, retry_delay_ms
 from workers.running import Parts, Running, Stop
+from workers.slots import LEND_S, Group
+from workers.supervisor import Child
 
+LENDING_RUNS: Final = 2
+"""Attempts of a task in which its run may lend its slot. In a later one it holds the slot, so that it gets the device in the end."""
 OUT: Final = "out"
 """The folder in a run's spool that its engine writes files to."""
 UPLOAD_S: Final = 1.0, 60.0
@@ -156,11 +160,12 @@ async def _rendered(parts: Parts, running: Running, parsed: Params, task_data: d
     assert running.group is not None
     async with reporting(parts.store, running) as reporter:
         reporter.report("fetching_inputs" if parsed.references else "starting", stage="fetch")
-        inputs = await _inputs(parts, running.task, parsed, spool)
+        async with beside(lend_slot=_lend_slot(running.task, running.child, running.group)):
+            inputs = await _inputs(parts, running.task, parsed, spool)
         (spool / OUT).mkdir()
         request = _request(parts, running, parsed, task_data, inputs, spool)
         done = await running.child.run(request, reporter.on_message, running.group)
-    running.rendered_ms = max(1, int((time.monotonic() - running.started_s) * 1000))
+    running.rendered_ms = max(1, int((time.monotonic() - running.started_s - running.group.lent_s) * 1000))
     running.use_gpu(0.0)
     running.free_slot()
     if (spool / OUT).is_dir() and not all(Path(produced.path).is_file() for produced in done.files):
@@ -169,6 +174,14 @@ async def _rendered(parts: Parts, running: Running, parsed: Params, task_data: d
     if parts.finished is None:
         return Finished(done)
     return await asyncio.to_thread(parts.finished.save, running.task.task_id, running.run, spool / OUT, done)
+
+
+async def _lend_slot(task: Task, child: Child, group: Group) -> None:
+    """Lend the slot to other tasks if the inputs of the task take long."""
+    while task.attempt <= LENDING_RUNS:
+        await asyncio.sleep(LEND_S)
+        if child.slots.lend(group):
+            return
 
 
 async def _inputs(parts: Parts, task: Task, parsed: Params, spool: Path) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Running:
         """Prefix of its files in the storage, once there may be some."""
         self.started_s = time.monotonic()
         self.rendered_ms = 0
-        """Time that fetching and rendering took, in ms; 0 until then, and if an earlier run did it."""
+        """Time that fetching and rendering took in its slot, in ms; 0 until then, and if an earlier run did it."""
         self.eta = Eta(0.0 if finished else self.task.estimate_ms / 1000)
         self._gpu: tuple[float, float, float] | None = None
         """The GPU time that it had used in ms, at what time in s, and the share of a GPU that it has had since."""

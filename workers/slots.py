@@ -14,7 +14,11 @@ from workers.protocol import framed
 AHEAD_S: Final = 2.0
 """Seconds before the estimated end of a run at which the next is claimed, so that its inputs are there when the device is free."""
 AHEAD_MOST_S: Final = 10.0
-"""Longest wait of a run for its device, in seconds. Then it is requeued: the one before it takes longer than expected."""
+"""Longest wait of a run that is ready for its device, in seconds. Then it is requeued: the one before it takes longer than expected."""
+LEND_S: Final = 1.0
+"""Time for which a group may fetch its inputs in its slot, in seconds. Then it lends the slot to other tasks until they are there."""
+LENT_MOST: Final = 3
+"""Most groups of a device that lend their slot at the same time: a worker claims a few tasks more than it can render, never many."""
 
 
 class Group:
@@ -25,6 +29,7 @@ class Group:
         self.model = model
         self.batch = batch
         self.since_s = time.monotonic()
+        """When it was claimed; once it is ready, since when it has been."""
         self.remaining_s: Callable[[], float] = lambda: math.inf
         """Returns the estimated seconds until its end."""
         self.started = asyncio.Event()
@@ -33,6 +38,13 @@ class Group:
         """Whether it takes longer than expected: then no further run is claimed ahead."""
         self.waited = False
         """Whether it was claimed before the device became free."""
+        self.lends = False
+        """Whether it still fetches its inputs and lends its slot meanwhile."""
+        self.lent_s = 0.0
+        """How long it was without its slot, from lending it to its start on the device."""
+        self.patience_s = AHEAD_MOST_S
+        """How long it waits for its device once it is ready, in seconds."""
+        self._lent_at_s: float | None = None
         self._missing = len(task_ids)
         self._left: set[str] = set()
         self._requests: dict[str, bytes] = {}
@@ -41,6 +53,28 @@ class Group:
         """Add the encoded request of a run that is ready to be rendered."""
         self._missing -= 1
         self._requests[run] = request
+        if self.ready:
+            self.since_s = time.monotonic()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every run was added or removed, and one is left to be rendered."""
+        return not self._missing and bool(self._requests)
+
+    def lend(self) -> None:
+        """Lend the slot, until the group is ready."""
+        self.lends, self._lent_at_s = True, time.monotonic()
+
+    def take_back(self) -> None:
+        """Take the slot back: the group is the next on the device. It waits for that as long as it fetched, if that is longer."""
+        if self.lends and self._lent_at_s is not None:
+            self.lends, self.patience_s = False, max(AHEAD_MOST_S, time.monotonic() - self._lent_at_s)
+
+    def start(self) -> None:
+        """Record that the group was sent to the child."""
+        if self._lent_at_s is not None:
+            self.lent_s = time.monotonic() - self._lent_at_s
+        self.started.set()
 
     def remove(self, run: str) -> bool:
         """Remove a run, whether it was added or not; return whether none is left. Removing it again changes nothing."""
@@ -52,13 +86,14 @@ class Group:
 
     def frames(self) -> bytes | None:
         """Return the frames for the child; None until every run was added or removed, or if all were removed."""
-        return None if self._missing or not self._requests else framed(list(self._requests.values()))
+        return framed(list(self._requests.values())) if self.ready else None
 
 
 class Slots:
     """The two slots of a device: one for the group that is on it, one for the group that comes next.
 
     `send` passes frames to the child. A group goes to the device once the device is free and open, and all runs of the group are ready.
+    A group whose inputs take long lends its slot, so that other tasks are claimed and rendered meanwhile.
     """
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
@@ -73,12 +108,18 @@ class Slots:
     @property
     def free(self) -> bool:
         """Whether a run can start now."""
-        return self._open and not self.groups
+        return self._open and not self.holders
 
     @property
     def soon(self) -> bool:
         """Whether a run that is claimed now can start in a moment: its inputs are fetched while the one before it ends."""
-        return self._open and len(self.groups) == 1 and not self.groups[0].overdue and self.groups[0].remaining_s() < AHEAD_S
+        holders = self.holders
+        return self._open and len(holders) == 1 and not holders[0].overdue and holders[0].remaining_s() < AHEAD_S
+
+    @property
+    def holders(self) -> list[Group]:
+        """The groups that hold a slot: those that do not lend it."""
+        return [group for group in self.groups if not group.lends]
 
     @property
     def task_id(self) -> TaskId | None:
@@ -105,13 +146,28 @@ class Slots:
     def add(self, group: Group, run: str, request: bytes) -> None:
         """Add a run that is ready to its group, which may be complete now."""
         group.add(run, request)
+        if group.ready:
+            group.take_back()
         self.advance()
+
+    def lend(self, group: Group) -> bool:
+        """Lend the slot of a group that still fetches its inputs; return whether that is done. Not if enough groups do so already."""
+        if group.lends:
+            return True
+        if group not in self.groups or group.ready or group.started.is_set() or len(self.groups) - len(self.holders) >= LENT_MOST:
+            return False
+        group.lend()
+        self.advance()
+        self.on_room()
+        return True
 
     def leave(self, group: Group, run: str) -> None:
         """Remove a run that no longer needs the device, or never got to it; the slot is free once all runs of the group have left."""
         if group.remove(run):
             self.release(group)
         else:
+            if group.ready:
+                group.take_back()
             self.advance()
 
     def release(self, group: Group) -> None:
@@ -124,11 +180,14 @@ class Slots:
             self.on_room()
 
     def late(self) -> Group | None:
-        """Return the group that has waited too long and must be requeued, if there is one; mark the group before it as overdue."""
-        if len(self.groups) < 2 or time.monotonic() - self.groups[1].since_s < AHEAD_MOST_S or self.groups[1].started.is_set():
+        """Return a group that has waited too long and must be requeued, if there is one; mark the group on the device as overdue."""
+        if self.on_device is None:
             return None
-        self.groups[0].overdue = True
-        return self.groups[1]
+        for group in self.groups:
+            if group.ready and not group.started.is_set() and time.monotonic() - group.since_s >= group.patience_s:
+                self.on_device.overdue = True
+                return group
+        return None
 
     def advance(self) -> None:
         """Send the oldest complete group to the device, if that is open and free."""
@@ -138,6 +197,6 @@ class Slots:
             if not group.started.is_set() and (frames := group.frames()) is not None:
                 self.on_device = group
                 group.waited = group.since_s < self._free_since_s
-                group.started.set()
+                group.start()
                 self._send(frames)
                 return

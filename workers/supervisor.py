@@ -173,7 +173,7 @@ class Child:
     @property
     def models_next(self) -> list[str]:
         """The models that will be loaded when a run that is claimed now starts. A model still to be loaded may evict all others."""
-        coming = [group.model for group in self.slots.groups if group.model not in self.models]
+        coming = [group.model for group in self.slots.holders if group.model not in self.models]
         return coming or self.models
 
     @property

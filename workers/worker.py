@@ -348,7 +348,7 @@ class Worker(ArqWorker):
             for claimed in to_render:
                 runs.create_task(self._requeue(claimed.task.task_id, claimed.run))
             return
-        child = min(able, key=lambda child: (not child.slots.free, task.model not in child.models))
+        child = min(able, key=lambda child: (not child.slots.free, len(child.slots.groups), task.model not in child.models))
         group = child.slots.reserve([claimed.task.task_id for claimed in to_render], task.model, task.batch)
         for claimed in to_render:
             self.start(runs, Running(claimed, child, group))

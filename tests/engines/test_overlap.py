@@ -17,6 +17,7 @@ from tests.engines.test_plugins import installed
 from tests.engines.test_served import body
 from tests.fleet import eventually, python_path
 from tests.service import Service, service, serving
+from workers.slots import LENT_MOST
 
 ENGINE = '''
 import time
@@ -126,6 +127,59 @@ async def test_the_inputs_of_the_next_task_are_fetched_while_the_device_is_busy(
         assert status["status"] == "processing"
         gate.touch()
         for each in (first, second):
+            assert (await running.ended(each))["status"] == "completed"
+
+
+class Slow:
+    """A server of a picture, which answers once `gate` exists. It counts who asks."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+        self.asked = 0
+
+    async def image(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        await eventually(self.gate.exists, 60)
+        still = io.BytesIO()
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(still, "PNG")
+        return web.Response(body=still.getvalue(), content_type="image/png")
+
+
+async def test_a_task_whose_inputs_are_slow_does_not_hold_the_device(running: Service, gate: Path) -> None:
+    slow = Slow(gate)
+    async with serving({"/still.png": slow.image}) as url:
+        waiting = [await running.submit("gated", {"image": f"{url}/still.png?{number}"}) for number in range(3)]
+        await eventually(lambda: slow.asked > 0, 60)
+        other = await running.submit("gated", {}, project="other")
+        ended = await running.ended(other)
+        assert (ended["status"], ended["attempt"]) == ("completed", 1)
+        _, status = await running.call("GET", f"/tasks/{waiting[0]}/status")
+        assert (status["status"], status["current_step"]) == ("processing", "fetching_inputs")
+        gate.touch()
+        assert [(await running.ended(each))["status"] for each in waiting] == ["completed"] * 3
+
+
+async def test_a_task_that_fetches_without_its_slot_can_be_cancelled(running: Service, gate: Path) -> None:
+    slow = Slow(gate)
+    async with serving({"/still.png": slow.image}) as url:
+        waiting = await running.submit("gated", {"image": f"{url}/still.png"})
+        await eventually(lambda: slow.asked > 0, 60)
+        assert (await running.ended(await running.submit("gated", {})))["status"] == "completed", "the slot was lent"
+        assert (await running.call("DELETE", f"/tasks/{waiting}/cancel"))[0] == 200
+        assert (await running.ended(waiting))["status"] == "cancelled"
+        gate.touch()
+
+
+async def test_a_worker_claims_only_a_few_tasks_whose_inputs_are_slow(running: Service, gate: Path) -> None:
+    slow = Slow(gate)
+    async with serving({"/still.png": slow.image}) as url:
+        waiting = [await running.submit("gated", {"image": f"{url}/still.png?{number}"}) for number in range(LENT_MOST + 3)]
+        await eventually(lambda: slow.asked == LENT_MOST + 1, 60)
+        _, queues = await running.call("GET", "/queues")
+        (queue,) = [each for each in queues["queues"] if each["queue_name"] == "cpu_intensive"]
+        assert (queue["running"], queue["pending_count"]) == (LENT_MOST + 1, 2)
+        gate.touch()
+        for each in waiting:
             assert (await running.ended(each))["status"] == "completed"
 
 
