@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 import psutil
 import pytest
+from av.audio.stream import AudioStream
 from PIL import Image
 
 from movieq.errors import InvalidInput, OutOfMemory
@@ -24,7 +26,7 @@ from tests.fleet import eventually
 from workers.child.media.encode import read_sound
 from workers.probe import Probe
 
-SOUNDS = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "ogg": "libvorbis", "mp4": "aac"}
+SOUNDS = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "ogg": "libopus", "mp4": "aac"}
 
 
 def encoded(image: Image.Image, name: str, **options: object) -> bytes:
@@ -41,7 +43,7 @@ def with_scans(body: bytes, more: int) -> bytes:
 def sound(path: Path, name: str, seconds: int = 1) -> Path:
     """Write a tone of 48 kHz in this format."""
     with av.open(str(path), "w", format=name) as container:
-        stream = container.add_stream(SOUNDS[name], rate=48_000)
+        stream = cast(AudioStream, container.add_stream(SOUNDS[name], rate=48_000))
         tone = (8000 * np.sin(np.arange(48_000 * seconds) / 20)).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(tone.reshape(1, -1), "s16", "mono")
         frame.sample_rate = 48_000
