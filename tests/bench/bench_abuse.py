@@ -246,7 +246,7 @@ class _Memory:
     def __init__(self, served: Service) -> None:
         (self._api,) = served.find("api")
         (valkey,) = served.find("valkey-server") or served.find("valkey")
-        path = next(each.laddr for each in valkey.net_connections("unix") if each.laddr)
+        path = next(str(each.laddr) for each in valkey.net_connections("unix") if str(each.laddr))
         self._redis = redis.Redis(unix_socket_path=path)
 
     def now(self) -> float:
@@ -269,7 +269,7 @@ class _Memory:
 
 async def _measured(name: str) -> dict[str, float]:
     keys = f"{GOOD}=film,{BAD}=attack"
-    limits = {
+    limits: dict[str, Any] = {
         f"MOVIEQ_{each}": value
         for each, value in {
             "REQUESTS_PER_S": "50", "MAX_STREAMS": "5000", "MAX_STREAMS_PER_KEY": "200", "MAX_STREAMS_PER_URL": "20",

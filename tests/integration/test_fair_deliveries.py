@@ -488,7 +488,7 @@ async def test_names_whose_name_server_does_not_answer_do_not_hold_up_other_name
     await installation.worker(LD_PRELOAD=str(library))
 
     async def looks_up() -> bool:
-        return await raw(store).exists(*(in_progress_key_prefix + each for each in dead)) >= HALF
+        return bool(await raw(store).exists(*(in_progress_key_prefix + each for each in dead)) >= HALF)
 
     await eventually(looks_up)
     async with receiver() as hook:
