@@ -102,13 +102,13 @@ async def test_a_submit_that_names_a_field_which_no_task_may_write_is_refused(up
         ({"collection": "users", "id": 1, "field": "password"}, "tasks may not write users.password"),
         ({"collection": "scenes", "id": 1, "field": "title"}, "MOVIEQ_PAYLOAD_WRITABLE"),
         ({"collection": "scenes", "id": "../users/1", "field": "clip"}, "the id of a document"),
-        ({"collection": "scenes", "field": "clip"}, "expected {collection, id, field}"),
+        ({"collection": "scenes", "field": "clip"}, "metadata.payload.id: missing; expected"),
     ):
         body = {"project_id": str(cms.project), "task_type": "generate_image", "task_data": SMALL, "metadata": {"payload": named}}
         status, answer = await up.call("POST", "/tasks/submit", json=body)
         assert (status, answer["error"]) == (400, "validation_failed")
         assert problem in answer["message"]
-        assert answer["errors"][0]["path"] == "metadata.payload"
+        assert answer["errors"][0]["path"].startswith("metadata.payload")
 
 
 async def test_a_result_that_was_made_before_is_in_the_cms_under_its_own_task(up: Service, cms: PayloadServer) -> None:
