@@ -309,7 +309,7 @@ def _webhook() -> Json:
         "`payload_media_id` later. Any of them may be sent more than once.",
         "operationId": "task_ended",
         "security": [],
-        "parameters": [{**_parameter(name, "header", {"type": "string"}), "description": text} for name, text in headers.items()],
+        "parameters": [_parameter(name, "header", {"type": "string", "description": text}) for name, text in headers.items()],
         "requestBody": {"required": True, "content": _json(Webhook)},
         "responses": {
             "2XX": {"description": "Received. Any other answer is tried again, ten times in a day and a half"},

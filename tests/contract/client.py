@@ -79,7 +79,9 @@ class Stream:
             while line := (await self.response.content.readline()).decode():
                 name, _, value = line.rstrip("\n").partition(": ")
                 if line == "\n" and "event" in fields:
-                    return Event(fields.get("id"), fields["event"], json.loads(fields["data"]))
+                    event = Event(fields.get("id"), fields["event"], json.loads(fields["data"]))
+                    _fits("ProjectEvent" if "/projects/" in self.response.url.path else "TaskEvent", event)
+                    return event
                 if name == "retry":
                     self.retries.append(int(value))
                 elif line != "\n" and not line.startswith(":"):
@@ -193,6 +195,13 @@ def kept(method: str, path: str, answer: Answer) -> None:
         schema(ref.rpartition("/")[2]).validate(answer.json)
     if answer.headers.get("Content-Type") == "application/json" and path != "/openapi.json":
         _times(answer.json)
+
+
+def _fits(stream: str, event: Event) -> None:
+    """Raise AssertionError if the data of an event is not what the document says of this stream."""
+    kinds = _document()["components"]["schemas"][stream]["oneOf"]
+    (data,) = [kind["properties"]["data"] for kind in kinds if event.type in kind["properties"]["event"]["enum"]]
+    schema(data["contentSchema"]["$ref"].rpartition("/")[2]).validate(event.data)
 
 
 def _times(value: Any) -> None:
