@@ -234,7 +234,7 @@ def test_a_key_that_invents_projects_gets_no_more_than_a_project_with_a_key_of_i
     simulate(server, play)
 
 
-@SIMULATION
+@settings(SIMULATION, max_examples=max(1, EXAMPLES // 2))
 @given(seed=st.integers(0, 2**16), slots=st.integers(1, 3))
 def test_weights_count_among_flows_for_projects_and_inside_the_flow_of_a_key(server: Valkey, seed: int, slots: int) -> None:
     chance = random.Random(seed)

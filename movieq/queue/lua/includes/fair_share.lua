@@ -44,10 +44,7 @@ local function charge(t, ms)
   for _, share in ipairs(shares(t)) do
     local of, member, idle_in, as = unpack(share)
     local cost = ms / (member == t.project_id and t.weight or 1) / (t.rows or 1)
-    if redis.call('ZSCORE', K.virtual_times .. of, member) then
-      redis.call('ZINCRBY', K.virtual_times .. of, cost, member)
-    else
-      count(K.idle_virtual_times .. idle_in, as, cost)
-    end
+    local waits = redis.call('ZADD', K.virtual_times .. of, 'XX', 'INCR', cost, member)
+    if not waits then count(K.idle_virtual_times .. idle_in, as, cost) end
   end
 end
