@@ -178,7 +178,7 @@ def decode(body: bytes) -> tuple[SubmitRequest, list[Fault]]:
         submitted = (_slow_decoder if values.slow(body) else _decoder).decode(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError) as error:
         return _partly(body, error)
-    if len(found := values.found(task_data=submitted.task_data, metadata=submitted.metadata)) > faults.MOST:
+    if len(found := values.found({"task_data": submitted.task_data, "metadata": submitted.metadata})) > faults.MOST:
         raise refused(found)
     return submitted, found
 
@@ -186,7 +186,7 @@ def decode(body: bytes) -> tuple[SubmitRequest, list[Fault]]:
 def _partly(body: bytes, error: Exception) -> tuple[SubmitRequest, list[Fault]]:
     """Return what can be used of a body that msgspec has refused with this error, and its faults. Raises ValidationFailed."""
     try:
-        sent = values.untyped(body)
+        sent, found = values.untyped(body)
     except UnicodeError:
         raise ValidationFailed("cannot read the body as JSON: it is not in UTF-8") from None
     except RecursionError:
@@ -195,7 +195,7 @@ def _partly(body: bytes, error: Exception) -> tuple[SubmitRequest, list[Fault]]:
         raise ValidationFailed(f"cannot read the body as JSON: {malformed}") from None
     if not isinstance(sent, dict):
         raise ValidationFailed(f"the body: expected a JSON object, got {faults.given(sent)}")
-    if len(found := values.faults(sent)) > faults.MOST:
+    if len(found) > faults.MOST:
         raise refused(found)
     found = Faults().add(faults.of_struct(SubmitRequest, sent)).add(found)
     if not found:  # json reads more than msgspec, for example half a surrogate pair

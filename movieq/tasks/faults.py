@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from types import TracebackType, UnionType
 from typing import Annotated, Any, Final, Self, Union, get_args, get_origin
@@ -105,7 +106,7 @@ def of(kind: Any, value: Any, path: str = "") -> Iterator[Fault]:
 
 def of_struct(cls: type[msgspec.Struct], values: Mapping[str, Any], path: str = "") -> Iterator[Fault]:
     """Yield the faults of the fields of an object; none if msgspec accepts it, or if it is wrong only as a whole."""
-    fields = msgspec.structs.fields(cls)
+    fields = _fields(cls)
     for field in fields:
         name = field.encode_name
         if name in values:
@@ -154,6 +155,11 @@ def fits(kind: Any, value: Any) -> bool:
     except RecursionError:
         pass
     return True
+
+
+@cache
+def _fields(cls: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(cls)
 
 
 def _is_in(path: str, outer: str) -> bool:

@@ -100,6 +100,8 @@ CALLS: dict[str, list[Call]] = {
     "resend": [lambda store, runs: Outbox(store.redis).resend(IDS["completed"], SECOND)],
     "repair": [lambda store, runs, name=name: store.repair(IDS[name], [], apply=True) for name in IDS],  # type: ignore[misc]
     "recount": [lambda store, runs: store.recount(apply=True)],
+    "take_tokens": [lambda store, runs: ApiKeys(store.redis).take_tokens("key", 1, 9, 3)],
+    "add_upload": [lambda store, runs: Files(store.redis).add_upload("upload", UPLOAD, "uploads/film/upload", 2**30)],
 }
 
 
