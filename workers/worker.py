@@ -246,9 +246,9 @@ class Worker(ArqWorker):
                 log.warning("entries_dropped", entries=[f"deliveries {each.job!r}"], cure="none is needed: it names no delivery")
                 continue
             if job_id not in self._in_flight:
+                await self.sem.acquire()
                 self._in_flight[job_id] = each
                 self.job_counter += 1
-                await self.sem.acquire()
                 self.tasks[job_id] = self.loop.create_task(self.run_job(job_id, each.score))
                 self.tasks[job_id].add_done_callback(partial(self._delivered, job_id))
 

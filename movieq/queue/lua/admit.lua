@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Admits due deliveries to the free places of a worker, in fair shares: the project with the fewest deliveries in flight is next. A project
 -- and a host each get a place for a webhook only while they have fewer webhooks in flight than places are free: half of the places if they
--- are alone, and a place always stays free for the next project. Due deliveries wait in a queue for each kind and project.
+-- are alone, an equal share that leaves another one free if there are more. Due deliveries wait in a queue for each kind and project.
 -- args: worker_id nonce held_ms webhook_places payload_places in_flight
 --   worker_id: of the worker
 --   nonce: random; a repeated call with the same nonce gets the same answer
@@ -19,10 +19,10 @@
 local SORTED, BLOCKED, QUEUES, WAIT_MS, ROUND_MS = 500, 20, 100, 60000, 500
 local stored = redis.pcall('GET', K.admitted .. worker_id)
 if type(stored) == 'string' then
-  local of, answer = cmsgpack.unpack(stored)
-  if of == nonce then return answer end
+  local readable, of, answer = pcall(cmsgpack.unpack, stored)
+  if readable and of == nonce then return answer end
 end
-local flying = cjson.decode(in_flight)
+local counts = cjson.decode(in_flight)
 local free = {webhook = tonumber(webhook_places), payload = tonumber(payload_places)}
 
 local function delivery(job)
@@ -53,7 +53,7 @@ end
 local queues = {}
 for i, name in ipairs(redis.call('ZRANGE', K.due_queues, 0, QUEUES - 1)) do
   local kind = string.match(name, '^payload:') and 'payload' or 'webhook'
-  queues[i] = {name = name, key = K.due_deliveries .. name, kind = kind, flying = flying.queues[name] or 0, blocked = 0}
+  queues[i] = {name = name, key = K.due_deliveries .. name, kind = kind, in_places = counts.queues[name] or 0, blocked = 0}
 end
 
 -- Returns the queue whose turn it is; nil if no queue may get a place.
@@ -61,7 +61,7 @@ local function next_queue()
   local found
   for _, due_queue in ipairs(queues) do
     local limit = due_queue.kind == 'payload' and free.payload > 0 and math.huge or free[due_queue.kind]
-    if not due_queue.passed and due_queue.flying < limit and (not found or due_queue.flying < found.flying) then found = due_queue end
+    if not due_queue.passed and due_queue.in_places < limit and (not found or due_queue.in_places < found.in_places) then found = due_queue end
   end
   return found
 end
@@ -76,7 +76,7 @@ local function take(due_queue)
     else
       local url = due_queue.kind == 'webhook' and redis.pcall('HGET', delivery(job), 'url')
       local host = host_of(type(url) == 'string' and url or '')
-      if host == '' or (flying.hosts[host] or 0) < free.webhook then return job, host end
+      if host == '' or (counts.hosts[host] or 0) < free.webhook then return job, host end
       due_queue.blocked = due_queue.blocked + 1
     end
   end
@@ -92,8 +92,8 @@ while due_queue do
     redis.call('ZADD', K.deliveries, now + held_ms, job)
     admitted[#admitted + 1] = {job, now + held_ms, due_queue.name, host}
     free[due_queue.kind] = free[due_queue.kind] - 1
-    due_queue.flying = due_queue.flying + 1
-    if host ~= '' then flying.hosts[host] = (flying.hosts[host] or 0) + 1 end
+    due_queue.in_places = due_queue.in_places + 1
+    if host ~= '' then counts.hosts[host] = (counts.hosts[host] or 0) + 1 end
   else
     due_queue.passed = true
   end
