@@ -267,9 +267,11 @@ class Worker(ArqWorker):
         incr_score: int | None,
         keep_in_progress: float | None,
     ) -> None:
-        """End a job as arq does; a delivery that was interrupted is due at once, not only when its hold would have expired."""
-        if job_id in self._in_flight and not finish and not incr_score:
-            incr_score = -int(self.in_progress_timeout_s * 1000)
+        """End a job as arq does. A delivery that was interrupted is due at once, and so is one that was made due during its try."""
+        if (admitted := self._in_flight.get(job_id)) is not None and not finish:
+            score = await self.pool.zscore(self.queue_name, job_id) or admitted.score
+            if score < admitted.score or not incr_score:
+                incr_score = int(admitted.score - score) - int(self.in_progress_timeout_s * 1000)
         await super().finish_job(job_id, finish, result_data, result_timeout_s, keep_result_forever, incr_score, keep_in_progress)
 
     async def run_job(self, job_id: str, score: int) -> None:

@@ -496,6 +496,23 @@ async def test_names_whose_name_server_does_not_answer_do_not_hold_up_other_name
         await hook.wait_for(1)
 
 
+async def test_a_delivery_that_is_made_due_during_its_try_is_tried_again_at_once(installation: Fleet) -> None:
+    store, came, go_on = installation.store, list[str](), asyncio.Event()
+
+    async def busy(request: web.Request) -> web.Response:
+        came.append(request.headers["webhook-id"])
+        await go_on.wait()
+        return web.Response(status=503 if len(came) == 1 else 200, headers={"Retry-After": "3600"})
+
+    async with serving({"/hook": busy}, "POST") as url:
+        delivery_id = await webhook(store, "film", url.removeprefix("http://"))
+        await installation.worker()
+        await eventually(lambda: len(came) == 1)
+        await Outbox(store.redis).resend(TaskId(delivery_id.rpartition("-")[0]), delivery_id)
+        go_on.set()
+        await eventually(lambda: len(came) == 2)
+
+
 async def test_an_interrupted_delivery_is_due_at_once(installation: Fleet, silent: Silent) -> None:
     store = installation.store
     delivery_id = await webhook(store, "film", silent.host)
