@@ -365,7 +365,7 @@ class Webhook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     processing_time: float | None
     metadata: dict[str, Any]
     taskId: TaskId
-    event: str
+    event: Annotated[str, Meta(description="complete, error or cancelled")]
     data: Result | None
     scene_id: Any = None
     video_url: str | None = None
