@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from movieq.queue.api_keys import ApiKeys
+from movieq.queue.files import Files
 from movieq.queue.outbox import Outbox
 from movieq.queue.repair import inconsistencies
 from movieq.queue.scripts import LUA
 from movieq.queue.store import Budget, Store
-from movieq.tasks.entities import DeliveryState
-from movieq.tasks.states import RunToken, TaskId
+from movieq.tasks.entities import DeliveryState, Upload
+from movieq.tasks.states import ProjectId, RunToken, TaskId
 from tests.arrange import CPU, contents, new_task, raw, result
 from tests.integration.test_damage import IDS, REFUSALS, busy, put
 
@@ -21,6 +23,7 @@ END = "the end of what was monitored"
 FIRST, SECOND = f"{IDS['completed']}-1", f"{IDS['completed']}-2"
 """The deliveries of the completed task: to the CMS, and the webhook."""
 NEW = TaskId("00000000-0000-4000-8000-00000000000a")
+UPLOAD = Upload(ProjectId("film"), "uploads/film/upload/file", 1000, "image/png")
 
 
 class Runs(NamedTuple):
