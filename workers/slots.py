@@ -29,7 +29,6 @@ class Group:
         self.model = model
         self.batch = batch
         self.since_s = time.monotonic()
-        """When it was claimed; once it is ready, since when it has been."""
         self.remaining_s: Callable[[], float] = lambda: math.inf
         """Returns the estimated seconds until its end."""
         self.started = asyncio.Event()
@@ -44,6 +43,7 @@ class Group:
         """How long it was without its slot, from lending it to its start on the device."""
         self.patience_s = AHEAD_MOST_S
         """How long it waits for its device once it is ready, in seconds."""
+        self._ready_at_s: float | None = None
         self._lent_at_s: float | None = None
         self._missing = len(task_ids)
         self._left: set[str] = set()
@@ -53,8 +53,6 @@ class Group:
         """Add the encoded request of a run that is ready to be rendered."""
         self._missing -= 1
         self._requests[run] = request
-        if self.ready:
-            self.since_s = time.monotonic()
 
     @property
     def ready(self) -> bool:
@@ -65,10 +63,18 @@ class Group:
         """Lend the slot, until the group is ready."""
         self.lends, self._lent_at_s = True, time.monotonic()
 
-    def take_back(self) -> None:
-        """Take the slot back: the group is the next on the device. It waits for that as long as it fetched, if that is longer."""
-        if self.lends and self._lent_at_s is not None:
-            self.lends, self.patience_s = False, max(AHEAD_MOST_S, time.monotonic() - self._lent_at_s)
+    def note_if_ready(self) -> None:
+        """Record when the group became ready. If it lent its slot, it holds it again, and waits for its device as long as it fetched."""
+        if not self.ready or self._ready_at_s is not None:
+            return
+        self.lends, self._ready_at_s = False, time.monotonic()
+        if self._lent_at_s is not None:
+            self.patience_s = max(AHEAD_MOST_S, self._ready_at_s - self._lent_at_s)
+
+    @property
+    def late(self) -> bool:
+        """Whether it is ready and has waited too long for its device."""
+        return not self.started.is_set() and self._ready_at_s is not None and time.monotonic() - self._ready_at_s >= self.patience_s
 
     def start(self) -> None:
         """Record that the group was sent to the child."""
@@ -146,8 +152,7 @@ class Slots:
     def add(self, group: Group, run: str, request: bytes) -> None:
         """Add a run that is ready to its group, which may be complete now."""
         group.add(run, request)
-        if group.ready:
-            group.take_back()
+        group.note_if_ready()
         self.advance()
 
     def lend(self, group: Group) -> bool:
@@ -157,7 +162,6 @@ class Slots:
         if group not in self.groups or group.ready or group.started.is_set() or len(self.groups) - len(self.holders) >= LENT_MOST:
             return False
         group.lend()
-        self.advance()
         self.on_room()
         return True
 
@@ -166,8 +170,7 @@ class Slots:
         if group.remove(run):
             self.release(group)
         else:
-            if group.ready:
-                group.take_back()
+            group.note_if_ready()
             self.advance()
 
     def release(self, group: Group) -> None:
@@ -184,7 +187,7 @@ class Slots:
         if self.on_device is None:
             return None
         for group in self.groups:
-            if group.ready and not group.started.is_set() and time.monotonic() - group.since_s >= group.patience_s:
+            if group.late:
                 self.on_device.overdue = True
                 return group
         return None
