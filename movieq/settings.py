@@ -125,18 +125,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 256
     max_upload_mib_per_project: Annotated[int, Meta(ge=0, le=1_000_000, description="Most MiB of a project's uploads; 0: no limit")] = 2048
     max_streams: Annotated[
-        int, Meta(ge=0, le=1_000_000, description="Most open event streams of an API process; 0: what its files allow")
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Most open event streams and waiting requests of an API process; 0: as many as its limit of open files allows",
+        ),
     ] = 5_000
     max_streams_per_key: Annotated[
-        int, Meta(ge=0, le=1_000_000, description="Most streams, waiting requests and arriving bodies of an API key at once; 0: no limit")
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Most streams and waiting requests of an API key, and as many arriving bodies, in an API process; 0: no limit",
+        ),
     ] = 200
     max_streams_per_url: Annotated[
-        int, Meta(ge=0, le=1_000_000, description="Most open streams of the signed urls of one task or project; 0: no limit")
+        int,
+        Meta(ge=0, le=1_000_000, description="Most open streams of the signed urls of one task or project in an API process; 0: no limit"),
     ] = 20
     requests_per_s: Annotated[
         float, Meta(ge=0, le=1_000_000, description="Requests a second of an API key, or of a signed url of a stream; 0: no limit")
     ] = 50.0
-    request_burst: Annotated[int, Meta(ge=1, le=1_000_000, description="Requests that it may send at once after a pause")] = 200
+    request_burst: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Requests that an API key or a signed url may send at once after a pause")
+    ] = 200
     project_weights: Annotated[
         dict[str, float], Meta(description="Shares of the workers, such as film=3, other=1; projects that are not named have 1")
     ] = {}

@@ -92,7 +92,7 @@ class Snapshot(TaskState, frozen=True):
 
 
 class ProjectState(Project, frozen=True):
-    """A project. The `snapshot` of its stream has more. Limits of bytes are null where there is none."""
+    """A project. The `snapshot` of its stream has more. The byte limits are null if there are none."""
 
     record_bytes_limit: int | None
     upload_bytes_limit: int | None
@@ -254,7 +254,7 @@ class MetricsAnswer(msgspec.Struct, frozen=True):
 
     `gpu_seconds`: GPU time of all ended runs, also of deleted tasks. `passed_over`: how often a task was claimed before an older one of
     its project because its model was loaded. `limits_hit`: how often each limit of this API process has refused a client since it started.
-    A key of some projects gets no `average_duration`, `passed_over` and `limits_hit`, which are those of all.
+    A key for some projects gets no `average_duration`, `passed_over` and `limits_hit`, which are about all projects.
     """
 
     total_tasks: int
@@ -344,7 +344,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
-    """The data of `goodbye`: the server is stopping. Open the stream again, after the last id."""
+    """The data of `goodbye`: the server is stopping, or the API key was revoked. Open the stream again, after the last id."""
 
     task_id: TaskId | None = None
     project_id: ProjectId | None = None
