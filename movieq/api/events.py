@@ -65,7 +65,7 @@ class TaskEvents:
             await send({"type": "http.response.start", "status": 204, "headers": _headers(request)})
             await send({"type": "http.response.body", "body": b""})
             return
-        place = _place_of(movieq, request, task.task_id, who)
+        place = _take_place(movieq, request, task.task_id, who)
         access = Access(who.id, task.project_id) if who.id else None
         await _stream(request, send, Source.of_task(task.task_id), place, access, lambda: _opening(movieq, task, after, who))
 
@@ -84,7 +84,7 @@ class ProjectEvents:
             wanted = _Wanted(asked.choices("task_type", REGISTRY.tasks), asked.choices("status", STATES))
         if await movieq.queries.project(project_id) is None:
             raise NotFound(f"no project {project_id}")
-        place = _place_of(movieq, request, f"project:{project_id}", who)
+        place = _take_place(movieq, request, f"project:{project_id}", who)
         source = Source.of_project(project_id)
         access = Access(who.id, project_id) if who.id else None
         wants = wanted if wanted.task_types or wanted.statuses else None
@@ -196,7 +196,7 @@ def signed(request: HTTPConnection) -> bool:
     return not {"expires", "signature"}.isdisjoint(request.query_params)
 
 
-def _place_of(movieq: Api, request: HTTPConnection, subject: str, who: Caller) -> Place:
+def _take_place(movieq: Api, request: HTTPConnection, subject: str, who: Caller) -> Place:
     return movieq.places.take_for_url(subject, who.id) if signed(request) else movieq.places.take_for_key(who.id)
 
 

@@ -1,4 +1,4 @@
-"""What one client may take of an API process: places for open connections, and requests a second.
+"""Limits of one client in an API process: places for open connections, and requests a second.
 
 A refusal is a 429 that names the limit and its setting. Each kind of refusal is counted for `/tasks/metrics`, and logged at most once a
 minute, so that an attacker cannot fill the log.
@@ -29,7 +29,7 @@ STREAMS_SHARE: Final = 0.75
 """The share of the connections that streams may take, so that some are always free for other requests."""
 LOGGED_EVERY_S: Final = 60.0
 PLACES_RETRY_S: Final = 10
-"""`Retry-After` of a client that has no place."""
+"""`Retry-After` of a client that got no place."""
 BLOCK_S: Final = 0.2
 """A process takes the requests of a key from Redis in blocks, each of what the key may send in this time."""
 BUCKETS: Final = 10_000
@@ -140,7 +140,7 @@ class Places:
 
 
 class _Owner(msgspec.Struct, frozen=True):
-    """Whom a place counts for: at most `most` places are taken for the same `limit` and `id`."""
+    """A client, url or process that a place counts for: at most `most` places are taken for the same `limit` and `id`."""
 
     limit: str
     id: str
@@ -176,22 +176,22 @@ class AllowanceHeaders:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
+        """Call the app and add the headers to its response."""
 
-        async def counted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and (allowance := scope.get(ALLOWANCE)) is not None:
                 added = [(name.lower().encode(), value.encode()) for name, value in allowance.headers().items()]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        await self._app(scope, receive, counted)
+        await self._app(scope, receive, send_with_headers)
 
 
 class Rates:
     """Token buckets, one for each API key and each signed URL, shared by the API processes through Redis.
 
-    A process takes tokens in blocks, so that most requests need no trip to Redis. It may hold one block of each key back, by which the
-    limit can be exceeded.
+    A process takes tokens in blocks, so that most requests need no round trip to Redis. Tokens of a block that are not spent at once stay
+    with the process, so a client can exceed its limit by one block for each process.
     """
 
     def __init__(self, settings: Settings, api_keys: ApiKeys) -> None:
@@ -217,8 +217,8 @@ class Rates:
             if not held:
                 HITS.add("requests")
                 raise RateLimited(
-                    f"too many requests: at most {self._per_s:g} a second, after {self._burst} at once "
-                    f"({variable('requests_per_s')}, {variable('request_burst')}); wait as Retry-After says",
+                    f"too many requests: at most {self._per_s:g} a second after {self._burst} at once are allowed "
+                    f"({variable('requests_per_s')}, {variable('request_burst')}); try again after the seconds in Retry-After",
                     retry_after_s=max(1, math.ceil(wait_ms / 1000)),
                     headers=Allowance(self._burst, 0, math.ceil(self._burst / self._per_s)).headers(),
                 )

@@ -1,7 +1,7 @@
 """The JSON Schemas of the API's bodies, made from the Structs that it decodes and encodes, with the examples of the guides.
 
-They are written for code generators: a schema says as much as JSON Schema can, but optional fields have no `default` beside their schema,
-since generators take such a field for one that is always present; it is inside, where the value is.
+They are written for code generators. The `default` of an optional field is inside its `anyOf` and not beside it: generators take a field
+with a `default` beside its schema as always present.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _NOTHING: Final[dict[str, Json]] = {
     **{name: {"maxItems": 0} for name in ("storyboard_images", "reference_images")},
     "style_guide": {"type": "null"},
 }
-"""The fields of task_data of which at least one must say something, each with the schema of saying nothing."""
+"""The fields of task_data of which at least one must have content, each with the schema of its empty values."""
 _EVEN: Final = "(6[468]|[78][02468]|9[02468]|[1-9][0-9][02468]|[12][0-9]{2}[02468]|3[0-7][0-9][02468]|38[0-3][02468]|3840)"
 _SPOKEN: Final = "|".join("".join(f"[{letter}{letter.upper()}]" for letter in language) for language in sorted(params.LANGUAGES))
 _NO_NUL: Final = r"^[^\x00]*$"
@@ -88,7 +88,7 @@ def schemas(answers: Iterable[Struct], errors: dict[str, set[str]]) -> dict[str,
         each["description"] = inspect.cleandoc(each.get("description", ""))
         if "enum" in each:
             each["type"] = "string"
-        _tidy(each)
+        _simplify(each)
     examples = _examples()
     for name in examples.keys() & components.keys():
         components[name]["examples"] = examples[name]
@@ -186,7 +186,7 @@ def _finish(struct: Struct, schema: Json) -> None:
 
 
 def _restrict(schema: Any, pattern: str | None) -> None:
-    """Give the texts in a schema a pattern, by default one without NUL."""
+    """Give the texts in a schema a pattern, by default one that forbids NUL."""
     if isinstance(schema, list):
         for inner in schema:
             _restrict(inner, pattern)
@@ -207,8 +207,8 @@ def _optional(schema: Json) -> Json:
     return {**description, "anyOf": [*kinds, *([] if {"type": "null"} in kinds else [{"type": "null"}])]}
 
 
-def _tidy(schema: Any) -> None:
-    """Let objects without properties have any, and write a simple value that may be null with a list of types, at any depth."""
+def _simplify(schema: Any) -> None:
+    """Allow any properties in objects that declare none, and write a nullable simple value as a list of types, at any depth."""
     if isinstance(schema, dict):
         if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
             schema["additionalProperties"] = True
@@ -219,10 +219,10 @@ def _tidy(schema: Any) -> None:
                 del schema["anyOf"]
                 schema |= {**rest, "type": [kind, "null"]}
         for inner in schema.values():
-            _tidy(inner)
+            _simplify(inner)
     elif isinstance(schema, list):
         for inner in schema:
-            _tidy(inner)
+            _simplify(inner)
 
 
 @cache

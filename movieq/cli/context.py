@@ -55,15 +55,15 @@ def run_async(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return uvloop.run(run())
     except MovieqError as error:
-        refuse("; ".join((_told(error), *getattr(error, "__notes__", ()))))
+        refuse("; ".join((_described(error), *getattr(error, "__notes__", ()))))
     except KeyboardInterrupt:
         sys.exit(130)
     except asyncio.CancelledError:  # by a signal
         sys.exit(143)
 
 
-def _told(error: MovieqError) -> str:
-    """Return the message of an error; all faults of a request that has several."""
+def _described(error: MovieqError) -> str:
+    """Return the message of an error; for a request with several faults, all of them, one a line."""
     faults = error.errors if isinstance(error, RequestError) else ()
     return "\n".join(f"{path}: {message}" for path, message in faults) if len(faults) > 1 else error.message
 

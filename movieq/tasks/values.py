@@ -17,7 +17,7 @@ import msgspec
 
 from movieq.errors import ValidationFailed
 from movieq.tasks.faults import MOST as MOST_FAULTS
-from movieq.tasks.faults import Fault
+from movieq.tasks.faults import PATH_CHARACTERS, Fault
 
 ELEMENTS: Final = 20_000
 """Most values of a body, lists and objects included. Decoding so many blocks the event loop for under 10 ms; 350,000 for 160 ms."""
@@ -35,7 +35,6 @@ MOST_SLOW: Final = 5_000
 NUMBER_CHARACTERS: Final = 100
 """Longest number in such a body."""
 
-PATH_CHARACTERS: Final = 100
 _HALF: Final = re.compile("[\ud800-\udfff]")
 _FLAT: Final = bytes.maketrans(b"123456789E", b"000000000e")
 

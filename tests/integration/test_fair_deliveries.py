@@ -157,7 +157,7 @@ async def test_cms_deliveries_and_webhooks_do_not_wait_for_each_others_places(st
     first = await admit(outbox)
     assert Counter(each.is_webhook for each in first.admitted) == {True: 3, False: DEPOSITS}
     assert sorted(id for id in ids(first) if id in webhooks) == sorted(webhooks)
-    (places,) = [[each for each in first.admitted if each.is_webhook][:1] * WEBHOOKS]
+    places = [each for each in first.admitted if each.is_webhook][:1] * WEBHOOKS
     assert [each.is_webhook for each in (await admit(outbox, places)).admitted] == [False] * 2
 
 
