@@ -118,7 +118,7 @@ class Forbidden(RequestError):
 
 
 class InvalidSignature(RequestError):
-    """The URL is not as it was signed."""
+    """The URL has no valid signature."""
 
     code, status = "invalid_signature", 403
 
@@ -190,7 +190,7 @@ class RateLimited(RequestError):
 
 
 class QuotaExceeded(RequestError):
-    """The project stores as many bytes as it may."""
+    """The project's task records or uploads have reached their limit of bytes."""
 
     code, status, retryable = "quota_exceeded", 429, True
 

@@ -1,9 +1,9 @@
 """Signed URLs: each grants read access to one resource until a given second.
 
 A signature covers a purpose ("media", "events"), a subject (a storage key, a task id) and an expiry; changing any of them invalidates it.
-The URL of a stream is issued to an API key, whose hash is part of the signed subject; it dies with that key. The URL of a file names no
-client and cannot be revoked before it expires. A new secret invalidates all signatures at once, unless the old
-secret stays listed after it.
+The URL of a stream is issued to an API key, whose hash is part of the signed subject; it is invalid once that key is revoked. The URL of a
+file names no client and cannot be revoked before it expires. A new secret invalidates all signatures at once, unless the old secret stays
+listed after it.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ async def _rendered(parts: Parts, running: Running, parsed: Params, task_data: d
 
 
 async def _lend_slot(task: Task, child: Child, group: Group) -> None:
-    """Lend the slot to other tasks if the inputs of the task take long."""
+    """Lend the slot to other tasks as soon as the inputs of the task have taken long."""
     while task.attempt <= LENDING_RUNS:
         await asyncio.sleep(LEND_S)
         if child.slots.lend(group):

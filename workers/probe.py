@@ -44,8 +44,8 @@ class Probe:
     async def check(self, files: Sequence[tuple[str, Path]], kind: Kind) -> None:
         """Decode these files, each with the reference that messages name.
 
-        Raises InvalidInput if one is not of this kind, is damaged or exceeds a limit. Raises a fault that another try may not meet if this
-        machine is in the way.
+        Raises InvalidInput if one is not of this kind, is damaged or exceeds a limit. Raises a recoverable error if this machine is the
+        cause.
         """
         if not files:
             return

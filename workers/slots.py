@@ -16,9 +16,9 @@ AHEAD_S: Final = 2.0
 AHEAD_MOST_S: Final = 10.0
 """Longest wait of a run that is ready for its device, in seconds. Then it is requeued: the one before it takes longer than expected."""
 LEND_S: Final = 1.0
-"""Time for which a group may fetch its inputs in its slot, in seconds. Then it lends the slot to other tasks until they are there."""
+"""Time that a group may fetch its inputs in its slot, in seconds. Then it lends the slot to other tasks until the inputs are there."""
 LENT_MOST: Final = 3
-"""Most groups of a device that lend their slot at the same time: a worker claims a few tasks more than it can render, never many."""
+"""Most groups of a device that lend their slot at the same time: so a worker claims only a few tasks more than it can render."""
 
 
 class Group:

@@ -224,7 +224,7 @@ class Worker(ArqWorker):
         return True
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """Start deliveries as arq starts jobs, but those that the outbox admits. Without an outbox, start the jobs as arq does.
+        """Start the deliveries that the outbox admits, as arq starts jobs. Without an outbox, start these jobs as arq does.
 
         A job that still runs here although its hold has expired is not started twice. An entry that is not text is dropped.
         """

@@ -44,7 +44,7 @@ async def caller(request: HTTPConnection, scope: Scope) -> Caller:
 async def signed_caller(request: HTTPConnection, purpose: str, id: str) -> Caller:
     """Return the caller that the request's signed URL of the resource `id` was issued to.
 
-    Raises Forbidden if the signature is invalid or has expired, or if the API key was revoked or may not read; RateLimited.
+    Raises InvalidSignature, Expired, RateLimited; Forbidden if the API key was revoked or lacks the scope `read`.
     """
     movieq, query = api(request), request.query_params
     key_id, expires = query.get("key", ""), query.get("expires", "")

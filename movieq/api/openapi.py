@@ -1,7 +1,7 @@
 """The OpenAPI description of the API: its operations, their errors, and the webhook. `movieq.api.schemas` has the schemas of the bodies.
 
-The handlers describe the operations, the errors themselves. What differs from one installation to another, such as the models, is in
-`GET /task-types` instead, so that a generated client fits all of them.
+The docstrings of the handlers and of the error classes become the descriptions. What differs from one installation to another, such as the
+models, is in `GET /task-types` instead, so that a generated client fits all of them.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ _SECURITY: Final = {
         "type": "apiKey",
         "in": "query",
         "name": "signature",
-        "description": "The signature of an `events_url`, which is good for 24 hours. Use the URL exactly as issued.",
+        "description": "The signature of an `events_url`, which is valid for 24 hours. Use the URL exactly as issued.",
     },
 }
 _ABOUT: Final = (
@@ -291,7 +291,7 @@ def _responses(op: Operation) -> Json:
         # generators take the stream for one text, schemathesis for a sequence of objects, as OpenAPI 3.2 will
         done["content"] = {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, ref(op.events)]}}}
         return {"200": done, "204": {"description": "The client has all events of the task"}} if op.events == "TaskEvent" else {"200": done}
-    unhealthy = {"503": {"description": "Something does not work", "content": _json(op.unhealthy)}} if op.unhealthy else {}
+    unhealthy = {"503": {"description": "Unhealthy or not ready", "content": _json(op.unhealthy)}} if op.unhealthy else {}
     return {str(op.status): done, **unhealthy}
 
 

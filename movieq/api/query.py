@@ -16,7 +16,7 @@ Choice = TypeVar("Choice", TaskStatus, TaskType)
 
 @contextmanager
 def query(request: HTTPConnection, *names: str) -> Iterator[Query]:
-    """Yield the query parameters, which may only be these. Raises ValidationFailed at the end of the block, with all their faults."""
+    """Yield the query parameters; only these names are allowed. Raises ValidationFailed at the end of the block, with all their faults."""
     asked = Query(request, *names)
     yield asked
     if asked.faults:
@@ -30,7 +30,7 @@ def only_query(request: HTTPConnection, *names: str) -> None:
 
 
 class Query:
-    """Query parameters. Each is read by its kind; one that is missing or faulty is its default, and `faults` says what is wrong."""
+    """Query parameters, read by kind. A missing or faulty one reads as its default; `faults` says what is wrong."""
 
     def __init__(self, request: HTTPConnection, *names: str) -> None:
         self.faults = Faults()
@@ -42,7 +42,7 @@ class Query:
                 self._fault(name, "given more than once in the query")
 
     def number(self, name: str, default: int, least: int, most: int) -> int:
-        """Return a whole number from `least` to `most`."""
+        """Return the parameter as a whole number from `least` to `most`, or `default`."""
         text = self._given.get(name)
         if text is None:
             return default
@@ -52,12 +52,12 @@ class Query:
         return int(text)
 
     def choice(self, name: str, values: Iterable[Choice]) -> Choice | None:
-        """Return one of these values, or None."""
+        """Return the parameter as one of these values, or None."""
         text = self._given.get(name)
         return None if text is None else self._chosen(name, text, values)
 
     def choices(self, name: str, values: Iterable[Choice]) -> frozenset[Choice]:
-        """Return a set of these values, of which the parameter has one or more, with commas in between."""
+        """Return the comma-separated parameter as a set of these values; empty if it is missing."""
         text = self._given.get(name)
         chosen = () if text is None else (self._chosen(name, part.strip(), values) for part in text.split(","))
         return frozenset(each for each in chosen if each is not None)

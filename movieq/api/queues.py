@@ -25,10 +25,10 @@ FULL_PERCENT: Final = 90.0
 
 
 async def queues(request: Request) -> Response:
-    """`GET /queues`: list the queues with their waiting and running tasks and waiting times. Needs a key of all projects."""
+    """`GET /queues`: list the queues with their waiting and running tasks and waiting times. Needs a key for all projects."""
     who = await caller(request, Scope.ADMIN)
     if who.grant.projects is not None:
-        raise Forbidden("this API key belongs to some projects, but queues hold the tasks of all: use a key of all projects")
+        raise Forbidden("this API key belongs to some projects, but queues hold the tasks of all projects: use a key for all projects")
     only_query(request)
     return answered(QueuesAnswer(await api(request).queries.queues()))
 
@@ -84,7 +84,7 @@ async def health(request: Request) -> Response:
 
 
 async def _alerts_of_installation(movieq: Api) -> list[Alert]:
-    """Return the alerts about servers and queues, which tell about the tasks of all projects."""
+    """Return the alerts about servers and queues, which concern all projects."""
     alerts = []
     live = [row for row in await movieq.queries.workers() if row.live]
     if not (redis := (await movieq.readiness.checks())[CheckName.REDIS]).ok:
@@ -109,7 +109,7 @@ async def _alerts_of_installation(movieq: Api) -> list[Alert]:
 
 
 async def _alerts_of_tasks(movieq: Api, projects: Collection[str] | None) -> list[Alert]:
-    """Return the alerts about ended tasks, of these projects or, for None, of all."""
+    """Return the alerts about ended tasks of these projects; None: of all projects."""
     alerts = []
     totals = await movieq.queries.totals(projects)
     failed = _percent(totals, TaskStatus.FAILED)

@@ -93,7 +93,7 @@ async def serve(settings: Settings, sock: socket.socket) -> None:
 class _Connections:
     """The open connections of a server. Those on which no request is in progress are closed, the oldest first, when there are too many.
 
-    So connections that say nothing cannot shut out others: a request that arrives at once is answered.
+    So idle connections cannot shut out a client that sends its request at once.
     """
 
     def __init__(self, most: int) -> None:

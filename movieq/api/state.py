@@ -44,7 +44,7 @@ class Caller(msgspec.Struct, frozen=True):
     id: str
     grant: Grant
     until_s: int | None = None
-    """When a URL that an earlier version issued to no key expires (Unix time); URLs that are issued to its caller expire then too."""
+    """Unix time when the caller's URL expires, if an earlier version issued it without a key; URLs issued to it expire then too."""
 
     @property
     def flow(self) -> str:
@@ -80,7 +80,7 @@ class Api(Installation, kw_only=True):
         return self.url(f"/tasks/{task_id}/events?{self._signed('events', task_id, who, from_s)}")
 
     def _signed(self, purpose: str, id: str, who: Caller, from_s: float | None = None) -> str:
-        """Return the query of a signed URL. It dies with the caller's API key, or on its expiry."""
+        """Return the query of a signed URL, which is valid until it expires or the caller's API key is revoked."""
         expires = who.until_s or int(from_s or time.time()) + EVENTS_URL_S
         signature = signing.sign(self.signing_secrets[0], purpose, signing.subject(id, who.id), expires)
         return f"expires={expires}&{f'key={who.id}&' if who.id else ''}signature={signature}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 THREADS: Final = 256
-"""Threads of a worker for file access and name lookups, which may use half of them.
+"""Threads of a worker for file access and name lookups; libuv lets lookups use half of them.
 
 A lookup of a name whose name server does not answer takes a thread for half a minute or longer; with libuv's default of four threads, two
 such names would delay every other request. A project can start about two a second (`workers.delivery.WEBHOOKS`).

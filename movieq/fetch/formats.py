@@ -1,4 +1,4 @@
-"""File formats of inputs, told by their first bytes.
+"""File formats of inputs, recognized by their first bytes.
 
 The format that `sniff` returns is the only one that a file is opened with (`decoder`): neither Pillow nor FFmpeg may guess from a name or
 from the content, since some of their formats start programs or open other files and addresses (EPS, playlists).

@@ -36,7 +36,7 @@ class Admitted(msgspec.Struct, frozen=True):
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """Deliveries that a worker may try now. `left`: others wait for a place. `more`: they could not all be looked at."""
+    """Deliveries that a worker may try now. `left`: others wait for a place. `more`: this call could not look at all of them."""
 
     admitted: list[Admitted]
     left: bool

@@ -170,7 +170,7 @@ class Hub:
         watcher.end(b"", STUCK_S)
 
     def _end_revoked(self, watcher: Watcher) -> None:
-        """Send the watcher a goodbye: when it reconnects, it is told that its key was revoked."""
+        """Send the watcher a goodbye and end its stream. When it reconnects, the answer says that its key was revoked."""
         topic = watcher.topic
         self.leave(watcher)
         if topic is not None:

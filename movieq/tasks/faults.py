@@ -1,7 +1,7 @@
 """The faults of a request, in words: which field, what is allowed, and what was given.
 
-msgspec stops at the first fault, and its messages are for programmers. `faults` asks msgspec about one field after the other, and describes
-what is allowed by the type of each wrong one.
+msgspec stops at the first fault, and its messages are for programmers. This module asks msgspec about one field after the other, and
+describes what the type of each wrong one allows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Faults(list[Fault]):
     """The faults found so far. `with faults:` around a check adds those of its ValidationFailed, and goes on."""
 
     def add(self, more: Iterable[Fault]) -> Self:
-        """Add these faults, but none of a value that is known to be wrong, and only as many as an answer can tell."""
+        """Add these faults, but none of a value that is known to be wrong, and only as many as an answer can list."""
         known = [path for path, _ in self]
         self.extend(islice((fault for fault in more if not any(_is_in(fault[0], path) for path in known)), MOST + 1))
         return self
@@ -125,7 +125,7 @@ def allowed(kind: Any) -> str:
 
 
 def given(value: object) -> str:
-    """Return a given value as printable JSON, a long one cut."""
+    """Return a given value as printable JSON; a long one is cut."""
     if isinstance(value, str) and len(value) > SHOWN:
         return f'{given(value[: SHOWN - 20])[:-1]}..." ({len(value)} characters)'
     try:

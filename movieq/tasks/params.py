@@ -177,7 +177,7 @@ class AnimationParams(Params, frozen=True, kw_only=True):
 def checked(cls: type[Params], task_data: dict[str, Any], found: Faults) -> Params | None:
     """Return the parameters, and add their faults to `found`.
 
-    Wrong fields are left out of the parameters, also those in which faults were found before; None if nothing can be made of the rest.
+    Wrong fields are left out of the parameters, also those in which faults were found before. Return None if the rest is not enough.
     """
     sent = {key: value for key, value in task_data.items() if value is not None}
     try:

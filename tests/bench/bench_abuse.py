@@ -175,8 +175,6 @@ ATTACKS: Final[dict[str, Attack]] = {
         slow_bodies,
     )
 }
-
-
 NEED_WORKER: Final = {"streams_of_long_texts"}
 
 

@@ -1,4 +1,4 @@
-"""The limits of one client: open streams, requests a second, and connections that say nothing. Others never notice."""
+"""The limits of one client: open streams, requests a second, and idle connections. Other clients are not affected."""
 
 from __future__ import annotations
 

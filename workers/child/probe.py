@@ -39,7 +39,7 @@ def main() -> None:
     try:
         decode = _decoder(Kind(kind))
         _limit(resource.RLIMIT_CORE, 0)
-        if sys.platform == "linux":  # macOS knows this limit and does not keep it
+        if sys.platform == "linux":  # macOS accepts this limit but does not enforce it
             _limit(resource.RLIMIT_AS, memory_bytes)
         for reference, name in files:
             _limit(resource.RLIMIT_CPU, min(math.ceil(time.process_time() + seconds), all_seconds))

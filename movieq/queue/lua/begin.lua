@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Starts a try of a delivery. From now on the content of a webhook no longer changes. No try is started while the host is unresponsive for
--- webhooks of this project; once the time for that is over, the next webhook is the only one, as a probe, until it ends or held_ms are over.
+-- webhooks of this project. Once that time is over, the next webhook is sent as a probe, and no other until it ends or held_ms have passed.
 -- args: delivery_id held_ms
 --   delivery_id: TASK-NUMBER
 --   held_ms: most time of a probe

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
 -- Claims waiting tasks for a worker: queued -> processing, attempt + 1, a lease. Flows share the queue fairly, and projects share a flow:
 -- the flow, and in it the project, with the least virtual time is next, and both are charged the task's estimate. Every eighth claim gets
--- the oldest task of the lane, unless its flow or project is more than one task ahead of its share. A task that this worker cannot run moves to the lane of its task type and model, so that it
--- does not block the tasks behind it. An entry without a record is dropped; a task whose parameters are gone fails.
+-- the oldest task of the lane, unless its flow or project is more than one task ahead of its share. A task that this worker cannot run
+-- moves to the lane of its task type and model, so that it does not block the tasks behind it. An entry without a record is dropped; a task
+-- whose parameters are gone fails.
 -- args: worker_id nonce lease_ms weights rows slots host able
 --   worker_id: of the worker
 --   nonce: random; a repeated call with the same nonce gets the same tasks
@@ -44,8 +45,8 @@ local function least(of)
   return unpack(redis.call('ZRANGE', K.virtual_times .. of, 0, 0, 'WITHSCORES'))
 end
 
--- Returns the place whose turn it is in this lane; nil if no flow has a virtual time there. Its field `least` has the least virtual times, by
--- scope.
+-- Returns the place whose turn it is in this lane; nil if no flow has a virtual time there. Its field `least` has the least virtual times
+-- by scope.
 local function next_place(kind, of)
   local member, virtual = least(of)
   if not member then return nil end

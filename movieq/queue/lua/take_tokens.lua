@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Takes tokens from a client's token bucket, which a request needs one of. The bucket is stored as the time at which it is full again
+-- Takes tokens from a client's token bucket; each request costs one. The bucket is stored as the time at which it is full again
 -- (the generic cell rate algorithm), so an unused bucket needs no key.
 -- args: client per_s burst wanted
 --   client: the hash of an API key, or the subject of a signed URL

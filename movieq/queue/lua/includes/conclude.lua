@@ -1,8 +1,8 @@
 -- The end of a task that is in no queue and has no lease.
 -- include: time record record_bytes index events outbox
 
--- Gives the task its final state, appends the event, lets the log expire in 24 h, and adds deliveries to the outbox. The parameters are
--- kept for a retry of a failed task, and for the CMS.
+-- Gives the task its final state, appends the event, lets the log expire in 24 h, and adds deliveries to the outbox. The parameters stay
+-- stored for a retry of a failed task, and for the CMS.
 local function conclude(t, status, extra, cms)
   redis.call('ZADD', K.ended, now, t.task_id)
   set(t, {ended_at_ms = now})

@@ -1,5 +1,5 @@
--- Hosts of callback URLs. Whether a host answers is recorded for each project: what one project's receiver does on a host that others use,
--- too, is nothing to them.
+-- Hosts of callback URLs. Whether a host answers is recorded for each project, so that a receiver of one project does not hold up the
+-- webhooks of other projects to the same host.
 
 -- Returns the host of a URL with its port, in lower case; '' if there is none.
 local function host_of(url)
