@@ -26,7 +26,7 @@ from tests.browser.test_clients import work
 from tests.fleet import Fleet, eventually, free_port
 from tests.nginx import Nginx, nginx
 from tests.programs import node
-from tests.service import Service
+from tests.service import Service, serving
 
 FOLLOW = """async ([script, method, url, {fresh, ...options}, handlers]) => {
     const movieq = await import(script);
@@ -262,22 +262,17 @@ async def test_a_server_that_is_busy_is_asked_again_at_the_time_that_it_names(
         headers = {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "Retry-After", "Retry-After": after}
         return web.json_response({"error": "busy", "message": "later", "retryable": True}, status=status, headers=headers)
 
-    balancer = web.AppRunner(web.Application())
-    balancer.app.router.add_get("/{path:.*}", busy)
-    await balancer.setup()
-    port = free_port()
-    await web.TCPSite(balancer, "127.0.0.1", port).start()
     await page.clock.install()
-    watching = await watch(page, api.url, "watchTask", f"http://127.0.0.1:{port}/events")
-    await eventually(lambda: len(asked) == 2)  # the stream, and why it was refused
-    await page.clock.fast_forward(590_000)
-    await page.evaluate("(url) => fetch(url)", f"{api.url}/movieq.js")
-    assert len(asked) == 2
-    await page.clock.fast_forward(30_000)
-    await eventually(lambda: len(asked) > 2)
-    assert await watching.told("onError") == []
-    await page.evaluate("watching.close()")
-    await balancer.cleanup()
+    async with serving({"/events": busy}) as url:
+        watching = await watch(page, api.url, "watchTask", f"{url}/events")
+        await eventually(lambda: len(asked) == 2)  # the stream, and why it was refused
+        await page.clock.fast_forward(590_000)
+        await page.evaluate("(url) => fetch(url)", f"{api.url}/movieq.js")
+        assert len(asked) == 2
+        await page.clock.fast_forward(30_000)
+        await eventually(lambda: len(asked) > 2)
+        assert await watching.told("onError") == []
+        await page.evaluate("watching.close()")
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 410])
@@ -285,15 +280,10 @@ async def test_a_refusal_of_a_proxy_is_told(installation: Fleet, api: Service, p
     async def refusing(request: web.Request) -> web.Response:
         return web.Response(status=status, text="<html>", headers={"Access-Control-Allow-Origin": "*"})
 
-    balancer = web.AppRunner(web.Application())
-    balancer.app.router.add_get("/{path:.*}", refusing)
-    await balancer.setup()
-    port = free_port()
-    await web.TCPSite(balancer, "127.0.0.1", port).start()
-    watching = await watch(page, api.url, "watchTask", f"http://127.0.0.1:{port}/events")
-    await watching.until("watching.closed")
-    assert [(refused["status"], refused["error"]) for refused in await watching.told("onError")] == [(status, "")]
-    await balancer.cleanup()
+    async with serving({"/events": refusing}) as url:
+        watching = await watch(page, api.url, "watchTask", f"{url}/events")
+        await watching.until("watching.closed")
+        assert [(refused["status"], refused["error"]) for refused in await watching.told("onError")] == [(status, "")]
 
 
 async def test_a_task_that_is_not_there_any_more_is_told_as_such(installation: Fleet, api: Service, page: Page) -> None:
