@@ -9,7 +9,7 @@ async function submit(body: Submit["requestBody"]["content"]["application/json"]
   const answer = await fetch("/api/v1/tasks/submit", { method: "POST", body: JSON.stringify(body) });
   if (answer.status === 429) {
     const refused: Submit["responses"][429]["content"]["application/json"] = await answer.json();
-    const code: "queue_full" | "rate_limited" = refused.error;
+    const code: "queue_full" | "quota_exceeded" | "rate_limited" = refused.error;
     throw new Error(`${code}: ${refused.message}`);
   }
   return answer.json();
