@@ -212,14 +212,14 @@ def _described(info: inspect.Type) -> str:
         case inspect.StrType(pattern=None):
             return f"text{_span(' of', info.min_length, info.max_length, ' characters')}"
         case inspect.StrType():
-            return "text of another form"
+            return "text of the required form"
         case inspect.EnumType():
             return f"one of {', '.join(str(each.value) for each in info.cls)}"
         case inspect.LiteralType():
             return f"one of {', '.join(map(str, info.values))}"
         case inspect.CollectionType():
             return f"a list{_span(' of', info.min_length, info.max_length, ' values')}"
-    return _PLAIN.get(type(info), "a value of another kind")
+    return _PLAIN.get(type(info), "a value of the required kind")
 
 
 def _either(info: inspect.UnionType) -> str:

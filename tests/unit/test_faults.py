@@ -145,7 +145,7 @@ def found_in(task_data: dict[str, Any]) -> dict[str, str]:
 def test_a_type_of_a_plugin_is_described() -> None:
     sent = {"code": "A", "inner": {"type": "inner", "size": 3}, "table": {"a": 0, "b": 1}, "prompt": "x"}
     assert found_in(sent) == {
-        "task_data.code": 'expected text of another form, got "A"',
+        "task_data.code": 'expected text of the required form, got "A"',
         "task_data.inner": 'expected an object, got {"type": "inner", "size": 3}',
         "task_data.table.b": "expected a number under 1, got 1",
     }
