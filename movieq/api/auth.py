@@ -48,15 +48,15 @@ async def signed_caller(request: HTTPConnection, purpose: str, id: str) -> Calle
     """
     movieq, query = api(request), request.query_params
     key_id, expires = query.get("key", ""), query.get("expires", "")
-    signed = signing.subject(id, key_id)
-    signing.verify(movieq.signing_secrets, purpose, signed, expires, query.get("signature", ""), time.time())
-    request.scope[ALLOWANCE] = await movieq.rates.spend(f"{purpose} {id}")
-    if not key_id:  # an earlier version, which may run beside this one during an upgrade, issued the URL
-        return Caller("", Grant(None, frozenset({Scope.READ})), int(expires))
-    grant = await movieq.keys.grant(key_id)
+    signing.verify(movieq.signing_secrets, purpose, signing.subject(id, key_id), expires, query.get("signature", ""), time.time())
+    if key_id:
+        grant = await movieq.keys.grant(key_id)
+    else:  # an earlier version, which may run beside this one during an upgrade, issued the URL
+        grant = Grant(None, frozenset({Scope.READ}))
     if grant is None or Scope.READ not in grant.scopes:
         raise Forbidden("The API key of this URL was revoked: request the task or project again with another key")
-    return Caller(key_id, grant)
+    request.scope[ALLOWANCE] = await movieq.rates.spend(f"{purpose} {id} {key_id}")
+    return Caller(key_id, grant, int(expires))
 
 
 def path_task_id(request: HTTPConnection) -> TaskId:

@@ -23,6 +23,7 @@ class KeyCache:
         self._settings = {key_hash(key): grant for key, grant in grants.items()}
         self._api_keys = api_keys
         self._cache: dict[str, tuple[float, Grant | None]] = {}
+        self._away_until_s = 0.0
 
     async def grant(self, id: str) -> Grant | None:
         """Return the rights of the key with this hash; None for an unknown key."""
@@ -39,8 +40,11 @@ class KeyCache:
 
     async def may_read(self, access: Access) -> bool:
         """Return whether a stream's key may still read its project. While Redis is unavailable, it may."""
+        if time.monotonic() < self._away_until_s:
+            return True
         try:
             grant = await self.grant(access.key_id)
         except REDIS_AWAY:
+            self._away_until_s = time.monotonic() + CACHE_S  # else each key would wait for Redis, and delay all comments
             return True
         return grant is not None and Scope.READ in grant.scopes and grant.allows(access.project_id)

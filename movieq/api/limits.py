@@ -32,6 +32,8 @@ PLACES_RETRY_S: Final = 10
 """`Retry-After` of a client that got no place."""
 BLOCK_S: Final = 0.2
 """A process takes the requests of a key from Redis in blocks, each of what the key may send in this time."""
+REFUSED_S: Final = 1.0
+"""How long a process asks for no tokens after Redis has refused them."""
 BUCKETS: Final = 10_000
 """Most clients whose blocks are remembered; when there are more, all are forgotten."""
 
@@ -114,7 +116,7 @@ class Places:
         """Take a place for a stream by a signed URL of the task or project `subject`, issued to this API key. Raises RateLimited."""
         return self._take(
             self._of_process(),
-            _Owner("streams_of_url", subject, self._per_url, "max_streams_per_url", "The signed URLs of one task or project"),
+            _Owner("streams_of_url", f"{subject} {key_id}", self._per_url, "max_streams_per_url", "The signed URLs of one task or project"),
             _Owner("streams_of_urls", key_id, max(1, self._most // 2), "max_streams", "The signed URLs of one API key"),
         )
 
@@ -201,10 +203,12 @@ class Rates:
         self._api_keys = api_keys
         self._held: dict[str, tuple[int, int]] = {}
         """Tokens in hand, and tokens that were left in Redis."""
+        self._unlimited_until_s = 0.0
+        """While Redis refuses writes, there is no limit: reading must still work, and a refusal by a replica costs the connection."""
 
     async def spend(self, client: str) -> Allowance | None:
         """Spend a token of a client. Return what is left; None without a limit. Raises RateLimited."""
-        if not self._per_s:
+        if not self._per_s or time.monotonic() < self._unlimited_until_s:
             return None
         held, left = self._held.get(client, (0, 0))
         if not held:
@@ -213,7 +217,8 @@ class Rates:
             except ResponseError as error:
                 if is_fault(error):
                     raise
-                return None  # Redis refuses writes: reading must still work
+                self._unlimited_until_s = time.monotonic() + REFUSED_S
+                return None
             if not held:
                 HITS.add("requests")
                 raise RateLimited(

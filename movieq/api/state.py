@@ -44,7 +44,7 @@ class Caller(msgspec.Struct, frozen=True):
     id: str
     grant: Grant
     until_s: int | None = None
-    """Unix time when the caller's URL expires, if an earlier version issued it without a key; URLs issued to it expire then too."""
+    """Unix time when the caller's signed URL expires; None with the key itself. URLs that are issued to the caller expire then too."""
 
     @property
     def flow(self) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 import pytest
+from redis.exceptions import ReadOnlyError
 
 from movieq import signing
 from movieq.api import key_cache, limits
@@ -271,3 +272,54 @@ def test_hits_are_logged_again_after_a_minute(monkeypatch: pytest.MonkeyPatch, l
         hits.add("requests")
     lines = [record.getMessage() for record in logged.records if record.levelno == logging.WARNING]
     assert [line.partition("hits=")[2].split()[0] for line in lines] == ["1", "3"]
+
+
+async def test_a_signed_url_gives_no_urls_that_outlive_it(api: Client) -> None:
+    for path, field in (("tasks", "task_id"), ("projects", "project_id")):
+        receipt = (await api.submit(key=FILM)).json
+        purpose, id = {"tasks": "events", "projects": "project-events"}[path], receipt[field]
+        expires = int(time.time()) + 60
+        signature = signing.sign(api.state.signing_secrets[0], purpose, signing.subject(id, key_hash(FILM)), expires)
+        url = f"{api.url}/api/v1/{path}/{id}/events?expires={expires}&key={key_hash(FILM)}&signature={signature}"
+        async with api.events(url, key=None) as stream:
+            (snapshot,) = await stream.until("snapshot")
+        assert parse_qs(urlsplit(snapshot.data["events_url"]).query)["expires"] == [str(expires)]
+
+
+async def test_the_url_of_a_revoked_key_takes_nothing_from_others(slow_refill: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_cache, "CACHE_S", 0)
+    key = "a-key-that-will-be-revoked"
+    await slow_refill.state.api_keys.add_grant(key_hash(key), Grant(None, frozenset(Scope)))
+    await slow_refill.submit(key=key)
+    revoked, good = [(await slow_refill.get("/api/v1/projects/film", key=each)).json["events_url"] for each in (key, FILM)]
+    await slow_refill.state.api_keys.revoke(key_hash(key))
+    assert {(await slow_refill.get(revoked, key=None)).status for _ in range(40)} == {403}
+    async with slow_refill.events(good, key=None):
+        pass
+
+
+async def test_a_clock_that_steps_back_refuses_nobody(slow_refill: Client, redis: Redis) -> None:
+    bucket = f"movieq:tokens:{key_hash(FILM)}"
+    await slow_refill.get("/api/v1/task-types", key=FILM)
+    slow_refill.state.rates._held.clear()
+    seconds, _ = await redis.time()
+    await redis.set(bucket, (seconds + 10**9) * 1000)
+    taken, _, wait_ms = await slow_refill.state.api_keys.take_tokens(key_hash(FILM), 1000.0, 20, 1)
+    assert (taken, wait_ms) == (0, 1), "the bucket is empty, and fills from now on"
+
+
+async def test_while_redis_refuses_writes_one_request_a_second_asks_for_tokens(
+    slow_refill: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def refused(*args: object) -> tuple[int, int, int]:
+        nonlocal asked
+        asked += 1
+        raise ReadOnlyError("You can't write against a read only replica.")
+
+    monkeypatch.setattr(slow_refill.state.api_keys, "take_tokens", refused)
+    monkeypatch.setattr(limits, "REFUSED_S", 3600)
+    answers = [await slow_refill.get("/api/v1/task-types", key=FILM) for _ in range(50)]
+    assert {answer.status for answer in answers} == {200}
+    assert asked == 1

@@ -214,6 +214,7 @@ async def test_an_event_of_a_newer_version_reaches_those_who_follow(api: Client,
     await raw(store).xadd(KEYS["log"] + "project:film", {"type": "noted", "data": event})
     await store.fail(task_id, run, "it broke", "internal")
     async with api.events(task_id) as stream:
+        stream.documented = False
         names = [event.type for event in await stream.rest()]
     assert names == ["snapshot", "started", "noted", "failed"]
 
@@ -225,6 +226,7 @@ async def test_a_result_that_cannot_be_read_ends_the_stream_all_the_same(api: Cl
     damaged = json.dumps({"task_id": task_id, "type": "completed", "result": 7})
     await raw(store).xadd(KEYS["log"] + task_id, {"type": "completed", "data": damaged})
     async with api.events(task_id) as stream:
+        stream.documented = False
         names = [event.type for event in await stream.rest()]
     assert names[-1] == "completed"
 

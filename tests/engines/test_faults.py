@@ -118,4 +118,4 @@ async def test_a_fault_after_the_rendering_does_not_repeat_the_rendering(running
 async def test_a_field_that_a_plug_in_needs_is_named_where_it_is_missing(running: Service) -> None:
     body = {"project_id": "film", "task_type": "fault", "task_data": {"fault": "none"}}
     status, answer = await running.call("POST", "/tasks/submit", json=body)
-    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "required"}])
+    assert (status, answer["errors"]) == (400, [{"path": "task_data.once", "message": "missing; expected text"}])

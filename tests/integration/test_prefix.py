@@ -30,9 +30,9 @@ async def test_two_prefixes_in_one_database_see_nothing_of_each_other(server: Va
     (claimed,) = await claim(other)
     await other.complete(task.task_id, claimed.run, result())
     await other.tidy()
+    await other.submit(new_task())
     names = {name.decode() for name in await raw(store).keys("*")}
     assert {name.partition(":")[0] for name in names} == {"staging", "arq"}
-    await other.submit(new_task())
     assert await claim(store) == []
     assert await Queries(store.redis).task(task.task_id) is None
     await other.redis.aclose()

@@ -12,6 +12,7 @@
 -- include: time
 local key, token_ms = K.tokens .. client, 1000 / per_s
 local full_at = math.max(tonumber(redis.call('GET', key) or now) or now, now)
+full_at = math.min(full_at, now + burst * token_ms) -- later if the clock has stepped back
 local tokens = math.floor((now + burst * token_ms - full_at) / token_ms + 1e-6)
 local taken = math.max(0, math.min(tokens, tonumber(wanted)))
 if taken == 0 then return {0, 0, math.ceil(full_at + token_ms - now - burst * token_ms)} end
