@@ -53,7 +53,7 @@ async def started(temporary: Path, folder: Path, *arguments: str, **environment:
 
 async def said(process: asyncio.subprocess.Process) -> tuple[int | None, str, str]:
     """Wait until the demo ends; return its exit code and outputs."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
 
@@ -91,7 +91,7 @@ async def test_without_speech_the_demo_shows_that_there_is_no_voice(temporary: P
 async def test_a_demo_that_is_stopped_stops_what_it_started(temporary: Path, folder: Path, signum: int, code: int) -> None:
     process = await started(temporary, folder)
     assert process.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while b"rendering video" not in await process.stdout.readline():
             pass
     assert left(temporary)
