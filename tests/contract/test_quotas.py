@@ -43,11 +43,12 @@ async def bytes_of(api: Client, project: str = "film") -> tuple[int, int]:
 async def test_a_project_may_store_only_so_many_bytes_of_task_records(small: Client) -> None:
     for _ in range(2):
         assert (await small.submit(task_data=BIG)).status == 201
+    before = limits.HITS.counts["quota_exceeded"]
     refused = await small.submit(task_data=BIG)
     assert (refused.status, refused.error, refused.json["retryable"]) == (429, "quota_exceeded", True)
     assert int(refused.headers["Retry-After"]) > 0
     assert "MOVIEQ_MAX_RECORD_MIB_PER_PROJECT" in refused.message
-    assert limits.HITS.counts["quota_exceeded"] > 0
+    assert limits.HITS.counts["quota_exceeded"] == before + 1
     taken, _ = await bytes_of(small)
     assert 1_000_000 < taken <= MIB
     assert (await small.submit(task_data=BIG, project_id="other")).status == 201, "another project is not affected"
