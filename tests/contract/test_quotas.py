@@ -113,6 +113,39 @@ async def test_no_bytes_are_left_of_tasks_that_were_swept(small: Client, store: 
     assert not await raw(store).exists(KEYS["record_bytes"])
 
 
+async def test_a_task_without_counted_bytes_takes_none_off_the_sum_of_its_project(store: Store) -> None:
+    await store.submit(new_task())
+    before = await raw(store).hget(KEYS["record_bytes"], "film")
+    await store.submit(new_task())
+    completed, cancelled = await claim(store, slots=2)
+    for each in (completed, cancelled):  # an older version submitted them
+        await raw(store).hdel(KEYS["task"] + each.task.task_id, "bytes")
+    await raw(store).hset(KEYS["record_bytes"], "film", before)
+    await store.cancel(cancelled.task.task_id)
+    assert await raw(store).hget(KEYS["record_bytes"], "film") == before
+    await store.complete(completed.task.task_id, completed.run, result())
+    assert int(await raw(store).hget(KEYS["record_bytes"], "film")) >= int(before)
+
+
+async def test_each_delivery_counts_what_it_takes(store: Store) -> None:
+    metadata = b'{"note":"' + b"x" * 16_000 + b'"}'
+    task_id, run = await running(store, metadata=metadata, callback_url="http://127.0.0.1:1/")
+    taken = [int(await raw(store).hget(KEYS["record_bytes"], "film"))]
+    for number in range(1, 4):
+        await store.fail(task_id, run, "it broke", "internal")
+        taken.append(int(await raw(store).hget(KEYS["record_bytes"], "film")))
+        delivery_id = f"{task_id}-{number}"
+        used = [await raw(store).memory_usage(KEYS[key] + delivery_id, samples=0) for key in ("delivery", "job")]
+        assert sum(used) <= taken[-1] - taken[-2] <= len(metadata) + 2048
+        await store.retry(task_id)
+        (claimed,) = await claim(store)
+        run = claimed.run
+    await store.cancel(task_id)
+    await later(store)
+    await store.sweep(0)
+    assert not await raw(store).exists(KEYS["record_bytes"])
+
+
 async def test_a_wrong_sum_of_bytes_is_found_and_repaired(store: Store) -> None:
     await store.submit(new_task())
     right = await raw(store).hget(KEYS["record_bytes"], "film")

@@ -22,7 +22,7 @@ if t.made_ms ~= '0' then -- 0: the run found finished files, so its duration is 
 end
 if t.fingerprint then redis.call('SET', K.reusable .. t.fingerprint, task_id) end
 if t.prefix then redis.call('ZADD', K.media, now, t.prefix) end
-count_bytes(t, COPIES * #result)
+count_bytes(t, #result)
 set(t, {result = result, progress = 1, current_step = 'upload_complete', ended_run = run})
 finish(t, 'completed', {'"result":' .. result}, cms)
 return 'ok'

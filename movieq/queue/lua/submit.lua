@@ -70,7 +70,7 @@ if not hit and tonumber(max_queued_all) > 0 then
 end
 
 local job = '\133\161t\192\161f' .. cmsgpack.pack(task_type) .. '\161a\144\161k' .. kwargs .. '\162et' .. cmsgpack.pack(now)
-local bytes = OVERHEAD + #job + COPIES * (#metadata + (hit and #reused_result or 0)) + #callback_url + #warnings
+local bytes = OVERHEAD.task + #job + #metadata + (hit and #reused_result or 0) + #callback_url + #warnings
 if tonumber(max_bytes) > 0 then
   local taken = tonumber(redis.call('HGET', K.record_bytes, project_id) or 0) or 0
   if taken + bytes > tonumber(max_bytes) then return {'quota', math.floor(taken)} end

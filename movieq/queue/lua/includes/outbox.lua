@@ -1,7 +1,7 @@
 -- The outbox: the deliveries of a task, added by the same script as the event that they report.
--- include: time record delivery_jobs
+-- include: time record record_bytes delivery_jobs
 
--- Adds a delivery with the task's current facts. Returns its id.
+-- Adds a delivery with the task's current facts, which count as bytes of the task. Returns its id.
 local function add_delivery(t, kind, url, event_type, delay_ms)
   set(t, {deliveries = (t.deliveries or 0) + 1})
   local id = t.task_id .. '-' .. t.deliveries
@@ -17,6 +17,7 @@ local function add_delivery(t, kind, url, event_type, delay_ms)
     end
   end
   redis.call('HSET', K.delivery .. id, unpack(facts))
+  count_bytes(t, OVERHEAD.delivery + #table.concat(facts))
   redis.call('EXPIRE', K.delivery .. id, 30 * 86400)
   schedule(id, id, delay_ms)
   return id
