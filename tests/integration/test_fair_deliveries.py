@@ -308,6 +308,17 @@ async def test_the_time_between_probes_doubles_up_to_ten_minutes(store: Store, o
     assert waits == [30_000, 60_000, 120_000, 240_000, 480_000, 600_000, 600_000]
 
 
+async def test_times_from_before_the_clock_was_set_back_hold_nothing_back(store: Store, outbox: Outbox) -> None:
+    probe, other = [await webhook(store, "film") for _ in range(2)]
+    await timed_out(outbox, probe)
+    ahead_ms = await now_ms(store) + 86_400_000
+    await raw(store).hset(KEYS["unresponsive"] + "a.test film", mapping={"until_ms": ahead_ms, "probe": probe, "probe_ms": ahead_ms})
+    assert (await begun(outbox, other)).held_back_ms == 0
+    assert 0 < (await begun(outbox, probe)).held_back_ms <= HELD_MS
+    await timed_out(outbox, other, 1)
+    assert HELD_MS < (await begun(outbox, probe)).held_back_ms <= 60_000, "the timeout counts: the time doubles"
+
+
 async def test_when_the_host_answers_all_that_wait_are_due(store: Store, outbox: Outbox) -> None:
     probe, *others = [await webhook(store, "film") for _ in range(4)]
     await timed_out(outbox, probe)

@@ -23,7 +23,7 @@ end
 local receiver = receiver_of(project, url)
 local until_ms, probe, probe_ms = unpack(redis.call('HMGET', K.unresponsive .. receiver, 'until_ms', 'probe', 'probe_ms'))
 if until_ms and state == 'pending' then
-  local free_ms = math.max(tonumber(until_ms) or 0, tonumber(probe_ms or '') or 0)
+  local free_ms = math.max(valid(until_ms, LONGEST_MS), valid(probe_ms, held_ms))
   if free_ms > now and probe ~= delivery_id then
     redis.call('HSET', key, 'last_problem', 'its host does not answer: it is sent when the host answers another webhook, or as the next probe')
     redis.call('SADD', K.held_back .. receiver, delivery_id)

@@ -10,7 +10,7 @@
 -- Appends nothing. What is stored of a host expires an hour after its last timeout, or after the next probe is due.
 -- Cost: O(log n) for each of at most 1,000 deliveries that waited; with more, the next answers make the others due.
 -- include: time hosts delivery_jobs
-local TIMEOUTS, SHORTEST_MS, LONGEST_MS = 3, 30000, 600000
+local TIMEOUTS, SHORTEST_MS = 3, 30000
 local project, url, tries = unpack(redis.call('HMGET', K.delivery .. delivery_id, 'project_id', 'url', 'tries'))
 if not url then return 0 end -- it was swept
 local receiver = receiver_of(project, url)
@@ -25,7 +25,7 @@ end
 local timeouts, until_ms, heard, said_ms = unpack(redis.call('HMGET', key, 'timeouts', 'until_ms', 'heard', 'said_ms'))
 local this = delivery_id .. ' ' .. (tries or 0)
 if heard == this then return tonumber(said_ms or '') or 0 end -- the answer to this call was lost
-if (tonumber(until_ms or '') or 0) > now then return 0 end -- a try that began before the others timed out
+if valid(until_ms, LONGEST_MS) > now then return 0 end -- a try that began before the others timed out
 timeouts = (tonumber(timeouts or '') or 0) + 1
 local wait_ms = timeouts < TIMEOUTS and 0 or math.min(SHORTEST_MS * 2 ^ (timeouts - TIMEOUTS), LONGEST_MS)
 local logs = wait_ms > 0 and redis.call('SET', K.host_logged .. host_of(url), '1', 'NX', 'PX', 60000)
