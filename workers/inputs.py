@@ -48,7 +48,7 @@ async def fetch_inputs(parts: Parts, project_id: ProjectId, task_id: TaskId, par
         raise InputUnavailable(f"the {len(found)} inputs could not all be fetched within {ALL_S:g} s") from None
     except BaseExceptionGroup as errors:
         raise first_of(errors)  # noqa: B904  # its own cause is kept
-    await parts.probe.check([(_name(reference), dest) for reference, dest in found.items()], kind)
+    await parts.probe.check(project_id, [(_name(reference), dest) for reference, dest in found.items()], kind)
     return {reference: str(dest) for reference, dest in found.items()}
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import signal
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -17,10 +18,11 @@ from typing import Final
 from movieq import logs
 from movieq.errors import InternalFault, InvalidInput, OutOfMemory, TaskFault
 from movieq.fetch.formats import Kind
+from movieq.tasks.states import ProjectId
 from workers.supervisor import environment
 
 AT_ONCE: Final = 2
-"""Most probes of a worker at once."""
+"""Most probes of a worker at once, each for another project."""
 DECODE_S: Final = 10
 """Most processor time that decoding one input may take, in seconds."""
 ALL_DECODE_S: Final = 120
@@ -34,22 +36,25 @@ log = logs.get()
 
 
 class Probe:
-    """Decodes inputs in processes of their own, `AT_ONCE` at a time. `decode_s` and `decode_bytes` limit each input."""
+    """Decodes inputs in processes of their own: `AT_ONCE` at once, one of each project. `decode_s` and `decode_bytes` limit each input."""
 
     def __init__(self, decode_s: int = DECODE_S, decode_bytes: int = DECODE_BYTES) -> None:
         self._decode_s = decode_s
         self._decode_bytes = decode_bytes
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._turns = weakref.WeakValueDictionary[ProjectId, asyncio.Lock]()
+        """A lock of each project that has or awaits a probe."""
 
-    async def check(self, files: Sequence[tuple[str, Path]], kind: Kind) -> None:
-        """Decode these files, each with the reference that messages name.
+    async def check(self, project_id: ProjectId, files: Sequence[tuple[str, Path]], kind: Kind) -> None:
+        """Decode these files of a task of the project, each with the reference that messages name.
 
         Raises InvalidInput if one is not of this kind, is damaged or exceeds a limit. Raises a recoverable error if this machine is the
         cause.
         """
         if not files:
             return
-        async with self._places:
+        turn = self._turns.setdefault(project_id, asyncio.Lock())
+        async with turn, self._places:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",  # the working directory may hold another package `workers`

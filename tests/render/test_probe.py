@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -22,10 +23,12 @@ from PIL import Image
 from movieq.errors import InvalidInput, OutOfMemory
 from movieq.fetch.download import image_problem
 from movieq.fetch.formats import Kind
+from movieq.tasks.states import ProjectId
 from tests.fleet import eventually
 from workers.child.media.encode import read_sound
 from workers.probe import Probe
 
+FILM = ProjectId("film")
 SOUNDS = {"wav": "pcm_s16le", "mp3": "libmp3lame", "flac": "flac", "ogg": "libopus", "mp4": "aac"}
 
 
@@ -73,7 +76,7 @@ def children() -> list[psutil.Process]:
 async def test_an_input_that_takes_too_long_to_decode_is_refused_and_named(tmp_path: Path, slow: Path) -> None:
     good = still(tmp_path / "good")
     with pytest.raises(InvalidInput, match=r"^http://a/slow cannot be used: it takes too long to decode; at most 1 s of processor time"):
-        await Probe(decode_s=1).check([("http://a/good", good), ("http://a/slow", slow), ("http://a/after", good)], Kind.IMAGE)
+        await Probe(decode_s=1).check(FILM, [("http://a/good", good), ("http://a/slow", slow), ("http://a/after", good)], Kind.IMAGE)
     assert not children()
 
 
@@ -81,7 +84,7 @@ async def test_an_input_that_takes_too_much_memory_is_refused_and_named(tmp_path
     path = tmp_path / "large"
     path.write_bytes(encoded(Image.new("RGB", (7000, 5000)), "PNG", compress_level=1))
     with pytest.raises(InvalidInput, match=r"^upload:1 cannot be used: it takes too much memory to decode; at most 192 MiB"):
-        await Probe(decode_bytes=192 * 1024**2).check([("upload:1", path)], Kind.IMAGE)
+        await Probe(decode_bytes=192 * 1024**2).check(FILM, [("upload:1", path)], Kind.IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ async def test_a_file_that_no_engine_can_read_is_refused(tmp_path: Path, arrange
     path = tmp_path / "input"
     path.write_bytes(arrange())
     with pytest.raises(InvalidInput, match=f"^task:1 is .*{problem}|^task:1 has {problem}"):
-        await Probe().check([("task:1", path)], Kind.IMAGE)
+        await Probe().check(FILM, [("task:1", path)], Kind.IMAGE)
 
 
 async def test_images_of_each_kind_and_sounds_of_each_kind_are_accepted(tmp_path: Path) -> None:
@@ -109,15 +112,15 @@ async def test_images_of_each_kind_and_sounds_of_each_kind_are_accepted(tmp_path
     images.append(tmp_path / "animated")
     frames = [Image.effect_noise((32, 32), 50).convert("RGB") for _ in range(3)]
     images[-1].write_bytes(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
-    await Probe().check([(path.name, path) for path in images], Kind.IMAGE)
-    await Probe().check([(name, sound(tmp_path / name, name)) for name in SOUNDS], Kind.AUDIO)
+    await Probe().check(FILM, [(path.name, path) for path in images], Kind.IMAGE)
+    await Probe().check(FILM, [(name, sound(tmp_path / name, name)) for name in SOUNDS], Kind.AUDIO)
 
 
 async def test_a_picture_is_no_voice_and_a_voice_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="is image/png, expected a sound"):
-        await Probe().check([("upload:1", still(tmp_path / "still"))], Kind.AUDIO)
+        await Probe().check(FILM, [("upload:1", still(tmp_path / "still"))], Kind.AUDIO)
     with pytest.raises(InvalidInput, match="is audio/flac, expected an image"):
-        await Probe().check([("upload:1", sound(tmp_path / "voice", "flac"))], Kind.IMAGE)
+        await Probe().check(FILM, [("upload:1", sound(tmp_path / "voice", "flac"))], Kind.IMAGE)
 
 
 def test_a_file_is_opened_as_what_its_first_bytes_show_and_never_as_what_follows(tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_a_file_is_opened_as_what_its_first_bytes_show_and_never_as_what_follows
 
 
 async def test_a_probe_that_the_kernel_kills_for_memory_is_tried_again(slow: Path) -> None:
-    checking = asyncio.create_task(Probe().check([("slow", slow)], Kind.IMAGE))
+    checking = asyncio.create_task(Probe().check(FILM, [("slow", slow)], Kind.IMAGE))
     await eventually(lambda: bool(children()))
     children()[0].kill()
     with pytest.raises(OutOfMemory, match="slow"):
@@ -139,7 +142,7 @@ async def test_a_probe_that_the_kernel_kills_for_memory_is_tried_again(slow: Pat
 
 
 async def test_a_decoder_that_crashes_is_the_inputs_fault(slow: Path) -> None:
-    checking = asyncio.create_task(Probe().check([("slow", slow)], Kind.IMAGE))
+    checking = asyncio.create_task(Probe().check(FILM, [("slow", slow)], Kind.IMAGE))
     await eventually(lambda: bool(children()))
     children()[0].send_signal(signal.SIGSEGV)
     with pytest.raises(InvalidInput, match="slow cannot be used: its decoder crashed"):
@@ -147,12 +150,28 @@ async def test_a_decoder_that_crashes_is_the_inputs_fault(slow: Path) -> None:
 
 
 async def test_a_cancelled_check_leaves_no_process(slow: Path) -> None:
-    checking = asyncio.create_task(Probe().check([("slow", slow)], Kind.IMAGE))
+    checking = asyncio.create_task(Probe().check(FILM, [("slow", slow)], Kind.IMAGE))
     await eventually(lambda: bool(children()))
     checking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await checking
     assert not children()
+
+
+async def test_many_checks_of_one_project_delay_no_other_project(tmp_path: Path, slow: Path) -> None:
+    probe = Probe(decode_s=100)
+    checks = [asyncio.create_task(probe.check(FILM, [("slow", slow)], Kind.IMAGE)) for _ in range(3)]
+    await eventually(lambda: bool(children()))
+    children()[0].send_signal(signal.SIGSTOP)
+    await probe.check(ProjectId("other"), [("good", still(tmp_path / "good"))], Kind.IMAGE)
+    assert not any(each.done() for each in checks)
+    assert (len(children()), len(probe._turns)) == (1, 1)
+    assert all(each.cancel() for each in checks)
+    await asyncio.wait(checks)
+    assert not children()
+    checks.clear()
+    gc.collect()
+    assert not probe._turns
 
 
 async def test_a_probe_ends_with_its_worker() -> None:
