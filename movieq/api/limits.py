@@ -121,7 +121,7 @@ class Places:
         )
 
     def take_for_body(self, key_id: str) -> Place:
-        """Take a place for the arriving body of a request with this API key. Raises RateLimited."""
+        """Take a place for the arriving body of a request with this API key; an upload keeps it until it is stored. Raises RateLimited."""
         return self._take(_Owner("bodies_of_key", key_id, self._per_key, "max_streams_per_key", "An API key"))
 
     def _of_process(self) -> _Owner:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import tempfile
 from pathlib import Path
 from typing import IO, Final
 
+from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -73,19 +75,27 @@ async def upload(request: Request) -> Response:
     project_id, who = await project_of(request, Scope.SUBMIT)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise refused([("Content-Encoding", "send the file without compression")])
-    if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > UPLOAD_BYTES:
+    declared = request.headers.get("content-length", "")
+    declared_bytes = int(declared[:20]) if declared.isdecimal() else 0
+    if declared_bytes > UPLOAD_BYTES:
         raise PayloadTooLarge(f"the upload is larger than {UPLOAD_BYTES} bytes")
-    with tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
-        with movieq.places.take_for_body(who.id):
-            size = await _receive(request, file)
+    max_bytes = movieq.settings.max_upload_bytes
+    with movieq.places.take_for_body(who.id), tempfile.NamedTemporaryFile(prefix="movieq-upload-") as file:
+        await movieq.files.check_upload(project_id, declared_bytes, max_bytes)
+        size = await _receive(request, file)
         path = Path(file.name)
         media_type = await asyncio.to_thread(_media_type, path)
         upload_id = secrets.token_urlsafe(16)
         prefix = f"uploads/{project_id}/{upload_id}"
-        # recorded before it is stored: a file without a record would never be deleted
-        stored = Upload(project_id, f"{prefix}/file", size, media_type)
-        await movieq.files.add_upload(upload_id, stored, prefix, movieq.settings.max_upload_bytes)
-        await movieq.storage.put(f"{prefix}/file", path, media_type)
+        new = Upload(project_id, f"{prefix}/file", size, media_type)
+        try:
+            # recorded before it is stored: a file without a record would never be deleted
+            await movieq.files.add_upload(upload_id, new, prefix, max_bytes)
+            await movieq.storage.put(new.key, path, media_type)
+        except BaseException:
+            with contextlib.suppress(RedisError):  # then it counts until it expires
+                await movieq.files.drop_upload(upload_id, new, prefix)
+            raise
     return answered(UploadAnswer(upload_id, f"upload:{upload_id}", size, media_type), 201)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +19,7 @@ from movieq.queue.store import Store
 from movieq.settings import Settings
 from movieq.tasks.entities import Upload
 from movieq.tasks.states import ProjectId
-from tests.arrange import claim, later, new_task, raw, result, running
+from tests.arrange import claim, later, new_task, now_ms, raw, result, running
 from tests.contract.client import FILM, Client
 from tests.contract.conftest import served
 
@@ -166,6 +168,52 @@ async def test_a_project_may_store_only_so_many_bytes_of_uploads(small: Client) 
     _, taken = await bytes_of(small)
     assert taken == count * max(len(PNG), 16384) <= MIB
     assert (await small.post("/api/v1/projects/other/uploads", data=PNG)).status == 201
+
+
+async def no_upload_is_left(api: Client, store: Store) -> None:
+    """Raise AssertionError unless no upload counts, and the files of the only one are deleted in a minute."""
+    assert await raw(store).keys(KEYS["upload"] + "*") == await raw(store).keys(KEYS["uploads"] + "*") == []
+    assert (await bytes_of(api))[1] == 0
+    ((prefix, at_ms),) = await raw(store).zrange(KEYS["orphans"], 0, -1, withscores=True)
+    assert prefix.startswith(b"uploads/film/")
+    assert 0 < at_ms <= await now_ms(store) + 60_000
+    assert not api.state.places.taken
+
+
+async def test_an_upload_that_could_not_be_stored_does_not_count(small: Client, settings: Settings, store: Store) -> None:
+    await small.submit()
+    assert isinstance(settings.storage, Path)
+    settings.storage.mkdir(exist_ok=True)
+    in_the_way = settings.storage / "uploads"
+    in_the_way.write_text("not a folder")
+    assert (await small.post("/api/v1/projects/film/uploads", data=PNG)).status == 503
+    await no_upload_is_left(small, store)
+    in_the_way.unlink()
+    assert (await small.post("/api/v1/projects/film/uploads", data=PNG)).status == 201
+
+
+async def test_an_upload_that_is_cancelled_while_it_is_stored_does_not_count(
+    small: Client, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await small.submit()
+    handlers: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def put(*args: Any) -> int:
+        handlers.put_nowait(asyncio.current_task())
+        return await asyncio.Future()
+
+    monkeypatch.setattr(small.state.storage, "put", put)
+    sent = asyncio.create_task(small.post("/api/v1/projects/film/uploads", data=PNG))
+    handler = await handlers.get()
+    assert [name.partition(" ")[0] for name in small.state.places.taken] == ["bodies_of_key"]
+    handler.cancel()
+    await asyncio.wait({handler, sent})
+    await no_upload_is_left(small, store)
+
+
+async def test_an_upload_over_the_quota_is_refused_before_it_is_sent(small: Client) -> None:
+    head = f"POST /api/v1/projects/film/uploads HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-API-Key: {FILM}\r\n"
+    assert (await small.raw(f"{head}Content-Length: {MIB + 1}\r\n\r\n".encode())).startswith(b"HTTP/1.1 429")
 
 
 async def test_an_expired_upload_no_longer_counts(store: Store) -> None:

@@ -216,6 +216,12 @@ async def add_upload(store: Store) -> Any:
     await Files(store.redis).add_upload("upload", upload, "uploads/film/upload", 2**30)
 
 
+async def drop_upload(store: Store) -> Any:
+    files, upload = Files(store.redis), Upload(ProjectId("film"), "uploads/film/u/file", 1000, "image/png")
+    await files.add_upload("u", upload, "uploads/film/u")
+    await files.drop_upload("u", upload, "uploads/film/u")
+
+
 SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "submit": [submit],
     "claim": [begun],
@@ -241,6 +247,7 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "repair": [repair],
     "recount": [recount],
     "add_upload": [add_upload],
+    "drop_upload": [drop_upload],
 }
 
 

@@ -105,6 +105,7 @@ CALLS: dict[str, list[Call]] = {
     "recount": [lambda store, runs: store.recount(apply=True)],
     "take_tokens": [lambda store, runs: ApiKeys(store.redis).take_tokens("key", 1, 9, 3)],
     "add_upload": [lambda store, runs: Files(store.redis).add_upload("upload", UPLOAD, "uploads/film/upload", 2**30)],
+    "drop_upload": [lambda store, runs: Files(store.redis).drop_upload("upload", UPLOAD, "uploads/film/upload")],
 }
 
 

@@ -528,6 +528,7 @@ def test_every_script_opens_with_its_contract() -> None:
         "recount",
         "take_tokens",
         "add_upload",
+        "drop_upload",
     }
 
 
