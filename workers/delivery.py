@@ -180,7 +180,7 @@ async def _send(parts: DeliveryParts, delivery_id: str, delivery: Delivery) -> _
     headers = webhooks.headers(parts.secrets, delivery_id, int(time.time()), body)
     outcome = await webhooks.send(parts.session, delivery.url, body, headers)
     if outcome.timed_out or outcome.status is not None:
-        wait_ms = await parts.outbox.heard(delivery_id, not outcome.timed_out)
+        wait_ms = await parts.outbox.record_answer(delivery_id, not outcome.timed_out)
         if wait_ms:
             log.warning("host_unresponsive", host=urlsplit(delivery.url).netloc, problem=outcome.problem, again_in_s=wait_ms / 1000)
     return _Attempt(outcome.ok, outcome.gone, outcome.status, outcome.problem, outcome.retry_after_s or 0.0)

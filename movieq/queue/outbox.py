@@ -49,7 +49,7 @@ class Outbox:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._keys = redis.key_names
-        self._scripts = load(redis, "admit", "begin", "delivered", "heard", "resend")
+        self._scripts = load(redis, "admit", "begin", "delivered", "record_answer", "resend")
 
     async def admit(
         self, worker_id: str, nonce: str, webhook_places: int, cms_places: int, in_flight: Collection[Admitted], held_ms: int
@@ -98,12 +98,12 @@ class Outbox:
         )
         return msgspec.json.decode(answer, type=str | int) if answer else None
 
-    async def heard(self, delivery_id: str, answered: bool) -> int:
+    async def record_answer(self, delivery_id: str, answered: bool) -> int:
         """Record whether the receiver of a webhook answered in time.
 
         Return for how many ms its host gets no more webhooks; 0 if it does, or if this was returned within the last minute.
         """
-        wait_ms: int = await self._scripts["heard"].finish(delivery_id=delivery_id, answered="1" if answered else "")
+        wait_ms: int = await self._scripts["record_answer"].finish(delivery_id=delivery_id, answered="1" if answered else "")
         return wait_ms
 
     async def resend(self, task_id: TaskId, delivery_id: str) -> None:

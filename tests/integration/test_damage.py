@@ -52,7 +52,7 @@ async def busy(store: Store) -> dict[bytes, bytes]:
     await raw(store).hset(KEYS["task"] + IDS["offered"], "made_on", "here")
     await raw(store).zadd(KEYS["offered"] + "here", {IDS["offered"]: 1})
     for _ in range(3):  # the webhook of the completed task waits for its host, those of the others for a place
-        await Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=False)
+        await Outbox(store.redis).record_answer(f"{IDS['completed']}-2", answered=False)
         await raw(store).hincrby(KEYS["delivery"] + f"{IDS['completed']}-2", "tries", 1)
     await Outbox(store.redis).begin(f"{IDS['completed']}-2", 30_000)
     await Outbox(store.redis).admit("w1", "busy", 2, 0, [], 30_000)
@@ -113,8 +113,8 @@ async def all_verbs(store: Store) -> None:
         lambda: Outbox(store.redis).begin(f"{IDS['completed']}-1", 30_000),
         lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-1", DeliveryState.DELIVERED, 1, 200, "", "cms-id"),
         lambda: Outbox(store.redis).begin(f"{IDS['completed']}-2", 30_000),
-        lambda: Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=False),
-        lambda: Outbox(store.redis).heard(f"{IDS['completed']}-2", answered=True),
+        lambda: Outbox(store.redis).record_answer(f"{IDS['completed']}-2", answered=False),
+        lambda: Outbox(store.redis).record_answer(f"{IDS['completed']}-2", answered=True),
         lambda: Outbox(store.redis).delivered(f"{IDS['completed']}-2", DeliveryState.FAILED, 1, 500, "no"),
         lambda: Outbox(store.redis).resend(IDS["completed"], f"{IDS['completed']}-2"),
         *(lambda id=id: store.retry(id) for id in IDS.values()),

@@ -238,7 +238,7 @@ async def timed_out(outbox: Outbox, delivery_id: str, times: int = 3) -> int:
     wait_ms = 0
     for _ in range(times):
         await outbox.delivered(delivery_id, DeliveryState.PENDING, next(_tries), None, "no answer")
-        wait_ms = await outbox.heard(delivery_id, answered=False)
+        wait_ms = await outbox.record_answer(delivery_id, answered=False)
     return wait_ms
 
 
@@ -277,7 +277,7 @@ async def facts(outbox: Outbox, delivery_id: str) -> Delivery:
 async def test_after_three_timeouts_in_a_row_a_host_gets_no_more_webhooks_of_the_project(store: Store, outbox: Outbox) -> None:
     delivery_id, others = await webhook(store, "film"), [await webhook(store, "film", "a.test:8080"), await webhook(store, "other")]
     assert await timed_out(outbox, delivery_id, 2) == 0
-    await outbox.heard(delivery_id, answered=True)
+    await outbox.record_answer(delivery_id, answered=True)
     assert await timed_out(outbox, delivery_id, 2) == 0
     assert (await begun(outbox, delivery_id)).held_back_ms == 0
     assert await timed_out(outbox, delivery_id, 1) == 30_000
@@ -325,7 +325,7 @@ async def test_when_the_host_answers_all_that_wait_are_due(store: Store, outbox:
     for each in others:
         assert (await begun(outbox, each)).held_back_ms > 0
         await raw(store).zincrby(KEYS["deliveries"], 600_000, each)
-    await outbox.heard(probe, answered=True)
+    await outbox.record_answer(probe, answered=True)
     assert [await due(store, each) for each in others] == [True] * 3
     assert [(await begun(outbox, each)).held_back_ms for each in others] == [0] * 3
 
@@ -335,7 +335,7 @@ async def test_an_unresponsive_host_is_logged_once_a_minute(store: Store, outbox
     logged = []
     for _ in range(5):
         logged.append(await timed_out(outbox, delivery_id))
-        await outbox.heard(delivery_id, answered=True)
+        await outbox.record_answer(delivery_id, answered=True)
     assert logged == [30_000, 0, 0, 0, 0]
 
 
@@ -348,7 +348,7 @@ async def test_what_is_stored_of_hosts_expires(store: Store, outbox: Outbox) -> 
         await begun(outbox, delivery_id)
     answered = await webhook(store, "film", "answered.test")
     await timed_out(outbox, answered)
-    await outbox.heard(answered, answered=True)
+    await outbox.record_answer(answered, answered=True)
     keys = [key for name in ("unresponsive", "held_back", "host_logged") for key in await raw(store).keys(KEYS[name] + "*")]
     assert len(keys) == 4 + 2 + 3
     assert [key for key in keys if not 0 < await raw(store).pttl(key) <= 86_400_000] == []

@@ -152,23 +152,23 @@ async def admit(store: Store) -> Any:
     return [each.job for each in (await Outbox(store.redis).admit("w1", "nonce", 9, 9, [], 30_000)).admitted]
 
 
-async def heard(store: Store) -> Any:
+async def record_answer(store: Store) -> Any:
     await fail(store)
     said = []
     for tries in range(3):
-        said.append(await Outbox(store.redis).heard(f"{TASK}-1", answered=False))
+        said.append(await Outbox(store.redis).record_answer(f"{TASK}-1", answered=False))
         await Outbox(store.redis).delivered(f"{TASK}-1", DeliveryState.PENDING, tries + 1, None, "no answer")
     return said
 
 
-async def heard_again(store: Store) -> Any:
-    said = await heard(store)
+async def record_answers(store: Store) -> Any:
+    said = await record_answer(store)
     await Outbox(store.redis).begin(f"{TASK}-1", 30_000)
-    return said, await Outbox(store.redis).heard(f"{TASK}-1", answered=True)
+    return said, await Outbox(store.redis).record_answer(f"{TASK}-1", answered=True)
 
 
 async def probe(store: Store) -> Any:
-    await heard(store)
+    await record_answer(store)
     await raw(store).hset(KEYS["unresponsive"] + "127.0.0.1:1 film", "until_ms", 1)
     delivery = await Outbox(store.redis).begin(f"{TASK}-1", 30_000)
     return isinstance(delivery, Delivery) and delivery.held_back_ms
@@ -241,7 +241,7 @@ SCENES: dict[str, list[Callable[[Store], Awaitable[Any]]]] = {
     "write_check": [write_check],
     "admit": [admit],
     "begin": [begin, probe],
-    "heard": [heard, heard_again],
+    "record_answer": [record_answer, record_answers],
     "delivered": [delivered, delivered_late, delivered_not_yet, given_up],
     "resend": [resend],
     "repair": [repair],

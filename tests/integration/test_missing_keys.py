@@ -95,7 +95,7 @@ CALLS: dict[str, list[Call]] = {
         expire("deliveries", lambda store, runs: Outbox(store.redis).admit("w1", "nonce", 1, 1, [], 30_000)),
     ],
     "begin": [lambda store, runs, id=id: Outbox(store.redis).begin(id, 30_000) for id in (FIRST, SECOND)],  # type: ignore[misc]
-    "heard": [lambda store, runs, yes=yes: Outbox(store.redis).heard(SECOND, answered=yes) for yes in (True, False)],  # type: ignore[misc]
+    "record_answer": [lambda store, runs, yes=yes: Outbox(store.redis).record_answer(SECOND, answered=yes) for yes in (True, False)],  # type: ignore[misc]
     "delivered": [
         lambda store, runs: Outbox(store.redis).delivered(FIRST, DeliveryState.DELIVERED, 1, 200, "", 7),
         lambda store, runs: Outbox(store.redis).delivered(SECOND, DeliveryState.FAILED, 1, 500, "no"),

@@ -521,7 +521,7 @@ def test_every_script_opens_with_its_contract() -> None:
         "write_check",
         "admit",
         "begin",
-        "heard",
+        "record_answer",
         "delivered",
         "resend",
         "repair",

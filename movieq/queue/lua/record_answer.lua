@@ -22,14 +22,14 @@ if answered == '1' then
   return 0
 end
 
-local timeouts, until_ms, heard, said_ms = unpack(redis.call('HMGET', key, 'timeouts', 'until_ms', 'heard', 'said_ms'))
+local timeouts, until_ms, last_try, logged_ms = unpack(redis.call('HMGET', key, 'timeouts', 'until_ms', 'last_try', 'logged_ms'))
 local this = delivery_id .. ' ' .. (tries or 0)
-if heard == this then return tonumber(said_ms or '') or 0 end -- the answer to this call was lost
+if last_try == this then return tonumber(logged_ms or '') or 0 end -- the answer to this call was lost
 if valid(until_ms, LONGEST_MS) > now then return 0 end -- a try that began before the others timed out
 timeouts = (tonumber(timeouts or '') or 0) + 1
 local wait_ms = timeouts < TIMEOUTS and 0 or math.min(SHORTEST_MS * 2 ^ (timeouts - TIMEOUTS), LONGEST_MS)
 local logs = wait_ms > 0 and redis.call('SET', K.host_logged .. host_of(url), '1', 'NX', 'PX', 60000)
-redis.call('HSET', key, 'timeouts', timeouts, 'heard', this, 'said_ms', logs and wait_ms or 0)
+redis.call('HSET', key, 'timeouts', timeouts, 'last_try', this, 'logged_ms', logs and wait_ms or 0)
 if wait_ms > 0 then redis.call('HSET', key, 'until_ms', now + wait_ms) end
 redis.call('HDEL', key, 'probe', 'probe_ms')
 redis.call('PEXPIRE', key, wait_ms + 3600000)
