@@ -1,6 +1,6 @@
 """The health checks, and the list of task types.
 
-The health checks need no API key. They therefore show no host names, addresses or paths, and write to Redis at most once a second.
+The health checks need no API key. They therefore show no host names, addresses or paths, and ask Redis at most once a second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from movieq.api.readiness import AWAY
 from movieq.api.state import answered, api, now
 from movieq.models import table as models
 from movieq.models.table import Engine
-from movieq.queue.refusals import REDIS_AWAY
 from movieq.settings import Scope
 from movieq.tasks.registry import REGISTRY
 from movieq.tasks.states import EngineChoice, Kind
@@ -42,18 +41,15 @@ async def health(request: Request) -> Response:
     """`GET /health`: answer 200 if healthy or degraded, 503 if Redis is unavailable. Needs no key."""
     movieq = api(request)
     uptime = _uptime_s(request)
-    try:
-        workers = [row for row in await movieq.queries.workers() if row.live]
-        sizes, stranded = await movieq.queries.queue_sizes(), await movieq.queries.stranded(workers)
-    except REDIS_AWAY:
+    if (load := await movieq.readiness.load()) is None:
         away = HealthAnswer("unhealthy", now(), package.__version__, "unavailable", 0, dict.fromkeys(Kind, 0), uptime, [AWAY])
         return answered(away, 503, {"Retry-After": "2"})
     checks = await movieq.readiness.checks()
     problems = [checks[name].message for name in (CheckName.REDIS, CheckName.STORAGE) if not checks[name].ok]
     problems += [movieq.readiness.evicts] if movieq.readiness.evicts else []
-    problems += [f"no live worker can run {each.waiting} waiting tasks of {each.kind}: start a worker that can" for each in stranded]
+    problems += [f"no live worker can run {each.waiting} waiting tasks of {each.kind}: start a worker that can" for each in load.stranded]
     state = "degraded" if problems else "healthy"
-    return answered(HealthAnswer(state, now(), package.__version__, "connected", len(workers), sizes, uptime, problems))
+    return answered(HealthAnswer(state, now(), package.__version__, "connected", load.workers, load.queue_sizes, uptime, problems))
 
 
 def _uptime_s(request: Request) -> float:

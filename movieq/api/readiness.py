@@ -1,23 +1,26 @@
-"""The readiness checks: whether tasks can be accepted, stored and run."""
+"""The readiness checks: whether tasks can be accepted, stored and run. Anybody may ask, so Redis is asked at most once a second."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeVar
 
+import msgspec
 from redis.exceptions import ResponseError
 
 from movieq import logs
 from movieq.checks import NOEVICTION
-from movieq.queue.queries import Queries
+from movieq.queue.queries import Queries, Stranded
 from movieq.queue.refusals import REDIS_AWAY, refusal
 from movieq.queue.store import Store
 from movieq.storage.base import Storage
+from movieq.tasks.states import Kind
 from movieq.tasks.wire import Check, CheckName
 
 FRESH_S: Final = 1.0
-"""How long the results of the checks are cached."""
+"""How long the results are cached."""
 CHECK_S: Final = 3.0
 """Longest time that a check may take."""
 AWAY: Final = "Redis is unavailable: start it, or correct MOVIEQ_REDIS_URL; `movieq doctor` shows the reason"
@@ -25,8 +28,36 @@ AWAY: Final = "Redis is unavailable: start it, or correct MOVIEQ_REDIS_URL; `mov
 log = logs.get()
 
 
+class Load(msgspec.Struct, frozen=True):
+    """The number of live workers, the waiting tasks of each queue, and the lanes whose tasks none of these workers can run."""
+
+    workers: int
+    queue_sizes: dict[Kind, int]
+    stranded: list[Stranded]
+
+
+T = TypeVar("T")
+
+
+class _Cached(Generic[T]):
+    """What a function returns, for `FRESH_S`. Requests that come meanwhile wait for one call."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
+        self._ask = ask
+        self._lock = asyncio.Lock()
+        self._found: T
+        self._fresh_until_s = 0.0
+
+    async def get(self) -> T:
+        async with self._lock:
+            if time.monotonic() >= self._fresh_until_s:
+                self._found = await self._ask()
+                self._fresh_until_s = time.monotonic() + FRESH_S
+            return self._found
+
+
 class Readiness:
-    """The readiness checks of a process. They run at most once a second; requests in between get the cached results.
+    """The readiness checks of a process, and its load. Each is read at most once a second; requests in between get the cached results.
 
     `evicts` is a warning that Redis deletes keys when its memory is full; it is empty if Redis does not, or the settings allow it.
     """
@@ -39,18 +70,17 @@ class Readiness:
         self._queries = queries
         self._storage = storage
         self._group = group
-        self._lock = asyncio.Lock()
-        self._found: dict[CheckName, Check] = {}
-        self._fresh_until_s = 0.0
+        self._checks = _Cached(self._ask)
+        self._load = _Cached(self._ask_load)
         self._looking: asyncio.Task[bool] | None = None
 
     async def checks(self) -> dict[CheckName, Check]:
         """Return the result of each check by its name."""
-        async with self._lock:
-            if time.monotonic() >= self._fresh_until_s:
-                self._found = await self._ask()
-                self._fresh_until_s = time.monotonic() + FRESH_S
-            return self._found
+        return await self._checks.get()
+
+    async def load(self) -> Load | None:
+        """Return the load; None if Redis is unavailable."""
+        return await self._load.get()
 
     def close(self) -> None:
         """Cancel the check of the storage."""
@@ -61,6 +91,13 @@ class Readiness:
         redis, storage, worker, self.evicts = await asyncio.gather(self._redis(), self._files(), self._worker(), self._eviction())
         found = {CheckName.REDIS: redis, CheckName.STORAGE: storage, CheckName.WORKER: worker}
         return {name: Check(name, not message, message) for name, message in found.items()}
+
+    async def _ask_load(self) -> Load | None:
+        try:
+            workers = [row for row in await self._queries.workers() if row.live]
+            return Load(len(workers), await self._queries.queue_sizes(), await self._queries.stranded(workers))
+        except REDIS_AWAY:
+            return None
 
     async def _redis(self) -> str:
         try:

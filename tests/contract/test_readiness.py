@@ -15,6 +15,7 @@ from movieq.api import readiness
 from movieq.local.embedded import Valkey
 from movieq.queue.store import Store
 from movieq.settings import Settings
+from movieq.tasks.states import Kind
 from tests.arrange import raw
 from tests.contract.client import Answer, Client
 from tests.contract.conftest import REFUSALS, refuse_writes, served, stopped, take_writes
@@ -145,6 +146,17 @@ async def test_however_often_it_is_asked_while_its_checks_are_fresh_it_writes_on
             await asyncio.gather(*(api.get(path, key=None) for path in (READY, HEALTH, LIVE) for _ in range(10)))
         stats = await raw(store).info("commandstats")
     assert stats["cmdstat_set"]["calls"] == 1
+    assert stats["cmdstat_zcard"]["calls"] == 2 * len(Kind), "the lengths of the queues, and of those without workers"
+
+
+async def test_health_sees_what_has_changed_when_its_cached_answer_is_old(api: Client, store: Store) -> None:
+    assert (await api.get(HEALTH, key=None)).json["queue_sizes"][Kind.CPU_INTENSIVE] == 0
+    await api.submit()
+    seen = (await api.get(HEALTH, key=None)).json
+    assert (seen["status"], seen["queue_sizes"][Kind.CPU_INTENSIVE], seen["worker_count"]) == ("degraded", 1, 0)
+    await beat(store)
+    seen = (await api.get(HEALTH, key=None)).json
+    assert (seen["status"], seen["worker_count"]) == ("healthy", 1)
 
 
 async def test_a_redis_that_evicts_is_a_problem_while_it_does(own: Valkey, away: Client, direct: Any, settings: Settings) -> None:
