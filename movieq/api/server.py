@@ -7,7 +7,10 @@ import contextlib
 import gc
 import resource
 import socket
+import sys
+import termios
 import weakref
+from fcntl import ioctl
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -23,7 +26,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from movieq.api import app
 from movieq.api.events import HAND_OVER, OLD_VERSIONS
 from movieq.api.limits import HITS, connections_limit
-from movieq.errors import HeadersTooLarge, Internal, LineTooLong, PayloadTooLarge, RequestError, SettingsError, ValidationFailed
+from movieq.errors import (
+    HeadersTooLarge,
+    Internal,
+    LineTooLong,
+    PayloadTooLarge,
+    RateLimited,
+    RequestError,
+    SettingsError,
+    ValidationFailed,
+)
 from movieq.settings import Settings
 from movieq.streams.watchers import SocketWatcher
 
@@ -37,6 +49,12 @@ HEAD_S = 10.0
 """Time in which a request line and headers must arrive, in seconds, after the connection opened or the last request ended."""
 REFUSED_S = 1.0
 """How long a refused connection stays open for its client to read the answer."""
+PIPELINED = 16
+"""Most requests of a connection that wait for the answers to those before them."""
+PIPELINED_BYTES = 2 * 1024 * 1024
+"""Most bytes of their bodies."""
+UNREAD_S = 30.0
+"""Time after which a connection is aborted whose client reads nothing of an answer, in seconds."""
 FRAMING = 8
 """Most bytes of framing for each byte of a body in chunks: a chunk of one byte needs five."""
 OPEN_FILES = 65_536
@@ -91,33 +109,33 @@ async def serve(settings: Settings, sock: socket.socket) -> None:
 
 
 class _Connections:
-    """The open connections of a server. Those on which no request is in progress are closed, the oldest first, when there are too many.
+    """The open connections of a server. Idle ones, on which no request is in progress, are closed, the oldest first, if there are too many.
 
     So idle connections cannot shut out a client that sends its request at once.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._silent: dict[_Protocol, None] = {}
+        self._idle: dict[_Protocol, None] = {}
 
     def opened(self, connection: _Protocol, count: int) -> None:
         """Add a connection, now one of `count`."""
         if count > self._most:
             HITS.add("connections")
-            oldest = next(iter(self._silent), connection)
-            self._silent.pop(oldest, None)
+            oldest = next(iter(self._idle), connection)
+            self._idle.pop(oldest, None)
             oldest.transport.abort()
             if oldest is connection:
                 return
-        self._silent[connection] = None
+        self._idle[connection] = None
 
     def busy(self, connection: _Protocol) -> None:
         """Note that a request has begun on the connection, or that it is closed."""
-        self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
 
-    def silent(self, connection: _Protocol) -> None:
-        """Note that the connection waits for another request."""
-        self._silent[connection] = None
+    def idle(self, connection: _Protocol) -> None:
+        """Note that the connection waits for another request, or for its client to read the last answer."""
+        self._idle[connection] = None
 
 
 class _Server(uvicorn.Server):
@@ -212,8 +230,12 @@ class _Protocol(HttpToolsProtocol):
     """Bytes of this body's framing, trailers included, beyond what its data allow."""
     _late: asyncio.TimerHandle | None = None
     """Ends the connection if the head does not arrive in time."""
-    _refused = False
-    """Whether the connection is about to close; what still arrives is dropped."""
+    _unread: asyncio.TimerHandle | None = None
+    """Ends the connection if its client does not read."""
+    _running: RequestResponseCycle | None = None
+    """The last request that has begun; `cycle` is the last that has arrived."""
+    _refusal: RequestError | None = None
+    """The last answer of the connection. What still arrives is dropped."""
 
     def __init__(self, *args: Any, open_connections: _Connections, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -222,7 +244,7 @@ class _Protocol(HttpToolsProtocol):
     @property
     def idle(self) -> bool:
         """Whether no request is in progress."""
-        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]  # None before the first
+        return self._running is None or self._running.response_complete or self._running.disconnected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Accept a connection as uvicorn does, and wait for its first request."""
@@ -231,10 +253,14 @@ class _Protocol(HttpToolsProtocol):
         self._open_connections.opened(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End as uvicorn does."""
+        """End as uvicorn does, and end the running request too: uvicorn ends the last one that has arrived."""
         self._wait_no_longer()
+        self._watch_no_longer()
         self._open_connections.busy(self)
         super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            _abandon(self._running)
 
     def data_received(self, data: bytes) -> None:
         """Read as uvicorn does, but answer a request that offers a protocol upgrade (Java's client offers h2c) in HTTP/1.1 (RFC 9110, 7.8).
@@ -242,7 +268,7 @@ class _Protocol(HttpToolsProtocol):
         After such a head the parser treats everything, even the body, as the other protocol. So a new parser gets the head again, without
         the Upgrade header, and then the rest.
         """
-        if self._refused:
+        if self._refusal is not None:
             return
         self._unset_keepalive_if_required()
         rest = memoryview(data)
@@ -269,8 +295,11 @@ class _Protocol(HttpToolsProtocol):
                 if self._framing_bytes > HEAD_BYTES:
                     self._refuse(PayloadTooLarge("the chunks or trailers of the body are too small or too many: send larger chunks"))
                     return
-        except httptools.HttpParserError:
-            self._refuse(ValidationFailed("malformed HTTP request: percent-encode non-ASCII characters in the URL"))
+        except httptools.HttpParserError as error:
+            refusal = error.__context__  # raised by a method that the parser called
+            if not isinstance(refusal, RequestError):
+                refusal = ValidationFailed("malformed HTTP request: percent-encode non-ASCII characters in the URL")
+            self._refuse(refusal)
         else:
             if self._in_head and self._late is None:
                 self._late = self.loop.call_later(HEAD_S, self._end_late)
@@ -284,7 +313,10 @@ class _Protocol(HttpToolsProtocol):
             self._framing_bytes += len(part)
 
     def on_message_begin(self) -> None:
-        """Begin a request as uvicorn does."""
+        """Begin a request as uvicorn does. Raises RateLimited if too many wait for their turn on this connection."""
+        if len(self.pipeline) >= PIPELINED:
+            HITS.add("pipelined_requests")
+            raise RateLimited(f"at most {PIPELINED} requests of a connection may wait: read the answers first", retry_after_s=1)
         self._begun = True
         super().on_message_begin()
 
@@ -295,26 +327,59 @@ class _Protocol(HttpToolsProtocol):
             kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
             self._offer = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version.encode()), *kept, b"", b""])
             return
-        self._in_head, self._framing_bytes = False, 0
-        self._wait_no_longer()
-        self._open_connections.busy(self)
         if version in OLD_VERSIONS:
             self.expect_100_continue = False
         super().on_headers_complete()
+        self._in_head, self._framing_bytes = False, 0
+        self._wait_no_longer()
+        self._open_connections.busy(self)
         cycle = weakref.ref(self.cycle)
         to, unchunked = partial(_hand_over, weakref.ref(self), cycle), partial(_unchunked, cycle)
         self.scope["extensions"] = {HAND_OVER: {"to": to, "unchunked": unchunked}}
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
-        """End a response as uvicorn does, and wait for the next request."""
+        """End a response as uvicorn does, and wait for the next request, or for the client to read the last answer."""
         super().on_response_complete()
-        if self.idle and not self.transport.is_closing():
-            self._open_connections.silent(self)
+        if self.transport.is_closing():
+            self._watch()
+            self._open_connections.idle(self)
+        elif not self.idle:
+            if self.pipeline:
+                self.flow.pause_reading()
+        elif self._refusal is not None:
+            self._answer_refusal(self._refusal)
+        else:
+            self._open_connections.idle(self)
+
+    def pause_writing(self) -> None:
+        """Stop writing as uvicorn does until the client has read, and end the connection if it does not."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Go on writing as uvicorn does."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._watch_no_longer()
+
+    def eof_received(self) -> None:
+        """Close the connection when the client has read the rest."""
+        self._watch()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection on which no other request has arrived."""
+        self._close()
 
     def on_body(self, body: bytes) -> None:
-        """Read a part of a body as uvicorn does."""
+        """Read a part of a body as uvicorn does. Raises PayloadTooLarge if the bodies that wait for their turn are too large."""
         self._framing_bytes = max(0, self._framing_bytes - (1 + FRAMING) * len(body))
         super().on_body(body)
+        if self.pipeline and sum(len(cycle.body) for cycle, _ in self.pipeline) > PIPELINED_BYTES:
+            raise PayloadTooLarge("requests that wait for earlier answers of their connection are too large: read the answers first")
 
     def on_message_complete(self) -> None:
         """End a request as uvicorn does, unless its head has to be parsed again."""
@@ -323,32 +388,88 @@ class _Protocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer a request that is not parsed further, and close the connection."""
+        """Answer a request that is not parsed further, after the requests before it, and close the connection."""
         if isinstance(error, PayloadTooLarge):
             HITS.add(error.code)
-        answer = app.error_answer(error)
-        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (error.status, HTTPStatus(error.status).phrase.encode(), len(answer.body)) + answer.body)
-        self._refused = True
+        self._refusal = error
         self._wait_no_longer()
+        if self._in_head:
+            answered = False
+        else:  # the application has the request, or will get it, without the rest of its body
+            answered = self.cycle.response_started
+            _abandon(self.cycle)
+            if self.cycle is not self._running:
+                self.pipeline.popleft()
+        if answered:
+            self._linger()
+        elif self.idle:
+            self._answer_refusal(error)
+
+    def _answer_refusal(self, error: RequestError) -> None:
+        answer = app.error_answer(error)
+        line = b"HTTP/1.1 %d %b\r\nconnection: close\r\n" % (error.status, HTTPStatus(error.status).phrase.encode())
+        headers = (part for name, value in answer.raw_headers for part in (name, b": ", value, b"\r\n"))
+        self.transport.write(b"".join([line, *headers, b"\r\n", answer.body]))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close the connection when its client has had time to read: at once, unread bytes would reset it before the answer is read."""
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._late = self.loop.call_later(REFUSED_S, self.transport.close)  # at once, unread bytes would reset it before the answer is read
+        self._late = self.loop.call_later(REFUSED_S, self._close)
+
+    def _close(self) -> None:
+        """Close the connection, and abort it if the client does not read what it was sent."""
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._watch()
+
+    def _watch(self) -> None:
+        """Abort the connection if the client reads nothing for `UNREAD_S`."""
+        self._watch_no_longer()
+        self._unread = self.loop.call_later(UNREAD_S, self._end_unread, self._unread_bytes())
+
+    def _watch_no_longer(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _end_unread(self, before: int) -> None:
+        if self._unread_bytes() < before:
+            self._watch()
+        else:
+            HITS.add("unread_answers")
+            self.transport.abort()
+
+    def _unread_bytes(self) -> int:
+        """Return how many bytes the client has not received, the kernel's included: it takes more from the process in large steps."""
+        queued = bytes(4)
+        with contextlib.suppress(OSError):  # the connection has ended
+            queued = ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def _end_late(self) -> None:
         self._late = None
+        if self.transport.is_closing():
+            return
         if not self.idle:  # uvicorn limits the time after the response
             self._late = self.loop.call_later(HEAD_S, self._end_late)
         elif self._begun:
             HITS.add("slow_headers")
             self._refuse(ValidationFailed(f"the request line and headers did not arrive within {HEAD_S:g} s"))
         else:
-            self.transport.close()
+            self._close()
 
     def _wait_no_longer(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+
+def _abandon(cycle: RequestResponseCycle) -> None:
+    """Tell the application that the client has left, and send nothing more of the response."""
+    cycle.disconnected = True
+    cycle.message_event.set()
 
 
 def _unchunked(cycle: weakref.ref[RequestResponseCycle]) -> None:
@@ -362,9 +483,12 @@ def _hand_over(protocol: weakref.ref[_Protocol], cycle: weakref.ref[RequestRespo
     giving, request = protocol(), cycle()
     if giving is None or request is None or request.disconnected:
         return False
-    giving._wait_no_longer()
-    giving._open_connections.busy(giving)
     request.disconnected = True  # else uvicorn would wait for the rest of the response
+    if giving.transport.is_closing():
+        return False
+    giving._wait_no_longer()
+    giving._watch_no_longer()
+    giving._open_connections.busy(giving)
     giving.flow.resume_reading()  # else a disconnect of the client would go unnoticed
     giving.connections.discard(giving)
     watcher.adopt(giving.transport, giving.connections)

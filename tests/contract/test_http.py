@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 import pytest
 
-from movieq.api import server
+from movieq.api import limits, server
+from movieq.api import tasks as handlers
 from movieq.api.app import create
 from movieq.queue.store import Store
 from movieq.settings import Settings
@@ -62,9 +63,9 @@ async def test_an_offer_is_ignored_wherever_the_network_cuts_the_request(api: Cl
         writer.close()
 
 
-async def test_a_thousand_offers_at_once_are_a_thousand_answers(api: Client) -> None:
+async def test_offers_at_once_are_answered_one_after_the_other(api: Client) -> None:
     short = b"HEAD /health HTTP/1.1\r\nHost: a\r\nUpgrade: a\r\nConnection: upgrade\r\n\r\n"
-    assert statuses(await api.raw(short * 1000 + LAST)) == [200] * 1001
+    assert statuses(await api.raw(short * server.PIPELINED + LAST)) == [200] * (server.PIPELINED + 1)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,64 @@ async def test_a_client_of_http_1_0_is_not_told_to_continue(api: Client) -> None
     request = SUBMIT.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\n"
     head, body = SIZED.split(b"\r\n\r\n")
     assert statuses(await api.raw(request + head + b"\r\n\r\n", body)) == [201]
+
+
+# ── Requests that do not wait for the answers ──
+
+
+async def test_requests_beyond_those_that_may_wait_are_refused_after_the_others_are_answered(
+    api: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HITS", limits.Hits())
+    monkeypatch.setattr(server, "HITS", limits.HITS)
+    answers = await api.raw(b"GET /nothing HTTP/1.1\r\n\r\n" * 10_000)
+    assert statuses(answers) == [404] * (server.PIPELINED + 1) + [429]
+    head, _, body = answers[answers.rindex(b"HTTP/1.1") :].partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in head
+    assert b"\r\nretry-after: 1" in head
+    assert msgspec.json.decode(body)["error"] == "rate_limited"
+    assert limits.HITS.counts == {"pipelined_requests": 1}
+
+
+async def test_a_refusal_comes_after_the_answers_to_earlier_requests(api: Client) -> None:
+    ask = HEALTH + b"\r\n"
+    assert statuses(await api.raw(ask * 2 + b"no HTTP\r\n\r\n" + ask)) == [200, 200, 400]
+    assert statuses(await api.raw(ask * 2 + b"GET /\xff:x HTTP/1.1\r\n\r\n" + ask)) == [200, 200, 400]
+    endless = SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 20_000
+    assert statuses(await api.raw(ask * 2 + endless)) == [200, 200, 413]
+
+
+async def test_a_body_that_waits_for_its_turn_has_a_limit(api: Client, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HITS", limits.Hits())
+    monkeypatch.setattr(server, "HITS", limits.HITS)
+    monkeypatch.setattr(handlers, "WAIT_S", 600)
+    monkeypatch.setattr(handlers, "WAIT_CHECK_S", 0.001)  # each look at the connection reads on
+    task_id = await tasks.queued()
+    wait = f"GET /api/v1/tasks/{task_id}/status?wait=600 HTTP/1.1\r\n".encode() + KEY + b"\r\n"
+    upload = b"POST /api/v1/projects/film/uploads HTTP/1.1\r\n" + KEY + b"Content-Length: 20000000\r\n\r\n" + bytes(4 << 20)
+    answers = asyncio.create_task(api.raw(wait + upload))
+    async with asyncio.timeout(DEADLINE_S):
+        while not limits.HITS.counts["payload_too_large"]:
+            await asyncio.sleep(0.001)
+    await api.delete(f"/api/v1/tasks/{task_id}/cancel")
+    assert statuses(await answers) == [200, 413]
+
+
+async def test_a_client_that_leaves_frees_the_place_of_a_request_with_others_behind_it(
+    api: Client, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "WAIT_S", 600)
+    task_id = await tasks.queued()
+    wait = f"GET /api/v1/tasks/{task_id}/status?wait=600 HTTP/1.1\r\n".encode() + KEY + b"\r\n"
+    host, port = api.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(wait + HEALTH + b"\r\n")
+    async with asyncio.timeout(DEADLINE_S):
+        while not api.state.places.taken:
+            await asyncio.sleep(0.001)
+        writer.transport.abort()
+        while api.state.places.taken:
+            await asyncio.sleep(0.001)
 
 
 # ── Heads and framing without end ──

@@ -1,12 +1,15 @@
-"""The limits of one client: open streams, requests a second, and idle connections. Other clients are not affected."""
+"""The limits of one client: open streams, requests a second, idle and unread connections. Other clients are not affected."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -14,7 +17,7 @@ import pytest
 from redis.exceptions import ReadOnlyError
 
 from movieq import signing
-from movieq.api import key_cache, limits
+from movieq.api import auth, events, key_cache, limits
 from movieq.api import server as serving
 from movieq.queue.connection import Redis
 from movieq.settings import Grant, Scope, Settings, key_hash
@@ -251,6 +254,116 @@ async def test_silent_connections_shut_nobody_out(
             assert (await stream.until("cancelled"))[-1].type == "cancelled", "an open stream is kept"
     assert limits.HITS.counts["connections"] >= 30
     assert len([record for record in logged.records if "limit_hit" in record.getMessage()]) == 1
+
+
+UNREAD = b"GET /openapi.json HTTP/1.%d\r\nHost: x\r\n\r\n"
+"""A request with a large answer."""
+
+
+@pytest.fixture
+async def narrow(settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
+    """Yield a client of an API from which the kernel takes little for a client that does not read."""
+    monkeypatch.setattr(limits, "HITS", limits.Hits())
+    monkeypatch.setattr(serving, "HITS", limits.HITS)
+    async with served(settings, send_buffer=4096) as client:
+        yield client
+
+
+def not_reading(api: Client) -> socket.socket:
+    """Return a connection whose kernel accepts little that is not read."""
+    unread = socket.socket()
+    unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = api.url.removeprefix("http://").split(":")
+    unread.connect((host, int(port)))
+    return unread
+
+
+@pytest.mark.parametrize("asked", ["closes", "pipelined", "leaves half"])
+async def test_a_client_that_does_not_read_its_answer_is_disconnected(narrow: Client, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "UNREAD_S", 0.2)
+    with not_reading(narrow) as unread:
+        unread.sendall(UNREAD % 0 if asked == "closes" else UNREAD % 1 * 5)
+        if asked == "leaves half":
+            unread.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(DEADLINE_S):
+            while not limits.HITS.counts:
+                await asyncio.sleep(0.001)
+    assert limits.HITS.counts == {"unread_answers": 1}
+
+
+@pytest.mark.parametrize("version", [0, 1])
+async def test_a_client_that_reads_slowly_gets_all_of_its_answer(narrow: Client, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, got, checks = (await narrow.get("/openapi.json")).body, bytearray(), 0
+    with not_reading(narrow) as reading:
+        check = serving._Protocol._end_unread
+
+        def read_a_little_and_check(connection: serving._Protocol, before: int) -> None:
+            nonlocal checks
+            checks += 1
+            until_s = time.monotonic() + DEADLINE_S
+            while connection._unread_bytes() >= before and time.monotonic() < until_s:
+                with contextlib.suppress(BlockingIOError):
+                    got.extend(reading.recv(1000))
+            check(connection, before)
+
+        monkeypatch.setattr(serving._Protocol, "_end_unread", read_a_little_and_check)
+        monkeypatch.setattr(serving, "UNREAD_S", 0.01)
+        reading.setblocking(False)
+        reading.sendall(UNREAD % version)
+        async with asyncio.timeout(DEADLINE_S):
+            while checks < 5:
+                await asyncio.sleep(0.001)
+            monkeypatch.setattr(serving, "UNREAD_S", DEADLINE_S)
+            while not got.endswith(whole):
+                got.extend(await asyncio.get_running_loop().sock_recv(reading, 65_536))
+    assert not limits.HITS.counts
+
+
+async def test_connections_that_close_and_are_not_read_shut_nobody_out(narrow: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "connections_limit", lambda: 8)
+    async with served(narrow.state.settings, send_buffer=4096) as client:
+        with ExitStack() as opened:
+            for _ in range(20):
+                unread = opened.enter_context(not_reading(client))
+                unread.setblocking(False)
+                unread.sendall(UNREAD % 0)
+                await asyncio.get_running_loop().sock_recv(unread, 10)
+            assert (await client.get("/health", key=None)).status == 200
+    assert limits.HITS.counts["connections"] >= 12
+
+
+async def test_a_stream_on_a_connection_that_closes_does_not_begin(narrow: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_id = (await narrow.submit()).json["task_id"]
+    found, closing = asyncio.Event(), asyncio.Event()
+    look_up, end, give = auth.task_of, serving._Protocol.eof_received, serving._hand_over
+    handed_over: list[bool] = []
+
+    async def found_late(*asked: Any) -> Any:
+        found.set()
+        await closing.wait()
+        return await look_up(*asked)
+
+    def ended(connection: serving._Protocol) -> None:
+        end(connection)
+        closing.set()
+
+    def hand_over(*asked: Any) -> bool:
+        handed_over.append(give(*asked))
+        return handed_over[-1]
+
+    monkeypatch.setattr(serving, "_hand_over", hand_over)
+    monkeypatch.setattr(events, "task_of", found_late)
+    monkeypatch.setattr(serving._Protocol, "eof_received", ended)
+    with not_reading(narrow) as unread:
+        unread.sendall(b"GET /movieq.js HTTP/1.1\r\n\r\n" * 7)  # more than the kernel takes, and less than what makes answers wait
+        unread.sendall(f"GET /api/v1/tasks/{task_id}/events HTTP/1.1\r\nX-API-Key: {ALL}\r\n\r\n".encode())
+        async with asyncio.timeout(DEADLINE_S):
+            await found.wait()
+            unread.shutdown(socket.SHUT_WR)
+            await closing.wait()
+            while not handed_over or narrow.state.places.taken:
+                await asyncio.sleep(0.001)
+    assert handed_over == [False]
 
 
 async def test_a_stream_whose_client_has_left_before_it_began_frees_its_place(small: Client, tasks: Tasks) -> None:
