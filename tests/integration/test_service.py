@@ -328,7 +328,9 @@ async def test_every_state_change_is_one_line_with_its_ids_and_no_secret_is_logg
     await running.ended(task_id)
     await eventually(lambda: any(line["message"] == "complete" and line.get("task_id") == task_id for line in running.log))
     lines = [line for line in running.log if line.get("task_id") == task_id]
-    assert [line["message"] for line in lines] == ["submit", "claim", "complete"]
+    messages = [line["message"] for line in lines]
+    assert sorted(messages) == ["claim", "complete", "submit"]
+    assert messages.index("claim") < messages.index("complete")  # another process writes "submit", after Redis has answered it
     assert all(line["project_id"] == "film" for line in lines)
     text = (running.folder / "log").read_text()
     assert running.key not in text
