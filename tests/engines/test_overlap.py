@@ -170,6 +170,7 @@ async def test_a_task_that_fetches_without_its_slot_can_be_cancelled(running: Se
         gate.touch()
 
 
+@pytest.mark.slow  # four inputs must be asked for before the first has waited for 30 s, the limit of a fetch
 async def test_a_worker_claims_only_a_few_tasks_whose_inputs_are_slow(running: Service, gate: Path) -> None:
     slow = Slow(gate)
     async with serving({"/still.png": slow.image}) as url:
