@@ -203,6 +203,8 @@ class Rates:
         self._api_keys = api_keys
         self._held: dict[str, tuple[int, int]] = {}
         """Tokens in hand, and tokens that were left in Redis."""
+        self._empty_until_s: dict[str, float] = {}
+        """When a client's next token is there: until then its requests are refused without asking Redis."""
         self._unlimited_until_s = 0.0
         """While Redis refuses writes, there is no limit: reading must still work, and a refusal by a replica costs the connection."""
 
@@ -212,24 +214,29 @@ class Rates:
             return None
         held, left = self._held.get(client, (0, 0))
         if not held:
-            try:
-                held, left, wait_ms = await self._api_keys.take_tokens(client, self._per_s, self._burst, self._block)
-            except ResponseError as error:
-                if is_fault(error):
-                    raise
-                self._unlimited_until_s = time.monotonic() + REFUSED_S
-                return None
+            wait_s = self._empty_until_s.get(client, 0.0) - time.monotonic()
+            if wait_s <= 0:
+                try:
+                    held, left, wait_ms = await self._api_keys.take_tokens(client, self._per_s, self._burst, self._block)
+                except ResponseError as error:
+                    if is_fault(error):
+                        raise
+                    self._unlimited_until_s = time.monotonic() + REFUSED_S
+                    return None
+                wait_s = wait_ms / 1000
+                self._empty_until_s[client] = time.monotonic() + wait_s
             if not held:
                 HITS.add("requests")
                 raise RateLimited(
                     f"too many requests: at most {self._per_s:g} a second after {self._burst} at once are allowed "
                     f"({variable('requests_per_s')}, {variable('request_burst')}); try again after the seconds in Retry-After",
-                    retry_after_s=max(1, math.ceil(wait_ms / 1000)),
+                    retry_after_s=max(1, math.ceil(wait_s)),
                     headers=Allowance(self._burst, 0, math.ceil(self._burst / self._per_s)).headers(),
                 )
             held += self._held.get(client, (0, 0))[0]  # another request of this client may have taken a block meanwhile
         if len(self._held) >= BUCKETS:
             self._held.clear()
+            self._empty_until_s.clear()
         self._held[client] = held - 1, left
         remaining = held - 1 + left
         return Allowance(self._burst, remaining, math.ceil(max(0, self._burst - remaining) / self._per_s))

@@ -436,3 +436,15 @@ async def test_while_redis_refuses_writes_one_request_a_second_asks_for_tokens(
     answers = [await slow_refill.get("/api/v1/task-types", key=FILM) for _ in range(50)]
     assert {answer.status for answer in answers} == {200}
     assert asked == 1
+
+
+async def test_refusals_do_not_ask_redis(slow_refill: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(21):
+        last = await slow_refill.get("/api/v1/task-types", key=FILM)
+    assert last.status == 429
+
+    async def asked(*args: object) -> tuple[int, int, int]:
+        raise AssertionError("the next token is hours away")
+
+    monkeypatch.setattr(slow_refill.state.api_keys, "take_tokens", asked)
+    assert {(await slow_refill.get("/api/v1/task-types", key=FILM)).status for _ in range(20)} == {429}
