@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # pip says what went wrong, and nothing else
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
-# no torch, no Node, at most 45 seconds on two cores
+# no torch, no Node, about a minute on two cores
 QUICK := tests/unit $(patsubst %,tests/contract/test_%.py,deliveries health_workers openapi queues status_cancel_retry submit uploads) \
   $(patsubst %,tests/integration/test_%.py,lanes order)
 PACKAGE_JSONS := tests/browser/node/package.json tests/openapi/node/package.json tests/payload/package.json \

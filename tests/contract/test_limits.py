@@ -24,6 +24,7 @@ from movieq.settings import Grant, Scope, Settings, key_hash
 from movieq.streams import hub
 from tests.contract.client import ALL, DEADLINE_S, FILM, READ, Client
 from tests.contract.conftest import Tasks, served
+from tests.fleet import eventually
 
 
 @pytest.fixture
@@ -36,9 +37,7 @@ async def small(settings: Settings, redis: Redis) -> AsyncIterator[Client]:
 
 async def freed(client: Client, places: int) -> None:
     """Wait until no more than so many places are taken."""
-    async with asyncio.timeout(DEADLINE_S):
-        while client.state.places.taken["streams"] > places:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: client.state.places.taken["streams"] <= places)
 
 
 async def test_a_signed_url_has_a_limit_of_streams_of_its_own(small: Client) -> None:
@@ -71,9 +70,7 @@ async def test_a_key_has_a_limit_of_streams_and_of_requests_that_wait(small: Cli
             pass
     await freed(small, 0)
     waiting = asyncio.create_task(small.get(f"/api/v1/tasks/{task_id}/status?wait=50", key=FILM))
-    async with asyncio.timeout(DEADLINE_S):
-        while small.state.places.taken["streams"] != 1:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: small.state.places.taken["streams"] == 1)
     await small.delete(f"/api/v1/tasks/{task_id}/cancel")
     assert (await waiting).json["status"] == "cancelled"
     await freed(small, 0)
@@ -108,9 +105,7 @@ async def test_an_arriving_body_takes_a_place_of_its_key(small: Client) -> None:
         await release.wait()
 
     bodies = [asyncio.create_task(small.submit_bytes(slow(), key=FILM)) for _ in range(2)]
-    async with asyncio.timeout(DEADLINE_S):
-        while small.state.places.taken.total() < 2:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: small.state.places.taken.total() == 2)
     assert (await small.submit(key=FILM)).status == 429
     assert (await small.submit(key=ALL)).status == 201
     release.set()
@@ -285,9 +280,7 @@ async def test_a_client_that_does_not_read_its_answer_is_disconnected(narrow: Cl
         unread.sendall(UNREAD % 0 if asked == "closes" else UNREAD % 1 * 5)
         if asked == "leaves half":
             unread.shutdown(socket.SHUT_WR)
-        async with asyncio.timeout(DEADLINE_S):
-            while not limits.HITS.counts:
-                await asyncio.sleep(0.001)
+        await eventually(lambda: bool(limits.HITS.counts))
     assert limits.HITS.counts == {"unread_answers": 1}
 
 
@@ -310,9 +303,8 @@ async def test_a_client_that_reads_slowly_gets_all_of_its_answer(narrow: Client,
         monkeypatch.setattr(serving, "UNREAD_S", 0.01)
         reading.setblocking(False)
         reading.sendall(UNREAD % version)
+        await eventually(lambda: checks >= 5)
         async with asyncio.timeout(DEADLINE_S):
-            while checks < 5:
-                await asyncio.sleep(0.001)
             monkeypatch.setattr(serving, "UNREAD_S", DEADLINE_S)
             while not got.endswith(whole):
                 got.extend(await asyncio.get_running_loop().sock_recv(reading, 65_536))
