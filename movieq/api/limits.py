@@ -224,8 +224,10 @@ class Rates:
                     self._unlimited_until_s = time.monotonic() + REFUSED_S
                     return None
                 wait_s = wait_ms / 1000
-                self._empty_until_s[client] = time.monotonic() + wait_s
             if not held:
+                if len(self._empty_until_s) >= BUCKETS:
+                    self._empty_until_s.clear()
+                self._empty_until_s[client] = time.monotonic() + wait_s
                 HITS.add("requests")
                 raise RateLimited(
                     f"too many requests: at most {self._per_s:g} a second after {self._burst} at once are allowed "
@@ -236,7 +238,6 @@ class Rates:
             held += self._held.get(client, (0, 0))[0]  # another request of this client may have taken a block meanwhile
         if len(self._held) >= BUCKETS:
             self._held.clear()
-            self._empty_until_s.clear()
         self._held[client] = held - 1, left
         remaining = held - 1 + left
         return Allowance(self._burst, remaining, math.ceil(max(0, self._burst - remaining) / self._per_s))
