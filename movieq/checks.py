@@ -35,6 +35,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from movieq import gpus as gpu
 from movieq import logs, settings
 from movieq.errors import SettingsError, causes
 from movieq.queue.connection import Redis, connect
@@ -141,42 +142,15 @@ def unknown() -> list[Finding]:
     return [Finding(Mark.NOTE, "settings", text) for text in settings.unknown().values()]
 
 
-def nvml() -> Any | None:
-    """Return NVIDIA's management library, initialised; None without a usable NVIDIA GPU."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # not installed, no driver, or a driver of another version
-        log.debug("no_gpu", problem=f"{type(error).__name__}: {error}")
-        return None
-    return pynvml
-
-
-def devices(setting: str) -> list[str]:
-    """Return the devices of MOVIEQ_DEVICES, such as "cuda:0": all for `auto`, none for `cpu`. Raises SettingsError if one is missing."""
-    library = None if setting == "cpu" else nvml()
-    count = 0 if library is None else int(library.nvmlDeviceGetCount())
-    there = [f"cuda:{number}" for number in range(count)]
-    if setting in ("auto", "cpu"):
-        return there
-    named = [part.strip() for part in setting.split(",")]
-    takes = "allowed: auto, cpu, or a list such as cuda:0,cuda:1"
-    if missing := [name for name in named if name not in there]:
-        have = ", ".join(there) or "no NVIDIA GPU with a working driver"
-        raise SettingsError(f"MOVIEQ_DEVICES: {missing[0]!r} not found; this machine has {have}; {takes}")
-    if len(set(named)) < len(named):
-        raise SettingsError(f"MOVIEQ_DEVICES: {setting!r} names a GPU twice; {takes}")
-    return named
-
-
 def gpus(read: Settings) -> Finding:
     """Check that this machine has the GPUs of MOVIEQ_DEVICES."""
     try:
-        found = devices(read.devices)
+        found = gpu.devices(read.devices)
     except SettingsError as error:
         return Finding(Mark.BROKEN, "devices", error.message, refuses=True)
-    return Finding(Mark.GOOD, "devices", f"a worker here uses {', '.join(found) or 'the CPU'}")
+    if not found and read.devices == "auto" and (problem := gpu.problem()) is not None:
+        return Finding(Mark.NOTE, "devices", f"a worker here uses the CPU: {problem}")
+    return Finding(Mark.GOOD, "devices", f"a worker here uses {', '.join(each.name for each in found) or 'the CPU'}")
 
 
 def spool(read: Settings) -> Finding:

@@ -110,7 +110,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     queues: Annotated[
         tuple[Kind, ...], Meta(description="Queues that a worker serves, comma-separated; unset: those that suit its machine")
     ] = ()
-    devices: Annotated[str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1")] = "auto"
+    devices: Annotated[
+        str, Meta(description="GPUs that a worker uses: auto, cpu, or a list such as cuda:0,cuda:1 (numbers as CUDA sees them)")
+    ] = "auto"
     cpu_slots: Annotated[int, Meta(ge=1, le=256, description="Tasks of cpu_intensive that a worker runs at once")] = 1
     drain_s: Annotated[float, Meta(ge=0, le=86400, description="Seconds that a stopping worker gives its runs to finish")] = 30.0
     step_timeout_s: Annotated[

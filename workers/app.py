@@ -14,7 +14,7 @@ from pathlib import Path
 
 from arq import func
 
-from movieq import assembly, checks, credentials, logs
+from movieq import assembly, credentials, gpus, logs
 from movieq.delivery.payload import Payload
 from movieq.errors import SettingsError, first_of
 from movieq.fetch.download import Fetcher
@@ -150,11 +150,11 @@ def _children(settings: Settings) -> list[Child]:
 
     Children for the CPU serve the queues of GPUs only if the settings name these queues and the machine has no GPU.
     """
-    devices = checks.devices(settings.devices)
+    devices = gpus.devices(settings.devices)
     on_gpu: tuple[Kind, ...] = tuple(kind for kind in settings.queues or list(Kind) if kind is not Kind.CPU_INTENSIVE)
     on_cpu = settings.queues or (Kind.CPU_INTENSIVE,)
     if devices:
         on_cpu = tuple(kind for kind in on_cpu if kind is Kind.CPU_INTENSIVE)
-    places = [(device.replace("cuda:", "gpu"), on_gpu, device) for device in devices]
-    places += [(f"cpu{number}", on_cpu, "cpu") for number in range(settings.cpu_slots)]
-    return [Child(name, kinds, device, step_timeout_s=settings.step_timeout_s) for name, kinds, device in places if kinds]
+    places: list[tuple[str, tuple[Kind, ...], gpus.Gpu | None]] = [(gpu.name.replace("cuda:", "gpu"), on_gpu, gpu) for gpu in devices]
+    places += [(f"cpu{number}", on_cpu, None) for number in range(settings.cpu_slots)]
+    return [Child(name, kinds, gpu, step_timeout_s=settings.step_timeout_s) for name, kinds, gpu in places if kinds]

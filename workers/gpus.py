@@ -1,13 +1,13 @@
-"""Read the state of this machine's GPUs with NVIDIA's library NVML, without CUDA. `movieq.checks.devices` lists them."""
+"""Read the state of this machine's GPUs with NVIDIA's library NVML, without CUDA. `movieq.gpus` lists them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 
 from movieq import logs
-from movieq.checks import nvml
+from movieq.gpus import Gpu, nvml
 
 log = logs.get()
 
@@ -15,8 +15,8 @@ log = logs.get()
 class Reading(msgspec.Struct, frozen=True):
     """The state of one GPU at a moment. A value is None if the card does not report it."""
 
-    utilization: float
-    """0 to 1."""
+    utilization: float | None
+    """0 to 1. A MIG instance does not report it."""
     memory_used: int
     memory_total: int
     temperature: float | None
@@ -25,27 +25,27 @@ class Reading(msgspec.Struct, frozen=True):
     """Watts."""
 
 
-def read(device: str) -> Reading | None:
-    """Return the state of the GPU "cuda:N"; None if it cannot be read."""
+def read(gpu: Gpu) -> Reading | None:
+    """Return the state of the GPU; None if it cannot be read."""
     library = nvml()
     if library is None:
         return None
     try:
-        handle = library.nvmlDeviceGetHandleByIndex(int(device.removeprefix("cuda:")))
+        handle = library.nvmlDeviceGetHandleByUUID(gpu.uuid)
         memory = library.nvmlDeviceGetMemoryInfo(handle)
         return Reading(
-            library.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            _reported(lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
             int(memory.used),
             int(memory.total),
-            _reported(lambda: float(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))),
+            _reported(lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)),
             _reported(lambda: library.nvmlDeviceGetPowerUsage(handle) / 1000),
         )
     except Exception as error:  # for example, the GPU has fallen off the bus: the worker goes on
-        log.warning("gpu_unread", device=device, problem=f"{type(error).__name__}: {error}")
+        log.warning("gpu_unread", device=gpu.name, problem=f"{type(error).__name__}: {error}")
         return None
 
 
-def _reported(ask: Any) -> float | None:
+def _reported(ask: Callable[[], float]) -> float | None:
     """Return a value of the card; None if the card does not report it."""
     try:
         return float(ask())

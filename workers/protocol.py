@@ -69,7 +69,7 @@ class Watched(msgspec.Struct, frozen=True, tag="watched"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The child accepts runs. `device` is "cpu" or "cuda:N"."""
+    """The child accepts runs. `device` is "cpu" or "cuda", the only GPU that it sees."""
 
     pid: int
     device: str

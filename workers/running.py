@@ -115,7 +115,7 @@ class Running:
 
     def use_gpu(self, share: float) -> None:
         """Record that the run has this share of its child's GPU from now on. On a CPU nothing is counted."""
-        if self.child is not None and self.child.device != "cpu":
+        if self.child is not None and self.child.gpu is not None:
             used_ms, _ = self.gpu or (0.0, 0.0)
             self._gpu = used_ms, time.monotonic(), share
 

@@ -25,6 +25,7 @@ import psutil
 from movieq import logs
 from movieq.backoff import Backoff
 from movieq.errors import TASK_FAULTS, InternalFault, InvalidInput, MovieqError, OutOfMemory, TaskFault, first_of
+from movieq.gpus import Gpu
 from movieq.models import table as models
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.states import GENERATE_IMAGE, Kind
@@ -133,10 +134,12 @@ class _Driven:
 class Child:
     """The engine process of one device, and the runs on it. It lives while `supervise` runs."""
 
-    def __init__(self, name: str, kinds: tuple[Kind, ...], device: str, *, step_timeout_s: float) -> None:
+    def __init__(self, name: str, kinds: tuple[Kind, ...], gpu: Gpu | None = None, *, step_timeout_s: float) -> None:
+        """`gpu` is the only GPU that the child sees; without one it works on the CPU."""
         self.name = name
         self.kinds = kinds
-        self.device = device
+        self.gpu = gpu
+        self.device = gpu.name if gpu else "cpu"
         self.slots = Slots(self._send)
         self.tasks_completed = 0
         self.models: list[str] = []
@@ -417,13 +420,13 @@ class Child:
             "-m",
             "workers.child",
             "--device",
-            self.device,
+            "cuda" if self.gpu else "cpu",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=1024 * 1024,
-            env=environment(),
+            env=environment() | _devices(self.gpu),
         )
 
     async def _serve(self, ready: Ready, stdout: asyncio.StreamReader) -> None:
@@ -435,7 +438,7 @@ class Child:
         self._ready = ready
         self._serves = self.served = True
         self._note_models(ready)
-        log.info("child_ready", child=self.name, pid=ready.pid, device=ready.device)
+        log.info("child_ready", child=self.name, pid=ready.pid, device=self.device)
         self.slots.open()
         while (message := await self._receive(stdout)) is not None:
             if not isinstance(message, Ready) and message.run in self._driven:
@@ -518,6 +521,15 @@ class Child:
 def environment() -> dict[str, str]:
     """Return the environment variables of a process that runs models, plug-ins or decoders."""
     return {**{name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}, **OFFLINE}
+
+
+def _devices(gpu: Gpu | None) -> dict[str, str]:
+    """Return the environment variables with which CUDA sees this GPU alone, or none."""
+    if gpu is None:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    own = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()  # the operator's choice
+    # without expandable segments, models of different sizes leave gaps that no block of the next one fits
+    return {"CUDA_VISIBLE_DEVICES": gpu.uuid, **({} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})}
 
 
 def _sendable(request: Run) -> bytes:

@@ -460,10 +460,10 @@ class Worker(ArqWorker):
 
     async def _read_gpus(self) -> None:
         """Read the state of the GPUs, apart from the renewals: a driver that hangs must not cost the worker its leases."""
-        while devices := [child.device for child in self.children if child.device != "cpu"]:
-            for device in devices:
-                if (reading := await asyncio.to_thread(gpus.read, device)) is not None:
-                    self._readings[device] = reading
+        while found := [child.gpu for child in self.children if child.gpu is not None]:
+            for gpu in found:
+                if (reading := await asyncio.to_thread(gpus.read, gpu)) is not None:
+                    self._readings[gpu.name] = reading
             await asyncio.sleep(RENEW_S)
 
     async def renew(self) -> None:
@@ -479,7 +479,7 @@ class Worker(ArqWorker):
                     self.worker_id,
                     self._heartbeat,
                     [(running.task.task_id, run) for run, running in self.runs.items()],
-                    has_gpu=any(child.device != "cpu" and child.unfit is None for child in self.children),
+                    has_gpu=any(child.gpu is not None and child.unfit is None for child in self.children),
                     able=self._able,
                 )
             except BaseException:
@@ -527,7 +527,7 @@ class Worker(ArqWorker):
                     worker_type=min(child.kinds, key=list(Kind).index),
                     status=WorkerState.BUSY if child.slots.task_id else WorkerState.IDLE,
                     current_task_id=child.slots.task_id,
-                    gpu_utilization=gpu.utilization if gpu else 0.0,
+                    gpu_utilization=gpu.utilization or 0.0 if gpu else 0.0,
                     memory_usage=gpu.memory_used if gpu else child.memory_bytes(),
                     tasks_completed=child.tasks_completed,
                     last_heartbeat=utc(int(time.time() * 1000)),

@@ -17,7 +17,7 @@ from typing import Final
 
 import aiohttp
 
-from movieq import checks, credentials, logs
+from movieq import checks, credentials, gpus, logs
 from movieq.checks import CHECK_S, Finding, Mark
 from movieq.client import Client, Unreachable
 from movieq.delivery import payload
@@ -32,7 +32,6 @@ from movieq.storage.open import opened
 EXPIRES_SOON: Final = timedelta(days=30)
 LARGE_BYTES: Final = 20 * 1024**2 + 1
 """A file size just over Payload's default limit."""
-NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
 NO_GPU: Final = "none on this machine; animatics need none, and a model that a task names runs on the CPU, slowly"
 
 
@@ -116,21 +115,11 @@ def _speech() -> Finding:
 
 def _gpu() -> Finding:
     """Check the driver and its GPUs, and whether models can use them, without starting CUDA."""
-    driver = NVIDIA_DRIVER.exists()
-    if importlib.util.find_spec("pynvml") is None:
-        if driver:
-            return Finding(Mark.BROKEN, "GPU", "a driver is installed, but nothing to use it with: pip install 'movieq[gpu]'")
+    if (problem := gpus.problem()) is not None:
+        return Finding(Mark.BROKEN, "GPU", problem)
+    if (library := gpus.nvml()) is None:
         return Finding(Mark.GOOD, "GPU", NO_GPU)
-    library = importlib.import_module("pynvml")
-    try:
-        library.nvmlInit()
-        cards = [library.nvmlDeviceGetName(library.nvmlDeviceGetHandleByIndex(each)) for each in range(library.nvmlDeviceGetCount())]
-    except library.NVMLError as error:
-        if driver:
-            return Finding(
-                Mark.BROKEN, "GPU", f"the driver is installed but does not answer ({error}): restart the machine or reload the driver"
-            )
-        return Finding(Mark.GOOD, "GPU", NO_GPU)
+    cards = [library.nvmlDeviceGetName(library.nvmlDeviceGetHandleByIndex(each)) for each in range(library.nvmlDeviceGetCount())]
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

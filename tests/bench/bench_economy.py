@@ -110,7 +110,7 @@ class Bench:
             valkey.stop()
 
     async def _worked(self, worker: type[Worker], store: Store, url: str, ids: list[TaskId]) -> Outcome:
-        child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=120)
+        child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=120)
         left, over = len(ids), asyncio.Event()
 
         async def counted(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:

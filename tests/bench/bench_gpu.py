@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from movieq import gpus
 from movieq.models.table import Model
 from movieq.tasks.states import Kind
 from tests.arrange import ran
@@ -242,7 +243,8 @@ async def served(bench: Bench) -> dict[str, Any]:
     side = bench.size.sides[-1]
     bare = bench.seconds(lambda: bench.bare(pipe, max(side, 64)))
     model_cache.evict_others("")
-    child = Child("gpu0", (Kind.GPU_HEAVY,), bench.device, step_timeout_s=600)
+    gpu = None if bench.device == "cpu" else gpus.devices("auto")[0]
+    child = Child("gpu0", (Kind.GPU_HEAVY,), gpu, step_timeout_s=600)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.supervise(ready.set))
     await ready.wait()
@@ -268,7 +270,7 @@ def clip(folder: Path, size: Size, device: str) -> dict[str, Any]:
 
 def measure(folder: Path, *, small: bool) -> dict[str, Any]:
     """Everything, model by model: two of them do not fit into the memory of a card beside each other."""
-    device, calls = ("cpu", 1) if small else ("cuda:0", 5)
+    device, calls = ("cpu", 1) if small else ("cuda", 5)
     found: dict[str, Any] = {}
     for name, size in (TINY if small else FULL).items():
         bench = Bench(folder, name, size, device, calls)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from movieq.gpus import Gpu
 from movieq.queue import store as store_module
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
@@ -177,16 +178,16 @@ async def test_with_its_last_task_a_project_is_forgotten_and_the_installations_s
     assert await Queries(store.redis).gpu_seconds(None) == 1
 
 
-@pytest.mark.parametrize(("device", "counted"), [("cuda:0", True), ("cpu", False)])
-async def test_a_worker_counts_while_its_child_has_a_gpu(store: Store, device: str, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [Gpu("cuda:0", "GPU-1"), None])
+async def test_a_worker_counts_while_its_child_has_a_gpu(store: Store, gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(running_module, "time", clock)
     await store.submit(new_task())
     (claimed,) = await claim(store)
-    child = Child("gpu0", (Kind.GPU_HEAVY,), device, step_timeout_s=1)
+    child = Child("gpu0", (Kind.GPU_HEAVY,), gpu, step_timeout_s=1)
     held = Running(claimed, child, child.slots.reserve([claimed.task.task_id]))
     assert held.gpu is None, "its inputs are fetched first"
     for share in (0.5, 1.0, 0.0):
         held.use_gpu(share)
         clock.now_s += 10
-    assert held.gpu == ((15_000, 0) if counted else None)
+    assert held.gpu == ((15_000, 0) if gpu else None)

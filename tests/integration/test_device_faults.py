@@ -12,7 +12,7 @@ from movieq.tasks.entities import WorkerStatus
 from movieq.tasks.states import Kind
 from tests.arrange import raw
 from tests.engines.test_plugins import installed
-from tests.fleet import eventually, fleet, python_path
+from tests.fleet import NVML, eventually, fleet, python_path
 from workers.protocol import EXIT_UNFIT
 from workers.supervisor import FAILURES
 
@@ -109,7 +109,7 @@ async def test_one_task_that_fails_three_times_does_not_make_its_device_suspect(
 
 UNFIT = f"""
 import os, sys
-if "workers.child" in sys.orig_argv and sys.orig_argv[-1] == "cuda:0":
+if "workers.child" in sys.orig_argv and sys.orig_argv[-1] == "cuda":
     print("no such device", file=sys.stderr, flush=True)
     os._exit({EXIT_UNFIT})
 """
@@ -118,7 +118,7 @@ if "workers.child" in sys.orig_argv and sys.orig_argv[-1] == "cuda:0":
 async def test_an_unfit_gpu_stops_neither_the_cpu_nor_the_worker_which_says_so(folder: Path) -> None:
     library = folder / "library"
     library.mkdir()
-    (library / "pynvml.py").write_text("nvmlInit = lambda: None\nnvmlDeviceGetCount = lambda: 1\n")
+    (library / "pynvml.py").write_text(NVML)
     (library / "sitecustomize.py").write_text(UNFIT)
     async with fleet(folder / "fleet") as installation:
         api, worker = await asyncio.gather(installation.api(), installation.worker(PYTHONPATH=python_path(library)))

@@ -35,7 +35,7 @@ class Gated(FolderStorage):
 async def test_a_run_that_only_uploads_has_its_finished_files_noted_so_that_a_drain_lets_it_end(store: Store, tmp_path: Path) -> None:
     await store.submit(new_task(task_type=GENERATE_VIDEO))
     (claimed,) = await claim(store)
-    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     ready, storage = asyncio.Event(), Gated(tmp_path / "media")
     (tmp_path / "spool").mkdir()
     async with Fetcher(Guard(())) as fetcher, asyncio.TaskGroup() as group:

@@ -213,7 +213,7 @@ async def test_a_fault_of_a_script_is_logged_as_that_and_the_worker_goes_on(fold
 @asynccontextmanager
 async def books(store: Store) -> AsyncIterator[tuple[Worker, Child]]:
     """Yield a worker that runs nothing, and its child, which is not started."""
-    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     worker = Worker(
         worker_id="w1",
         store=store,
@@ -296,7 +296,7 @@ async def test_one_claimed_task_that_cannot_be_begun_is_given_back_as_a_try_and_
         begun.append(ctx["job_id"])
 
     async with books(store) as (worker, _):
-        worker.children = [Child(f"cpu{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(3)]
+        worker.children = [Child(f"cpu{number}", (Kind.CPU_INTENSIVE,), step_timeout_s=60) for number in range(3)]
         for child in worker.children:
             child.slots = slots = AlwaysFree(lambda frames: None)
             slots.bad = tasks[1].task_id
@@ -429,7 +429,7 @@ async def tried(store: Store, task_id: TaskId) -> bool:
 
 
 async def test_a_listener_that_raises_fails_its_own_run_and_leaves_the_child_to_the_next(folder: Path) -> None:
-    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     ready = asyncio.Event()
     keeping = asyncio.create_task(child.supervise(ready.set))
 

@@ -79,7 +79,7 @@ async def test_where_signing_is_required_and_fails_the_task_fails_and_nothing_is
     expired = credentials.read(*chain(tmp_path / "expired", days=0.5)[:2])
     await store.submit(new_task())
     (claimed,) = await claim(store)
-    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     ready = asyncio.Event()
     async with Fetcher(Guard(())) as fetcher, asyncio.TaskGroup() as group:
         keeping = group.create_task(child.supervise(ready.set))

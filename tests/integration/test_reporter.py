@@ -42,7 +42,7 @@ async def test_a_message_that_cannot_be_understood_is_logged_and_skipped_and_the
     await store.submit(new_task(task_type=GENERATE_VIDEO))
     (claimed,) = await claim(store)
     task_id = claimed.task.task_id
-    child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     ready = asyncio.Event()
     (tmp_path / "spool").mkdir()
     with structlog.testing.capture_logs(processors=[merge_contextvars]) as entries:

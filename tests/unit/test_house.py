@@ -24,7 +24,7 @@ ROOMS: list[set[str]] = [
     {"tasks"},
     {"settings"},
     {"logs", "signing", "credentials"},
-    {"models", "fetch"},
+    {"models", "fetch", "gpus"},
     {"plugins", "storage", "delivery"},
     {"queue"},
     {"streams", "assembly", "checks", "client"},

@@ -91,7 +91,7 @@ async def work(order: peer.Order, begun: peer.Tally) -> None:
         running.free_slot()  # as in run_task: the slot is free as soon as the engine is, while the result is committed
         await ctx["store"].complete(running.task.task_id, running.run, RESULT)
 
-    children: list[Child] = [Slot(f"slot{number}", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60) for number in range(order.concurrency)]
+    children: list[Child] = [Slot(f"slot{number}", (Kind.CPU_INTENSIVE,), step_timeout_s=60) for number in range(order.concurrency)]
     async with opened(order) as store:
         await worker(order, store, children, noop, {"store": store}).async_run()
 
@@ -133,7 +133,7 @@ class Clocked(Child):
 
 async def through_child(order: peer.Order) -> None:
     """Prints how long the child is idle between back-to-back tasks: from its answer to the next run, and there and back over the pipes."""
-    child = Clocked("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=60)
+    child = Clocked("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=60)
     ended = asyncio.Event()
 
     async def counted(ctx: dict[str, Any], task_data: dict[str, Any]) -> None:
