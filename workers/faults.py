@@ -87,7 +87,7 @@ def inside(name: object, *places: Path) -> bool:
 def public_message(error: BaseException) -> str:
     """Return the message of an error for clients: one line, without class and path."""
     text = (error.strerror or "") if isinstance(error, OSError) and error.errno is not None else str(error)
-    return without_paths(text).partition("\n")[0][:LONGEST].strip()
+    return without_paths(text).strip().partition("\n")[0][:LONGEST].strip()
 
 
 def _own_places() -> list[str]:

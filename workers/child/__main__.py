@@ -34,7 +34,7 @@ from movieq.pdeathsig import end_with_parent
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.registry import REGISTRY
 from workers import protocol
-from workers.child.job import Finish, Flag, Job, JobCancelled, Output, device_is_broken
+from workers.child.job import Finish, Flag, Job, JobCancelled, Output, device_is_broken, is_out_of_memory
 from workers.faults import PLACE, device_problem, host_problem, public_message
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
 
@@ -48,7 +48,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m workers.child", description="The engine process of one device; started by the worker.")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: the only GPU that is visible")
     device: str = parser.parse_args().device
     process = EngineProcess(*private_pipe(), device)
     try:
@@ -237,6 +237,8 @@ def _result_or_failure(run: Run, work: Callable[[], T]) -> T | Failed | Cancelle
         return Failed(run.run, OutOfMemory.code, "the host's memory ran out", traceback.format_exc())
     except Exception as error:
         broken = device_is_broken(error)
+        if is_out_of_memory(error) and not broken and not isinstance(error, TaskFault):
+            return Failed(run.run, OutOfMemory.code, "the memory of its device ran out", traceback.format_exc())
         # on a broken device no model loads: that the model is unavailable would be untrue
         known = isinstance(error, TaskFault) and not broken
         fault = (

@@ -9,12 +9,13 @@ needs no device. It knows neither the pipe nor the worker. To fail it raises a `
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -44,9 +45,30 @@ class Flag(threading.Event):
     """The flags of the other runs of its batch."""
 
 
+_CUDA: Final = re.compile(r"CUDA (?:driver )?error|CU(?:BLAS|SOLVER|SPARSE|FFT)_STATUS_|cuDNN error|CUDNN_STATUS_|NCCL error")
+_EXHAUSTED: Final = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|cudaErrorMemoryAllocation")
+_REFUSED: Final = re.compile(r"_STATUS_(?:NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE)")
+"""The library checked a call and did not start it."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, on the device or the host. The device still works: with less in its memory, the call may succeed."""
+    return any(
+        isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" or (_is_cuda(cause) and _EXHAUSTED.search(str(cause)))
+        for cause in causes(error)
+    )
+
+
 def device_is_broken(error: BaseException | None) -> bool:
-    """Whether the error or one of its causes is a CUDA error other than out of memory: every later CUDA call of the process fails too."""
-    return any(type(cause).__name__ == "AcceleratorError" or "CUDA error" in str(cause) for cause in causes(error))
+    """Whether the error or one of its causes has broken the CUDA context: every later CUDA call of the process fails too.
+
+    All errors of CUDA do so, except allocations that fail and calls that were refused before they started.
+    """
+    return any(_is_cuda(cause) and not _EXHAUSTED.search(str(cause)) and not _REFUSED.search(str(cause)) for cause in causes(error))
+
+
+def _is_cuda(error: BaseException) -> bool:
+    return type(error).__name__ == "AcceleratorError" or _CUDA.search(str(error)) is not None
 
 
 class Output(msgspec.Struct, frozen=True):
