@@ -7,8 +7,11 @@ what it has verified next to them, and only recorded files are loaded. A file th
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +22,10 @@ from movieq.models.table import Model, Weights
 
 _READ: Final = (".json", ".txt", ".model", ".jinja")
 """Endings of the other files that a pipeline reads: no pickle, no code."""
+
+
+_STEMS: Final = ("diffusion_pytorch_model", "model")
+"""The names of weight files, without ending: of diffusers, then of transformers."""
 
 
 class _Checked(msgspec.Struct, frozen=True):
@@ -92,35 +99,68 @@ def listing(weights: Weights) -> list[Wanted]:
     except Exception as error:  # of its HTTP client, which changes from version to version
         raise ModelUnavailable(f"{weights.repository}: the hub did not answer: {error}") from None
     files = [Wanted(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings]
-    return list(needed(weights, files))
+    return list(needed(weights, files, lambda name: _downloaded(weights, name).read_bytes()))
 
 
-def needed(weights: Weights, files: list[Wanted]) -> Iterator[Wanted]:
-    """Yield the files that are loaded: no other variant, no second copy of the model in a single file, no pickle."""
-    pipeline = any(file.name == "model_index.json" for file in files) and not weights.subfolder
-    for file in files:
-        folder, _, name = file.name.rpartition("/")
-        if weights.subfolder and folder != weights.subfolder:
-            continue
-        if name.endswith(_READ) or (
-            name.endswith(".safetensors") and (folder or not pipeline) and _variant(name) == _best(weights.variant, folder, files)
-        ):
+def needed(weights: Weights, files: list[Wanted], read: Callable[[str], bytes]) -> Iterator[Wanted]:
+    """Yield the files that are loaded; `read` returns the content of a small one.
+
+    Of a pipeline these are the folders that model_index.json names, and in each folder the weights that its index or its name says: no
+    other variant, no second copy in another layout, no pickle.
+    """
+    here = {file.name: file for file in files if not weights.subfolder or file.name.startswith(f"{weights.subfolder}/")}
+    root = f"{weights.subfolder}/" if weights.subfolder else ""
+    folders = [root]
+    if f"{root}model_index.json" in here:
+        folders = [f"{root}{name}/" for name in components(read(f"{root}model_index.json"))]
+    chosen: set[str] = set()
+    for folder in folders:
+        names = {name.removeprefix(folder) for name in here if name.startswith(folder) and "/" not in name.removeprefix(folder)}
+        chosen |= {folder + name for name in loaded_files(names, weights.variant, partial(_read_in, folder, read))}
+    for name, file in here.items():
+        folder = name.rpartition("/")[0]
+        is_listed = any(f"{folder}/".startswith(each) for each in folders) or f"{folder}/".removeprefix("/") == root
+        if name in chosen or (name.endswith(_READ) and is_listed):
             yield file
 
 
-def _variant(name: str) -> str:
-    """Return "fp16" for model.fp16.safetensors and model.fp16-00001-of-00002.safetensors; "" for a file without a variant."""
-    middle = name.removesuffix(".safetensors").partition(".")[2]
-    return middle.partition("-")[0]
+def _read_in(folder: str, read: Callable[[str], bytes], name: str) -> bytes:
+    return read(folder + name)
 
 
-def _best(variant: str | None, folder: str, files: list[Wanted]) -> str:
-    here = {
-        _variant(file.name.rpartition("/")[2])
-        for file in files
-        if file.name.rpartition("/")[0] == folder and file.name.endswith(".safetensors")
-    }
-    return variant if variant in here and variant is not None else ""
+def components(model_index: bytes) -> list[str]:
+    """Return the names of a pipeline's components, which are the folders that they lie in. Raises ModelUnavailable."""
+    index = json_object("model_index.json", model_index)
+    return [name for name, listed in index.items() if isinstance(listed, list) and listed and isinstance(listed[0], str)]
+
+
+def loaded_files(names: Collection[str], variant: str | None, read: Callable[[str], bytes]) -> list[str]:
+    """Return which of the files of one folder diffusers and transformers load as weights; `read` returns the content of a small one.
+
+    An index names its files; without one it is the single file of the usual name, or the numbered ones. Raises ModelUnavailable.
+    """
+    config = json_object("config.json", read("config.json")) if "config.json" in names else {}
+    own = config.get("transformers_weights")
+    for stem in [own.partition(".")[0]] if isinstance(own, str) else _STEMS:
+        for middle in ([f".{variant}"] if variant else []) + [""]:
+            if (index := f"{stem}.safetensors.index{middle}.json") in names:
+                listed = json_object(index, read(index)).get("weight_map")
+                return sorted({name for name in listed.values() if name in names}) if isinstance(listed, dict) else []
+            if (single := f"{stem}{middle}.safetensors") in names:
+                return [single]
+            numbered = re.compile(rf"{re.escape(stem + middle)}-\d+-of-\d+\.safetensors")
+            if shards := sorted(name for name in names if numbered.fullmatch(name)):
+                return shards
+    return []
+
+
+def json_object(name: str, content: bytes) -> dict[str, Any]:
+    """Return a JSON object of a repository, which may have Infinity, as Python writes it. Raises ModelUnavailable."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelUnavailable(f"{name} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def pull(weights: Weights) -> int:
@@ -128,17 +168,12 @@ def pull(weights: Weights) -> int:
 
     Raises ModelUnavailable if the hub cannot be reached, or sends something else.
     """
-    from huggingface_hub import hf_hub_download
-
     if weights.revision is None:
         find(weights)
         return 0
     known: dict[str, _Checked] = {}
     for file in listing(weights):
-        try:
-            path = Path(hf_hub_download(weights.repository, file.name, revision=weights.revision))
-        except Exception as error:
-            raise ModelUnavailable(f"{weights.repository}: {file.name}: {error}; run `movieq models pull` again to continue") from None
+        path = _downloaded(weights, file.name)
         if (is_now := hashed(path, file.hash)) != file.hash:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
@@ -150,6 +185,21 @@ def pull(weights: Weights) -> int:
     checked.parent.mkdir(exist_ok=True)
     checked.write_bytes(msgspec.json.encode(known))
     return sum(each.size for each in known.values())
+
+
+def _downloaded(weights: Weights, name: str) -> Path:
+    """Return the local path of a file of the hub, downloaded if it is not there. Raises ModelUnavailable."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        return Path(hf_hub_download(weights.repository, name, revision=weights.revision))
+    except GatedRepoError:
+        raise ModelUnavailable(
+            f"{weights.repository} asks for consent: accept its licence at https://huggingface.co/{weights.repository}, then set HF_TOKEN"
+        ) from None
+    except Exception as error:  # of its HTTP client, which changes from version to version
+        raise ModelUnavailable(f"{weights.repository}: {name}: {error}; run `movieq models pull` again to continue") from None
 
 
 def hashed(path: Path, like: str) -> str:

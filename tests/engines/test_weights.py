@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
 
+from movieq.errors import ModelUnavailable
 from movieq.models import weights
 from movieq.models.table import Weights
 from tests.engines.conftest import Studio, difference
@@ -70,8 +72,8 @@ async def test_a_pull_brings_what_is_needed_checks_it_and_the_engine_loads_it(so
 async def test_a_pull_that_was_cut_off_resumes(source: Hub, folder: Path) -> None:
     large = folder / "large"
     (large / "unet").mkdir(parents=True)
-    (large / "model_index.json").write_text("{}")
-    (large / "unet" / "model.safetensors").write_bytes(os.urandom(24 * MIB))
+    (large / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    (large / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(os.urandom(24 * MIB))
     source.folder, source.cut = large, 15 * MIB
     source.received = lambda: any(path.stat().st_size >= 10 * MIB for path in (folder / "hf").rglob("*.incomplete"))
     code, _, err = await models(source, folder, "pull", "tiny")
@@ -81,7 +83,7 @@ async def test_a_pull_that_was_cut_off_resumes(source: Hub, folder: Path) -> Non
     assert code == 0, err
     assert [range for _, range in source.asked if range] == [f"bytes={10 * MIB}-"], "in pieces of ten, as the library writes them"
     (file,) = (weights.find(Weights("team/model", COMMIT)) / "unet").iterdir()
-    assert file.read_bytes() == (large / "unet" / "model.safetensors").read_bytes()
+    assert file.read_bytes() == (large / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 async def test_a_file_with_a_wrong_hash_is_thrown_away_and_said(source: Hub, folder: Path) -> None:
@@ -136,24 +138,58 @@ async def test_the_list_says_what_each_model_makes_and_whether_it_is_here(source
     assert (await models(source, folder, "show", "nothing"))[0] == 1
 
 
+REPOSITORY: dict[str, Any] = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"], "vae": ["diffusers", "VAE"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "safety_checker": [None, None], "boundary_ratio": 0.9,
+    },
+    "README.md": {}, "whole.safetensors": {},
+    "unet/config.json": {}, "unet/diffusion_pytorch_model.safetensors": {}, "unet/diffusion_pytorch_model.fp16.safetensors": {},
+    "unet/diffusion_pytorch_model.bin": {},
+    "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": {}, "vae/diffusion_pytorch_model-00001-of-00002.safetensors": {},
+    "text_encoder/model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "gone"}},
+    "text_encoder/model-1.safetensors": {}, "text_encoder/model-2.safetensors": {},
+    "text_encoder/model-of-another-time.safetensors": {}, "text_encoder/diffusion_pytorch_model.bin": {},
+    "tokenizer/merges.txt": {}, "transformer_full/config.json": {}, "transformer_full/model.safetensors": {},
+}  # fmt: skip
+"""The files of a repository with their content, some of which no pipeline loads."""
+
+
+def needed(of: Weights, repository: dict[str, Any] = REPOSITORY) -> set[str]:
+    files = [weights.Wanted(name, 1, "a" * 40) for name in repository]
+    return {file.name for file in weights.needed(of, files, lambda name: json.dumps(repository[name]).encode())}
+
+
 def test_of_a_repository_only_what_is_loaded_is_needed() -> None:
-    names = [
-        "model_index.json", "README.md", "whole.safetensors", "unet/config.json", "unet/model.safetensors", "unet/model.fp16.safetensors",
-        "unet/model.bin", "vae/model.fp16-00001-of-00002.safetensors", "vae/model-00001-of-00002.safetensors",
-        "text_encoder/model.safetensors", "tokenizer/merges.txt",
-    ]  # fmt: skip
-    files = [weights.Wanted(name, 1, "a" * 40) for name in names]
     revision = "0" * 40
-    half = {file.name for file in weights.needed(Weights("a/b", revision, variant="fp16"), files)}
+    half = needed(Weights("a/b", revision, variant="fp16"))
+    encoder = {"text_encoder/model-1.safetensors", "text_encoder/model-2.safetensors"}
     assert {name for name in half if name.endswith(".safetensors")} == {
-        "unet/model.fp16.safetensors", "vae/model.fp16-00001-of-00002.safetensors", "text_encoder/model.safetensors"
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", *encoder
     }  # fmt: skip
-    full = {file.name for file in weights.needed(Weights("a/b", revision), files)}
+    full = needed(Weights("a/b", revision))
     assert {name for name in full if name.endswith(".safetensors")} == {
-        "unet/model.safetensors", "vae/model-00001-of-00002.safetensors", "text_encoder/model.safetensors"
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model-00001-of-00002.safetensors", *encoder
     }  # fmt: skip
-    assert full - half - {"unet/model.safetensors", "vae/model-00001-of-00002.safetensors"} == set()
-    assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= full
-    part = [file.name for file in weights.needed(Weights("a/b", revision, subfolder="vae"), files)]
-    assert part == ["vae/model-00001-of-00002.safetensors"]
-    assert msgspec.json.decode(msgspec.json.encode(files[0]))["name"] == "model_index.json"
+    read = {"model_index.json", "unet/config.json", "text_encoder/model.safetensors.index.json", "tokenizer/merges.txt"}
+    assert {name for name in full if not name.endswith(".safetensors")} == read
+    assert needed(Weights("a/b", revision, subfolder="vae")) == {"vae/diffusion_pytorch_model-00001-of-00002.safetensors"}
+
+
+def test_of_a_speech_model_in_two_layouts_the_one_that_is_loaded_is_needed() -> None:
+    """As in sesame/csm-1b, whose first file is in the layout of its authors."""
+    index = {"weight_map": {"a": "transformers-00001-of-00002.safetensors", "b": "transformers-00002-of-00002.safetensors"}}
+    repository = {
+        "config.json": {"transformers_weights": "transformers.safetensors.index.json", "bound": float("inf")},
+        "transformers.safetensors.index.json": index,
+        "model.safetensors": {},
+        **{key: {} for key in index["weight_map"].values()},
+    }
+    assert needed(Weights("a/b", "0" * 40), repository) == repository.keys() - {"model.safetensors"}
+
+
+def test_an_index_that_cannot_be_read_is_named() -> None:
+    files = [weights.Wanted("model_index.json", 1, "a" * 40)]
+    with pytest.raises(ModelUnavailable, match=r"model_index\.json cannot be read"):
+        list(weights.needed(Weights("a/b", "0" * 40), files, lambda name: b"[" * 100_000))
