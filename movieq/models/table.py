@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from collections.abc import Iterator
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -15,10 +16,10 @@ from msgspec import Meta
 import movieq
 from movieq.errors import SettingsError
 from movieq.tasks import faults
-from movieq.tasks.faults import given, refused
+from movieq.tasks.faults import Fault, given, refused
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams, frames, size
 from movieq.tasks.registry import REGISTRY
-from movieq.tasks.states import PROCESS_AUDIO, EngineChoice, Kind, TaskType
+from movieq.tasks.states import GENERATE_IMAGE, PROCESS_AUDIO, EngineChoice, Kind, TaskType
 
 ANIMATIC: Final = "animatic"
 IMMUTABLE: Final = ("upload:", "task:", "data:")
@@ -27,11 +28,32 @@ PREVIEW_VAE: Final = "preview_vae"
 """Name of the component that only decodes previews, an AutoencoderTiny: sharper than the colour map that is fitted to every VAE."""
 
 
+NAMEABLE: Final = frozenset({"guidance_scale", "seconds"})
+"""The arguments that an entry may list in `names`."""
+IGNORABLE: Final = frozenset({"guidance_scale", "negative_prompt", "steps"})
+"""The parameters that an entry may list in `ignores`."""
+
+
 class Engine(StrEnum):
     """The engines of movieq."""
 
     ANIMATIC = "animatic"
     DIFFUSERS = "diffusers"
+
+
+class Images(StrEnum):
+    """How a model uses the images of a task."""
+
+    REDRAW = "redraw"
+    """The picture is drawn over the image, and resembles it as `strength` allows."""
+    REFERENCES = "references"
+    """What the images show appears in the picture: up to `limits.references` of them."""
+    START = "start"
+    """A clip, or each shot of it, begins with an image."""
+    ENDS = "ends"
+    """A clip begins with one image and leads to another."""
+    FRAMES = "frames"
+    """A clip passes through images at any of its frames."""
 
 
 class Dtype(StrEnum):
@@ -60,6 +82,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance: Annotated[float, Meta(ge=0)] | None = None
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
     """How far the result may differ from a reference image."""
+    negative_prompt: str | None = None
+    """Its own negative prompt, where its training or its authors expect one."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +100,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Frame rate of its training."""
     seconds: Annotated[float, Meta(gt=0)] | None = None
     """Longest sound."""
+    references: Annotated[int, Meta(ge=1, le=10)] = 1
+    """Most images of a model that takes references."""
     batch: list[tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=2, le=16)]]] = []
     """Largest batch by picture size, as [pixels, pictures]: [[262144, 8], [589824, 4]]."""
 
@@ -95,12 +121,22 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     components: dict[str, Weights] = {}
     pipeline: str | None = None
     image_pipeline: str | None = None
+    images: Images | None = None
+    """How it uses images. An entry with an `image_pipeline` that does not say so redraws pictures, and starts clips with an image."""
     dtype: Dtype = Dtype.FLOAT32
+    dtypes: dict[str, Dtype] = {}
+    """Components with a dtype of their own: {"vae": "float32"}."""
     scheduler: dict[str, Any] = {}
     """`cls` is the class, the rest overrides its configuration."""
+    flow_shift: list[tuple[Annotated[int, Meta(ge=1)], Annotated[float, Meta(gt=0)]]] = []
+    """Shift of the noise schedule by picture size, as [pixels, shift]: [[399360, 3.0], [921600, 5.0]]. Above the last, the last counts."""
     call: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    """What its pipeline calls an argument of movieq's: {"guidance_scale": "true_cfg_scale"}, {"seconds": "duration"}."""
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
+    ignores: list[str] = []
+    """Parameters of tasks that change nothing, such as the guidance of a distilled model."""
     first_block_cache: Annotated[float, Meta(gt=0)] | None = None
     """Threshold: steps whose first block changes less than this are skipped. That is faster and changes the picture."""
     languages: list[str] = []
@@ -111,6 +147,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     licence: str = ""
     verified: bool = False
     """Whether it has been loaded on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.image_pipeline is not None and self.images is None:
+            msgspec.structs.force_setattr(self, "images", Images.REDRAW if GENERATE_IMAGE in self.tasks else Images.START)
 
 
 def load(path: str = "") -> dict[str, Model]:
@@ -158,6 +198,12 @@ def _problem(model: Model) -> str | None:
         return "weights = { repository = ..., revision = ... } is needed"
     if model.pipeline is None and model.image_pipeline is None:
         return "pipeline or image_pipeline is needed: a class of diffusers or transformers"
+    if model.images is not None and model.image_pipeline is None:
+        return "images: only together with image_pipeline"
+    if unnameable := sorted(model.names.keys() - NAMEABLE):
+        return f"names: unknown argument {unnameable[0]!r}; known: {', '.join(sorted(NAMEABLE))}"
+    if read := sorted(set(model.ignores) - IGNORABLE):
+        return f"ignores: unknown parameter {read[0]!r}; known: {', '.join(sorted(IGNORABLE))}"
     for weights in (model.weights, *model.components.values()):
         if weights.revision is None and not Path(weights.repository).is_absolute():
             return f"{weights.repository}: set revision to a commit of 40 hex digits, or repository to the absolute path of a folder"
@@ -178,11 +224,50 @@ def makes(model: Model, task_type: TaskType, params: Params) -> bool:
 
 
 def default(table: dict[str, Model], engine: Engine, task_type: TaskType, params: Params | None = None) -> str | None:
-    """Return the first model of the engine that renders this task, or this task type if there are no parameters; None if there is none."""
-    for name, model in table.items():
-        if model.engine == engine and (task_type in model.tasks if params is None else makes(model, task_type, params)):
-            return name
-    return None
+    """Return the first model of the engine that renders this task, or this task type if there are no parameters; None if there is none.
+
+    A model that refuses the task is the default only if every other one refuses it too.
+    """
+    fitting = [
+        name
+        for name, model in table.items()
+        if model.engine == engine and (task_type in model.tasks if params is None else makes(model, task_type, params))
+    ]
+    able = [name for name in fitting if params is None or not any(refusals(name, table[name], params))]
+    return next(iter((*able, *fitting)), None)
+
+
+def refusals(name: str, model: Model, params: Params) -> Iterator[Fault]:
+    """Yield what the model cannot do of a task that it renders otherwise: the field of task_data, and why."""
+    if model.engine != Engine.DIFFUSERS:
+        return
+    match params:
+        case AudioParams() if params.text is None:
+            if model.limits.seconds is not None and params.duration > model.limits.seconds:
+                yield "duration", f"{name} makes at most {model.limits.seconds:g} s of sound, got {params.duration:g}"
+        case AudioParams():
+            if (language := params.language.lower().replace("_", "-").partition("-")[0]) not in model.languages:
+                yield "language", f"{name} speaks {', '.join(model.languages)}, got {given(language)}"
+            if params.character_voice_profile and not model.voices:
+                yield "character_voice_profile", f"{name} has a voice of its own and cannot take on that of a sample; leave it out"
+        case VideoParams() | AnimationParams():
+            images = params.storyboard_images if isinstance(params, VideoParams) else params.reference_images
+            yield from _image_refusals(name, model, "storyboard_images" if isinstance(params, VideoParams) else "reference_images", images)
+            longest_s = model.limits.frames / model.limits.fps
+            if model.images is None and params.duration > longest_s:
+                yield "duration", f"{name} makes at most {longest_s:.1f} s, and takes no image to go on from; got {params.duration:g}"
+        case ImageParams():
+            yield from _image_refusals(name, model, "reference_images", params.reference_images)
+            if model.images is Images.REFERENCES and len(params.reference_images) > model.limits.references:
+                most = model.limits.references
+                yield "reference_images", f"{name} takes at most {most} images, got {len(params.reference_images)}"
+
+
+def _image_refusals(name: str, model: Model, field: str, images: list[str]) -> Iterator[Fault]:
+    if images and model.image_pipeline is None:
+        yield field, f"{name} takes no images; leave them out"
+    if not images and model.pipeline is None:
+        yield field, f"{name} begins with an image; give one"
 
 
 def sound(table: dict[str, Model]) -> tuple[str, Model] | None:
@@ -202,18 +287,27 @@ def resolve(table: dict[str, Model], choice: EngineChoice, had_gpu: bool, task_t
         if params.model not in fitting:
             called = _called(task_type, params)
             raise refused([("task_data.model", f"expected a model for {called} ({', '.join(fitting)}), got {given(params.model)}")])
-        return params.model
+        return _willing(table, params.model, task_type, params)
     if choice is EngineChoice.DIFFUSERS or (choice is EngineChoice.AUTO and had_gpu):
         name = default(table, Engine.DIFFUSERS, task_type, params)
         if name is None and choice is EngineChoice.DIFFUSERS:
             called = _called(task_type, params)
             raise refused([("task_type", f"MOVIEQ_ENGINE is diffusers, and no model renders {called}; add one, or send draft")])
         if name is not None:
-            return name
+            return _willing(table, name, task_type, params)
     for name in (ANIMATIC, *table):
         if makes(table[name], task_type, params) and table[name].engine != Engine.DIFFUSERS:
             return name
     raise refused([("task_type", f"{_called(task_type, params)} has no default model here; set task_data.model")])
+
+
+def _willing(table: dict[str, Model], name: str, task_type: TaskType, params: Params) -> str:
+    """Return the name of the model. Raises ValidationFailed with all that it cannot do of the task, and with the models that can."""
+    if not (found := list(refusals(name, table[name], params))):
+        return name
+    able = [other for other, model in table.items() if makes(model, task_type, params) and not any(refusals(other, model, params))]
+    advice = f"; or set task_data.model to one of {', '.join(able)}" if able else ""
+    raise refused([(f"task_data.{field}", f"{why}{advice}") for field, why in found])
 
 
 def _called(task_type: TaskType, params: Params) -> str:

@@ -25,7 +25,7 @@ from movieq.tasks.states import Kind
 from tests.arrange import ran
 from tests.bench.report import percentile, report
 from tests.engines import tiny
-from workers.child.diffusion import model_cache, previews
+from workers.child.diffusion import loading, previews
 from workers.child.diffusion.previews import CallSize, ColourMap, Previewer
 from workers.child.media import encode
 from workers.child.media.encode import Tags
@@ -55,7 +55,7 @@ class Bench:
             "defaults": {"steps": STEPS}, "limits": {"sides": 8, "pixels": [1, SIDE * SIDE]},
         }  # fmt: skip
         self.entry = msgspec.convert(fields, Model)
-        self.child = Child("cpu0", (Kind.CPU_INTENSIVE,), "cpu", step_timeout_s=120)
+        self.child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=120)
         self.ready = asyncio.Event()
         self._count = 0
 
@@ -132,7 +132,7 @@ async def measure(folder: Path) -> None:
     bench = Bench(folder)
     keeping = asyncio.create_task(bench.child.supervise(bench.ready.set))
     await bench.ready.wait()
-    pipe = model_cache.library_class("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
+    pipe = loading.library_class("StableDiffusionPipeline").from_pretrained(folder / "model", dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     pairs = [(bench.bare(pipe), await bench.served()) for _ in range(CALLS + 3)][3:]
     bare, served = (statistics.median(each) for each in zip(*pairs, strict=True))

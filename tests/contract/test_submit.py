@@ -139,6 +139,29 @@ async def test_draft_is_always_the_animatic(api: Client, store: Store, tasks: Ta
     assert (task.engine, task.kind) == ("animatic", "cpu_intensive")
 
 
+@pytest.mark.parametrize(
+    ("model", "task_type", "task_data", "field", "said"),
+    [
+        ("wan22-t2v", "generate_video", {}, "duration", "makes at most 5.1 s"),
+        ("wan22-t2v", "generate_video", {"duration": 3, "storyboard_images": ["upload:x"]}, "storyboard_images", "takes no images"),
+        ("wan22-i2v", "render_animation", {}, "reference_images", "begins with an image"),
+        ("stable-audio-open", "process_audio", {"duration": 50}, "duration", "makes at most 47 s of sound"),
+        ("mms-tts-eng", "process_audio", {"text": "hallo", "language": "de"}, "language", "speaks en, got"),
+        ("mms-tts-eng", "process_audio", {"text": "x", "character_voice_profile": "upload:x"}, "character_voice_profile", "of its own"),
+    ],
+)  # fmt: skip
+async def test_what_a_model_cannot_do_is_refused_at_once_with_the_models_that_can(
+    api: Client, model: str, task_type: str, task_data: dict[str, Any], field: str, said: str
+) -> None:
+    answer = await api.submit(task_type=task_type, task_data={"prompt": "a lighthouse", "model": model, **task_data})
+    assert answer.status == 400
+    (error,) = answer.json["errors"]
+    assert error["path"] == f"task_data.{field}"
+    assert said in error["message"]
+    if task_type == "generate_video":
+        assert "or set task_data.model to one of animatic, ltx-video" in error["message"]
+
+
 async def test_a_full_project_is_told_when_to_come_back(settings: Settings, store: Store) -> None:
     async with served(msgspec.structs.replace(settings, max_queued_per_project=2)) as api:
         await api.submit()

@@ -16,10 +16,12 @@ LARGE: Final = ".safetensors"
 
 
 class Hub:
-    """A server of a repository, `team/model`, from a folder. `url` is the value for HF_ENDPOINT."""
+    """A server of a repository from a folder. `url` is the value for HF_ENDPOINT."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, repository: str = "team/model", revision: str = COMMIT) -> None:
         self.folder = folder
+        self.repository = repository
+        self.revision = revision
         self.url = ""
         self.cut: int | None = None
         """After so many bytes of a large file the connection breaks, once..."""
@@ -32,11 +34,11 @@ class Hub:
 
     async def info(self, request: web.Request) -> web.Response:
         """Return the list of files."""
-        if request.match_info["revision"] != COMMIT:
+        if request.match_info["revision"] != self.revision:
             raise web.HTTPNotFound
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         siblings = [self._sibling(path) for path in files]
-        return web.json_response({"id": "team/model", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+        return web.json_response({"id": self.repository, "sha": self.revision, "private": False, "tags": [], "siblings": siblings})
 
     def _sibling(self, path: Path) -> dict[str, Any]:
         name, size = str(path.relative_to(self.folder)), path.stat().st_size
@@ -48,11 +50,11 @@ class Hub:
     async def file(self, request: web.Request) -> web.StreamResponse:
         """Return a file, from the first byte of the request's range."""
         path = self.folder / request.match_info["name"]
-        if request.match_info["revision"] != COMMIT or not path.is_file():
+        if request.match_info["revision"] != self.revision or not path.is_file():
             raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound"})
         data = path.read_bytes()
         large = path.name.endswith(LARGE)
-        headers = {"ETag": f'"{sha256(path) if large else blob(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{sha256(path) if large else blob(path)}"', "X-Repo-Commit": self.revision, "Accept-Ranges": "bytes"}
         if large:
             self.asked.append((request.method, request.headers.get("Range", "")))
             data = data[:-1] + bytes([data[-1] ^ 1]) if self.changed else data
@@ -77,12 +79,12 @@ class Hub:
 
 
 @asynccontextmanager
-async def hub(folder: Path) -> AsyncIterator[Hub]:
-    """Yield a hub that serves a folder on a free port."""
-    served = Hub(folder)
+async def hub(folder: Path, repository: str = "team/model", revision: str = COMMIT) -> AsyncIterator[Hub]:
+    """Yield a hub that serves a folder as a repository, on a free port."""
+    served = Hub(folder, repository, revision)
     application = web.Application()
-    application.router.add_get("/api/models/team/model/revision/{revision}", served.info)
-    application.router.add_get("/team/model/resolve/{revision}/{name:.+}", served.file)
+    application.router.add_get(f"/api/models/{repository}/revision/{{revision}}", served.info)
+    application.router.add_get(f"/{repository}/resolve/{{revision}}/{{name:.+}}", served.file)
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from movieq.models.table import batch
 from movieq.tasks.params import ImageParams
@@ -105,9 +106,29 @@ def test_when_all_jobs_of_a_batch_are_cancelled_the_call_stops(studio: Studio) -
     assert [type(answer) for answer in answers] == [Cancelled] * 3
 
 
-def test_a_batch_that_is_too_large_is_rendered_in_halves(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_too_large_to_decode_at_once_is_denoised_once(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [studio.render("sd", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
     failing(monkeypatch, 1)
+    together = Batch(studio, "sd")
+    outputs = together.outputs()
+    assert [each.metadata["batch_size"] for each in outputs] == [3, 3, 3]
+    assert {message.text for _, message in together.of(Note)} == {"out of memory: the pictures of the batch are decoded one by one"}
+    for one, many in zip(alone, outputs, strict=True):
+        assert difference(one.decoded, decoded(one.path.parent.parent / many.files[0].path)) < 1 / 255
+
+
+def test_a_batch_that_is_too_large_is_rendered_in_halves(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import UNet2DConditionModel
+
+    alone = [studio.render("sd", resolution="64x64", **{"format": "png", **task}) for task in ALIKE]
+    denoise, faults = UNet2DConditionModel.forward, iter(range(1))
+
+    def faulty(self: Any, *args: Any, **options: Any) -> Any:
+        for _ in faults:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return denoise(self, *args, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", faulty)
     together = Batch(studio, "sd")
     outputs = together.outputs()
     assert [each.metadata["batch_size"] for each in outputs] == [1, 2, 2]

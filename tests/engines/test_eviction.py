@@ -17,11 +17,13 @@ from movieq.errors import ModelUnavailable, OutOfMemory
 from movieq.tasks.entities import ModelSwaps
 from tests.engines.conftest import Studio
 from workers.child import __main__ as child_main
-from workers.child.diffusion import eviction, model_cache, oom
-from workers.child.diffusion.eviction import MEMORY_PER_WEIGHT, Budget
+from workers.child.diffusion import engine as diffusion
+from workers.child.diffusion import eviction, host_copy, model_cache, oom
+from workers.child.diffusion.eviction import Budget
 from workers.child.diffusion.loaded import Loaded
-from workers.child.job import Flag
-from workers.protocol import Done, Run
+from workers.child.diffusion.placement import MEMORY_PER_WEIGHT, Placement
+from workers.child.job import Flag, JobCancelled
+from workers.protocol import Done, FromChild, Run, Step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -87,7 +89,7 @@ def test_an_evicted_model_is_offloaded_and_restored_without_reading_the_disk(
     shutil.rmtree(home)
     one = model_cache.find("sd")
     assert one is not None
-    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=one.size_bytes)
+    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=one.copy_bytes)
     machine.get("flux")
     assert where() == (["flux"], ["sd"])
     again = machine.studio.render("sd", entry=entry, **task)
@@ -102,12 +104,12 @@ def test_an_evicted_model_is_offloaded_and_restored_without_reading_the_disk(
 
 def test_host_memory_takes_what_it_has_room_for_and_the_rest_is_dropped(machine: Machine) -> None:
     one = machine.get("vits")
-    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=2 * one.size_bytes)
+    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=2 * one.copy_bytes)
     for name in ("vits.2", "vits.3", "vits.4"):
         machine.get(name)
     assert where() == (["vits.4"], ["vits.2", "vits.3"])
     assert model_cache.swaps() == ModelSwaps(loads=4, parkings=3, drops=1)
-    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=one.size_bytes - 1)
+    machine.room = Budget(int(one.size_bytes * MEMORY_PER_WEIGHT), host=one.copy_bytes - 1)
     machine.get("vits.5")
     assert where() == (["vits.5"], ["vits.2", "vits.3"]), "a model too large for the host displaces no other"
     assert model_cache.swaps() == ModelSwaps(loads=5, parkings=3, drops=2)
@@ -119,15 +121,16 @@ def test_on_a_cpu_nothing_is_offloaded() -> None:
 
 
 def test_a_model_gets_the_room_of_its_table_entry_beside_the_weights_of_the_others(machine: Machine) -> None:
+    """The table's figure is for GPUs: "cpu:0" stands for one."""
     one = machine.get("vits")
     machine.room = Budget(one.size_bytes + 2 * GB, 0)
-    machine.get("vits.2", gpu_memory_gb=2)
+    machine.get("vits.2", gpu_memory_gb=2, device="cpu:0")
     assert where() == (["vits", "vits.2"], [])
     machine.get("vits")
-    machine.get("vits.2", gpu_memory_gb=2)
+    machine.get("vits.2", gpu_memory_gb=2, device="cpu:0")
     assert where() == (["vits", "vits.2"], []), "it is there, and runs once more"
     machine.room = Budget(one.size_bytes + 2 * GB - 1, 0)
-    machine.get("vits.2", gpu_memory_gb=2)
+    machine.get("vits.2", gpu_memory_gb=2, device="cpu:0")
     assert where() == (["vits.2"], [])
 
 
@@ -150,7 +153,7 @@ def test_a_clip_with_sound_is_rendered_where_only_one_model_has_room(machine: Ma
 
 
 def test_out_of_memory_offloads_the_other_models_and_they_can_be_restored(machine: Machine) -> None:
-    one, _ = machine.get("vits"), machine.get("vits.2")
+    one, two = machine.get("vits"), machine.get("vits.2")
     machine.room = Budget(GB, GB)
     tries = iter([True, False])
 
@@ -160,43 +163,150 @@ def test_out_of_memory_offloads_the_other_models_and_they_can_be_restored(machin
         return "rendered"
 
     job = machine.studio.job("vits", print, text="x")
-    assert oom.with_fallback(job, "vits.2", one.pipe, call) == "rendered"
+    with oom.Fallback(job, "vits.2", two) as fallback:
+        assert fallback.call(call) == "rendered"
     assert job.warnings == ["out of memory: other models were unloaded"]
     assert where() == (["vits.2"], ["vits"])
     assert machine.get("vits") is one
 
 
 @pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("way", ["from the disk", "from the host"])
-def test_a_model_that_does_not_fit_beside_the_others_is_loaded_without_them_or_fails(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, way: str, times: int
+def test_an_offloaded_model_that_does_not_fit_beside_the_others_returns_without_them_or_fails(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    def get(name: str) -> None:
-        machine.get(name, device="cpu:0", dtype="float32")  # another name of the CPU, so that device and host can be told apart
-
     machine.room = Budget(GB, GB)
-    if way == "from the host":
-        get("vits")
-        model_cache.evict_others("")
-    get("vits.2")
-    to, faults = torch.nn.Module.to, iter(range(times))
+    one = machine.get("vits")
+    model_cache.evict_others("")
+    machine.get("vits.2")
+    enter, faults = Loaded.enter_device, iter(range(times))
 
-    def faulty(self: Any, device: str, **options: Any) -> Any:
-        if device == "cpu:0":
-            for _ in faults:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-        return to(self, device, **options)
+    def faulty(self: Loaded, device: str) -> None:
+        for _ in faults if self is one else ():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        enter(self, device)
 
-    monkeypatch.setattr(torch.nn.Module, "to", faulty)
+    monkeypatch.setattr(Loaded, "enter_device", faulty)
     if times == 1:
-        get("vits")
+        machine.get("vits")
         assert where() == (["vits"], ["vits.2"])
         return
     with pytest.raises(OutOfMemory, match="does not suffice to load vits"):
-        get("vits")
-    assert "vits" not in model_cache.loaded_names()
-    get("vits")
+        machine.get("vits")
+    assert where() == ([], ["vits.2", "vits"])
+    machine.get("vits")
     assert "vits" in model_cache.loaded_names()
+
+
+# ── Placement ──
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_of_it_is_read(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr("workers.child.diffusion.loading.load", lambda *given: read.append(given))
+    machine.room = Budget(1000, 1000)
+    monkeypatch.setattr(eviction, "ONE_MODEL_SHARE", 0)
+    with pytest.raises(OutOfMemory, match=r"sd needs .* GiB of device memory, or .*; this worker has"):
+        machine.get("sd")
+    assert not read
+
+
+TASK: dict[str, Any] = {"prompt": "a lighthouse", "resolution": "64x64", "format": "png"}
+
+
+def test_a_model_larger_than_the_device_renders_the_same_bytes_with_its_weights_in_host_memory(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.room = Budget(GB, GB)
+    whole = machine.studio.render("flux", **TASK)
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    assert loaded.place is Placement.WHOLE
+    model_cache.clear()
+    monkeypatch.setattr(eviction, "ONE_MODEL_SHARE", 0)
+    machine.room = Budget(loaded.needs.whole - 1, GB)
+    streamed = machine.studio.render("flux", **TASK)
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    assert loaded.place is Placement.GROUPS
+    assert streamed.path.read_bytes() == whole.path.read_bytes()
+    assert any("its weights stay in host memory" in each for each in streamed.output.metadata["warnings"])
+    assert machine.studio.render("flux", **TASK).path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_run_that_is_cancelled_while_weights_are_streamed_leaves_nothing_behind(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.room = Budget(GB, GB)
+    whole = machine.studio.render("flux", **TASK)
+    one = model_cache.find("flux")
+    assert one is not None
+    one.stream_groups("cpu")
+
+    def cancel(message: FromChild) -> None:
+        if isinstance(message, Step) and message.stage == "denoise" and message.step:
+            machine.studio.flag.set()
+
+    with pytest.raises(JobCancelled):
+        diffusion.render(machine.studio.job("flux", cancel, **TASK))
+    assert machine.studio.render("flux", **TASK).path.read_bytes() == whole.path.read_bytes()
+
+
+def test_memory_that_runs_out_in_a_step_moves_the_weights_to_host_memory_for_this_run_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    machine.room = Budget(GB, GB)
+    whole = machine.studio.render("flux", **TASK)
+    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
+
+    def faulty(self: Any, *args: Any, **options: Any) -> Any:
+        for _ in faults:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    result = machine.studio.render("flux", **TASK)
+    assert result.output.metadata["warnings"] == ["out of memory: the weights were moved to host memory"]
+    assert result.path.read_bytes() == whole.path.read_bytes()
+    assert where() == ([], ["flux"]), "it returns for the next task, as a whole"
+    assert machine.studio.render("flux", **TASK).path.read_bytes() == whole.path.read_bytes()
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    assert loaded.place is Placement.WHOLE
+
+
+# ── The copy in host memory ──
+
+
+def test_a_host_copy_takes_the_size_of_its_tensors_and_is_made_once(machine: Machine) -> None:
+    machine.room = Budget(GB, GB)
+    one = machine.get("vits")
+    before = [each.clone() for _, network in one.networks() for each in network.parameters()]
+    model_cache.evict_others("")
+    copy = one.host
+    assert copy is not None
+    tensors = sum(1 for _, network in one.networks() for _ in (*network.parameters(), *network.buffers()))
+    assert one.size_bytes <= copy.size_bytes <= one.size_bytes + tensors * host_copy.ALIGNMENT
+    machine.get("vits")
+    model_cache.evict_others("")
+    assert one.host is copy
+    after = [each for _, network in one.networks() for each in network.parameters()]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+
+
+def test_a_copy_of_a_model_on_the_device_goes_before_a_model_that_is_offloaded(machine: Machine) -> None:
+    machine.room = Budget(GB, GB)
+    one, two = machine.get("vits"), machine.get("vits.2")
+    model_cache.evict_others("")
+    machine.get("vits")
+    three = machine.get("vits.3")
+    assert one.host is not None
+    machine.room = Budget(GB, one.host_bytes + two.host_bytes)
+    model_cache.evict_others("vits")
+    assert three.host is not None
+    assert one.host is None, "it is on the device"
+    assert where() == (["vits"], ["vits.2", "vits.3"])
 
 
 def test_a_changed_table_entry_is_another_model(machine: Machine) -> None:

@@ -264,7 +264,7 @@ from importlib.util import find_spec
 
 class Small(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "diffusers.models.autoencoders.autoencoder_kl":
+        if name != "diffusers.models.unets.unet_2d_condition":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -272,12 +272,12 @@ class Small(MetaPathFinder):
         def loaded(module):
             load(module)
             import torch
-            decode = module.AutoencoderKL.decode
+            forward = module.UNet2DConditionModel.forward
             def small(self, latents, *args, **options):
-                if len(latents) > 2:
+                if len(latents) > 4:  # guidance doubles them
                     raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
-                return decode(self, latents, *args, **options)
-            module.AutoencoderKL.decode = small
+                return forward(self, latents, *args, **options)
+            module.UNet2DConditionModel.forward = small
         spec.loader.exec_module = loaded
         return spec
 

@@ -20,7 +20,7 @@ from tests.engines import tiny
 from tests.engines.conftest import ENTRIES, IMAGES, SOUNDS, Result, Studio
 from workers.child import job
 from workers.child.diffusion import engine as diffusion
-from workers.child.diffusion import model_cache, previews
+from workers.child.diffusion import loading, model_cache, previews
 from workers.child.diffusion.previews import CallSize, ColourMap, Previewer
 from workers.protocol import FromChild, Preview, Step
 
@@ -144,7 +144,7 @@ def test_a_map_shows_the_colours_of_a_picture_that_it_was_not_fitted_to() -> Non
 def trained() -> Any:
     """Return a small VAE with a little training."""
     torch.manual_seed(0)
-    vae = model_cache.library_class("AutoencoderKL")(
+    vae = loading.library_class("AutoencoderKL")(
         block_out_channels=[8, 16],
         norm_num_groups=4,
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -245,7 +245,7 @@ def test_a_scheduler_without_estimates_has_no_previews_and_renders_as_ever(
 
 def test_a_tiny_autoencoder_of_the_table_makes_the_previews(studio: Studio, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(job, "PREVIEW_INTERVAL_S", 0.0)
-    kind = model_cache.library_class("AutoencoderTiny")
+    kind = loading.library_class("AutoencoderTiny")
     kind(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     ).save_pretrained(folder / "tiny")
@@ -276,7 +276,7 @@ SCHEDULERS = [
     ("name", "config"), SCHEDULERS, ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each.values()))
 )
 def test_with_a_perfect_model_each_step_estimates_the_finished_latents(name: str, config: dict[str, Any]) -> None:
-    scheduler: Any = model_cache.library_class(f"{name}Scheduler")(**config)
+    scheduler: Any = loading.library_class(f"{name}Scheduler")(**config)
     scheduler.set_timesteps(8)
     chance = torch.Generator().manual_seed(1)
     wanted, noise = torch.randn(2, 1, 4, 6, 6, generator=chance)
@@ -296,7 +296,7 @@ def test_with_a_perfect_model_each_step_estimates_the_finished_latents(name: str
             scheduler.step(output, at, sample, return_dict=False)
     assert len(estimates) == len(scheduler.timesteps)
     assert max(float((each - wanted).abs().max()) for each in estimates) < 1e-3
-    assert type(scheduler) is model_cache.library_class(f"{name}Scheduler")
+    assert type(scheduler) is loading.library_class(f"{name}Scheduler")
 
 
 def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -> tuple[Tensor, Any, Any]:
@@ -311,7 +311,7 @@ def noisy(scheduler: Any, wanted: Tensor, noise: Tensor, at: Any, number: int) -
 
 
 def test_a_copy_of_a_scheduler_steps_by_itself() -> None:
-    scheduler: Any = model_cache.library_class("FlowMatchEulerDiscreteScheduler")()
+    scheduler: Any = loading.library_class("FlowMatchEulerDiscreteScheduler")()
     scheduler.set_timesteps(4)
     estimates: list[Tensor] = []
     with previews.latent_estimates(scheduler, lambda: True, estimates.append):

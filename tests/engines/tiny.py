@@ -34,6 +34,27 @@ def t5_tokenizer() -> tuple[Any, int]:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=128), len(pieces)
 
 
+def sentencepiece(folder: Path) -> None:
+    """Replace the files of a T5 tokenizer by a spiece.model alone."""
+    import sentencepiece as library
+
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "model_max_length": 128, "extra_ids": 0}')
+    with (folder / "spiece.model").open("wb") as model:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a lighthouse in a storm", "zebras jump; waltz quiz"] * 20),
+            model_writer=model,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+
+
 def qwen_tokenizer() -> tuple[Any, int]:
     """A byte-level BPE without merges; ZImage, Flux.2 and Qwen-Image call apply_chat_template on theirs."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -375,7 +396,7 @@ def animatediff(path: Path) -> None:
 
 
 def stable_audio(path: Path) -> None:
-    from diffusers import AutoencoderOobleck, EDMDPMSolverMultistepScheduler, StableAudioDiTModel, StableAudioPipeline
+    from diffusers import AutoencoderOobleck, CosineDPMSolverMultistepScheduler, StableAudioDiTModel, StableAudioPipeline
     from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 
     t5, tv = t5_tokenizer()
@@ -393,9 +414,9 @@ def stable_audio(path: Path) -> None:
             global_states_input_dim=8,
             cross_attention_dim=4,
         ),
-        scheduler=EDMDPMSolverMultistepScheduler(
-            solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
-        ),
+        scheduler=CosineDPMSolverMultistepScheduler(
+            sigma_min=0.3, sigma_max=500, sigma_data=1.0, sigma_schedule="exponential", prediction_type="v_prediction"
+        ),  # that of the real one; it needs torchsde
         vae=AutoencoderOobleck(
             encoder_hidden_size=6,
             downsampling_ratios=[4, 4, 8],

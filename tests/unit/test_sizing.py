@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -78,15 +77,6 @@ def test_images_stand_in_order_within_the_clip_and_the_first_at_its_begin(count:
     assert frames_of_images == sorted(frames_of_images)
     assert frames_of_images[0] == 0
     assert all(frame < frames and frame % step == 0 for frame in frames_of_images)
-
-
-@given(st.integers(1, 300), st.sampled_from([8.0, 16.0, 24.0]), st.integers(1, 300), st.sampled_from([Fraction(24), Fraction(24000, 1001)]))
-def test_each_frame_shows_the_picture_of_its_moment(rendered: int, fps: float, wanted: int, rate: Fraction) -> None:
-    sources = sizing.source_frames(rendered, fps, wanted, rate)
-    assert len(sources) == wanted
-    assert sources == sorted(sources)
-    for frame, picture in enumerate(sources):
-        assert picture == rendered - 1 or picture <= float(frame / rate) * fps + 1e-6 < picture + 1
 
 
 def test_a_picture_is_cut_evenly_to_the_aspect_and_never_stretched() -> None:

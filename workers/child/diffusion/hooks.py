@@ -21,12 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from workers.child.diffusion import previews
 from workers.child.diffusion.loaded import Loaded, networks
+from workers.child.diffusion.oom import Fallback
+from workers.child.diffusion.placement import Placement
 from workers.child.diffusion.prompt_cache import PromptCache
 from workers.child.job import Job
 
 STAGES = ("", "encode", "denoise", "decode")
 _DENOISERS = ("transformer", "unet", "prior", "decoder_pipe")
-_DECODERS = ("vae", "vqvae", "vocoder", "audio_vae")
+_DECODERS = ("vae", "vqvae", "vocoder", "audio_vae", "diffusion_decoder")
 
 
 def stage_of(name: str) -> str:
@@ -43,15 +45,23 @@ class PipelineHooks:
     """
 
     def __init__(
-        self, job: Job, pipe: Any, part: tuple[int, int] = (0, 1), loaded: Loaded | None = None, arguments: Mapping[str, Any] | None = None
+        self,
+        job: Job,
+        pipe: Any,
+        part: tuple[int, int] = (0, 1),
+        loaded: Loaded | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """`part` is the number of this call and how many calls the run makes.
 
         Only the first call has the stage "encode", only the last "decode". With the `loaded` model and the call's `arguments`, cached
-        prompts are not encoded again, and previews are sent.
+        prompts are not encoded again, and previews are sent. With a `fallback`, a decode for which memory does not suffice is repeated
+        with the same latents.
         """
         self.stage_seconds: dict[str, float] = {}
         self._loaded = loaded
+        self._fallback = fallback
         arguments = arguments or {}
         self._size = previews.CallSize(arguments.get("width"), arguments.get("height"), arguments.get("num_frames"))
         self._pending: list[tuple[Job, previews.PendingPreview]] = []
@@ -72,6 +82,10 @@ class PipelineHooks:
         if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
             self._pipe.encode_prompt = self._caching(self._pipe.encode_prompt, self._loaded.prompt_cache)
             self._patches.callback(delattr, self._pipe, "encode_prompt")
+        if self._fallback is not None:
+            for decoder in _decoders(self._pipe):
+                decoder.decode = self._repeating(decoder.decode, self._fallback)
+                self._patches.callback(delattr, decoder, "decode")
         scheduler = getattr(self._pipe, "scheduler", None)
         if self._loaded is not None and self._loaded.previewer is not None and hasattr(scheduler, "step"):
             receive = partial(self._decode_previews, self._loaded.previewer)
@@ -87,6 +101,9 @@ class PipelineHooks:
         self._patches.close()
         del self._pipe.progress_bar
         reset(self._pipe)
+        if error is not None and self._loaded is not None and self._loaded.place is Placement.GROUPS:
+            self._loaded.stop_streaming()  # groups that were on their way are where the error left them
+            self._loaded.stream_groups(self._job.device)
 
     def step(self, step: int, steps: int) -> None:
         """Report a finished denoising step."""
@@ -104,6 +121,15 @@ class PipelineHooks:
             return answer
 
         return cached_encode
+
+    def _repeating(self, decode: Callable[..., Any], fallback: Fallback) -> Callable[..., Any]:
+        """Wrap a decoder's `decode` with the OOM fallback."""
+
+        @functools.wraps(decode)
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            return fallback.call(lambda: decode(*args, **kwargs), decodes=True)
+
+        return repeated
 
     def _send_previews(self) -> bool:
         """Send the previews of earlier steps, and return whether the next step is to be previewed.
@@ -174,6 +200,13 @@ class _ProgressBar:
         pass
 
     set_description = close = set_postfix
+
+
+def _decoders(pipe: Any) -> Iterator[Any]:
+    """Yield the networks of a pipeline that have a method `decode`."""
+    for name, network in networks(pipe):
+        if stage_of(name) == "decode" and callable(getattr(network, "decode", None)):
+            yield network
 
 
 def _hooked(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,16 +1,20 @@
-"""A model in memory: its pipelines, and what is remembered with them until it is unloaded."""
+"""A model in memory: its pipelines, where its weights lie, and what is remembered with them until it is unloaded."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from movieq.models.table import Model
+from workers.child.diffusion.host_copy import HostCopy, size_bytes
+from workers.child.diffusion.placement import Needs, Placement, stays_on_device
 from workers.child.diffusion.previews import Previewer
 from workers.child.diffusion.prompt_cache import PromptCache
+
+_GROUP_HOOKS: Final = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+"""The names under which diffusers registers the hooks of group offloading; it has no function that removes them."""
 
 
 class Loaded:
@@ -19,11 +23,24 @@ class Loaded:
     `tokenizer` is that of a speech model; for a model that clones voices it is the processor, which also encodes the voice sample.
     """
 
-    def __init__(self, entry: Model, pipe: Any, image_pipe: Any, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        entry: Model,
+        pipe: Any,
+        image_pipe: Any,
+        tokenizer: Any = None,
+        *,
+        place: Placement = Placement.WHOLE,
+        needs: Needs,
+    ) -> None:
         self.entry = entry
         self.tokenizer = tokenizer
         self.pipe = pipe
         self.image_pipe = image_pipe
+        self.place = place
+        self.needs = needs
+        self.host: HostCopy | None = None
+        """The copy of its weights in host memory, once there is one."""
         self.stage_seconds: dict[str, float] = {}
         """How long each stage took in the last run: the weights of the next run's plan."""
         self.prompt_cache = PromptCache()
@@ -31,30 +48,95 @@ class Loaded:
         """Decodes previews from its latents; None if the model has no previews."""
 
     @property
+    def required_bytes(self) -> int:
+        """The device memory that it needs to run: weights and activations."""
+        return self.needs.whole if self.place is Placement.WHOLE else self.needs.groups
+
+    @property
     def size_bytes(self) -> int:
         """The size of its weights."""
-        return sum(tensor.nbytes for network in self._networks() for tensor in (*network.parameters(), *network.buffers()))
+        return sum(each.nbytes for each in self._tensors())
 
-    def move(self, device: str) -> None:
-        """Move its weights to `device`, or with "cpu" to host memory, pinned where CUDA is available.
+    @property
+    def device_bytes(self) -> int:
+        """The device memory that its weights take while it is on the device and does not run."""
+        if self.place is Placement.WHOLE:
+            return self.size_bytes
+        return sum(each.nbytes for each in self._tensors(resident=True))
 
-        A pipeline with CPU offload hooks keeps its weights in host memory already and is left alone.
-        """
-        if getattr(self.pipe or self.image_pipe, "_all_hooks", None):
-            return
-        for network in self._networks():
-            network.to(device, non_blocking=device != "cpu")
-            if device == "cpu" and torch.cuda.is_available():
-                with contextlib.suppress(RuntimeError):  # no more memory can be pinned: the next copy is slower
-                    for tensor in (*network.parameters(), *network.buffers()):
-                        tensor.data = tensor.data.pin_memory()
+    @property
+    def copy_bytes(self) -> int:
+        """The host memory that a copy of its weights takes."""
+        return size_bytes(self._tensors())
 
-    def _networks(self) -> list[nn.Module]:
-        """Its networks, each once: the two pipelines share theirs."""
-        found = [network for pipe in (self.pipe, self.image_pipe) if pipe is not None for _, network in networks(pipe)]
+    @property
+    def host_bytes(self) -> int:
+        """The host memory that the copy of its weights takes now: 0 if there is none."""
+        return self.host.size_bytes if self.host else 0
+
+    def leave_device(self) -> None:
+        """Let the weights lie in host memory alone, in their copy, which is made if there is none yet."""
+        if self.host is None:
+            self.host = HostCopy(self._tensors())
+        self.host.move_here()
+
+    def enter_device(self, device: str) -> None:
+        """Bring the weights to the device from their copy: all, or those that stay there while groups of layers come and go."""
+        assert self.host is not None
+        self.host.move_to(device, self._tensors(resident=self.place is Placement.GROUPS))
+
+    def stream_groups(self, device: str) -> None:
+        """Hold the weights in host memory from now on, and copy groups of layers to the device while others compute."""
+        from diffusers.hooks.group_offloading import apply_group_offloading
+
+        self.place = Placement.GROUPS
+        self.leave_device()
+        self.enter_device(device)
+        cuda = device.startswith("cuda")
+        for name, network in self.networks():
+            if not stays_on_device(name):
+                apply_group_offloading(
+                    network,
+                    onload_device=torch.device(device),
+                    offload_type="leaf_level",
+                    use_stream=cuda,
+                    record_stream=cuda,
+                    low_cpu_mem_usage=True,  # else it makes a copy of its own
+                )
+
+    def stop_streaming(self) -> None:
+        """End `stream_groups`: the weights lie in host memory, and the model is to be on the device as a whole again."""
+        from diffusers.hooks.hooks import HookRegistry
+
+        for _, network in self.networks():
+            registry = HookRegistry.check_if_exists_or_initialize(network)
+            for hook in _GROUP_HOOKS:
+                registry.remove_hook(hook, recurse=True)
+        self.place = Placement.WHOLE
+        self.leave_device()
+
+    def close(self) -> None:
+        """Unlock the copy in host memory, before the model is dropped."""
+        if self.host is not None:
+            self.host.close()
+            self.host = None
+
+    def drop_host_copy(self) -> None:
+        """Free the copy in host memory of a model that lies on the device."""
+        if self.place is Placement.WHOLE:
+            self.close()
+
+    def networks(self) -> list[tuple[str, nn.Module]]:
+        """Return its networks with their component names, each once: the two pipelines share theirs."""
+        found = [each for pipe in (self.pipe, self.image_pipe) if pipe is not None for each in networks(pipe)]
         if self.previewer is not None and self.previewer.tiny_vae is not None:
-            found.append(self.previewer.tiny_vae)
-        return list({id(network): network for network in found}.values())
+            found.append(("preview_vae", self.previewer.tiny_vae))
+        return list({id(network): (name, network) for name, network in found}.values())
+
+    def _tensors(self, *, resident: bool = False) -> list[Tensor]:
+        """Return its weights, or only those that stay on the device while groups of layers come and go."""
+        networks = [network for name, network in self.networks() if not resident or stays_on_device(name)]
+        return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
 def networks(pipe: Any) -> list[tuple[str, nn.Module]]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-
-from movieq.errors import ModelUnavailable, OutOfMemory
-from movieq.models import weights
-from movieq.models.table import PREVIEW_VAE, Dtype, Model, Weights
+from movieq.errors import ModelUnavailable, OutOfMemory, TaskFault
+from movieq.models.table import Model
 from movieq.tasks.entities import ModelSwaps
-from movieq.tasks.states import PROCESS_AUDIO
-from workers.child.diffusion import eviction, previews
+from workers.child.diffusion import eviction, loading, placement
 from workers.child.diffusion.loaded import Loaded
-from workers.child.job import Job
+from workers.child.diffusion.placement import Placement
+from workers.child.job import Job, device_is_broken, is_out_of_memory
 from workers.faults import public_message
 
 T = TypeVar("T")
@@ -26,8 +22,8 @@ _memory = eviction.ModelMemory()
 def get(job: Job, name: str, entry: Model, device: str) -> Loaded:
     """Return the model, on the device and with room to run. It is not evicted while this run lasts.
 
-    A cancel while it loads ends the process: loading cannot be stopped half way. Raises ModelUnavailable if weights are missing or cannot
-    be loaded, and OutOfMemory if the model does not fit even after every other model was evicted.
+    A cancel while a component loads ends the process: that cannot be stopped half way. Raises ModelUnavailable if weights are missing or
+    cannot be loaded, and OutOfMemory if the model does not fit, which is known before anything of it is loaded.
     """
     _memory.mark_used(job.run.run, name, device)
     loaded = _memory.find(name)
@@ -35,20 +31,50 @@ def get(job: Job, name: str, entry: Model, device: str) -> Loaded:
         if name in _memory.offloaded:
             _retry_alone(name, lambda: _memory.restore(name))
         else:
-            _memory.make_room(eviction.required_bytes(loaded), name)
+            _memory.make_room(loaded.required_bytes, name)
         job.check()
         return loaded
     _memory.remove(name)
-    folders = {source: weights.find(source) for source in weights.sources(entry)}
-    _memory.make_room(int(entry.gpu_memory_gb * 2**30), name)
-    with job.uninterruptible():
-        try:
-            loaded = _retry_alone(name, lambda: _load(entry, device, folders))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-            raise ModelUnavailable(f"{name} cannot be loaded: {public_message(error)}") from error
-    job.check()
+    try:
+        loaded = _load(job, name, entry, device)
+    except TaskFault:
+        raise
+    except Exception as error:  # the libraries raise anything for a damaged or foreign model
+        if device_is_broken(error):
+            raise
+        raise ModelUnavailable(f"{name} cannot be loaded: {public_message(error)}") from error
     _memory.add(name, loaded)
     return loaded
+
+
+def _load(job: Job, name: str, entry: Model, device: str) -> Loaded:
+    """Place the model and load it. If memory runs out even so, load it with its weights in host memory."""
+    found = loading.find(entry)
+    sizes = placement.components(entry, {each: part.folder for each, part in found.parts.items()}, on_cpu=device == "cpu")
+    needs = placement.needs(entry, sizes, on_cpu=device == "cpu")
+    place = placement.choose(name, needs, *_memory.room_for(name))
+
+    def load(place: Placement) -> Loaded:
+        _memory.make_room(needs.whole if place is Placement.WHOLE else needs.groups, name)
+        if place is Placement.GROUPS and not _memory.make_host_room(needs.weights, name):
+            raise OutOfMemory(f"host memory does not suffice for the weights of {name}: {placement.gib(needs.weights)}")
+        with job.uninterruptible():
+            return loading.load(found, needs, place, device, lambda done: job.step("load", done, max(needs.weights, 1)))
+
+    if place is Placement.GROUPS:
+        job.note(f"{name} is larger than the device's memory: its weights stay in host memory, which is slower")
+    try:
+        return load(place)
+    except Exception as error:
+        if not is_out_of_memory(error) or device_is_broken(error) or isinstance(error, TaskFault):
+            raise
+        problem = public_message(error)
+        error.__traceback__ = None  # its frames hold tensors
+    evict_others(name)
+    if place is Placement.GROUPS or not _memory.room_for(name).host:
+        raise OutOfMemory(f"the memory of {device} does not suffice to load {name}: {problem}")
+    job.note(f"out of memory while {name} was loaded: its weights stay in host memory, which is slower")
+    return load(Placement.GROUPS)
 
 
 def find(name: str) -> Loaded | None:
@@ -91,9 +117,26 @@ def evict_others(name: str) -> bool:
     return bool(others)
 
 
+def can_stream_groups(name: str) -> bool:
+    """Whether the model lies on the device as a whole, and host memory has room for its weights; makes that room."""
+    loaded = _memory.on_device.get(name)
+    if loaded is None or loaded.place is not Placement.WHOLE:
+        return False
+    return loaded.host is not None or _memory.make_host_room(loaded.copy_bytes, name)
+
+
+def stop_streaming(name: str) -> None:
+    """End the streaming of groups that a run began when memory ran out; the next run finds the model offloaded."""
+    if (loaded := _memory.find(name)) is not None:
+        loaded.stop_streaming()
+        _memory.note_left(name)
+
+
 def clear() -> None:
     """Remove every model from memory and reset the counts."""
     global _memory
+    for name in (*_memory.on_device, *_memory.offloaded):
+        _memory.remove(name)
     _memory = eviction.ModelMemory()
     eviction.free_memory()
 
@@ -102,76 +145,15 @@ def _retry_alone(name: str, load: Callable[[], T]) -> T:
     """Return what `load` returns; if device memory runs out, evict all other models and try once more. Raises OutOfMemory."""
     try:
         return load()
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error) or device_is_broken(error):
+            raise
         error.__traceback__ = None  # its frames hold tensors
     evict_others(name)
     try:
         return load()
-    except torch.OutOfMemoryError as error:
-        problem = str(error).partition("\n")[0][:200]
+    except Exception as error:
+        if not is_out_of_memory(error) or device_is_broken(error):
+            raise
+        problem = public_message(error)
     raise OutOfMemory(f"the memory of {_memory.device} does not suffice to load {name}: {problem}")
-
-
-def _load(entry: Model, device: str, folders: dict[Weights, Path]) -> Loaded:
-    """Load a model from the folders of its weights onto the device, as its table entry says."""
-    dtype = torch.float32 if device == "cpu" else {
-        Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16
-    }[entry.dtype]  # fmt: skip
-    assert entry.weights is not None
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    name = entry.pipeline or entry.image_pipeline
-    assert name is not None
-    cls = library_class(name)
-    source = folders[entry.weights] / entry.weights.subfolder
-    if entry.languages:
-        model = cls.from_pretrained(source, **options).to(device).eval()
-        tokenizer = library_class("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
-        return Loaded(entry, model, None, tokenizer)
-    components = {part: _component(each, folders[each], options) for part, each in entry.components.items()}
-    tiny_vae = components.pop(PREVIEW_VAE, None)
-    variant = {"variant": entry.weights.variant} if entry.weights.variant else {}
-    pipe = cls.from_pretrained(source, **options, **variant, **components)
-    if entry.scheduler:
-        changed = {key: value for key, value in entry.scheduler.items() if key != "cls"}
-        scheduler_class = library_class(entry.scheduler["cls"]) if "cls" in entry.scheduler else type(pipe.scheduler)
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **changed)
-    pipe = pipe.to(device)
-    if entry.first_block_cache is not None:
-        for part in ("transformer", "transformer_2", "unet"):
-            if (network := getattr(pipe, part, None)) is not None:
-                network.enable_cache(library_class("FirstBlockCacheConfig")(threshold=entry.first_block_cache))
-    if entry.image_pipeline is None:
-        loaded = Loaded(entry, pipe, None)
-    elif entry.image_pipeline == name:
-        loaded = Loaded(entry, pipe if entry.pipeline else None, pipe)
-    else:
-        loaded = Loaded(entry, pipe, library_class(entry.image_pipeline).from_pipe(pipe, dtype=dtype))
-    loaded.previewer = _previewer(entry, pipe, tiny_vae.to(device) if tiny_vae is not None else None)
-    return loaded
-
-
-def _previewer(entry: Model, pipe: Any, tiny_vae: Any) -> previews.Previewer | None:
-    """Return the previewer of a model that renders pictures; None for sound, and for a VAE that previews cannot read."""
-    source = entry.components.get("vae", entry.weights)
-    if set(entry.tasks) == {PROCESS_AUDIO} or source is None or getattr(pipe, "vae", None) is None:
-        return None
-    colours = previews.colour_map(pipe.vae, weights.beside(source, "colours.json"))
-    return previews.Previewer(colours, tiny_vae) if colours is not None else None
-
-
-def _component(source: Weights, folder: Path, options: dict[str, Any]) -> Any:
-    return library_class(source.cls).from_pretrained(folder / source.subfolder, **options)
-
-
-def library_class(name: str) -> Any:
-    """Return a class of diffusers or transformers by name. Raises ModelUnavailable if neither has it."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    for library in (diffusers, transformers):
-        try:
-            return getattr(library, name)
-        except AttributeError:
-            continue
-    raise ModelUnavailable(f"neither diffusers {diffusers.__version__} nor transformers {transformers.__version__} has a class {name!r}")

@@ -70,12 +70,6 @@ def image_frames(count: int, frames: int, step: int) -> list[int]:
     return [number * frames // count // step * step for number in range(count)]
 
 
-def source_frames(rendered: int, rendered_fps: float, wanted: int, wanted_rate: Fraction) -> list[int]:
-    """Return for each wanted frame the rendered frame of the same moment: nearest earlier, never past the last."""
-    per_frame = Fraction(rendered_fps).limit_denominator(1001) / wanted_rate
-    return [min(rendered - 1, math.floor(number * per_frame)) for number in range(wanted)]
-
-
 def scale_and_crop(picture: Image.Image, wanted: tuple[int, int]) -> Image.Image:
     """Scale the picture to fill exactly these sides; what does not fit the aspect is cropped evenly at both ends."""
     if picture.size == wanted:

@@ -12,8 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from movieq.errors import InvalidInput, UnsupportedParameter
-from movieq.models.table import Model
+from movieq.errors import InvalidInput
 from movieq.tasks.params import AudioParams
 from workers.child.diffusion.hooks import PipelineHooks
 from workers.child.diffusion.loaded import Loaded
@@ -35,21 +34,11 @@ MAX_CHARACTERS: Final = 400
 """The longest text that is synthesized in one call."""
 
 
-def check(job: Job, entry: Model, params: AudioParams) -> None:
-    """Raise UnsupportedParameter for what this model cannot do, before it is loaded; warn about parameters that it ignores."""
-    primary = params.language.lower().replace("_", "-").partition("-")[0]
-    if primary not in entry.languages:
-        raise UnsupportedParameter(f"task_data.language: {job.run.model} speaks {', '.join(entry.languages)}, got {params.language!r}")
-    if params.character_voice_profile and not entry.voices:
-        raise UnsupportedParameter(
-            f"task_data.character_voice_profile: {job.run.model} has a voice of its own and cannot take on that of a sample; "
-            "leave it out, or ask for a model that can (`movieq models list` shows which)"
-        )
-    job.warnings += [
-        f"{name} is not used: {job.run.model} reads the text alone"
-        for name in ("emotion", "pace", "background_noise")
-        if getattr(params, name)
-    ]
+def warn(job: Job, params: AudioParams) -> None:
+    """Warn about the parameters that speech models ignore."""
+    for name in ("emotion", "pace", "background_noise"):
+        if getattr(params, name):
+            job.warn(f"{name} is not used: {job.run.model} reads the text alone")
 
 
 def synthesize(job: Job, loaded: Loaded, params: AudioParams) -> tuple[Samples, int]:

@@ -1,0 +1,143 @@
+"""Builds the repository of a shipped model from its record, with every dimension shrunk and everything else as it is.
+
+A record (`records/*.json`) says what lies in the real repository: classes, configs, schedulers, tokenizers, files. Weights are random. So a
+class, a library or an argument that the real one needs is needed here too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from tests.engines import tiny
+
+RECORDS: Final = Path(__file__).parent / "records"
+TEXT: Final = 32
+"""Width of every text encoder."""
+_TEXT_ENCODER: Final = {
+    "hidden_size": TEXT, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2,
+    "max_position_embeddings": 512, "layer_types": None, "max_window_layers": 2,
+}  # fmt: skip
+_T5: Final = {"d_model": TEXT, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+SHRUNK: Final[dict[str, dict[str, Any]]] = {
+    "ZImageTransformer2DModel": {"dim": 64, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "axes_dims": [8, 12, 12], "cap_feat_dim": TEXT},
+    "FluxTransformer2DModel": {
+        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT,
+        "pooled_projection_dim": TEXT, "axes_dims_rope": [4, 4, 8],
+    },
+    "Flux2Transformer2DModel": {
+        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 3 * TEXT,
+        "axes_dims_rope": [4, 4, 4, 4], "timestep_guidance_channels": 16,
+    },
+    "WanTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": TEXT, "freq_dim": 16,
+    },
+    "LTXVideoTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2, "caption_channels": TEXT,
+    },
+    "StableAudioDiTModel": {
+        "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "num_key_value_attention_heads": 1, "cross_attention_dim": TEXT,
+        "cross_attention_input_dim": TEXT, "global_states_input_dim": 2 * TEXT, "time_proj_dim": 16,
+    },
+    "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": TEXT},
+    "AutoencoderKL": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
+    "AutoencoderKLFlux2": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
+    "AutoencoderKLWan": {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1},
+    "AutoencoderKLLTXVideo": {
+        "block_out_channels": [4, 8, 16, 32, 64], "decoder_block_out_channels": [8, 16, 32], "layers_per_block": [1] * 5,
+        "decoder_layers_per_block": [1] * 4,
+    },
+    "AutoencoderOobleck": {"encoder_hidden_size": 2, "decoder_channels": 2},
+    "Qwen3Model": _TEXT_ENCODER,
+    "Qwen3ForCausalLM": {**_TEXT_ENCODER, "num_hidden_layers": 28},  # klein reads its layers 9, 18 and 27
+    "UMT5EncoderModel": _T5,
+    "T5EncoderModel": _T5,
+    "CLIPTextModel": {
+        "hidden_size": TEXT, "intermediate_size": 40, "num_attention_heads": 4, "num_hidden_layers": 2, "projection_dim": TEXT,
+    },
+}  # fmt: skip
+"""Class -> its dimensions. Numbers that other components must match (channels of latents, sample rates) are the real ones."""
+LISTED: Final = (
+    "z-image-turbo",
+    "flux2-klein-4b",
+    "flux-schnell",
+    "ltx-video",
+    "wan22-ti2v-5b",
+    "wan22-i2v",
+    "wan22-t2v",
+    "stable-audio-open",
+)
+"""The records that are complete enough to build."""
+
+
+def record(name: str) -> dict[str, Any]:
+    """Return the record of a model."""
+    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text("utf-8"))
+    return found
+
+
+def build(name: str, folder: Path) -> None:
+    """Write the model's repository: model_index.json, and each component with its config and its kind of files."""
+    torch.manual_seed(0)
+    found = record(name)
+    index = dict(found["model_index"])
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    vocabulary: dict[str, Any] = {}
+    for part in sorted(index, key=lambda part: not part.startswith("tokenizer")):
+        if not isinstance(index[part], list) or index[part][0] is None:
+            continue
+        listed = found["components"][part]
+        if part.startswith("tokenizer"):
+            vocabulary[part.replace("tokenizer", "text_encoder")] = _tokenizer(index[part][1], listed.get("files") or [], folder / part)
+        elif part == "scheduler":
+            _scheduler(listed["config"], folder / part)
+        else:
+            _weights(index[part], listed, vocabulary.get(part), folder / part)
+
+
+def _weights(listed: list[str], component: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    library, name = listed
+    module = importlib.import_module(library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}")
+    cls = getattr(module, name)
+    config = {key: value for key, value in (component.get("config") or {}).items() if not key.startswith("_") and key != "note"}
+    config |= SHRUNK[name]
+    if library == "transformers":
+        size, special = tokenizer
+        config |= {"vocab_size": size, **special}
+        model = cls(cls.config_class(**{key: value for key, value in config.items() if value is not None}))
+    else:
+        model = cls.from_config(config)
+    with torch.no_grad():
+        for each in model.parameters():
+            if not each.isfinite().all() or each.abs().max() > 1e3:  # left as they were in memory
+                each.zero_()
+    shards = len(component.get("shards") or [1])
+    size = sum(each.nbytes for each in model.state_dict().values())
+    model.save_pretrained(folder, **({"max_shard_size": size // shards + 1} if shards > 1 else {}))
+
+
+def _scheduler(config: dict[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+
+
+def _tokenizer(name: str, files: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
+    """Write a tokenizer of this class with a vocabulary of single characters; return its size and its special tokens."""
+    if name.startswith("CLIP"):
+        tokenizer, size = tiny.clip_tokenizer()
+        special = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+    elif name.startswith("Qwen2"):
+        tokenizer, size = tiny.qwen_tokenizer()
+        special = {"bos_token_id": size - 3, "eos_token_id": size - 1}
+    else:
+        tokenizer, size = tiny.t5_tokenizer()
+        special = {"pad_token_id": 0, "eos_token_id": 1}
+    tokenizer.save_pretrained(folder)
+    if files and "tokenizer.json" not in files and "spiece.model" in files:
+        tiny.sentencepiece(folder)
+    return size, special

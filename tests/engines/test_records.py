@@ -1,0 +1,145 @@
+"""Each shipped model is pulled from a repository like its real one, loaded by the real engine process, and makes a result."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import av
+import msgspec
+import pytest
+from PIL import Image
+
+from movieq.models import table
+from movieq.models.table import Engine, Images, Model
+from tests.engines import recorded
+from tests.engines.hub import hub
+from tests.engines.test_served import body
+from tests.service import Service, service
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+SHIPPED: Final = {name: model for name, model in table.load().items() if model.engine == Engine.DIFFUSERS}
+TASKS: Final[dict[str, dict[str, Any]]] = {
+    "generate_image": {"prompt": "a lighthouse in a storm", "resolution": "128x64", "format": "png"},
+    "generate_video": {"prompt": "a lighthouse in a storm", "duration": 1, "resolution": "128x64", "fps": 24},
+    "process_audio": {"prompt": "rain on a roof", "duration": 1, "output_format": "wav"},
+}
+STEPS: Final = 2
+
+
+def small(model: Model) -> dict[str, Any]:
+    """Return the entry as the table of a file has it, for small results: real sizes take a GPU."""
+    found: dict[str, Any] = msgspec.to_builtins(model)
+    found["limits"] |= {"pixels": [1, 128 * 64], "frames": min(model.limits.frames, 25)}
+    found["defaults"]["steps"] = STEPS
+    return found
+
+
+def toml(value: Any) -> str:
+    """Return a value in TOML."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return f'"{value}"'
+        case list() | tuple():
+            return f"[{', '.join(map(toml, value))}]"
+        case dict():
+            return f"{{ {', '.join(f'{name} = {toml(each)}' for name, each in value.items() if each is not None)} }}"
+    return str(value)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Yield a service whose models have been pulled from hubs with their recorded repositories."""
+    folder = tmp_path_factory.mktemp("records")
+    entries = {name: small(SHIPPED[name]) for name in recorded.LISTED}
+    lines = [
+        f"[{name}]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in entry.items() if value is not None)
+        for name, entry in entries.items()
+    ]
+    (folder / "models.toml").write_text("\n".join(lines))
+    for name in recorded.LISTED:
+        recorded.build(name, folder / "repositories" / name)
+        asyncio.run(pull(folder, name))
+    with service(folder, MOVIEQ_MODELS=str(folder / "models.toml"), HF_HOME=str(folder / "hf")) as started:
+        yield started
+
+
+async def pull(folder: Path, name: str) -> None:
+    """Run `movieq models pull` against a hub that serves the model's repository at its revision."""
+    source = SHIPPED[name].weights
+    assert source is not None
+    assert source.revision is not None
+    async with hub(folder / "repositories" / name, source.repository, source.revision) as served:
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("MOVIEQ_", "HF_"))},
+            "MOVIEQ_MODELS": str(folder / "models.toml"),
+            "HF_ENDPOINT": served.url,
+            "HF_HOME": str(folder / "hf"),
+        }
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "movieq.cli", "models", "pull", name),
+            cwd=folder,
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, error = await asyncio.wait_for(process.communicate(), 100)
+        assert process.returncode == 0, error.decode()
+
+
+@pytest.mark.parametrize("name", recorded.LISTED)
+def test_an_entry_has_the_repository_and_the_commit_of_its_record(name: str) -> None:
+    found, entry = recorded.record(name), SHIPPED[name]
+    assert entry.weights is not None
+    assert (entry.weights.repository, entry.weights.revision) == (found["repository"], found["revision"])
+
+
+@pytest.mark.parametrize("name", recorded.LISTED)
+async def test_a_shipped_model_makes_a_result(running: Service, name: str) -> None:
+    model = SHIPPED[name]
+    task_type = next(each for each in TASKS if each in model.tasks)
+    task = {**TASKS[task_type], "model": name, "seed": 3}
+    stills = [await running.upload(still(colour)) for colour in ("#806040", "#204080")]
+    field = {"generate_image": "reference_images", "generate_video": "storyboard_images"}.get(task_type)
+    results = []
+    for images in [[], stills[:1], stills]:
+        if (images and (field is None or model.images is None)) or (not images and model.pipeline is None):
+            continue
+        ended = await running.ended(await running.submit(task_type, {**task, **({field: images} if field and images else {})}))
+        assert ended["status"] == "completed", ended["error"]
+        metadata = ended["result"]["metadata"]
+        assert (metadata["model"], metadata["steps"], metadata["revision"]) == (name, STEPS, model.weights and model.weights.revision)
+        results.append(await body(ended["result"]["media_url"]))
+    if field is not None:
+        assert all(measured(each) == (128, 64) for each in results)
+    if model.images not in (None, Images.REDRAW):
+        assert results[-1] != results[-2], "the second image changes the result"
+
+
+def still(colour: str) -> bytes:
+    picture = io.BytesIO()
+    Image.effect_mandelbrot((320, 160), (-2, -1, 1, 1), 20).convert("RGB").point(lambda value: value // 2).save(picture, "PNG")
+    ground = Image.new("RGB", (320, 160), colour)
+    ground.paste(Image.open(picture), (0, 0), Image.open(picture).convert("L"))
+    found = io.BytesIO()
+    ground.save(found, "PNG")
+    return found.getvalue()
+
+
+def measured(content: bytes) -> tuple[int, int]:
+    """Return the width and height of a picture or a clip."""
+    if content.startswith(b"\x89PNG"):
+        return Image.open(io.BytesIO(content)).size
+    with av.open(io.BytesIO(content)) as container:
+        return container.streams.video[0].width, container.streams.video[0].height
