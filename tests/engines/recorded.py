@@ -13,7 +13,9 @@ from typing import Any, Final
 
 import torch
 
+from movieq.models.table import Dtype, Model
 from tests.engines import tiny
+from workers.child.diffusion.placement import Component, component
 
 RECORDS: Final = Path(__file__).parent / "records"
 TEXT: Final = 32
@@ -61,6 +63,7 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 """Class -> its dimensions. Numbers that other components must match (channels of latents, sample rates) are the real ones."""
+BYTES: Final = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2}
 LISTED: Final = (
     "z-image-turbo",
     "flux2-klein-4b",
@@ -100,12 +103,39 @@ def build(name: str, folder: Path) -> None:
             _weights(index[part], listed, vocabulary.get(part), folder / part)
 
 
-def _weights(listed: list[str], component: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+def sizes(name: str, entry: Model) -> dict[str, Component]:
+    """Return the sizes of the real model's components as they are loaded on a GPU, from their configs and without any memory."""
+    from accelerate import init_empty_weights
+
+    found = record(name)
+    components = {}
+    for part, listed in found["model_index"].items():
+        if not isinstance(listed, list) or listed[0] is None or part == "scheduler" or part.startswith("tokenizer"):
+            continue
+        cls, config = _class(listed), _config(found["components"][part])
+        with init_empty_weights():
+            model = cls(cls.config_class(**config)) if listed[0] == "transformers" else cls.from_config(config)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        width = BYTES[entry.dtypes.get(part, entry.dtype)]
+        components[part] = component([(name, each.numel() * width) for name, each in model.named_parameters()])
+    return components
+
+
+def _class(listed: list[str]) -> Any:
     library, name = listed
-    module = importlib.import_module(library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}")
-    cls = getattr(module, name)
-    config = {key: value for key, value in (component.get("config") or {}).items() if not key.startswith("_") and key != "note"}
-    config |= SHRUNK[name]
+    return getattr(importlib.import_module(library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"), name)
+
+
+def _config(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the component's config without what is about the file itself."""
+    return {key: value for key, value in recorded["config"].items() if not key.startswith("_") and value is not None}
+
+
+def _weights(listed: list[str], recorded: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    library, name = listed
+    cls = _class(listed)
+    config = _config(recorded) | SHRUNK[name]
     if library == "transformers":
         size, special = tokenizer
         config |= {"vocab_size": size, **special}
@@ -116,7 +146,7 @@ def _weights(listed: list[str], component: dict[str, Any], tokenizer: Any, folde
         for each in model.parameters():
             if not each.isfinite().all() or each.abs().max() > 1e3:  # left as they were in memory
                 each.zero_()
-    shards = len(component.get("shards") or [1])
+    shards = len(recorded.get("shards") or [1])
     size = sum(each.nbytes for each in model.state_dict().values())
     model.save_pretrained(folder, **({"max_shard_size": size // shards + 1} if shards > 1 else {}))
 

@@ -46,6 +46,13 @@ def test_components_have_the_dtypes_of_the_entry_and_a_second_pipeline_changes_n
     assert loaded.image_pipe.config.boundary_ratio == loaded.pipe.config.boundary_ratio == 0.9
 
 
+def test_the_text_encoder_of_wan_has_its_embeddings(studio: Studio) -> None:
+    """They lie in the file once, under another name; some releases of transformers left them random, without an error."""
+    loaded = model_cache.get(studio.job("wan", print, prompt="x"), "wan", studio.entry("wan"), "cpu")
+    encoder = loaded.pipe.text_encoder
+    assert torch.equal(encoder.encoder.embed_tokens.weight, encoder.shared.weight)
+
+
 def test_loading_reports_each_component(studio: Studio) -> None:
     sent: list[FromChild] = []
     entry = studio.entry("flux")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ import msgspec
 import pytest
 from PIL import Image
 
+import movieq
+from movieq.errors import OutOfMemory
 from movieq.models import table
 from movieq.models.table import Engine, Images, Model
 from tests.engines import recorded
 from tests.engines.hub import hub
 from tests.engines.test_served import body
 from tests.service import Service, service
+from workers.child.diffusion import placement
+from workers.child.diffusion.placement import Placement
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -143,3 +148,34 @@ def measured(content: bytes) -> tuple[int, int]:
         return Image.open(io.BytesIO(content)).size
     with av.open(io.BytesIO(content)) as container:
         return container.streams.video[0].width, container.streams.video[0].height
+
+
+PLACED: Final = {
+    "z-image-turbo": "GGWWWW",
+    "flux2-klein-4b": "GGWWWW",
+    "flux-schnell": "GGGWWW",
+    "ltx-video": "-GWWWW",
+    "wan22-ti2v-5b": "--GWWW",
+    "wan22-i2v": "--GGWW",
+    "wan22-t2v": "--GGWW",
+    "stable-audio-open": "WWWWWW",
+}
+"""Where each model lies on GPUs of 12, 16, 24, 48, 80 and 141 GiB, with 256 GiB of host memory: Whole, in Groups, or nowhere (-)."""
+
+
+@pytest.mark.parametrize("name", recorded.LISTED)
+def test_a_model_of_real_size_is_placed_on_a_gpu_of_any_size_as_the_guide_says(name: str) -> None:
+    needs = placement.needs(SHIPPED[name], recorded.sizes(name, SHIPPED[name]), on_cpu=False)
+    found = ""
+    for device_gib in (12, 16, 24, 48, 80, 141):
+        try:
+            place = placement.choose(name, needs, device_gib * placement.GIB, 256 * placement.GIB)
+        except OutOfMemory:
+            found += "-"
+        else:
+            found += {Placement.WHOLE: "W", Placement.GROUPS: "G"}[place]
+    assert found == PLACED[name]
+    whole, groups, host = (math.ceil(each / placement.GIB) for each in (needs.whole, needs.groups, needs.weights))
+    guide = (Path(movieq.__file__).parent / "web" / "docs" / "models.md").read_text("utf-8")
+    (row,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
+    assert f"| {whole} GiB | {groups} and {host} GiB |" in row

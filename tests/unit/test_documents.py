@@ -144,7 +144,7 @@ def test_the_reference_lists_every_error_code_of_a_task() -> None:
 
 def test_the_models_page_lists_the_shipped_table() -> None:
     table = guide("models").read_text().partition("## The shipped table")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \| (?:(\d+) GB|none) \| (.*?) \|$", table, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \| (?:(\d+) GiB|none) \| .*? ?\| (.*?) \|$", table, re.MULTILINE)
     shipped = models.load()
     assert [row[0] for row in rows] == list(shipped)
     for name, tasks, memory, licence in rows[1:]:

@@ -88,7 +88,7 @@ def test_a_model_is_whole_or_streamed_in_groups_or_refused_with_what_would_fit(
     assert caught.value.message.startswith("wan needs 47.0 GiB of device memory, or 13.0 GiB and 41.0 GiB of host memory; this worker has")
 
 
-def test_the_table_says_what_weights_and_activations_take_together_if_it_says_more() -> None:
+def test_the_table_says_what_weights_and_activations_take_together_if_it_says_more_than_the_weights() -> None:
     parts, large = {"transformer": Component(8 * GIB, GIB)}, msgspec.structs.replace(ENTRY, gpu_memory_gb=24)
     assert placement.needs(ENTRY, parts, on_cpu=False).whole == 10 * GIB
     assert placement.needs(large, parts, on_cpu=False).activations == 16 * GIB

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,7 +22,7 @@ from movieq.models.table import Dtype, Model
 
 GIB: Final = 2**30
 MEMORY_PER_WEIGHT: Final = 1.25
-"""Device memory that a model is assumed to need as a whole, as a multiple of its weights, if the table does not say more."""
+"""Device memory that a model is assumed to need as a whole, as a multiple of its weights, if the table does not say it."""
 IN_FLIGHT: Final = 3
 """Groups of layers on the device at once: one computes, one arrives, one leaves."""
 MAX_HEADER_BYTES: Final = 100 * 2**20
@@ -107,8 +107,8 @@ def gib(count: int) -> str:
 
 def needs(entry: Model, components: Mapping[str, Component], *, on_cpu: bool) -> Needs:
     """Return what a model with these components needs. The table's `gpu_memory_gb` is weights and activations together, on a GPU."""
-    weights = sum(each.weights for each in components.values())
-    whole = max(0 if on_cpu else int(entry.gpu_memory_gb * GIB), int(weights * MEMORY_PER_WEIGHT))
+    weights, said = sum(each.weights for each in components.values()), 0 if on_cpu else int(entry.gpu_memory_gb * GIB)
+    whole = said if said > weights else int(weights * MEMORY_PER_WEIGHT)
     return Needs(dict(components), whole - weights)
 
 
@@ -119,8 +119,13 @@ def components(entry: Model, folders: Mapping[str, Path], *, on_cpu: bool) -> di
         dtype = Dtype.FLOAT32 if on_cpu else entry.dtypes.get(name, entry.dtype)
         tensors = [size for file in weight_files(folder, entry) for size in _tensor_sizes(file, dtype)]
         if tensors:
-            found[name] = Component(sum(size for _, size in tensors), _largest_group(tensors))
+            found[name] = component(tensors)
     return found
+
+
+def component(tensors: Sequence[tuple[str, int]]) -> Component:
+    """Return the sizes of a component from the names and sizes of its tensors."""
+    return Component(sum(size for _, size in tensors), _largest_group(tensors))
 
 
 def weight_files(folder: Path, entry: Model) -> list[Path]:
