@@ -35,6 +35,9 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
         "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 3 * TEXT,
         "axes_dims_rope": [4, 4, 4, 4], "timestep_guidance_channels": 16,
     },
+    "QwenImageTransformer2DModel": {
+        "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT, "axes_dims_rope": [4, 6, 6],
+    },
     "WanTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": TEXT, "freq_dim": 16,
     },
@@ -48,6 +51,7 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
     "StableAudioProjectionModel": {"text_encoder_dim": TEXT, "conditioning_dim": TEXT},
     "AutoencoderKL": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
     "AutoencoderKLFlux2": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
+    "AutoencoderKLQwenImage": {"base_dim": 4, "num_res_blocks": 1},
     "AutoencoderKLWan": {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1},
     "AutoencoderKLLTXVideo": {
         "block_out_channels": [4, 8, 16, 32, 64], "decoder_block_out_channels": [8, 16, 32], "layers_per_block": [1] * 5,
@@ -55,6 +59,16 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
     },
     "AutoencoderOobleck": {"encoder_hidden_size": 2, "decoder_channels": 2},
     "Qwen3Model": _TEXT_ENCODER,
+    "Qwen2_5_VLForConditionalGeneration": {
+        "text_config": {
+            "hidden_size": TEXT, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+            "max_position_embeddings": 2048, "max_window_layers": 2, "layer_types": None,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": TEXT, "fullatt_block_indexes": [1],
+        },
+    },
     "Qwen3ForCausalLM": {**_TEXT_ENCODER, "num_hidden_layers": 28},  # klein reads its layers 9, 18 and 27
     "UMT5EncoderModel": _T5,
     "T5EncoderModel": _T5,
@@ -67,6 +81,7 @@ BYTES: Final = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2}
 LISTED: Final = (
     "z-image-turbo",
     "flux2-klein-4b",
+    "qwen-image-2512",
     "flux-schnell",
     "ltx-video",
     "wan22-ti2v-5b",
@@ -132,14 +147,24 @@ def _config(recorded: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recorded["config"].items() if not key.startswith("_") and value is not None}
 
 
+def _merged(config: dict[str, Any], shrunk: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with shrunk dimensions, also those of configs within it; None takes a value out."""
+    found = dict(config)
+    for key, value in shrunk.items():
+        found[key] = _merged(config.get(key, {}), value) if isinstance(value, dict) else value
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _weights(listed: list[str], recorded: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     library, name = listed
     cls = _class(listed)
-    config = _config(recorded) | SHRUNK[name]
+    config = _merged(_config(recorded), SHRUNK[name])
     if library == "transformers":
         size, special = tokenizer
-        config |= {"vocab_size": size, **special}
-        model = cls(cls.config_class(**{key: value for key, value in config.items() if value is not None}))
+        for each in (config, config.get("text_config")):
+            if each is not None:
+                each |= {"vocab_size": size, **special}
+        model = cls(cls.config_class(**config))
     else:
         model = cls.from_config(config)
     with torch.no_grad():

@@ -153,6 +153,7 @@ def measured(content: bytes) -> tuple[int, int]:
 PLACED: Final = {
     "z-image-turbo": "GGWWWW",
     "flux2-klein-4b": "GGWWWW",
+    "qwen-image-2512": "GGGGWW",
     "flux-schnell": "GGGWWW",
     "ltx-video": "-GWWWW",
     "wan22-ti2v-5b": "--GWWW",
