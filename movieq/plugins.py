@@ -28,12 +28,14 @@ _NAME: Final = re.compile("[a-z][a-z0-9_]{0,63}")
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """The additions of a package.
 
-    `engines`: name -> module that defines `render(job: Job) -> Output` (see `workers.child.job`). `models`: entries as in `models.toml`;
-    each names the engine, the queue and the expected seconds for a task type.
+    `engines`: name -> module that defines `render(job: Job) -> Output` (see `workers.child.job`). `adapters`: name -> "module:Class", a
+    subclass of `workers.child.diffusion.adapters.Adapter`. `models`: entries as in `models.toml`; each names the engine, the queue and the
+    expected seconds for a task type.
     """
 
     task_types: dict[str, TaskSpec] = {}
     engines: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     models: dict[str, dict[str, Any]] = {}
 
 
@@ -54,7 +56,7 @@ def load() -> list[str]:
 
 def _add(name: str, plugin: Plugin) -> None:
     places = [part for new in plugin.task_types.values() for part in (new.folder, new.media_type)]
-    for each in (*plugin.task_types, *plugin.engines, *places):
+    for each in (*plugin.task_types, *plugin.engines, *plugin.adapters, *places):
         if not _NAME.fullmatch(each):
             raise SettingsError(f"the plug-in {name}: {each!r} is not a valid name: use up to 64 of a-z, 0-9 and _, a letter first")
     for each, spec in plugin.task_types.items():
@@ -63,4 +65,5 @@ def _add(name: str, plugin: Plugin) -> None:
             raise SettingsError(f"the plug-in {name}: the task type {each} already exists")
         REGISTRY.tasks[TaskType(each)] = msgspec.structs.replace(spec, max_duration_s=min(spec.max_duration_s, LONGEST_S))
     REGISTRY.engines.update(plugin.engines)
+    REGISTRY.adapters.update(plugin.adapters)
     REGISTRY.models[name] = plugin.models

@@ -119,6 +119,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tasks: dict[TaskType, Annotated[float, Meta(gt=0)]]
     weights: Weights | None = None
     components: dict[str, Weights] = {}
+    adapter: str = "diffusers"
+    """What knows how its pipeline is called: `diffusers`, `ltx`, `ltx2`, or an adapter of a plug-in."""
     pipeline: str | None = None
     image_pipeline: str | None = None
     images: Images | None = None
@@ -139,6 +141,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of tasks that change nothing, such as the guidance of a distilled model."""
     first_block_cache: Annotated[float, Meta(gt=0)] | None = None
     """Threshold: steps whose first block changes less than this are skipped. That is faster and changes the picture."""
+    preferred: bool = False
+    """Whether it is the default of its task types before those without this: for the models of plug-ins and of an operator's own file."""
+    sound: bool = False
+    """Whether its clips have sound."""
     languages: list[str] = []
     """Languages of a speech model, as first subtags of BCP 47."""
     voices: bool = False
@@ -196,6 +202,8 @@ def _problem(model: Model) -> str | None:
         return None
     if model.weights is None:
         return "weights = { repository = ..., revision = ... } is needed"
+    if model.adapter not in REGISTRY.adapters:
+        return f"unknown adapter {model.adapter!r}; known: {', '.join(REGISTRY.adapters)}"
     if model.pipeline is None and model.image_pipeline is None:
         return "pipeline or image_pipeline is needed: a class of diffusers or transformers"
     if model.images is not None and model.image_pipeline is None:
@@ -233,6 +241,7 @@ def default(table: dict[str, Model], engine: Engine, task_type: TaskType, params
         for name, model in table.items()
         if model.engine == engine and (task_type in model.tasks if params is None else makes(model, task_type, params))
     ]
+    fitting.sort(key=lambda name: not table[name].preferred)
     able = [name for name in fitting if params is None or not any(refusals(name, table[name], params))]
     return next(iter((*able, *fitting)), None)
 
@@ -341,7 +350,7 @@ def fingerprint(
     """
     if params.seed is None:
         return None
-    sound_under = sound(table) if isinstance(params, VideoParams) and params.audio_cues else None
+    sound_under = sound(table) if isinstance(params, VideoParams) and params.audio_cues and not table[name].sound else None
     used = [(name, table[name]), *([sound_under] if sound_under else [])]
     fixed = all(
         model.engine == Engine.ANIMATIC or (model.engine == Engine.DIFFUSERS and all(each.revision for each in _weights(model)))

@@ -36,13 +36,18 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Registry(msgspec.Struct, frozen=True):
-    """Task types by name, engines by name (the module that the engine process imports), and model entries by plug-in."""
+    """Task types, engines and adapters by name, and model entries by plug-in.
+
+    An engine is the module that the engine process imports, an adapter is a class as "module:Class".
+    """
 
     tasks: dict[TaskType, TaskSpec]
     engines: dict[str, str]
+    adapters: dict[str, str]
     models: dict[str, dict[str, Any]]
 
 
+_ADAPTERS: Final = {"diffusers": "Adapter", "ltx": "Ltx", "ltx2": "Ltx2"}
 REGISTRY: Final = Registry(
     tasks={
         GENERATE_VIDEO: TaskSpec(
@@ -55,5 +60,6 @@ REGISTRY: Final = Registry(
         ),
     },
     engines={"animatic": "workers.child.animatic.engine", "diffusers": "workers.child.diffusion.engine"},
+    adapters={name: f"workers.child.diffusion.adapters:{cls}" for name, cls in _ADAPTERS.items()},
     models={},
 )

@@ -35,6 +35,33 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
         "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 3 * TEXT,
         "axes_dims_rope": [4, 4, 4, 4], "timestep_guidance_channels": 16,
     },
+    "LTX2VideoTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": TEXT,
+    },
+    "LTX2TextConnectors": {
+        "caption_channels": TEXT, "text_proj_in_factor": 3,
+        "video_connector_num_attention_heads": 2, "video_connector_attention_head_dim": 16,
+        "video_hidden_dim": 32, "audio_connector_num_attention_heads": 2, "audio_connector_attention_head_dim": 8, "audio_hidden_dim": 16,
+        "video_connector_num_layers": 1, "audio_connector_num_layers": 1,
+    },
+    "AutoencoderKLLTX2Video": {
+        "block_out_channels": [8, 16, 32, 32], "decoder_block_out_channels": [8, 16, 16, 32], "layers_per_block": [1] * 5,
+        "decoder_layers_per_block": [1] * 5,
+    },
+    "AutoencoderKLLTX2Audio": {"ch_mult": [1, 1, 1], "num_res_blocks": 1},  # its packed latents have as many channels as its base
+    "LTX2VocoderWithBWE": {"hidden_channels": 64, "bwe_hidden_channels": 32},
+    "Gemma3ForConditionalGeneration": {
+        "text_config": {
+            "hidden_size": TEXT, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8,
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
     "QwenImageTransformer2DModel": {
         "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT, "axes_dims_rope": [4, 6, 6],
     },
@@ -84,6 +111,7 @@ LISTED: Final = (
     "qwen-image-2512",
     "flux-schnell",
     "ltx-video",
+    "ltx23-distilled",
     "wan22-ti2v-5b",
     "wan22-i2v",
     "wan22-t2v",
@@ -104,6 +132,7 @@ def build(name: str, folder: Path) -> None:
     found = record(name)
     index = dict(found["model_index"])
     folder.mkdir(parents=True)
+    index.pop("processor", None)  # for a service that movieq does not use: better prompts
     (folder / "model_index.json").write_text(json.dumps(index))
     vocabulary: dict[str, Any] = {}
     for part in sorted(index, key=lambda part: not part.startswith("tokenizer")):
@@ -125,7 +154,7 @@ def sizes(name: str, entry: Model) -> dict[str, Component]:
     found = record(name)
     components = {}
     for part, listed in found["model_index"].items():
-        if not isinstance(listed, list) or listed[0] is None or part == "scheduler" or part.startswith("tokenizer"):
+        if not isinstance(listed, list) or listed[0] is None or part.startswith(("scheduler", "tokenizer", "processor")):
             continue
         cls, config = _class(listed), _config(found["components"][part])
         with init_empty_weights():
@@ -144,7 +173,7 @@ def _class(listed: list[str]) -> Any:
 
 def _config(recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the component's config without what is about the file itself."""
-    return {key: value for key, value in recorded["config"].items() if not key.startswith("_") and value is not None}
+    return {key: value for key, value in (recorded["config"] or {}).items() if not key.startswith("_") and value is not None}
 
 
 def _merged(config: dict[str, Any], shrunk: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +215,9 @@ def _tokenizer(name: str, files: list[str], folder: Path) -> tuple[int, dict[str
     if name.startswith("CLIP"):
         tokenizer, size = tiny.clip_tokenizer()
         special = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+    elif name.startswith("Gemma"):
+        tokenizer, size = tiny.gemma_tokenizer()
+        special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     elif name.startswith("Qwen2"):
         tokenizer, size = tiny.qwen_tokenizer()
         special = {"bos_token_id": size - 3, "eos_token_id": size - 1}

@@ -45,6 +45,47 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield started
 
 
+FIELDS = Path(__file__).with_name("fields")
+
+
+def test_the_example_of_a_model_is_less_than_eighty_lines() -> None:
+    lines = [line for file in FIELDS.glob("*.py") for line in file.read_text().splitlines()]
+    assert len([line for line in lines if line.strip()]) < 80
+
+
+@pytest.fixture(scope="module")
+def with_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Yield a service with the plug-in that brings a model."""
+    folder = tmp_path_factory.mktemp("fields")
+    site = installed(folder, ("movieq_fields", (FIELDS / "movieq_fields.py").read_text()))
+    (site / "movieq_fields_model.py").write_text((FIELDS / "movieq_fields_model.py").read_text())
+    weights = str(folder / "weights")
+    command = [sys.executable, "-c", f"import movieq_fields_model; movieq_fields_model.save({weights!r})"]
+    subprocess.run(command, check=True, timeout=100, capture_output=True, cwd=site)
+    with service(
+        folder, PYTHONPATH=python_path(site), FIELDS_WEIGHTS=weights, XDG_CACHE_HOME=str(folder / "cache"), MOVIEQ_ENGINE="diffusers"
+    ) as started:
+        yield started
+
+
+async def test_a_model_of_a_plug_in_is_the_default_with_previews_cancel_and_progress(with_model: Service) -> None:
+    task = {"prompt": "a lighthouse at dusk", "resolution": "256x256", "seed": 4, "preview": True, "steps": 100, "format": "png"}
+    task_id = await with_model.submit("generate_image", task)
+    async with with_model.events(task_id) as events:
+        told = [event async for event in events]
+    ended = await with_model.ended(task_id)
+    assert ended["status"] == "completed", ended["error"]
+    assert ended["result"]["metadata"]["model"] == "fields"
+    assert any(event["event"] == "preview" for event in told)
+    assert {"denoise", "decode"} <= {event.get("stage") for event in told}
+    assert Image.open(io.BytesIO(await body(ended["result"]["media"][0]["url"]))).size == (256, 256)
+    cancelled = await with_model.submit("generate_image", {**task, "seed": 5})
+    await with_model.until(cancelled, "stage", "denoise")
+    assert (await with_model.call("DELETE", f"/tasks/{cancelled}/cancel"))[0] == 200
+    again = await with_model.ended(await with_model.submit("generate_image", {**task, "no_cache": True}))
+    assert (again["status"], again["attempt"]) == ("completed", 1)
+
+
 def test_the_example_is_less_than_forty_lines() -> None:
     lines = (EXAMPLE / "movieq_palettes.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) < 40

@@ -128,6 +128,11 @@ async def test_a_shipped_model_makes_a_result(running: Service, name: str) -> No
         results.append(await body(ended["result"]["media_url"]))
     if field is not None:
         assert all(measured(each) == (128, 64) for each in results)
+    if model.sound:
+        cued = await running.ended(await running.submit(task_type, {**task, "audio_cues": ["thunder"]}))
+        assert cued["status"] == "completed", cued["error"]
+        assert "warnings" not in cued["result"]["metadata"]
+        assert sound_of(results[0]) != sound_of(await body(cued["result"]["media_url"])), "the cues are in its prompt"
     if model.images not in (None, Images.REDRAW):
         assert results[-1] != results[-2], "the second image changes the result"
 
@@ -140,6 +145,12 @@ def still(colour: str) -> bytes:
     found = io.BytesIO()
     ground.save(found, "PNG")
     return found.getvalue()
+
+
+def sound_of(content: bytes) -> bytes:
+    """Return the sound of a clip, encoded."""
+    with av.open(io.BytesIO(content), "r") as container:
+        return b"".join(bytes(packet) for packet in container.demux(audio=0))
 
 
 def measured(content: bytes) -> tuple[int, int]:
@@ -156,6 +167,7 @@ PLACED: Final = {
     "qwen-image-2512": "GGGGWW",
     "flux-schnell": "GGGWWW",
     "ltx-video": "-GWWWW",
+    "ltx23-distilled": "--GGWW",
     "wan22-ti2v-5b": "--GWWW",
     "wan22-i2v": "--GGWW",
     "wan22-t2v": "--GGWW",

@@ -47,6 +47,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], P
         weights = {{ repository = "{folders("ltx_condition")}" }}
         pipeline = "LTXConditionPipeline"
         image_pipeline = "LTXConditionPipeline"
+        adapter = "ltx"
+        images = "frames"
         defaults = {{ steps = 2 }}
         limits = {{ sides = 32, pixels = {CLIP["pixels"]}, frame_step = 8, frame_first = 1, frames = 17, fps = 12 }}
 

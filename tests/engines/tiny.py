@@ -55,6 +55,13 @@ def sentencepiece(folder: Path) -> None:
         )
 
 
+def gemma_tokenizer() -> tuple[Any, int]:
+    from transformers import GemmaTokenizer
+
+    vocab = {piece: number for number, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *CHARS])}
+    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=1024), len(vocab)
+
+
 def qwen_tokenizer() -> tuple[Any, int]:
     """A byte-level BPE without merges; ZImage, Flux.2 and Qwen-Image call apply_chat_template on theirs."""
     from tokenizers.pre_tokenizers import ByteLevel

@@ -172,10 +172,11 @@ def test_the_state_diagram_has_the_transitions_of_the_code() -> None:
     }
 
 
-def test_the_plug_in_of_the_guide_is_the_one_that_the_tests_run() -> None:
-    example = ROOT / "tests/engines/palettes"
+def test_the_plug_ins_of_the_guide_are_those_that_the_tests_run() -> None:
+    engines = ROOT / "tests/engines"
     shown = [block.text for block in blocks(guide("writing-an-engine")) if block.language in ("toml", "py")]
-    assert shown == [(example / "pyproject.toml").read_text(), (example / "movieq_palettes.py").read_text()]
+    run = ["palettes/pyproject.toml", "palettes/movieq_palettes.py", "fields/movieq_fields.py", "fields/movieq_fields_model.py"]
+    assert shown == [(engines / name).read_text() for name in run]
 
 
 def test_the_guide_to_engines_names_members_that_a_job_has() -> None:

@@ -27,9 +27,11 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
     if isinstance(params, AnimationParams) and params.loop:
         job.warn(f"loop is not used: {job.run.model} makes no loops")
     still_at, windows = _planned(job, entry, stills, clip.seconds)
-    with session.opened(job, entry, "generating_video", *(["sound"] if cues else []), "mux") as model:
-        pictures = _rendered(model, size, still_at, windows)
-        track = sounds.track(job, cues, clip) if cues else None
+    with_sound = bool(cues) and not entry.sound
+    with session.opened(job, entry, "generating_video", *(["sound"] if with_sound else []), "mux") as model:
+        pictures, track = _rendered(model, size, still_at, windows, clip)
+        if with_sound:
+            track = sounds.track(job, cues, clip)
         metadata = model.metadata(job, "mp4", clip.size) | {"duration": round(clip.seconds, 3), "fps": display_rate(clip.rate)}
     metadata["generated"] = {
         "resolution": f"{size[0]}x{size[1]}",
@@ -60,10 +62,15 @@ def _planned(job: Job, entry: Model, stills: list[Image.Image], seconds: float) 
 
 
 def _rendered(
-    model: Session, size: tuple[int, int], still_at: dict[int, Image.Image], windows: list[sizing.Window]
-) -> list[frames.Pictures]:
-    """Return the pictures of the clip, one array (height, width, 3) each. Each window goes on from the last picture of the one before."""
+    model: Session, size: tuple[int, int], still_at: dict[int, Image.Image], windows: list[sizing.Window], clip: ClipFormat
+) -> tuple[list[frames.Pictures], Samples | None]:
+    """Return the pictures of the clip, one array (height, width, 3) each, and the sound that the model made with them.
+
+    Each window goes on from the last picture of the one before.
+    """
     pictures: list[frames.Pictures] = []
+    sound: list[Samples] = []
+    rate = 0
     noise = generator(model.job.seed)
     for number, window in enumerate(windows):
         here = {frame - window.first: still for frame, still in still_at.items() if window.first <= frame < window.first + window.frames}
@@ -71,10 +78,16 @@ def _rendered(
         if continues:
             here = {0: Image.fromarray(pictures[window.first]), **here}
         arguments = model.arguments(model.job) | {"width": size[0], "height": size[1], "num_frames": window.frames, "generator": noise}
-        arguments |= conditions.of_clip(model.entry, model.pipe(bool(here)), here, window.frames)
-        answer = model.call(arguments, with_images=bool(here), part=(number, len(windows)))
-        pictures[window.first + continues :] = frames.to_host(answer[0])[continues:]
-    return pictures
+        pipe = model.pipe(bool(here))
+        arguments |= model.adapter.conditions(pipe, here, window.frames) if here else {}
+        rendered = model.adapter.rendered(pipe, model.call(arguments, with_images=bool(here), part=(number, len(windows))))
+        pictures[window.first + continues :] = frames.to_host(rendered.pictures)[continues:]
+        if rendered.sound is not None:
+            rate = rendered.rate
+            first = round(rate / model.entry.limits.fps) if number else 0  # of the picture that both windows have
+            length = round(window.frames * rate / model.entry.limits.fps)
+            sound.append(rendered.sound.cpu().numpy().T[first:length])
+    return pictures, sounds.of_clip(sound, rate, clip) if sound else None
 
 
 def _encoded(job: Job, pictures: list[frames.Pictures], fps: float, clip: ClipFormat, track: Samples | None) -> tuple[Produced, ...]:

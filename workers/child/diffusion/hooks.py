@@ -188,7 +188,7 @@ class _ProgressBar:
         pass
 
     def __iter__(self) -> Iterator[Any]:
-        for each in self._iterable or ():
+        for each in () if self._iterable is None else self._iterable:
             yield each
             self.update()
 

@@ -67,7 +67,7 @@ def find(entry: Model) -> Found:
     parts = {name: Part(library_class(each.cls), folders[each] / each.subfolder) for name, each in entry.components.items()}
     for name, listed in index.items():
         if name not in parts and isinstance(listed, list) and len(listed) == 2 and all(isinstance(each, str) for each in listed):
-            cls = _component_class(*listed, needed=any((folder / name).glob("*.safetensors")))
+            cls = _component_class(listed[0], listed[1], entry, needed=any((folder / name).glob("*.safetensors")))
             if isinstance(cls, type) and issubclass(cls, nn.Module):
                 parts[name] = Part(cls, folder / name)
     return Found(entry, folder, parts)
@@ -133,7 +133,7 @@ def _assembled(found: Found, networks: dict[str, Any], needs: Needs, place: Plac
                 network.enable_cache(library_class("FirstBlockCacheConfig")(threshold=entry.first_block_cache))
     image_pipe = None
     if entry.image_pipeline is not None:
-        image_pipe = pipe if entry.image_pipeline == type(pipe).__name__ else sibling(library_class(entry.image_pipeline), pipe)
+        image_pipe = pipe if entry.image_pipeline == _pipeline_name(entry) else sibling(library_class(entry.image_pipeline), pipe)
     loaded = Loaded(entry, pipe if entry.pipeline else None, image_pipe, place=place, needs=needs)
     loaded.previewer = _previewer(entry, pipe, tiny_vae)
     return loaded
@@ -187,8 +187,8 @@ def _pipeline_name(entry: Model) -> str:
     return name
 
 
-def _component_class(library: str, name: str, *, needed: bool) -> Any:
-    """Return the class of a component in model_index.json: of diffusers, of transformers, or of the module of one pipeline.
+def _component_class(library: str, name: str, entry: Model, *, needed: bool) -> Any:
+    """Return the class of a component in model_index.json: of diffusers, of transformers, or of the module of its pipeline.
 
     Raises ModelUnavailable if a library is missing that it needs, or if there is no such class; if it is not `needed`, None is returned for
     that: old names of tokenizers are known to `from_pretrained` alone.
@@ -200,8 +200,9 @@ def _component_class(library: str, name: str, *, needed: bool) -> Any:
             if needed:
                 raise
             return None
+    own = _pipeline_name(entry).partition(":")[0]
     try:
-        return getattr(importlib.import_module(f"diffusers.pipelines.{library}"), name)
+        return getattr(importlib.import_module(own if library == own else f"diffusers.pipelines.{library}"), name)
     except (ImportError, AttributeError):
         raise ModelUnavailable(f"{name} of {library} is neither in diffusers nor in transformers; other code is not run") from None
 
@@ -211,11 +212,20 @@ class _NoSuchClass(ModelUnavailable):
 
 
 def library_class(name: str) -> Any:
-    """Return a class of diffusers or transformers by name. Raises ModelUnavailable if there is none, or a library is missing."""
+    """Return a class of diffusers or transformers by name, or another one as "module:Class".
+
+    Raises ModelUnavailable if there is none, or a library is missing.
+    """
     import diffusers
     import transformers
 
     diffusers.utils.logging.set_verbosity_error()
+    module, _, own = name.partition(":")
+    if own:  # of a plug-in
+        try:
+            return getattr(importlib.import_module(module), own)
+        except (ImportError, AttributeError) as error:
+            raise ModelUnavailable(f"{name} cannot be imported: {error}") from None
     for library in (diffusers, transformers):
         try:
             found = getattr(library, name)

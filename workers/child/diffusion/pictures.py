@@ -88,7 +88,7 @@ def _rendered(jobs: Sequence[Job], model: Session, size: tuple[int, int]) -> dic
 
 
 def _pictures(answer: Any) -> list[Image.Image]:
-    return [Image.fromarray(each) for each in frames.to_host(answer)]
+    return [Image.fromarray(each) for each in frames.to_host(answer[0])]
 
 
 def _finish(job: Job, model: Session, params: ImageParams, size: tuple[int, int], pictures: dict[str, Rendered]) -> Finish:

@@ -11,9 +11,15 @@ from typing import Any
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, Params, VideoParams
 
 
-def prompt(params: Params) -> str:
-    """Return the prompt: "A lamp is lit. Camera: dolly in. Lighting: moonlight."; for sound, the description alone."""
-    return " ".join(_sentence(text) for text in _parts(params) if text.strip())
+def prompt(params: Params, *, with_sound: bool = False) -> str:
+    """Return the prompt: "A lamp is lit. Camera: dolly in. Lighting: moonlight."; for sound, the description alone.
+
+    `with_sound`: the model makes the sound of a clip too, and gets the cues.
+    """
+    parts = [*_parts(params)]
+    if with_sound and isinstance(params, VideoParams):
+        parts.append(_named("Sound", "; ".join(params.audio_cues)))
+    return " ".join(_sentence(text) for text in parts if text.strip())
 
 
 def _parts(params: Params) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from movieq.errors import InternalFault
 from movieq.models.table import Model
 from workers.child.diffusion import model_cache, prompts
+from workers.child.diffusion.adapters import adapter
 from workers.child.diffusion.hooks import PipelineHooks
 from workers.child.diffusion.loaded import Loaded
 from workers.child.diffusion.oom import Fallback
@@ -63,6 +64,7 @@ class Session:
         self.name = name
         self.loaded = loaded
         self.entry = loaded.entry
+        self.adapter = adapter(loaded.entry)
         self._fallback = fallback
         self._warned: set[str] = set()
 
@@ -82,7 +84,7 @@ class Session:
         job: Job | None = None,
         in_halves: Callable[[], Any] | None = None,
     ) -> Any:
-        """Return what the pipeline returns first for these arguments, or what `in_halves` returns after running out of memory.
+        """Return what the pipeline returns for these arguments, or what `in_halves` returns after running out of memory.
 
         `part` is the number of this call, and how many calls the run makes; `job` is another job than the session's, such as a batch of it.
         Arguments have movieq's names (`guidance_scale`, `seconds`), which the entry may translate. Raises OutOfMemory after the last step
@@ -100,7 +102,7 @@ class Session:
             with PipelineHooks(job, pipe, part, self.loaded, arguments, self._fallback) as hooks:
                 answer = pipe(**options, return_dict=False)
             self.loaded.stage_seconds |= hooks.stage_seconds
-            return answer[0]
+            return answer
 
         answer = self._fallback.call(call, in_halves)
         self._warn_of_unused(job, pipe, options)
@@ -158,7 +160,7 @@ class Session:
         for name in self.entry.ignores:
             own.pop(name, None)
         return {
-            "prompt": prompts.prompt(params),
+            "prompt": prompts.prompt(params, with_sound=self.entry.sound),
             "generator": generator(job.seed),
             **self.defaults(),
             **{name: value for name, value in own.items() if value is not None},
