@@ -446,6 +446,7 @@ async def test_a_full_memory_refuses_submit_and_nothing_else(store: Store) -> No
     task_id, run = await running(store)
     waiting = new_task()
     await store.submit(waiting)
+    before = (await raw(store).config_get("maxmemory"))["maxmemory"]
     await raw(store).config_set("maxmemory", 1)
     try:
         with pytest.raises(OutOfMemoryError):
@@ -455,7 +456,7 @@ async def test_a_full_memory_refuses_submit_and_nothing_else(store: Store) -> No
         await store.complete(task_id, run, result())
         await store.cancel(waiting.task_id)
     finally:
-        await raw(store).config_set("maxmemory", 0)
+        await raw(store).config_set("maxmemory", before)
 
 
 async def commands(store: Store) -> int:
