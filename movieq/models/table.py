@@ -258,13 +258,13 @@ def refusals(name: str, model: Model, params: Params) -> Iterator[Fault]:
             if (language := params.language.lower().replace("_", "-").partition("-")[0]) not in model.languages:
                 yield "language", f"{name} speaks {', '.join(model.languages)}, got {given(language)}"
             if params.character_voice_profile and not model.voices:
-                yield "character_voice_profile", f"{name} has a voice of its own and cannot take on that of a sample; leave it out"
+                yield "character_voice_profile", f"{name} has a voice of its own and cannot take on that of a sample: leave it out"
         case VideoParams() | AnimationParams():
-            images = params.storyboard_images if isinstance(params, VideoParams) else params.reference_images
-            yield from _image_refusals(name, model, "storyboard_images" if isinstance(params, VideoParams) else "reference_images", images)
+            field = "storyboard_images" if isinstance(params, VideoParams) else "reference_images"
+            yield from _image_refusals(name, model, field, getattr(params, field))
             longest_s = model.limits.frames / model.limits.fps
             if model.images is None and params.duration > longest_s:
-                yield "duration", f"{name} makes at most {longest_s:.1f} s, and takes no image to go on from; got {params.duration:g}"
+                yield "duration", f"{name} makes at most {longest_s:.1f} s, and takes no image to go on from, got {params.duration:g}"
         case ImageParams():
             yield from _image_refusals(name, model, "reference_images", params.reference_images)
             if model.images is Images.REFERENCES and len(params.reference_images) > model.limits.references:
@@ -274,9 +274,9 @@ def refusals(name: str, model: Model, params: Params) -> Iterator[Fault]:
 
 def _image_refusals(name: str, model: Model, field: str, images: list[str]) -> Iterator[Fault]:
     if images and model.image_pipeline is None:
-        yield field, f"{name} takes no images; leave them out"
+        yield field, f"{name} takes no images: leave them out"
     if not images and model.pipeline is None:
-        yield field, f"{name} begins with an image; give one"
+        yield field, f"{name} begins with an image: give one"
 
 
 def sound(table: dict[str, Model]) -> tuple[str, Model] | None:
@@ -296,21 +296,21 @@ def resolve(table: dict[str, Model], choice: EngineChoice, had_gpu: bool, task_t
         if params.model not in fitting:
             called = _called(task_type, params)
             raise refused([("task_data.model", f"expected a model for {called} ({', '.join(fitting)}), got {given(params.model)}")])
-        return _willing(table, params.model, task_type, params)
+        return _able_model(table, params.model, task_type, params)
     if choice is EngineChoice.DIFFUSERS or (choice is EngineChoice.AUTO and had_gpu):
         name = default(table, Engine.DIFFUSERS, task_type, params)
         if name is None and choice is EngineChoice.DIFFUSERS:
             called = _called(task_type, params)
             raise refused([("task_type", f"MOVIEQ_ENGINE is diffusers, and no model renders {called}; add one, or send draft")])
         if name is not None:
-            return _willing(table, name, task_type, params)
+            return _able_model(table, name, task_type, params)
     for name in (ANIMATIC, *table):
         if makes(table[name], task_type, params) and table[name].engine != Engine.DIFFUSERS:
             return name
     raise refused([("task_type", f"{_called(task_type, params)} has no default model here; set task_data.model")])
 
 
-def _willing(table: dict[str, Model], name: str, task_type: TaskType, params: Params) -> str:
+def _able_model(table: dict[str, Model], name: str, task_type: TaskType, params: Params) -> str:
     """Return the name of the model. Raises ValidationFailed with all that it cannot do of the task, and with the models that can."""
     if not (found := list(refusals(name, table[name], params))):
         return name
