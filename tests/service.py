@@ -103,6 +103,19 @@ class Service:
             elif field == "data":
                 yield {**json.loads(value), "event": name}
 
+    async def told(self, task_type: str, task_data: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        """Submit a task; return its id and the data of all its events. Its stream is open before the worker can claim it."""
+        (worker,) = self.find("worker")
+        worker.suspend()
+        try:
+            task_id = await self.submit(task_type, task_data)
+            async with self.events(task_id) as events:
+                first = await anext(events)
+                worker.resume()
+                return task_id, [first, *[event async for event in events]]
+        finally:
+            worker.resume()
+
     async def until(self, task_id: str, condition: str, value: Any, within_s: float = 60) -> dict[str, Any]:
         """Return the first event of the task in which this field has this value."""
         async with asyncio.timeout(within_s), self.events(task_id) as events:

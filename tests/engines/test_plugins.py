@@ -70,13 +70,11 @@ def with_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 async def test_a_model_of_a_plug_in_is_the_default_with_previews_cancel_and_progress(with_model: Service) -> None:
     task = {"prompt": "a lighthouse at dusk", "resolution": "256x256", "seed": 4, "preview": True, "steps": 100, "format": "png"}
-    task_id = await with_model.submit("generate_image", task)
-    async with with_model.events(task_id) as events:
-        told = [event async for event in events]
+    task_id, told = await with_model.told("generate_image", task)
     ended = await with_model.ended(task_id)
     assert ended["status"] == "completed", ended["error"]
     assert ended["result"]["metadata"]["model"] == "fields"
-    assert any(event["event"] == "preview" for event in told)
+    assert any(event["event"] == "preview" for event in told), [event["event"] for event in told]
     assert {"denoise", "decode"} <= {event.get("stage") for event in told}
     assert Image.open(io.BytesIO(await body(ended["result"]["media"][0]["url"]))).size == (256, 256)
     cancelled = await with_model.submit("generate_image", {**task, "seed": 5})

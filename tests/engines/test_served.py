@@ -120,12 +120,8 @@ async def test_weights_that_are_not_here_fail_the_task_and_say_what_to_run(runni
 
 
 async def test_who_watches_a_model_at_work_sees_what_it_makes(running: Service) -> None:
-    # who comes while the task waits is known by the time that it runs: the worker looks every two seconds
     task = {"prompt": "a lamp", "model": "tiny-picture", "steps": 150, "resolution": "512x512"}
-    await running.until(await running.submit("generate_image", task), "stage", "denoise")
-    task_id = await running.submit("generate_image", task)
-    async with running.events(task_id) as events:
-        told = [event async for event in events]
+    _, told = await running.told("generate_image", task)
     previews = [event for event in told if event["event"] == "preview"]
     assert previews
     assert all(event["image"].startswith("data:image/jpeg;base64,") for event in previews)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from movieq.client import Client, Preview
+from movieq.client import Client, ClientEvent, Preview
 from movieq.queue.keys import KEYS
 from movieq.queue.queries import Queries
 from movieq.streams.watchers import Source
@@ -80,17 +80,23 @@ async def test_a_process_with_a_thousand_streams_says_goodbye_to_each_when_it_en
     assert ended == {"count": 1000, "goodbyes": 1000, "left": 0}
 
 
+async def told_from_the_start(installation: Fleet, api: Service, task_id: TaskId) -> list[ClientEvent]:
+    """Return the events of a task whose worker starts when its stream is open: one that was there might be done before."""
+    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
+        told = [await anext(events)]
+        await eventually(lambda: installation.store.watched(task_id))
+        await installation.worker()
+        return [*told, *[event async for event in events]]
+
+
 async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_makes_none_where_nobody_does(
     installation: Fleet, api: Service
 ) -> None:
-    await installation.worker()
     task = {"prompt": "a lighthouse", "duration": 8, "resolution": "640x360"}
     task_id = TaskId(await api.submit("render_animation", task))
     assert not await installation.store.watched(task_id)
-    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
-        told = [(event.data, await installation.store.watched(task_id)) async for event in events]
-    assert any(isinstance(data, Preview) for data, _ in told)
-    assert any(watched for _, watched in told)
+    told = await told_from_the_start(installation, api, task_id)
+    assert any(isinstance(event.data, Preview) for event in told)
     overheard = installation.store.redis.pubsub()
     await overheard.psubscribe(KEYS["events"] + "*")  # a pattern is nobody who watches
     await api.submit("render_animation", task)
@@ -105,12 +111,10 @@ async def test_a_task_that_did_not_ask_shows_previews_to_who_watches_it_and_make
 
 
 async def test_previews_reach_whoever_watches_the_task_and_nobody_else(installation: Fleet, api: Service) -> None:
-    await installation.worker()
     picture = {"prompt": "a lighthouse", "duration": 6, "resolution": "640x360", "preview": True}
     begun = time.monotonic()
     task_id = await api.submit("render_animation", picture)
-    async with Client(api.url, KEY) as client, aclosing(client.events(task_id)) as events:
-        told = [event async for event in events]
+    told = await told_from_the_start(installation, api, TaskId(task_id))
     previews = [event for event in told if isinstance(event.data, Preview)]
     assert 1 <= len(previews) <= (time.monotonic() - begun) / 0.5 + 1
     for event in previews:
