@@ -26,7 +26,8 @@ from redis.exceptions import ResponseError
 from movieq import logs
 from movieq.backoff import Backoff
 from movieq.errors import EngineUnavailable, InternalFault, KeyTaken, ModelUnavailable, RunLost, StorageFault, WorkerLost, causes
-from movieq.models import table as models
+from movieq.models import choice
+from movieq.models.table import ANIMATIC
 from movieq.tasks import params
 from movieq.tasks.entities import Task
 from movieq.tasks.params import Params
@@ -138,7 +139,7 @@ def check_able(parts: Parts, task: Task) -> None:
     """Raise Unable if this worker lacks the engine or the model of the task."""
     if task.engine not in REGISTRY.engines:
         raise Unable(f"this worker has no engine {task.engine}: the task waits for a worker that has it", EngineUnavailable.code)
-    if task.engine != models.ANIMATIC and task.model not in parts.models:
+    if task.engine != ANIMATIC and task.model not in parts.models:
         raise Unable(f"this worker has no model {task.model}: the task waits for a worker that has it", ModelUnavailable.code)
 
 
@@ -207,7 +208,7 @@ def _request(parts: Parts, running: Running, parsed: Params, task_data: dict[str
         seed=secrets.randbits(32) if parsed.seed is None else parsed.seed,
         out_dir=str(spool / OUT),
         entry=parts.models.get(task.model),
-        sound=models.sound(parts.models),
+        sound=choice.sound(parts.models),
         file_tags=parts.provenance.tags,
     )
 
@@ -236,30 +237,37 @@ async def _stored(parts: Parts, running: Running, finished: Finished) -> StoredR
     )  # before the first byte, so that the files can be found and deleted however the run ends
     running.prefix = prefix
     try:
-        keys = {produced.role: await _put(parts, running, finished, prefix, produced) for produced in done.files}
+        stored = [(produced, *await _put(parts, running, finished, prefix, produced)) for produced in done.files]
     finally:
         if parts.host:
             parts.host.waits_no_more(running.run)
-    output = next(produced for produced in done.files if produced.role == "output")
-    key, size_bytes = keys["output"]
-    poster_key, _ = keys.get("poster", (None, 0))
-    media = StoredMedia(
-        key=key,
-        media_type=spec.media_type,
-        content_type=output.content_type,
-        size_bytes=size_bytes,
-        poster_key=poster_key,
-        width=output.width,
-        height=output.height,
-        duration_s=output.duration_s,
-    )
-    return StoredResult([media], {**done.metadata, "file_size": size_bytes, "model": task.model, "engine": task.engine})
+    posters = {produced.take: key for produced, key, _ in stored if produced.role == "poster"}
+    media = [
+        StoredMedia(
+            key=key,
+            media_type=spec.media_type,
+            content_type=produced.content_type,
+            size_bytes=size_bytes,
+            poster_key=posters.get(produced.take),
+            width=produced.width,
+            height=produced.height,
+            duration_s=produced.duration_s,
+            take=produced.take,
+            seed=produced.seed,
+        )
+        for produced, key, size_bytes in stored
+        if produced.role == "output"
+    ]
+    if not media:
+        raise InternalFault("the engine returned no file with the role output")
+    return StoredResult(media, {**done.metadata, "file_size": media[0].size_bytes, "model": task.model, "engine": task.engine})
 
 
 async def _put(parts: Parts, running: Running, finished: Finished, prefix: str, produced: Produced) -> tuple[str, int]:
     """Store a file; return its storage key and its size in bytes. Raises faults that another try cannot cure."""
     path = Path(produced.path)
-    key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{path.suffix}"
+    take = f"-{produced.take}" if produced.take > 1 else ""
+    key = f"{prefix}/{'poster' if produced.role == 'poster' else 'output'}{take}{path.suffix}"
     backoff = Backoff(*UPLOAD_S)
     while True:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -124,15 +124,19 @@ class Rows(msgspec.Struct, frozen=True, tag="rows"):
     rows: int
 
 
+PREVIEW_BYTES: Final = 10_000
+"""The largest preview that is passed on."""
+
+
 class Preview(msgspec.Struct, frozen=True, tag="preview"):
-    """A JPEG of the picture in progress, at most 10 kB."""
+    """A JPEG of the picture in progress, of at most `PREVIEW_BYTES`."""
 
     run: str
     jpeg: bytes
 
 
 class Produced(msgspec.Struct, frozen=True):
-    """A finished file. `role` is "output" or "poster"."""
+    """A finished file. `role` is "output" or "poster"; `seed` is that of its take; None stands for the run's."""
 
     path: str
     role: str
@@ -140,6 +144,8 @@ class Produced(msgspec.Struct, frozen=True):
     width: int | None = None
     height: int | None = None
     duration_s: float | None = None
+    take: int = 1
+    seed: int | None = None
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

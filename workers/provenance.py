@@ -40,11 +40,12 @@ async def signed(provenance: Provenance, task: Task, prompt: str, done: Done) ->
     details: dict[str, Any] = {"task_id": task.task_id, "task_type": task.task_type}
     if provenance.tags:
         agent, version = task.model, done.metadata.get("revision")
-        details |= {"engine": task.engine, "model": task.model, "revision": version, "seed": done.metadata.get("seed"), "prompt": prompt}
+        details |= {"engine": task.engine, "model": task.model, "revision": version, "prompt": prompt}
     try:
         for file in done.files:
             path = Path(file.path)
-            claim = Claim(f"{task.task_id}{path.suffix}", source, agent, version, details)
+            seed = {"seed": file.seed} if provenance.tags else {}
+            claim = Claim(f"{task.task_id}{path.suffix}", source, agent, version, details | seed)
             await asyncio.to_thread(credentials.sign, path, file.content_type, claim)
     except Unsigned as fault:
         if provenance.required:

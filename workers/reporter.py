@@ -15,7 +15,7 @@ from movieq.queue.refusals import log_failure
 from movieq.queue.store import Store
 from workers.concurrency import beside
 from workers.faults import without_paths
-from workers.protocol import Free, Note, Plan, Preview, Step
+from workers.protocol import PREVIEW_BYTES, Free, Note, Plan, Preview, Step
 from workers.running import Running, Stop
 from workers.supervisor import Progress
 
@@ -23,8 +23,6 @@ REPORT_S: Final = 0.1
 """Time between two reports, in seconds."""
 PREVIEW_S: Final = 0.5
 """Time between two previews, in seconds."""
-PREVIEW_BYTES: Final = 10_000
-"""Size above which a preview is dropped."""
 WATCHERS_S: Final = 2.0
 """Time between two checks whether the task has watchers, in seconds."""
 

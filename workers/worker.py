@@ -479,7 +479,7 @@ class Worker(ArqWorker):
                     self.worker_id,
                     self._heartbeat,
                     [(running.task.task_id, run) for run, running in self.runs.items()],
-                    has_gpu=any(child.gpu is not None and child.unfit is None for child in self.children),
+                    gpu_bytes=self._gpu_bytes(),
                     able=self._able,
                 )
             except BaseException:
@@ -494,6 +494,11 @@ class Worker(ArqWorker):
         for task_id, run in forgotten:
             log.warning("forgotten_task", task_id=task_id)
             await self._requeue(task_id, run)
+
+    def _gpu_bytes(self) -> int:
+        """Return the memory of the largest GPU that a child works on: 0 if none has one, 1 if it cannot be read."""
+        readings = [self._readings.get(child.device) for child in self.children if child.gpu and child.unfit is None]
+        return max((reading.memory_total if reading else 1 for reading in readings), default=0)
 
     async def _listen(self) -> None:
         """Subscribe to the worker's own channel; the subscriber repeats this on every new connection."""

@@ -16,7 +16,7 @@ from movieq.api.auth import caller
 from movieq.api.query import only_query
 from movieq.api.readiness import AWAY
 from movieq.api.state import answered, api, now
-from movieq.models import table as models
+from movieq.models import choice
 from movieq.models.table import Engine
 from movieq.settings import Scope
 from movieq.tasks.registry import REGISTRY
@@ -61,10 +61,11 @@ async def task_types(request: Request) -> Response:
     movieq = api(request)
     await caller(request, Scope.READ)
     only_query(request)
-    gpu = movieq.settings.engine is EngineChoice.DIFFUSERS or (movieq.settings.engine is EngineChoice.AUTO and await movieq.had_gpu())
+    gpu_bytes = await movieq.gpu_bytes()
+    gpu = movieq.settings.engine is EngineChoice.DIFFUSERS or (movieq.settings.engine is EngineChoice.AUTO and gpu_bytes > 0)
     answers = []
     for task_type, spec in REGISTRY.tasks.items():
-        default = models.default(movieq.models, Engine.DIFFUSERS, task_type) if gpu else None
+        default = choice.default(movieq.models, Engine.DIFFUSERS, task_type, gpu_bytes=gpu_bytes) if gpu else None
         answers.append(
             TaskTypeAnswer(
                 task_type,

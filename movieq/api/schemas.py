@@ -47,7 +47,7 @@ _DATA: Final[dict[EventType, Struct]] = {
 """The data of each event. That of a `snapshot` depends on the stream."""
 _STREAMS: Final[dict[str, Struct]] = {"TaskEvent": Snapshot, "ProjectEvent": ProjectSnapshot}
 _FORMATS: Final[dict[Any, str]] = {datetime: "date-time", TaskId: "uuid"}
-_REQUESTS: Final[tuple[Struct, ...]] = (SubmitRequest, Deadline, params.Params)
+_REQUESTS: Final[tuple[Struct, ...]] = (SubmitRequest, Deadline, params.Params, params.LoraUse)
 _SPARSE: Final[tuple[Struct, ...]] = (ErrorAnswer, Webhook, ProcessingProgress, Gap, Goodbye)
 """Answers that may lack the fields that have defaults. All others have all their fields."""
 _NOTHING: Final[dict[str, Json]] = {

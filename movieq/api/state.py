@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from movieq.streams.hub import Hub
 
 GPU_KNOWN_S = 5.0
-"""How long the answer of `had_gpu` is cached."""
+"""How long the answer of `gpu_bytes` is cached."""
 
 PRIVATE: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 """Headers of JSON responses: they may hold signed urls."""
@@ -62,14 +62,14 @@ class Api(Installation, kw_only=True):
     rates: Rates
     started_s: float
     readiness: Readiness
-    gpu_seen: bool = False
+    gpu_known_bytes: int = 0
     gpu_asked_s: float = 0.0
 
-    async def had_gpu(self) -> bool:
-        """Return whether a GPU worker has been seen in the last 30 days. The answer is cached for five seconds."""
+    async def gpu_bytes(self) -> int:
+        """Return the memory of the largest GPU that a worker had in the last 30 days; 0 if there was none. Cached for five seconds."""
         if time.monotonic() - self.gpu_asked_s > GPU_KNOWN_S:
-            self.gpu_seen, self.gpu_asked_s = await self.queries.had_gpu(), time.monotonic()
-        return self.gpu_seen
+            self.gpu_known_bytes, self.gpu_asked_s = await self.queries.gpu_bytes(), time.monotonic()
+        return self.gpu_known_bytes
 
     def url(self, path: str) -> str:
         """Return the absolute URL of a path under /api/v1."""

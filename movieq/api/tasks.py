@@ -24,7 +24,7 @@ from movieq.api.query import query
 from movieq.api.state import Api, Caller, answered, api
 from movieq.errors import Forbidden, PayloadTooLarge, StorageFault, ValidationFailed
 from movieq.fetch.guard import UrlRefused
-from movieq.models import table as models
+from movieq.models import choice
 from movieq.queue.store import Accepted, NewTask
 from movieq.settings import Scope
 from movieq.streams.sse import START, pair
@@ -32,7 +32,7 @@ from movieq.streams.watchers import EndWatcher, Opening, Source
 from movieq.tasks import faults, params, values
 from movieq.tasks.entities import Task
 from movieq.tasks.faults import Fault, Faults, refused
-from movieq.tasks.registry import REGISTRY
+from movieq.tasks.registry import LONGEST_S, REGISTRY
 from movieq.tasks.results import StoredResult, utc
 from movieq.tasks.states import PRIORITY_BIAS_MS, ProjectId, TaskId, TaskStatus, TaskType
 from movieq.tasks.wire import CancelAnswer, Deadline, Receipt, SubmitRequest
@@ -209,13 +209,13 @@ async def new_task(
     movieq: Api, who: Caller, submitted: SubmitRequest, body: bytes, idempotency_key: str | None, found: Iterable[Fault] = ()
 ) -> NewTask:
     """Return the task to store, fully validated. Raises ValidationFailed with all faults, those `found` before included."""
-    faulty = Faults(found)
+    faulty, project_id = Faults(found), ProjectId(submitted.project_id)
     task_type, spec, parsed = TaskType(submitted.task_type), REGISTRY.tasks.get(TaskType(submitted.task_type)), None
     if spec is None:
         faulty.add([("task_type", f"expected one of {', '.join(REGISTRY.tasks)}, got {faults.given(submitted.task_type)}")])
     elif (parsed := params.checked(spec.params, submitted.task_data, faulty)) is not None:
         with faulty:
-            name = models.resolve(movieq.models, movieq.settings.engine, await movieq.had_gpu(), task_type, parsed)
+            name = choice.resolve(movieq.models, movieq.settings.engine, await movieq.gpu_bytes(), project_id, task_type, parsed)
     if not faulty.of("metadata"):
         with faulty:
             metadata = _metadata(submitted.metadata or {})
@@ -233,23 +233,23 @@ async def new_task(
     if spec is None or parsed is None or faulty:
         raise refused(faulty)
     model = movieq.models[name]
-    batch, batch_rows = models.batch(name, model, parsed)
+    batch, batch_rows = choice.batch(name, model, parsed)
     priority = submitted.priority or 2
     return NewTask(
         task_id=TaskId(str(uuid.uuid4())),
-        project_id=ProjectId(submitted.project_id),
+        project_id=project_id,
         flow=who.flow,
         task_type=task_type,
         kind=model.kind,
         engine=model.engine,
         model=name,
-        shape=models.shape(name, task_type, parsed),
+        shape=choice.shape(name, task_type, parsed),
         priority=priority,
         bias_ms=PRIORITY_BIAS_MS[priority],
         kwargs=msgspec.msgpack.encode({"task_data": submitted.task_data}),
         metadata=metadata,
-        estimate_ms=int(model.tasks[task_type] * 1000),
-        max_ms=spec.max_duration_s * 1000,
+        estimate_ms=int(model.tasks[task_type] * parsed.takes * 1000),
+        max_ms=min(spec.max_duration_s * parsed.takes, LONGEST_S) * 1000,
         batch=batch,
         batch_rows=batch_rows,
         callback_url=callback_url,
@@ -258,7 +258,7 @@ async def new_task(
         warnings=tuple(f"Unknown field ignored: task_data.{key[:200]}" for key in params.unknown(spec.params, submitted.task_data)[:100]),
         idempotency=idempotency,
         body_hash=hashlib.sha256(body).hexdigest(),
-        fingerprint=models.fingerprint(
+        fingerprint=choice.fingerprint(
             submitted.project_id, movieq.models, name, task_type, parsed, submitted.task_data, movieq.settings.file_tags
         )
         or "",
@@ -273,12 +273,13 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     earlier = await movieq.queries.reusable(new.fingerprint)
     if earlier is None or earlier.status is not TaskStatus.COMPLETED or earlier.result is None:
         return new
-    result, media, days = earlier.result, earlier.result.media[0], movieq.settings.keep_media_days
+    result, media, days = earlier.result, earlier.result.media, movieq.settings.keep_media_days
     if movieq.settings.c2pa_required and "signed_by" not in result.metadata:
         return new
     try:
         async with asyncio.timeout(STORED_S):
-            if await movieq.storage.size(media.key) != media.size_bytes:
+            sizes = await asyncio.gather(*(movieq.storage.size(each.key) for each in media))
+            if sizes != [each.size_bytes for each in media]:
                 return new
     except (StorageFault, TimeoutError) as error:
         log.warning("storage_away", problem=str(error) or type(error).__name__)
@@ -286,8 +287,8 @@ async def _with_earlier(movieq: Api, new: NewTask) -> NewTask:
     return msgspec.structs.replace(
         new,
         reused=earlier.task_id,
-        reused_result=msgspec.json.encode(StoredResult(result.media, {**result.metadata, "cache": "hit"})),
-        reused_prefix=media.key.rpartition("/")[0],
+        reused_result=msgspec.json.encode(StoredResult(media, {**result.metadata, "cache": "hit"})),
+        reused_prefix=media[0].key.rpartition("/")[0],
         reuse_within_ms=int((days * DAY_S - SWEPT_WITHIN_S) * 1000) if days else None,
         reused_cms=movieq.cms.address if movieq.cms else "",
     )

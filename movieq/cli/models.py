@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
@@ -12,51 +14,80 @@ from movieq.cli.context import read_settings, refuse
 from movieq.errors import ModelUnavailable
 from movieq.models import table as models
 from movieq.models import weights
+from movieq.models.table import Lora, LoraFile, Model, Weights
 
-if TYPE_CHECKING:
-    pass
+NO_HUB = "huggingface_hub is not installed: pip install 'movieq[gpu]'"
+
+
+class _Source(NamedTuple):
+    """Files of a model or LoRA that come from one place."""
+
+    repository: str
+    find: Callable[[], Path]
+    pull: Callable[[], int]
+
+    @property
+    def problem(self) -> str | None:
+        """Why they cannot be loaded on this machine; None where they can."""
+        try:
+            self.find()
+        except ModelUnavailable as error:
+            return error.message
+        except ImportError:
+            return NO_HUB
+        return None
 
 
 @click.group("models")
 def models_group() -> None:
-    """List, check and download models."""
+    """List, check and download models and LoRAs."""
 
 
 @models_group.command("list")
 def models_list() -> None:
-    """List the models, what they render, and whether their weights are on this machine."""
+    """List the models and LoRAs, what they render, and whether their weights are on this machine."""
     from rich.console import Console
     from rich.table import Table
 
+    console, entries = Console(), _entries()
     table = Table("model", "renders", "GPU memory", "licence", "on this machine", box=None, pad_edge=False)
-    for name, model in models.load(read_settings().models).items():
-        makes = ", ".join(model.tasks) + (f" ({', '.join(model.languages)})" if model.languages else "")
-        memory = f"{model.gpu_memory_gb:g} GB" if model.gpu_memory_gb else "-"
-        sources = weights.sources(model)
-        here = "no" if any(map(_missing, sources)) else "yes" if model.verified or not sources else "yes, not yet tried on a GPU"
-        table.add_row(name, makes, memory, model.licence or "-", here)
-    Console().print(table)
+    loras = Table("LoRA", "models", "projects", "licence", "on this machine", box=None, pad_edge=False)
+    for name, entry in entries.items():
+        sources = _sources(entry)
+        here = "no" if any(each.problem for each in sources) else "yes"
+        if isinstance(entry, Lora):
+            loras.add_row(name, ", ".join(entry.bases), ", ".join(entry.projects) or "all", entry.licence or "-", here)
+            continue
+        makes = ", ".join(entry.tasks) + (f" ({', '.join(entry.languages)})" if entry.languages else "")
+        memory = f"{entry.gpu_memory_gb:g} GB" if entry.gpu_memory_gb else "-"
+        tried = entry.verified or not sources or here == "no"
+        table.add_row(name, makes, memory, entry.licence or "-", here if tried else "yes, not yet tried on a GPU")
+    console.print(table)
+    if loras.row_count:
+        console.print()
+        console.print(loras)
 
 
 @models_group.command("show")
 @click.argument("name")
 def models_show(name: str) -> None:
-    """Show a model's entry, and where its weights are."""
-    model = _named_model(name)
-    click.echo(msgspec.json.format(msgspec.json.encode(model)).decode())
-    for source in weights.sources(model):
-        click.echo(_missing(source) or f"{source.repository}: {weights.find(source)}")
+    """Show the entry of a model or LoRA, and where its weights are."""
+    entry = _named(name)
+    click.echo(msgspec.json.format(msgspec.json.encode(entry)).decode())
+    for source in _sources(entry):
+        click.echo(source.problem or f"{source.repository}: {source.find()}")
 
 
 @models_group.command("check")
 @click.argument("names", nargs=-1)
 def models_check(names: tuple[str, ...]) -> None:
-    """Check whether models can be loaded on this machine, and list what is missing. Without NAMES, check all."""
+    """Check whether models and LoRAs can be loaded on this machine, and list what is missing. Without NAMES, check all."""
     problems = 0
-    for name in names or models.load(read_settings().models):
-        found = [problem for source in weights.sources(_named_model(name)) if (problem := _missing(source))]
+    for name in names or _entries():
+        entry = _named(name)
+        found = [problem for source in _sources(entry) if (problem := source.problem)]
         problems += len(found)
-        takes = f", needs {_named_model(name).gpu_memory_gb:g} GB of GPU memory" if _named_model(name).gpu_memory_gb else ""
+        takes = f", needs {entry.gpu_memory_gb:g} GB of GPU memory" if isinstance(entry, Model) and entry.gpu_memory_gb else ""
         click.echo(f"{name}: {'; '.join(found) or f'ok{takes}'}")
     if problems and names:
         sys.exit(1)
@@ -65,33 +96,49 @@ def models_check(names: tuple[str, ...]) -> None:
 @models_group.command("pull")
 @click.argument("names", nargs=-1, required=True)
 def models_pull(names: tuple[str, ...]) -> None:
-    """Download models from the hub and verify every file; an interrupted download continues. Honours HF_TOKEN, HF_HOME and HF_ENDPOINT."""
+    """Download models and LoRAs from the hub and verify every file; an interrupted download continues.
+
+    Honours HF_TOKEN, HF_HOME and HF_ENDPOINT.
+    """
     for name in names:
-        model = _named_model(name)
-        if model.licence:
-            click.echo(f"{name}: licence {model.licence}", err=True)
+        entry = _named(name)
+        if entry.licence:
+            forbids = entry.forbids if isinstance(entry, Model) else []
+            click.echo(f"{name}: licence {entry.licence}{', which forbids:' if forbids else ''}", err=True)
+            for each in forbids:
+                click.echo(f"  - {each}", err=True)
         try:
-            total = sum(weights.pull(source) for source in weights.sources(model))
+            total = sum(source.pull() for source in _sources(entry))
         except ImportError:
-            refuse("huggingface_hub is not installed: pip install 'movieq[gpu]'")
+            refuse(NO_HUB)
         except ModelUnavailable as error:
             refuse(error.message)
         click.echo(f"{name}: {total / 1e9:.1f} GB, checked")
 
 
-def _named_model(name: str) -> models.Model:
+def _entries() -> dict[str, Model | Lora]:
+    """Return the models, then the LoRAs, by name."""
     table = models.load(read_settings().models)
-    if name not in table:
-        refuse(f"unknown model {name!r}; known models: {', '.join(table)}")
-    return table[name]
+    return {**table, **{name: lora for model in table.values() for name, lora in model.loras.items()}}
 
 
-def _missing(source: models.Weights) -> str | None:
-    """Return why the weights cannot be loaded on this machine; None where they can."""
-    try:
-        weights.find(source)
-    except ModelUnavailable as error:
-        return error.message
-    except ImportError:
-        return "huggingface_hub is not installed: pip install 'movieq[gpu]'"
-    return None
+def _named(name: str) -> Model | Lora:
+    entries = _entries()
+    if name not in entries:
+        refuse(f"unknown model or LoRA {name!r}; known: {', '.join(entries)}")
+    return entries[name]
+
+
+def _sources(entry: Model | Lora) -> list[_Source]:
+    if isinstance(entry, Lora):
+        return [_of_file(each) for each in weights.lora_files(entry)]
+    always = [file for each in entry.with_loras for file in weights.lora_files(entry.loras[each.name])]
+    return [*(_of_weights(each) for each in weights.sources(entry)), *(_of_file(each) for each in always)]
+
+
+def _of_weights(source: Weights) -> _Source:
+    return _Source(source.repository, lambda: weights.find(source), lambda: weights.pull(source))
+
+
+def _of_file(source: LoraFile) -> _Source:
+    return _Source(source.repository, lambda: weights.find_file(source), lambda: weights.pull_file(source))

@@ -205,7 +205,8 @@ async def _watch(client: Client, task_id: str, name: str, url: str | None, warne
         raise
     _warn([warning for warning in warnings_of(end.result) if warning not in warned])
     if end.result is not None:
-        click.echo(end.result.media_url)
+        for take in end.result.media:
+            click.echo(take.url)
     else:
         click.echo(f"{end.status}: {end.error} ({end.error_code})" if end.error else end.status, err=True)
     return end.status

@@ -11,14 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from movieq.errors import ModelUnavailable
-from movieq.models.table import Model, Weights
+from movieq.models.table import Lora, LoraFile, Model, Weights
 
 _READ: Final = (".json", ".txt", ".model", ".jinja")
 """Endings of the other files that a pipeline reads: no pickle, no code."""
@@ -51,14 +51,18 @@ def find(weights: Weights) -> Path:
     folder, checked = _snapshot(weights), _stamp(weights)
     if not checked.is_file():
         raise ModelUnavailable(f"{weights.repository} is not on this worker's machine, or not verified: run `movieq models pull`")
-    known = _read(checked)
+    _verify(weights.repository, weights.revision, folder, _read(checked))
+    return folder
+
+
+def _verify(repository: str, revision: str, folder: Path, known: dict[str, _Checked]) -> None:
+    """Raise ModelUnavailable if a file of a pull is missing or has changed."""
     for name, before in known.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != before.size:
-            raise ModelUnavailable(f"{weights.repository}: {name} is missing or incomplete: run `movieq models pull`")
+            raise ModelUnavailable(f"{repository}: {name} is missing or incomplete: run `movieq models pull`")
         if file.stat().st_mtime_ns != before.mtime_ns and hashed(file, before.hash) != before.hash:
-            raise ModelUnavailable(f"{weights.repository}: {name} differs from revision {weights.revision[:12]}: run `movieq models pull`")
-    return folder
+            raise ModelUnavailable(f"{repository}: {name} differs from revision {revision[:12]}: run `movieq models pull`")
 
 
 def beside(weights: Weights, name: str) -> Path | None:
@@ -82,6 +86,69 @@ def begun(weights: Weights) -> bool:
     return weights.revision is None or _stamp(weights).is_file()
 
 
+def lora_files(lora: Lora) -> list[LoraFile]:
+    """Return all files of a LoRA."""
+    return [each for each in (lora.weights, lora.second) if each is not None]
+
+
+def find_file(source: LoraFile) -> Path:
+    """Return the path of the file after verifying its hash. Raises ModelUnavailable, which says what to do."""
+    if source.revision is None:
+        path = Path(source.repository) / source.file
+        try:
+            stat = path.stat()
+            found = _sha256(path, stat.st_size, stat.st_mtime_ns)
+        except OSError:
+            raise ModelUnavailable(f"{path} is not on this worker's machine") from None
+        if found != source.sha256:
+            raise ModelUnavailable(f"{path} has the hash {found} instead of {source.sha256}")
+        return path
+    folder, checked = _home(source.repository) / "snapshots" / source.revision, _file_stamp(source)
+    if not checked.is_file():
+        raise ModelUnavailable(
+            f"{source.repository}: {source.file} is not on this worker's machine, or not verified: run `movieq models pull`"
+        )
+    known = _read(checked)
+    if source.sha256 not in (None, known[source.file].hash):
+        raise ModelUnavailable(f"{source.repository}: {source.file} was pulled with another hash: run `movieq models pull`")
+    _verify(source.repository, source.revision, folder, known)
+    return folder / source.file
+
+
+def pull_file(source: LoraFile) -> int:
+    """Download the file and verify its hash, that of the entry or of the hub; return its bytes. Raises ModelUnavailable."""
+    if source.revision is not None:
+        listed = {file.name: file.hash for file in _listed(source.repository, source.revision)}
+        if source.file not in listed:
+            raise ModelUnavailable(f"{source.repository} has no {source.file} at revision {source.revision[:12]}")
+        checked = _pulled(source.repository, source.revision, source.file, source.sha256 or listed[source.file])
+        _file_stamp(source).parent.mkdir(exist_ok=True)
+        _file_stamp(source).write_bytes(msgspec.json.encode({source.file: checked}))
+    return find_file(source).stat().st_size
+
+
+def _file_stamp(source: LoraFile) -> Path:
+    name = hashlib.sha256(source.file.encode()).hexdigest()[:16]
+    return _home(source.repository) / "movieq" / f"{source.revision}-{name}.json"
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Return the hash of a file of this size and time, which is calculated once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pulled(repository: str, revision: str, name: str, expected: str) -> _Checked:
+    """Download a file and verify its hash; one that is not what it should be is deleted. Raises ModelUnavailable."""
+    path = _downloaded(repository, revision, name)
+    if (found := hashed(path, expected)) != expected:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise ModelUnavailable(f"{repository}: {name} arrived with the hash {found} instead of {expected}, and was deleted")
+    return _Checked(path.stat().st_size, path.stat().st_mtime_ns, expected)
+
+
 class Wanted(msgspec.Struct, frozen=True):
     """A file of a repository that a model needs."""
 
@@ -92,14 +159,20 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def listing(weights: Weights) -> list[Wanted]:
     """Return the files of a repository that a model needs, as the hub lists them. Raises ModelUnavailable."""
+    assert weights.revision is not None
+    files, revision = _listed(weights.repository, weights.revision), weights.revision
+    return list(needed(weights, files, lambda name: _downloaded(weights.repository, revision, name).read_bytes()))
+
+
+def _listed(repository: str, revision: str) -> list[Wanted]:
+    """Return the files of a repository as the hub lists them. Raises ModelUnavailable."""
     from huggingface_hub import HfApi
 
     try:
-        info: Any = HfApi().model_info(weights.repository, revision=weights.revision, files_metadata=True, timeout=30)
+        info: Any = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30)
     except Exception as error:  # of its HTTP client, which changes from version to version
-        raise ModelUnavailable(f"{weights.repository}: the hub did not answer: {error}") from None
-    files = [Wanted(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings]
-    return list(needed(weights, files, lambda name: _downloaded(weights, name).read_bytes()))
+        raise ModelUnavailable(f"{repository}: the hub did not answer: {error}") from None
+    return [Wanted(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings]
 
 
 def needed(weights: Weights, files: list[Wanted], read: Callable[[str], bytes]) -> Iterator[Wanted]:
@@ -171,35 +244,26 @@ def pull(weights: Weights) -> int:
     if weights.revision is None:
         find(weights)
         return 0
-    known: dict[str, _Checked] = {}
-    for file in listing(weights):
-        path = _downloaded(weights, file.name)
-        if (is_now := hashed(path, file.hash)) != file.hash:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise ModelUnavailable(
-                f"{weights.repository}: {file.name} arrived with the hash {is_now} instead of {file.hash}, and was deleted"
-            )
-        known[file.name] = _Checked(path.stat().st_size, path.stat().st_mtime_ns, file.hash)
+    known = {file.name: _pulled(weights.repository, weights.revision, file.name, file.hash) for file in listing(weights)}
     checked = _stamp(weights)
     checked.parent.mkdir(exist_ok=True)
     checked.write_bytes(msgspec.json.encode(known))
     return sum(each.size for each in known.values())
 
 
-def _downloaded(weights: Weights, name: str) -> Path:
+def _downloaded(repository: str, revision: str, name: str) -> Path:
     """Return the local path of a file of the hub, downloaded if it is not there. Raises ModelUnavailable."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(hf_hub_download(weights.repository, name, revision=weights.revision))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except GatedRepoError:
         raise ModelUnavailable(
-            f"{weights.repository} asks for consent: accept its licence at https://huggingface.co/{weights.repository}, then set HF_TOKEN"
+            f"{repository} asks for consent: accept its licence at https://huggingface.co/{repository}, then set HF_TOKEN"
         ) from None
     except Exception as error:  # of its HTTP client, which changes from version to version
-        raise ModelUnavailable(f"{weights.repository}: {name}: {error}; run `movieq models pull` again to continue") from None
+        raise ModelUnavailable(f"{repository}: {name}: {error}; run `movieq models pull` again to continue") from None
 
 
 def hashed(path: Path, like: str) -> str:
@@ -211,18 +275,18 @@ def hashed(path: Path, like: str) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _home(weights: Weights) -> Path:
+def _home(repository: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HUB_CACHE) / f"models--{weights.repository.replace('/', '--')}"
+    return Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
 def _snapshot(weights: Weights) -> Path:
-    return _home(weights) / "snapshots" / str(weights.revision)
+    return _home(weights.repository) / "snapshots" / str(weights.revision)
 
 
 def _stamp(weights: Weights) -> Path:
-    return _home(weights) / "movieq" / f"{weights.revision}{weights.subfolder and '-' + weights.subfolder}.json"
+    return _home(weights.repository) / "movieq" / f"{weights.revision}{weights.subfolder and '-' + weights.subfolder}.json"
 
 
 def _read(checked: Path) -> dict[str, _Checked]:

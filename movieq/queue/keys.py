@@ -47,7 +47,7 @@ KEYS: Final[Mapping[str, str]] = {
     "heartbeat_times": "movieq:beats",  # zset worker -> time of its last heartbeat
     "last_tidy": "movieq:heard",  # string, when tidy last ran
     "leases_paused": "movieq:quiet",  # string; while it exists, no lease expires
-    "gpu": "movieq:gpu",  # string; exists if a GPU worker was seen in the last 30 days
+    "gpu": "movieq:gpu",  # string: memory of the largest GPU that a worker had in the last 30 days, bytes
     # deliveries and clean-up
     "deliveries": "movieq:deliveries",  # an arq queue
     "delivery": "movieq:delivery:",  # + delivery: hash, its state and the facts of the task when it ended

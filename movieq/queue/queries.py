@@ -325,9 +325,9 @@ class Queries:
             for row in decode_heartbeat(blobs.get(worker_id))
         ]
 
-    async def had_gpu(self) -> bool:
-        """Return whether a GPU worker has sent a heartbeat in the last 30 days."""
-        return bool(await self._redis.shared.call("EXISTS", self._keys["gpu"]))
+    async def gpu_bytes(self) -> int:
+        """Return the memory of the largest GPU of which a worker has sent a heartbeat in the last 30 days; 0 if there was none."""
+        return int(await self._redis.shared.call("GET", self._keys["gpu"]) or 0)
 
     async def memory(self) -> Memory | None:
         """Return the memory of Redis; None if its user may not run INFO."""

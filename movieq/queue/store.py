@@ -336,10 +336,10 @@ class Store:
         heartbeat: Sequence[WorkerStatus],
         runs: Iterable[tuple[TaskId, RunToken]],
         *,
-        has_gpu: bool,
+        gpu_bytes: int,
         able: Able | None = None,
     ) -> tuple[list[tuple[TaskId, RunToken]], list[tuple[TaskId, RunToken]]]:
-        """Renew the leases of a worker's runs for `LEASE_MS`, and store its heartbeat.
+        """Renew the leases of a worker's runs for `LEASE_MS`, and store its heartbeat and the memory of its largest GPU (0: it has none).
 
         Return the runs that are lost, and the runs that belong to the worker although it did not name them.
         """
@@ -348,7 +348,7 @@ class Store:
             worker_id=worker_id,
             lease_ms=LEASE_MS,
             heartbeat=msgspec.json.encode(heartbeat),
-            has_gpu=int(has_gpu),
+            gpu_bytes=gpu_bytes,
             able=b"" if able is None else msgspec.json.encode(able),
         )
         return _runs(lost), _runs(unmentioned)

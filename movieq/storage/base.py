@@ -95,6 +95,8 @@ class Storage(Protocol):
                 width=each.width,
                 height=each.height,
                 duration=each.duration_s,
+                take=each.take,
+                seed=each.seed,
             )
             for each in stored.media
         ]

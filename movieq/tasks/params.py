@@ -60,6 +60,21 @@ Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$", descrip
 Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
 
 
+class LoraUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA of the model table, and how strongly it changes the model."""
+
+    name: Word
+    weight: Annotated[float, Meta(ge=-4, le=4)] | None = None
+
+    @property
+    def strength(self) -> float:
+        """The weight; 1 if none is given."""
+        return 1.0 if self.weight is None else self.weight
+
+
+Loras = Annotated[list[LoraUse], Meta(max_length=8)]
+
+
 def _first(*texts: str | None) -> str:
     """Return the first text with a visible character; empty if there is none."""
     return next((text for text in texts if text and text.strip()), "")
@@ -72,6 +87,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     negative_prompt: Text | None = None
     model: Word | None = None
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
+    takes: Annotated[int, Meta(ge=1, le=8)] = 1
     steps: Annotated[int, Meta(ge=1, le=150)] | None = None
     guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
     draft: bool = False
@@ -99,6 +115,8 @@ class VideoParams(Params, frozen=True, kw_only=True):
     character_positions: Annotated[list[Text | dict[str, Any]], Meta(max_length=32)] = msgspec.field(default_factory=list)
     audio_cues: Annotated[list[Word], Meta(max_length=32)] = msgspec.field(default_factory=list)
     captions: bool = True
+    continuous: bool = False
+    loras: Loras = msgspec.field(default_factory=list)
     duration: Seconds = 7.0
     fps: Fps = 24
     resolution: Resolution = "1920x1080"
@@ -120,6 +138,7 @@ class ImageParams(Params, frozen=True, kw_only=True):
     reference_images: References = msgspec.field(default_factory=list)
     pose: Word | None = None
     lighting: Word | None = None
+    loras: Loras = msgspec.field(default_factory=list)
     resolution: Resolution = "1024x1024"
     format: ImageFormat = ImageFormat.JPEG
 
@@ -138,6 +157,7 @@ class AudioParams(Params, frozen=True, kw_only=True):
     text: Annotated[str, Meta(min_length=1, max_length=5000)] | None = None
     language: Annotated[str, Meta(min_length=2, max_length=35)] = "en"
     character_voice_profile: Reference | None = None
+    character_voice_text: Annotated[str, Meta(max_length=2000)] | None = None
     emotion: Word | None = None
     pace: Word | None = None
     background_noise: Word | None = None
@@ -160,6 +180,7 @@ class AnimationParams(Params, frozen=True, kw_only=True):
     character_description: Text | None = None
     reference_images: References = msgspec.field(default_factory=list)
     motion: Word | None = None
+    loras: Loras = msgspec.field(default_factory=list)
     duration: Seconds = 3.0
     fps: Fps = 24
     resolution: Resolution = "1280x720"

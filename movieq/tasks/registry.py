@@ -47,7 +47,7 @@ class Registry(msgspec.Struct, frozen=True):
     models: dict[str, dict[str, Any]]
 
 
-_ADAPTERS: Final = {"diffusers": "Adapter", "ltx": "Ltx", "ltx2": "Ltx2"}
+_ADAPTERS: Final = {"diffusers": "Adapter", "ltx": "Ltx", "ltx2": "Ltx2", "qwen-edit": "QwenEdit", "vace": "Vace"}
 REGISTRY: Final = Registry(
     tasks={
         GENERATE_VIDEO: TaskSpec(

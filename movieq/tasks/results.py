@@ -31,10 +31,12 @@ class StoredMedia(msgspec.Struct, frozen=True, omit_defaults=True):
     width: int | None = None
     height: int | None = None
     duration_s: float | None = None
+    take: int = 1
+    seed: int | None = None
 
 
 class StoredResult(msgspec.Struct, frozen=True):
-    """A result as `complete` commits it. `media[0]` is the result itself."""
+    """A result as `complete` commits it. `media[0]` is the result itself, and its first take."""
 
     media: Annotated[list[StoredMedia], Meta(min_length=1)]
     metadata: dict[str, Any]
@@ -52,6 +54,8 @@ class MediaResult(msgspec.Struct, frozen=True):
     width: int | None = None
     height: int | None = None
     duration: float | None = None
+    take: int = 1
+    seed: int | None = None
 
 
 class Result(msgspec.Struct, frozen=True):

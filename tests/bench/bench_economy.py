@@ -22,6 +22,7 @@ from movieq import logs
 from movieq.fetch.download import Fetcher
 from movieq.fetch.guard import Guard
 from movieq.local.embedded import Valkey
+from movieq.models import choice
 from movieq.models import table as models
 from movieq.models.table import Model
 from movieq.queue.connection import connect
@@ -93,7 +94,7 @@ class Bench:
     def task(self, number: int, model: str) -> NewTask:
         """A picture."""
         data: dict[str, Any] = {"prompt": f"lamp {number}", "resolution": f"{SIDE}x{SIDE}"}
-        key, rows = models.batch(model, self.table[model], params.convert(params.ImageParams, data))
+        key, rows = choice.batch(model, self.table[model], params.convert(params.ImageParams, data))
         kwargs = msgspec.msgpack.encode({"task_data": data})
         return new_task("film", engine="diffusers", model=model, shape=model, kwargs=kwargs, batch=key, batch_rows=rows)
 

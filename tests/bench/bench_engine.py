@@ -2,8 +2,9 @@
 
 The same calls in turn, bare in this process and served by a child: the same class, weights, steps, size and threads. Then served with
 previews and without them, in turn, and what a preview of large latents takes by itself; the lag of the worker's event loop while the child
-works, how soon a cancel takes effect in each stage, how soon a killed child is back, and the child's memory after twenty and after two
-hundred tasks. Prints a table and, as its last line, one JSON object.
+works, how soon a cancel takes effect in each stage, how long another LoRA takes, how soon after its last step the first picture of a clip
+is encoded, how soon a killed child is back, and the child's memory after twenty and after two hundred tasks. Prints a table and, as its
+last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ class Bench:
             "weights": {"repository": str(folder / "model")},
             "defaults": {"steps": STEPS}, "limits": {"sides": 8, "pixels": [1, SIDE * SIDE]},
         }  # fmt: skip
-        self.entry = msgspec.convert(fields, Model)
+        loras = {name: {"bases": ["tiny"], "weights": tiny.lora(folder / "model" / "unet", folder / name)} for name in ("one", "two")}
+        self.entry = msgspec.convert({**fields, "loras": loras}, Model)
+        tiny.ltx(folder / "clips")
+        clips = {
+            "kind": "cpu_intensive", "tasks": {"generate_video": 1.0}, "pipeline": "LTXPipeline",
+            "weights": {"repository": str(folder / "clips")}, "defaults": {"steps": 4},
+            "limits": {"sides": 32, "pixels": [1, 4096], "frame_step": 8, "frame_first": 1, "frames": 17, "fps": 12},
+        }  # fmt: skip
+        self.clips = msgspec.convert({"engine": "diffusers", **clips}, Model)
         self.child = Child("cpu0", (Kind.CPU_INTENSIVE,), step_timeout_s=120)
         self.ready = asyncio.Event()
         self._count = 0
@@ -72,6 +81,26 @@ class Bench:
         begun = time.perf_counter()
         await ran(self.child, self.run(**given))
         return time.perf_counter() - begun
+
+    async def lora_switch(self, name: str) -> float:
+        """Seconds that a task takes longer if it has another LoRA than the one before."""
+        first = await self.served(loras=[{"name": name}])
+        return first - await self.served(loras=[{"name": name}])
+
+    async def first_frame(self) -> float:
+        """Seconds from the last step of a clip until its first picture is encoded."""
+        run = msgspec.structs.replace(self.run(), task_type="generate_video", model="clips", entry=self.clips)
+        run = msgspec.structs.replace(run, params={"prompt": "a storm", "resolution": "64x64", "duration": 1, "fps": 12})
+        times: dict[str, float] = {}
+
+        def hear(message: Progress) -> None:
+            if isinstance(message, Step) and message.stage == "denoise":
+                times["denoised"] = time.perf_counter()
+            if isinstance(message, Step) and message.stage == "mux" and message.step:
+                times.setdefault("encoded", time.perf_counter())
+
+        await ran(self.child, run, hear)
+        return times["encoded"] - times["denoised"]
 
     async def worked(self, preview: bool) -> float:
         """Seconds of the processor that the child spends on a picture of many steps."""
@@ -153,6 +182,9 @@ async def measure(folder: Path) -> None:
 
     cancels = {stage: [await bench.cancelled(stage) for _ in range(10)] for stage in ("encode", "denoise", "decode")}
 
+    switches = [await bench.lora_switch(name) for _ in range(5) for name in ("one", "two")]
+    frames = [await bench.first_frame() for _ in range(10)][1:]
+
     memory = []
     for count in range(TASKS[1]):
         await bench.served(steps=2)
@@ -184,6 +216,8 @@ async def measure(folder: Path) -> None:
             "loop_lag_p99_ms_aim": 15.0,
             **{f"cancel_in_{stage}_p50_ms": statistics.median(each) * 1000 for stage, each in cancels.items()},
             **{f"cancel_in_{stage}_most_ms": max(each) * 1000 for stage, each in cancels.items()},
+            "lora_switch_ms": statistics.median(switches) * 1000,
+            "last_step_to_first_frame_ms": statistics.median(frames) * 1000,
             "respawn_s": back,
             "first_task_of_a_new_child_s": first,
             "memory_after_20_mb": memory[0] / 1e6,

@@ -1,5 +1,8 @@
 """What serving costs on a GPU, what batches and compiling bring, how long a model takes to come: models of real size, of random weights.
 
+And what the engine does where memory is short or a run is disturbed: weights in 8 bits and streamed, another LoRA, takes, two models in
+turn, a cancel, an injected lack of memory.
+
 SDXL's and FLUX.1's sizes for pictures, LTX-Video's for a clip. Weights are random, so what comes out is noise; the arithmetic is the same.
 `--tiny` walks the same way with models that a CPU can run, and measures nothing worth keeping: a test holds that it does not rot.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import statistics
 import tempfile
 import time
@@ -24,10 +28,13 @@ from movieq.tasks.states import Kind
 from tests.arrange import ran
 from tests.bench.report import report
 from tests.engines import tiny
+from workers.child import takes
 from workers.child.diffusion import engine as diffusion
-from workers.child.diffusion import model_cache
-from workers.child.job import Flag, Job
-from workers.protocol import Run
+from workers.child.diffusion import eviction, model_cache
+from workers.child.diffusion.eviction import Budget
+from workers.child.diffusion.placement import Placement
+from workers.child.job import Flag, Job, JobCancelled
+from workers.protocol import FromChild, Run, Step
 from workers.supervisor import Child
 
 PROMPT = "a lighthouse in a storm"
@@ -236,6 +243,115 @@ def pictures(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def short_of_memory(bench: Bench) -> dict[str, Any]:
+    """Of one model: a picture with its weights in each place."""
+    found: dict[str, Any] = {}
+    network = "unet" if (bench.folder / bench.name / "unet").exists() else "transformer"
+    bench.entry = msgspec.structs.replace(bench.entry, fp8=[network])
+    side, budget = bench.size.sides[-1], eviction.budget
+    for place in Placement:
+        model_cache.clear()
+        job = Job(bench.run(64), lambda message: None, Flag(), bench.device)
+        with contextlib.ExitStack() as undo:
+            if place is not Placement.WHOLE:
+                needs = model_cache.get(job, bench.name, bench.entry, bench.device).needs
+                model_cache.clear()
+                room = Budget(needs.of(place), needs.weights)
+                eviction.budget = lambda device, copies_bytes, room=room: room  # type: ignore[misc]
+                undo.callback(setattr, eviction, "budget", budget)
+            found[f"{place}_s"] = bench.seconds(lambda: bench.batch(side, 1))
+            loaded = model_cache.find(bench.name)
+            assert loaded is not None
+            found[f"{place}_device_gb"] = loaded.device_bytes / 1e9
+    model_cache.clear()
+    return found
+
+
+def disturbed(bench: Bench) -> dict[str, Any]:
+    """Of one model: another LoRA, four takes against four tasks, a cancel, and a lack of memory in a step."""
+    found: dict[str, Any] = {}
+    side = bench.size.sides[-1]
+    network = "unet" if (bench.folder / bench.name / "unet").exists() else "transformer"
+    files = {name: tiny.lora(bench.folder / bench.name / network, bench.folder / name, seed) for seed, name in enumerate(("one", "two"))}
+    loras = {name: {"bases": [bench.name], "weights": weights} for name, weights in files.items()}
+    bench.entry = msgspec.convert({**msgspec.to_builtins(bench.entry), "fp8": [], "loras": loras}, Model)
+
+    def rendered(**given: Any) -> float:
+        run = bench.run(side)
+        job = Job(msgspec.structs.replace(run, params={**run.params, **given}), lambda message: None, Flag(), bench.device)
+        begun = time.perf_counter()
+        if job.params.takes > 1:
+            takes.render(job, lambda function: getattr(diffusion, function))
+        else:
+            diffusion.render(job)
+        return time.perf_counter() - begun
+
+    rendered()
+    plain = statistics.median(rendered() for _ in range(bench.calls))
+    switched = [rendered(loras=[{"name": name}]) - rendered(loras=[{"name": name}]) for _ in range(bench.calls) for name in files]
+    found["lora_switch_s"] = statistics.median(switched)
+    found["lora_to_without"] = statistics.median(rendered(loras=[{"name": "two"}]) for _ in range(bench.calls)) / plain
+    rendered()
+    found["four_takes_to_four_tasks"] = rendered(takes=4) / (4 * plain)
+
+    cancels = []
+    for _ in range(bench.calls):
+        flag, cancelled_s = Flag(), 0.0
+
+        def cancel(message: FromChild, flag: Flag = flag) -> None:
+            nonlocal cancelled_s
+            if isinstance(message, Step) and message.stage == "denoise" and not flag.is_set():
+                cancelled_s = time.perf_counter()
+                flag.set()
+
+        with contextlib.suppress(JobCancelled):
+            diffusion.render(Job(bench.run(side), cancel, flag, bench.device))
+        cancels.append(time.perf_counter() - cancelled_s)
+    found["cancel_ms"] = statistics.median(cancels) * 1000
+
+    loaded = model_cache.find(bench.name)
+    assert loaded is not None
+    denoiser = getattr(loaded.pipe, network)
+    faults = iter([torch.OutOfMemoryError("CUDA out of memory (injected)")])
+    handle = denoiser.register_forward_pre_hook(lambda *_: _raise(next(faults, None)))
+    try:
+        found["out_of_memory_s"] = rendered()
+    finally:
+        handle.remove()
+    found["after_out_of_memory_to_before"] = statistics.median([rendered() for _ in range(bench.calls + 1)][1:]) / plain
+    return found
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def in_turn(first: Bench, second: Bench) -> dict[str, Any]:
+    """Two models of which the device holds one at a time: seconds for the other one to come from host memory."""
+    model_cache.clear()
+    budget, side = eviction.budget, 64
+    for bench in (first, second):
+        bench.batch(side, 1)
+    held = [model_cache.find(bench.name) for bench in (first, second)]
+    alone = [statistics.median(_timed(lambda bench=bench: bench.batch(side, 1)) for _ in range(3)) for bench in (first, second)]  # type: ignore[misc]
+    room = Budget(max(each.required_bytes for each in held if each), sum(each.copy_bytes for each in held if each))
+    eviction.budget = lambda device, copies_bytes: room
+    try:
+        turns = [_timed(lambda bench=bench: bench.batch(side, 1)) for _ in range(4) for bench in (first, second)]  # type: ignore[misc]
+    finally:
+        eviction.budget = budget
+    loads = model_cache.swaps().loads
+    model_cache.clear()
+    return {"turn_s": statistics.median(turns[4:]), "alone_s": statistics.mean(alone), "loads": loads}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
 async def served(bench: Bench) -> dict[str, Any]:
     """Through a child, a picture after another and the next waiting: how that compares to a plain loop in this process."""
     job = Job(bench.run(64), lambda message: None, Flag(), bench.device)
@@ -272,11 +388,15 @@ def measure(folder: Path, *, small: bool) -> dict[str, Any]:
     """Everything, model by model: two of them do not fit into the memory of a card beside each other."""
     device, calls = ("cpu", 1) if small else ("cuda", 5)
     found: dict[str, Any] = {}
+    benches = []
     for name, size in (TINY if small else FULL).items():
         bench = Bench(folder, name, size, device, calls)
-        for key, value in {**pictures(bench), **asyncio.run(served(bench))}.items():
+        benches.append(bench)
+        for key, value in {**pictures(bench), **asyncio.run(served(bench)), **short_of_memory(bench), **disturbed(bench)}.items():
             found[f"{name}_{key}"] = value
-        model_cache.evict_others("")
+        model_cache.clear()
+    for key, value in in_turn(*benches).items():
+        found[f"in_turn_{key}"] = value
     for key, value in clip(folder, CLIPS[small], device).items():
         found[f"ltx_{key}"] = value
     model_cache.evict_others("")

@@ -87,7 +87,7 @@ async def work(store: Store, task_id: TaskId, run: RunToken, percents: range) ->
     """Reports of a run that keeps its lease, each of which is in the log."""
     for percent in percents:
         await store.report(task_id, run, percent / 100, "generating_image", stage="denoise", step=percent, steps=100)
-    await store.renew("w1", [], [(task_id, run)], has_gpu=False)
+    await store.renew("w1", [], [(task_id, run)], gpu_bytes=0)
 
 
 async def through_a_death(installation: Fleet, heard: Heard, open_at: Callable[[str], Awaitable[None]]) -> tuple[str, list[str]]:

@@ -215,6 +215,7 @@ TASK_DATA: dict[str, dict[str, list[Any]]] = {
         "output_format": ["ogg", "MP3", 1],
         "duration": [0.4, 60.1, "5"],
         "character_voice_profile": ["", 1],
+        "character_voice_text": ["x" * 2001, 1, "a\0b"],
     },
     "render_animation": {"loop": [1, "yes"], "motion": ["x" * 201], "fps": [0, 61], "duration": [0, 31]},
 }

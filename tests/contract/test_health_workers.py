@@ -36,7 +36,7 @@ async def beat(store: Store, worker: str = "w1", task_id: TaskId | None = None, 
         **{"device": "cpu", "memory_total": 2000, "temperature": None, "power": None, "models": [], "host": "h", "version": "0"},
         **fields,
     }
-    await store.renew(worker, [WorkerStatus(**row)], [], has_gpu=False)
+    await store.renew(worker, [WorkerStatus(**row)], [], gpu_bytes=0)
 
 
 async def silent(store: Store, worker: str, seconds: int) -> None:
@@ -160,7 +160,7 @@ async def test_the_schema_of_a_type_refuses_what_submit_refuses(api: Client, tas
 
 async def test_an_engine_that_no_model_serves_is_refused_by_its_setting(settings: Settings, store: Store, folder: Path) -> None:
     mute = 'engine = "animatic"\nkind = "cpu_intensive"\ntasks = { generate_image = 1 }\n'
-    (folder / "models.toml").write_text(f"[csm]\n{mute}[mms-tts-eng]\n{mute}")  # so that no model speaks
+    (folder / "models.toml").write_text(f"[csm]\n{mute}")  # so that no model speaks
     models = str(folder / "models.toml")
     async with served(msgspec.structs.replace(settings, engine=EngineChoice.DIFFUSERS, models=models)) as api:
         line = {"text": "Land ho."}

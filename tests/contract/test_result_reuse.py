@@ -10,7 +10,7 @@ import pytest
 
 import movieq
 from movieq.api import tasks as tasks_module
-from movieq.models import table as models
+from movieq.models import choice
 from movieq.models.table import Model
 from movieq.queue.files import Files
 from movieq.queue.keys import KEYS
@@ -118,6 +118,7 @@ async def test_what_says_the_same_is_the_same(api: Client, tasks: Tasks, folder:
         {"task_data": {**DATA, "format": "png"}},
         {"task_data": {**DATA, "weather": "storm"}},
         {"task_data": {**DATA, "no_cache": True}},
+        {"task_data": {**DATA, "takes": 2}},
         {"task_type": "render_animation"},
         {"project_id": "other"},
     ],
@@ -125,6 +126,25 @@ async def test_what_says_the_same_is_the_same(api: Client, tasks: Tasks, folder:
 async def test_what_says_something_else_is_made(api: Client, tasks: Tasks, folder: Path, fields: dict[str, Any]) -> None:
     await make(api, tasks, folder)
     assert (await ask(api, **fields))["status"] == "queued"
+
+
+async def test_all_takes_must_still_be_stored(api: Client, tasks: Tasks, folder: Path) -> None:
+    data = {**DATA, "takes": 2}
+    task_id = await tasks.queued(task_data=data)
+    run = await tasks.claim()
+    prefix = f"projects/film/image/{task_id}/{run}"
+    keys = [f"{prefix}/output.jpg", f"{prefix}/output-2.jpg"]
+    (folder / "made").write_bytes(FILE)
+    for key in keys:
+        await api.state.storage.put(key, folder / "made", "image/jpeg")
+    await tasks.store.report(task_id, run, 0.9, "uploading_result", prefix=prefix)
+    media = [StoredMedia(key, "character_design", "image/jpeg", len(FILE), take=take, seed=6 + take) for take, key in enumerate(keys, 1)]
+    await tasks.store.complete(task_id, run, StoredResult(media, {"engine": "animatic", "seed": 7}))
+    again = await ask(api, task_data=data)
+    assert again["status"] == "completed"
+    assert [(each["take"], each["seed"]) for each in again["result"]["media"]] == [(1, 7), (2, 8)]
+    await api.state.storage.delete(keys[1])
+    assert (await ask(api, task_data=data))["status"] == "queued"
 
 
 @pytest.mark.parametrize("data", [{"prompt": "a lamp"}, {**DATA, "reference_images": ["https://cdn.example/a.png"]}])
@@ -285,7 +305,20 @@ def named(entry: Model, task_type: TaskType = GENERATE_IMAGE, sound: Model | Non
     """Return the fingerprint of a task with this model, in a table with this model and the model for sound."""
     task_data = {**DATA, **data}
     table = {"model": entry, **({"noise": sound} if sound else {})}
-    return models.fingerprint("film", table, "model", task_type, params.convert(REGISTRY.tasks[task_type].params, task_data), task_data)
+    return choice.fingerprint("film", table, "model", task_type, params.convert(REGISTRY.tasks[task_type].params, task_data), task_data)
+
+
+def test_only_the_loras_that_a_task_names_count() -> None:
+    def lora(sha256: str) -> dict[str, Any]:
+        return {"bases": ["model"], "weights": {"repository": "/srv", "file": "a.safetensors", "sha256": sha256}}
+
+    keeper, other = lora("0" * 64), lora("1" * 64)
+    one, both = model(loras={"keeper": keeper}), model(loras={"keeper": keeper, "other": other})
+    assert named(model()) == named(one) == named(both)
+    asked: dict[str, Any] = {"loras": [{"name": "keeper"}]}
+    assert named(one, **asked) == named(both, **asked)
+    assert len({named(one), named(one, **asked), named(model(loras={"keeper": other}), **asked)}) == 3
+    assert named(one, **asked) == named(one, loras=[{"name": "keeper", "weight": None}])
 
 
 def test_another_revision_or_entry_or_version_makes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,7 @@ async def test_draft_is_always_the_animatic(api: Client, store: Store, tasks: Ta
         ("wan22-t2v", "generate_video", {"duration": 3, "storyboard_images": ["upload:x"]}, "storyboard_images", "takes no images"),
         ("wan22-i2v", "render_animation", {}, "reference_images", "begins with an image"),
         ("stable-audio-open", "process_audio", {"duration": 50}, "duration", "makes at most 47 s of sound"),
-        ("mms-tts-eng", "process_audio", {"text": "hallo", "language": "de"}, "language", "speaks en, got"),
-        ("mms-tts-eng", "process_audio", {"text": "x", "character_voice_profile": "upload:x"}, "character_voice_profile", "of its own"),
+        ("csm", "process_audio", {"text": "hallo", "language": "de"}, "language", "speaks en, got"),
     ],
 )  # fmt: skip
 async def test_what_a_model_cannot_do_is_refused_at_once_with_the_models_that_can(
@@ -159,7 +158,7 @@ async def test_what_a_model_cannot_do_is_refused_at_once_with_the_models_that_ca
     assert error["path"] == f"task_data.{field}"
     assert said in error["message"]
     if task_type == "generate_video":
-        assert "or set task_data.model to one of animatic, ltx-video" in error["message"]
+        assert "or set task_data.model to one of animatic, ltx23-distilled" in error["message"]
 
 
 async def test_a_full_project_is_told_when_to_come_back(settings: Settings, store: Store) -> None:

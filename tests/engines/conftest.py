@@ -33,7 +33,12 @@ WAN = {**CLIP, "sides": 16, "frame_step": 4, "frames": 13}
 ENTRIES: dict[str, dict[str, Any]] = {
     "sd": {"pipeline": "StableDiffusionPipeline", "image_pipeline": "StableDiffusionImg2ImgPipeline", "limits": PICTURE},
     "sd3": {"pipeline": "StableDiffusion3Pipeline", "image_pipeline": "StableDiffusion3Img2ImgPipeline", "limits": PICTURE},
-    "flux": {"pipeline": "FluxPipeline", "image_pipeline": "FluxImg2ImgPipeline", "limits": PICTURE},
+    "flux": {
+        "pipeline": "FluxPipeline",
+        "image_pipeline": "FluxImg2ImgPipeline",
+        "limits": PICTURE,
+        "ignores": ["guidance_scale"],
+    },
     "z_image": {"pipeline": "ZImagePipeline", "image_pipeline": "ZImageImg2ImgPipeline", "limits": PICTURE},
     "ltx": {"pipeline": "LTXPipeline", "limits": CLIP},
     "ltx_condition": {
@@ -45,7 +50,6 @@ ENTRIES: dict[str, dict[str, Any]] = {
     },
     "wan": {"pipeline": "WanPipeline", "limits": WAN},
     "wan_i2v": {"image_pipeline": "WanImageToVideoPipeline", "images": "ends", "limits": WAN, "defaults": {"steps": 4, "guidance": 20}},
-    "animatediff": {"pipeline": "AnimateDiffPipeline", "limits": {"sides": 8, "pixels": [1, 4096], "frames": 16, "fps": 8}},
     "stable_audio": {"pipeline": "StableAudioPipeline", "limits": {"seconds": 10}, "defaults": {"steps": 4, "guidance": 100}},
     "vits": {"pipeline": "VitsModel", "languages": ["en"]},
     "csm": {"pipeline": "CsmForConditionalGeneration", "languages": ["en"], "voices": True},
@@ -53,7 +57,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 """Name -> entry in the model table, for every model of `tiny`."""
 
 IMAGES = {"sd", "sd3", "flux", "z_image"}
-ANIMATIONS = {"animatediff"}
+ANIMATIONS = {"wan"}
 SPEAKERS = {"vits", "csm"}
 SOUNDS = {"stable_audio", *SPEAKERS}
 

@@ -16,12 +16,11 @@ LARGE: Final = ".safetensors"
 
 
 class Hub:
-    """A server of a repository from a folder. `url` is the value for HF_ENDPOINT."""
+    """A server of repositories from folders. `url` is the value for HF_ENDPOINT."""
 
-    def __init__(self, folder: Path, repository: str = "team/model", revision: str = COMMIT) -> None:
-        self.folder = folder
-        self.repository = repository
-        self.revision = revision
+    def __init__(self) -> None:
+        self.folders: dict[tuple[str, str], Path] = {}
+        """By repository and revision."""
         self.url = ""
         self.cut: int | None = None
         """After so many bytes of a large file the connection breaks, once..."""
@@ -32,16 +31,24 @@ class Hub:
         self.asked: list[tuple[str, str]] = []
         """Method and Range of each request for a large file."""
 
+    def add(self, folder: Path, repository: str, revision: str) -> None:
+        """Serve a folder as a repository."""
+        self.folders[repository, revision] = folder
+
+    def _folder(self, request: web.Request) -> Path | None:
+        return self.folders.get((request.match_info["repository"], request.match_info["revision"]))
+
     async def info(self, request: web.Request) -> web.Response:
         """Return the list of files."""
-        if request.match_info["revision"] != self.revision:
+        if (folder := self._folder(request)) is None:
             raise web.HTTPNotFound
-        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        siblings = [self._sibling(path) for path in files]
-        return web.json_response({"id": self.repository, "sha": self.revision, "private": False, "tags": [], "siblings": siblings})
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        siblings = [self._sibling(folder, path) for path in files]
+        repository, revision = request.match_info["repository"], request.match_info["revision"]
+        return web.json_response({"id": repository, "sha": revision, "private": False, "tags": [], "siblings": siblings})
 
-    def _sibling(self, path: Path) -> dict[str, Any]:
-        name, size = str(path.relative_to(self.folder)), path.stat().st_size
+    def _sibling(self, folder: Path, path: Path) -> dict[str, Any]:
+        name, size = str(path.relative_to(folder)), path.stat().st_size
         found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": blob(path)}
         if name.endswith(LARGE):
             found["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 130}
@@ -49,12 +56,16 @@ class Hub:
 
     async def file(self, request: web.Request) -> web.StreamResponse:
         """Return a file, from the first byte of the request's range."""
-        path = self.folder / request.match_info["name"]
-        if request.match_info["revision"] != self.revision or not path.is_file():
+        folder = self._folder(request)
+        if folder is None or not (path := folder / request.match_info["name"]).is_file():
             raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound"})
         data = path.read_bytes()
         large = path.name.endswith(LARGE)
-        headers = {"ETag": f'"{sha256(path) if large else blob(path)}"', "X-Repo-Commit": self.revision, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{sha256(path) if large else blob(path)}"',
+            "X-Repo-Commit": request.match_info["revision"],
+            "Accept-Ranges": "bytes",
+        }
         if large:
             self.asked.append((request.method, request.headers.get("Range", "")))
             data = data[:-1] + bytes([data[-1] ^ 1]) if self.changed else data
@@ -81,10 +92,11 @@ class Hub:
 @asynccontextmanager
 async def hub(folder: Path, repository: str = "team/model", revision: str = COMMIT) -> AsyncIterator[Hub]:
     """Yield a hub that serves a folder as a repository, on a free port."""
-    served = Hub(folder, repository, revision)
+    served = Hub()
+    served.add(folder, repository, revision)
     application = web.Application()
-    application.router.add_get(f"/api/models/{repository}/revision/{{revision}}", served.info)
-    application.router.add_get(f"/{repository}/resolve/{{revision}}/{{name:.+}}", served.file)
+    application.router.add_get("/api/models/{repository:[^/]+/[^/]+}/revision/{revision}", served.info)
+    application.router.add_get("/{repository:[^/]+/[^/]+}/resolve/{revision}/{name:.+}", served.file)
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import torch
 
-from movieq.models.table import Dtype, Model
+from movieq.models.table import Dtype, Lora, Model
 from tests.engines import tiny
+from workers.child.diffusion.loading import SPEECH
 from workers.child.diffusion.placement import Component, component
 
 RECORDS: Final = Path(__file__).parent / "records"
@@ -68,6 +69,10 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
     "WanTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": TEXT, "freq_dim": 16,
     },
+    "WanVACETransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": TEXT, "freq_dim": 16,
+        "vace_layers": [0, 1],
+    },
     "LTXVideoTransformer3DModel": {
         "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2, "caption_channels": TEXT,
     },
@@ -85,7 +90,28 @@ SHRUNK: Final[dict[str, dict[str, Any]]] = {
         "decoder_layers_per_block": [1] * 4,
     },
     "AutoencoderOobleck": {"encoder_hidden_size": 2, "decoder_channels": 2},
+    "CsmForConditionalGeneration": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "depth_decoder_config": {
+            "backbone_hidden_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+        "codec_config": {
+            "hidden_size": 32, "num_filters": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+            "intermediate_size": 32, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "upsample_groups": 32,
+            "codebook_size": 4096,  # random weights also choose the three tokens that stand for no code
+        },
+        **{f"{each}_token_id": number for number, each in enumerate(("pad", "bos", "eos", "audio", "audio_eos"))},
+    },
     "Qwen3Model": _TEXT_ENCODER,
+    "AceStepTransformer1DModel": {
+        "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "encoder_hidden_size": 32, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "AceStepConditionEncoder": {
+        "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "text_hidden_dim": TEXT, "num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1,
+    },
     "Qwen2_5_VLForConditionalGeneration": {
         "text_config": {
             "hidden_size": TEXT, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
@@ -109,30 +135,49 @@ LISTED: Final = (
     "z-image-turbo",
     "flux2-klein-4b",
     "qwen-image-2512",
+    "qwen-image-edit-2511",
     "flux-schnell",
     "ltx-video",
     "ltx23-distilled",
     "wan22-ti2v-5b",
     "wan22-i2v",
     "wan22-t2v",
+    "wan22-i2v-lightning",
+    "wan22-t2v-lightning",
+    "wan-vace-14b",
     "stable-audio-open",
+    "ace-step-xl-turbo",
+    "csm",
 )
 """The records that are complete enough to build."""
 
 
 def record(name: str) -> dict[str, Any]:
-    """Return the record of a model."""
-    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text("utf-8"))
+    """Return the record of a model's repository, which several models may share."""
+    found: dict[str, Any] = json.loads((RECORDS / f"{name.removesuffix('-lightning')}.json").read_text("utf-8"))
     return found
+
+
+def build_lora(repository: Path, lora: Lora, folder: Path) -> None:
+    """Write a LoRA for the networks of a repository that was built, under the names of its real files."""
+    for part, file in (("transformer", lora.weights), ("transformer_2", lora.second)):
+        if file is not None:
+            path = folder / file.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tiny.lora(repository / part, path, prefix="transformer")
 
 
 def build(name: str, folder: Path) -> None:
     """Write the model's repository: model_index.json, and each component with its config and its kind of files."""
     torch.manual_seed(0)
     found = record(name)
+    if found["model_index"] is None:
+        _speech(found["components"]["transformer"], folder)
+        return
     index = dict(found["model_index"])
     folder.mkdir(parents=True)
-    index.pop("processor", None)  # for a service that movieq does not use: better prompts
+    if "processor" not in found["components"]:  # for a service that movieq does not use: better prompts
+        index.pop("processor", None)
     (folder / "model_index.json").write_text(json.dumps(index))
     vocabulary: dict[str, Any] = {}
     for part in sorted(index, key=lambda part: not part.startswith("tokenizer")):
@@ -141,6 +186,8 @@ def build(name: str, folder: Path) -> None:
         listed = found["components"][part]
         if part.startswith("tokenizer"):
             vocabulary[part.replace("tokenizer", "text_encoder")] = _tokenizer(index[part][1], listed.get("files") or [], folder / part)
+        elif part == "processor":
+            _processor(folder / part)
         elif part == "scheduler":
             _scheduler(listed["config"], folder / part)
         else:
@@ -153,7 +200,8 @@ def sizes(name: str, entry: Model) -> dict[str, Component]:
 
     found = record(name)
     components = {}
-    for part, listed in found["model_index"].items():
+    index = found["model_index"] or {SPEECH: ["transformers", found["pipeline"]]}
+    for part, listed in index.items():
         if not isinstance(listed, list) or listed[0] is None or part.startswith(("scheduler", "tokenizer", "processor")):
             continue
         cls, config = _class(listed), _config(found["components"][part])
@@ -192,7 +240,10 @@ def _weights(listed: list[str], recorded: dict[str, Any], tokenizer: Any, folder
         size, special = tokenizer
         for each in (config, config.get("text_config")):
             if each is not None:
-                each |= {"vocab_size": size, **special}
+                each |= {
+                    "vocab_size": size,
+                    **{key: value for key, value in special.items() if key in each or key.startswith(("bos", "eos", "pad"))},
+                }
         model = cls(cls.config_class(**config))
     else:
         model = cls.from_config(config)
@@ -203,6 +254,35 @@ def _weights(listed: list[str], recorded: dict[str, Any], tokenizer: Any, folder
     shards = len(recorded.get("shards") or [1])
     size = sum(each.nbytes for each in model.state_dict().values())
     model.save_pretrained(folder, **({"max_shard_size": size // shards + 1} if shards > 1 else {}))
+
+
+def _processor(folder: Path) -> None:
+    """Write the processor of Qwen2-VL: its tokenizer, and how it cuts pictures into patches."""
+    tokenizer, _ = tiny.qwen_tokenizer()
+    tokenizer.save_pretrained(folder)
+    pictures = {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"}))
+
+
+def _speech(recorded: dict[str, Any], folder: Path) -> None:
+    """Write a CSM, whose weights have names of their own, beside weights in another layout under the usual name."""
+    from transformers import CsmConfig
+
+    processor, size = tiny.csm_processor()
+    config = _merged(_config(recorded), SHRUNK["CsmForConditionalGeneration"]) | {"text_vocab_size": size}
+    model = tiny.csm_model(CsmConfig(**config))
+    shards = len(recorded["shards"])
+    model.save_pretrained(folder, max_shard_size=sum(each.nbytes for each in model.state_dict().values()) // shards + 1)
+    index = (folder / "model.safetensors.index.json").read_text()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "transformers.safetensors.index.json").write_text(index.replace('"model-', '"transformers-'))
+    for shard in folder.glob("model-*.safetensors"):
+        shard.rename(shard.with_name(shard.name.replace("model-", "transformers-", 1)))
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"transformers_weights": recorded["config"]["transformers_weights"]}))
+    (folder / "model.safetensors").write_bytes(b"another layout")
+    processor.save_pretrained(folder)
 
 
 def _scheduler(config: dict[str, Any], folder: Path) -> None:
@@ -220,7 +300,9 @@ def _tokenizer(name: str, files: list[str], folder: Path) -> tuple[int, dict[str
         special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     elif name.startswith("Qwen2"):
         tokenizer, size = tiny.qwen_tokenizer()
-        special = {"bos_token_id": size - 3, "eos_token_id": size - 1}
+        special = {"bos_token_id": size - 6, "eos_token_id": size - 4}
+        vision = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
+        special |= {each: size - 3 + number for number, each in enumerate(vision)}
     else:
         tokenizer, size = tiny.t5_tokenizer()
         special = {"pad_token_id": 0, "eos_token_id": 1}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from movieq.models.table import batch
+from movieq.models.choice import batch
 from movieq.tasks.params import ImageParams
-from tests.engines.conftest import Studio, decoded, difference
+from tests.engines.conftest import PICTURE, Studio, decoded, difference
 from tests.engines.test_diffusion import failing, pytestmark  # noqa: F401  # the same libraries
 from workers.child import __main__ as child
 from workers.child.diffusion import engine as diffusion
@@ -190,3 +191,19 @@ def test_what_a_call_has_one_value_for_is_in_the_batch_key(studio: Studio) -> No
     assert key(reference_images=["https://a.example/0.png"]) == ("", 1)
     cached = studio.entry("sd", first_block_cache=0.1)
     assert batch("sd", cached, ImageParams(prompt="a lamp")) == ("", 1)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [([], 3), ([[4096, 2]], 2)])
+def test_takes_share_calls_and_each_is_what_a_task_of_its_seed_becomes(studio: Studio, rows: list[list[int]], calls: int) -> None:
+    entry = studio.entry("flux", limits={**PICTURE, "batch": rows})
+    data: dict[str, Any] = {"entry": entry, "resolution": "64x64", "format": "png", "prompt": "a lighthouse in a storm"}
+    alone = [studio.render("flux", seed=seed, **data) for seed in (5, 6, 7)]
+    sent: list[FromChild] = []
+    job = studio.job("flux", sent.append, seed=5, takes=3, **data)
+    (finish,) = child.render_runs((job.run,), sent.append, {job.run.run: Flag()})
+    assert callable(finish)
+    answer = child.finish_run(job.run, finish)
+    assert isinstance(answer, Done), answer
+    for one, file in zip(alone, answer.files, strict=True):
+        assert difference(one.decoded, decoded(Path(file.path))) < 1 / 255
+    assert sum(isinstance(message, Step) and message.stage == "denoise" and message.step == message.steps for message in sent) == calls

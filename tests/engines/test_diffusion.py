@@ -111,9 +111,7 @@ def test_stages_come_in_their_order_and_steps_never_fall(studio: Studio, stills:
     assert [each.step == each.steps for each in result.sent if isinstance(each, Step) and each.stage == "denoise"][-1]
 
 
-@pytest.mark.parametrize(
-    "name", ["sd", "flux", "ltx_condition", "wan", pytest.param("animatediff", marks=pytest.mark.slow), "stable_audio"]
-)
+@pytest.mark.parametrize("name", ["sd", "flux", "ltx_condition", "wan", "stable_audio"])
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
 def test_a_run_that_is_cancelled_in_any_stage_stops_there_and_the_next_is_clean(studio: Studio, name: str, stage: str) -> None:
     fresh = studio.render(name, **asked(name))
@@ -161,36 +159,63 @@ def test_a_reference_image_shows_in_the_result(studio: Studio, stills: dict[str,
     assert difference(first.decoded, second.decoded) >= 0.5 / 255
 
 
-def test_storyboard_images_appear_at_their_times(studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_continuous_shot_storyboard_images_appear_at_their_times(
+    studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = recorded_calls(monkeypatch, "LTXConditionPipeline", "WanImageToVideoPipeline")
-    studio.render("ltx_condition", stills, **asked("ltx_condition"), storyboard_images=[FIRST, SECOND])
+    given = {"storyboard_images": [FIRST, SECOND], "continuous": True}
+    studio.render("ltx_condition", stills, **asked("ltx_condition"), **given)
     assert [[each.frame_index for each in call["conditions"]] for call in calls] == [[0, 8]]
     calls.clear()
-    result = studio.render("wan_i2v", stills, **asked("wan_i2v"), storyboard_images=[FIRST, SECOND])
+    studio.render("ltx_condition", stills, **{**asked("ltx_condition"), "duration": 2}, **given)
+    assert [[each.frame_index for each in call["conditions"]] for call in calls] == [[0, 16], [0]], (
+        "the second is in the frames that both windows share"
+    )
+    calls.clear()
+    result = studio.render("wan_i2v", stills, **asked("wan_i2v"), **given)
     assert [(call["num_frames"], sorted(call.keys() & {"image", "last_image"})) for call in calls] == [
-        (5, ["image", "last_image"]),
-        (9, ["image"]),
+        (9, ["image", "last_image"]),
+        (5, ["image"]),
     ]
     assert calls[0]["last_image"].tobytes() == calls[1]["image"].tobytes(), "from the first to the second, and on from there"
     assert result.output.metadata["generated"]["frames"] == 13
 
 
+@pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("name", ["ltx_condition", "wan_i2v"])
-def test_each_image_of_a_storyboard_changes_the_clip(studio: Studio, stills: dict[str, Path], name: str) -> None:
+def test_each_image_of_a_storyboard_changes_the_clip(studio: Studio, stills: dict[str, Path], name: str, continuous: bool) -> None:
     """Not read off the arguments: a pipeline may take an image and ignore it."""
-    one, two, other = (
-        studio.render(name, stills, **asked(name), storyboard_images=each) for each in ([FIRST], [FIRST, SECOND], [FIRST, FIRST])
-    )
+    task = {**asked(name), "duration": 2, "continuous": continuous}
+    one, two, other = (studio.render(name, stills, **task, storyboard_images=each) for each in ([FIRST], [FIRST, SECOND], [FIRST, FIRST]))
     assert difference(one.decoded, two.decoded) >= 1 / 255
     assert difference(other.decoded, two.decoded) >= 1 / 255
 
 
-def test_each_image_begins_a_shot_where_the_model_leads_to_none(
+@pytest.mark.parametrize("name", ["ltx_condition", "wan_i2v"])
+def test_each_image_begins_a_shot_with_an_equal_share_of_the_time(
+    studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    calls = recorded_calls(monkeypatch, ENTRIES[name]["image_pipeline"])
+    task = {**asked(name), "duration": 3}
+    result = studio.render(name, stills, **task, storyboard_images=[FIRST, SECOND, FIRST])
+    assert len(calls) == 3
+    for call in calls:
+        assert "last_image" not in call
+        assert [each.frame_index for each in call.get("conditions", [])] in ([], [0])
+    assert result.output.metadata["generated"]["frames"] >= 36
+    assert result.decoded.shape[0] == 72
+    assert "warnings" not in result.output.metadata
+    first = [(call["conditions"][0].image if "conditions" in call else call["image"]).tobytes() for call in calls]
+    assert first[0] == first[2] != first[1], "no shot begins with the last picture of the one before"
+
+
+def test_a_model_that_leads_to_no_image_says_that_it_cannot_make_one_shot(
     studio: Studio, stills: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = studio.entry("wan_i2v", images="start")
     calls = recorded_calls(monkeypatch, "WanImageToVideoPipeline")
-    result = studio.render("wan_i2v", stills, entry=entry, **asked("wan_i2v"), storyboard_images=[FIRST, SECOND])
+    given = {"storyboard_images": [FIRST, SECOND], "continuous": True}
+    result = studio.render("wan_i2v", stills, entry=entry, **asked("wan_i2v"), **given)
     assert [sorted(call.keys() & {"image", "last_image"}) for call in calls] == [["image"], ["image"]]
     assert any("each image begins a shot of its own" in each for each in result.output.metadata["warnings"])
 
@@ -218,10 +243,12 @@ def test_a_clip_longer_than_a_window_continues_from_its_last_frame(
     task = {**asked(name), "duration": 3, "storyboard_images": [FIRST]}
     result = studio.render(name, stills, **task)
     generated = result.output.metadata["generated"]
-    assert generated["windows"] == len(calls) == 3
+    assert generated["windows"] == len(calls) == (4 if name == "ltx_condition" else 3)
     assert generated["frames"] >= 36
     assert result.decoded.shape[0] == 72
     assert all("conditions" in call or "image" in call for call in calls)
+    if name == "ltx_condition":
+        assert [len(call["conditions"][0].video or []) for call in calls] == [0, 9, 9, 9]
     assert result.stages == ["load", "encode", "denoise", "decode", "mux"]
     assert result.path.read_bytes() == studio.render(name, stills, **task).path.read_bytes()
 
@@ -300,7 +327,7 @@ def test_a_voice_sample_without_sound_is_refused(studio: Studio, folder: Path) -
     ("name", "given", "said"),
     [
         ("ltx", {"storyboard_images": [FIRST]}, "ltx takes no images"),
-        ("animatediff", {"reference_images": [FIRST]}, "animatediff takes no images"),
+        ("wan", {"reference_images": [FIRST]}, "wan takes no images"),
         ("wan_i2v", {}, "wan_i2v begins with an image"),
         ("ltx", {"duration": 3}, "makes at most 1.4 s, and takes no image to go on from"),
         ("stable_audio", {"duration": 11}, "at most 10 s"),
@@ -322,9 +349,11 @@ def test_parameters_that_a_model_ignores_are_named_in_the_warnings(
     def warned(name: str, **given: Any) -> list[str]:
         return list(studio.render(name, stills, **asked(name), **given).output.metadata["warnings"])
 
-    assert warned("animatediff", loop=True) == ["loop is not used: animatediff makes no loops"]
+    assert warned("wan", loop=True) == ["loop is not used: wan makes no loops"]
     assert len(warned("vits", emotion="sad", pace="slow", background_noise="rain")) == 3
-    assert warned("ltx_condition", storyboard_images=[FIRST, SECOND, FIRST]) == ["3 images do not fit into the clip: 2 are used"]
+    assert warned("ltx_condition", storyboard_images=[FIRST, SECOND, FIRST], continuous=True) == [
+        "3 images do not fit into the clip: 2 are used"
+    ]
     calls = recorded_calls(monkeypatch, "LTXPipeline", "StableAudioPipeline")
     sound = ("stable_audio", studio.entry("stable_audio"))
     studio.render("ltx", **asked("ltx"), audio_cues=["sea"], sound=sound, steps=1, negative_prompt="fog")
@@ -332,7 +361,7 @@ def test_parameters_that_a_model_ignores_are_named_in_the_warnings(
     assert "negative_prompt" not in calls[-1]
 
 
-TRUE_CFG: dict[str, Any] = {"names": {"guidance_scale": "true_cfg_scale"}}
+TRUE_CFG: dict[str, Any] = {"names": {"guidance_scale": "true_cfg_scale"}, "ignores": []}
 
 
 @pytest.mark.parametrize(
@@ -344,7 +373,7 @@ TRUE_CFG: dict[str, Any] = {"names": {"guidance_scale": "true_cfg_scale"}}
         ("z_image", {}, {"guidance_scale": 4.0, "negative_prompt": "fog"}, None),
         ("flux", TRUE_CFG, {"guidance_scale": 1.0, "negative_prompt": "fog"}, "negative_prompt is not used"),
         ("flux", TRUE_CFG, {"guidance_scale": 4.0, "negative_prompt": "fog"}, None),
-        ("flux", {"ignores": ["guidance_scale"]}, {"guidance_scale": 4.0}, "guidance_scale is not used: flux has no use for it"),
+        ("flux", {}, {"guidance_scale": 4.0}, "guidance_scale is not used: flux has no use for it"),
     ],
 )  # fmt: skip
 def test_a_parameter_changes_the_result_or_is_named_in_the_warnings(

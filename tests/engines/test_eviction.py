@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from movieq.errors import ModelUnavailable, OutOfMemory
+from movieq.models.table import USABLE, Model
 from movieq.tasks.entities import ModelSwaps
-from tests.engines.conftest import Studio
+from tests.engines.conftest import Studio, decoded, difference
 from workers.child import __main__ as child_main
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import eviction, host_copy, model_cache, oom
@@ -223,7 +224,7 @@ def test_a_model_larger_than_the_device_renders_the_same_bytes_with_its_weights_
     assert loaded.place is Placement.WHOLE
     model_cache.clear()
     monkeypatch.setattr(eviction, "ONE_MODEL_SHARE", 0)
-    machine.room = Budget(loaded.needs.whole - 1, GB)
+    machine.room = Budget(int(loaded.needs.whole * USABLE) - 1, GB)
     streamed = machine.studio.render("flux", **TASK)
     loaded = model_cache.find("flux")
     assert loaded is not None
@@ -274,6 +275,69 @@ def test_memory_that_runs_out_in_a_step_moves_the_weights_to_host_memory_for_thi
     loaded = model_cache.find("flux")
     assert loaded is not None
     assert loaded.place is Placement.WHOLE
+
+
+def small_machine(machine: Machine, monkeypatch: pytest.MonkeyPatch, entry: Model) -> bytes:
+    """Render on a machine that has room for the whole model, then take room away until it has only room for 8 bits."""
+    machine.room = Budget(GB, GB)
+    whole = machine.studio.render("flux", entry=entry, **TASK).path.read_bytes()
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    model_cache.clear()
+    monkeypatch.setattr(eviction, "ONE_MODEL_SHARE", 0)
+    machine.room = Budget(int(loaded.needs.whole * USABLE) - 1, GB)
+    return whole
+
+
+def test_a_model_is_held_in_8_bits_if_its_entry_allows_that_and_the_result_says_so(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = machine.studio.entry("flux", fp8=["transformer"])
+    whole = small_machine(machine, monkeypatch, entry)
+    result = machine.studio.render("flux", entry=entry, **TASK)
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    assert loaded.place is Placement.FP8
+    assert loaded.size_bytes < loaded.needs.weights - loaded.needs.saved * 0.7
+    assert result.output.metadata["lossy"] == ["transformer in 8 bits"]
+    assert any("in 8 bits, which changes the result slightly" in each for each in result.output.metadata["warnings"])
+    (folder,) = {result.path.parent}
+    (folder / "whole.png").write_bytes(whole)
+    assert 0 < difference(decoded(folder / "whole.png"), result.decoded) < 0.1
+    again = machine.studio.render("flux", entry=entry, **TASK)
+    assert again.path.read_bytes() == result.path.read_bytes()
+    assert again.output.metadata["lossy"] == ["transformer in 8 bits"]
+    model_cache.evict_others("")
+    assert where() == ([], ["flux"])
+    assert machine.studio.render("flux", entry=entry, **TASK).path.read_bytes() == result.path.read_bytes()
+
+
+def test_a_model_in_8_bits_is_streamed_for_a_run_whose_memory_runs_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    entry = machine.studio.entry("flux", fp8=["transformer"])
+    small_machine(machine, monkeypatch, entry)
+    before = machine.studio.render("flux", entry=entry, **TASK).path.read_bytes()
+    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
+
+    def faulty(self: Any, *args: Any, **options: Any) -> Any:
+        for _ in faults:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    assert machine.studio.render("flux", entry=entry, **TASK).path.read_bytes() == before
+    assert machine.studio.render("flux", entry=entry, **TASK).path.read_bytes() == before
+    loaded = model_cache.find("flux")
+    assert loaded is not None
+    assert loaded.place is Placement.FP8
+
+
+def test_a_component_that_cannot_be_held_in_8_bits_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = machine.studio.entry("flux", fp8=["text_encoder"])
+    small_machine(machine, monkeypatch, entry)
+    with pytest.raises(ModelUnavailable, match=r"fp8: CLIPTextModel \(text_encoder\) cannot be held in 8 bits; take it out of the entry"):
+        machine.studio.render("flux", entry=entry, **TASK)
 
 
 # ── The copy in host memory ──

@@ -42,9 +42,10 @@ STEPS: Final = 2
 
 def small(model: Model) -> dict[str, Any]:
     """Return the entry as the table of a file has it, for small results: real sizes take a GPU."""
-    found: dict[str, Any] = msgspec.to_builtins(model)
+    found: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(model, loras={}))  # the shipped table has them
     found["limits"] |= {"pixels": [1, 128 * 64], "frames": min(model.limits.frames, 25)}
-    found["defaults"]["steps"] = STEPS
+    if not model.languages:
+        found["defaults"]["steps"] = STEPS
     return found
 
 
@@ -85,6 +86,10 @@ async def pull(folder: Path, name: str) -> None:
     assert source is not None
     assert source.revision is not None
     async with hub(folder / "repositories" / name, source.repository, source.revision) as served:
+        for lora in SHIPPED[name].loras.values():
+            recorded.build_lora(folder / "repositories" / name, lora, folder / "loras" / name)
+            assert lora.weights.revision is not None
+            served.add(folder / "loras" / name, lora.weights.repository, lora.weights.revision)
         code, _, error = await models(served, folder, "pull", name)
         assert code == 0, error
 
@@ -94,6 +99,8 @@ def test_an_entry_has_the_repository_and_the_commit_of_its_record(name: str) -> 
     found, entry = recorded.record(name), SHIPPED[name]
     assert entry.weights is not None
     assert (entry.weights.repository, entry.weights.revision) == (found["repository"], found["revision"])
+    licence = found["licence"]
+    assert bool(entry.forbids) == bool(licence["forbids"] or licence["territories_excluded"]), "it says what the licence forbids"
 
 
 @pytest.mark.parametrize("name", recorded.LISTED)
@@ -101,6 +108,8 @@ async def test_a_shipped_model_makes_a_result(running: Service, name: str) -> No
     model = SHIPPED[name]
     task_type = next(each for each in TASKS if each in model.tasks)
     task = {**TASKS[task_type], "model": name, "seed": 3}
+    if model.languages:
+        task = {"text": "Light the lamp.", "output_format": "wav", "model": name, "seed": 3}
     stills = [await running.upload(still(colour)) for colour in ("#806040", "#204080")]
     field = {"generate_image": "reference_images", "generate_video": "storyboard_images"}.get(task_type)
     results = []
@@ -110,7 +119,8 @@ async def test_a_shipped_model_makes_a_result(running: Service, name: str) -> No
         ended = await running.ended(await running.submit(task_type, {**task, **({field: images} if field and images else {})}))
         assert ended["status"] == "completed", ended["error"]
         metadata = ended["result"]["metadata"]
-        assert (metadata["model"], metadata["steps"], metadata["revision"]) == (name, STEPS, model.weights and model.weights.revision)
+        assert (metadata["model"], metadata["revision"]) == (name, model.weights and model.weights.revision)
+        assert metadata.get("steps") == (None if model.languages else STEPS)
         results.append(await body(ended["result"]["media_url"]))
     if field is not None:
         assert all(measured(each) == (128, 64) for each in results)
@@ -121,6 +131,40 @@ async def test_a_shipped_model_makes_a_result(running: Service, name: str) -> No
         assert encoded(results[0], "audio") != encoded(await body(cued["result"]["media_url"]), "audio"), "the cues are in its prompt"
     if model.images not in (None, Images.REDRAW):
         assert encoded(results[-1]) != encoded(results[-2]), "the second image changes the result"
+
+
+async def test_an_animation_shows_what_its_references_show(running: Service) -> None:
+    task = {**TASKS["generate_video"], "model": "wan-vace-14b", "seed": 3}
+    images = [await running.upload(still(colour)) for colour in ("#806040", "#204080")]
+    made = []
+    for references in ([], images[:1], images):
+        ended = await running.ended(await running.submit("render_animation", {**task, "reference_images": references}))
+        assert ended["status"] == "completed", ended["error"]
+        assert ended["result"]["metadata"]["generated"]["windows"] == 1
+        made.append(encoded(await body(ended["result"]["media_url"])))
+    assert len(set(made)) == 3
+
+
+PARAMETERS: Final[dict[str, Any]] = {"negative_prompt": "fog and rain", "steps": 3, "guidance_scale": 9.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recorded.LISTED if not SHIPPED[name].languages])
+async def test_a_parameter_changes_what_a_shipped_model_makes_or_is_named_in_a_warning(running: Service, name: str) -> None:
+    model = SHIPPED[name]
+    task_type = next(each for each in TASKS if each in model.tasks)
+    task = {**TASKS[task_type], "model": name, "seed": 3}
+    if model.pipeline is None:
+        field = {"generate_image": "reference_images", "generate_video": "storyboard_images"}[task_type]
+        task[field] = [await running.upload(still("#806040"))]
+    made, warned = {}, {}
+    for parameter, value in {"": None, **PARAMETERS}.items():
+        ended = await running.ended(await running.submit(task_type, {**task, **({parameter: value} if parameter else {})}))
+        assert ended["status"] == "completed", ended["error"]
+        made[parameter] = encoded(await body(ended["result"]["media_url"]), "audio" if task_type == "process_audio" else "video")
+        warned[parameter] = " ".join(ended["result"]["metadata"].get("warnings", []))
+    for parameter in PARAMETERS:
+        assert (made[parameter] == made[""]) == (f"{parameter} is not used" in warned[parameter]), (parameter, warned[parameter])
 
 
 def still(colour: str) -> bytes:
@@ -152,16 +196,25 @@ def measured(content: bytes) -> tuple[int, int]:
 PLACED: Final = {
     "z-image-turbo": "GGWWWW",
     "flux2-klein-4b": "GGWWWW",
-    "qwen-image-2512": "GGGGWW",
+    "qwen-image-2512": "GGG8WW",
+    "qwen-image-edit-2511": "--GGWW",
     "flux-schnell": "GGGWWW",
-    "ltx-video": "-GWWWW",
+    "ltx-video": "GGWWWW",
     "ltx23-distilled": "--GGWW",
     "wan22-ti2v-5b": "--GWWW",
     "wan22-i2v": "--GGWW",
     "wan22-t2v": "--GGWW",
+    "wan22-i2v-lightning": "--GGWW",
+    "wan22-t2v-lightning": "--GGWW",
+    "wan-vace-14b": "--G8WW",
     "stable-audio-open": "WWWWWW",
+    "ace-step-xl-turbo": "GWWWWW",
+    "csm": "WWWWWW",
 }
-"""Where each model lies on GPUs of 12, 16, 24, 48, 80 and 141 GiB, with 256 GiB of host memory: Whole, in Groups, or nowhere (-)."""
+"""Where each model lies on GPUs of 12, 16, 24, 48, 80 and 141 GiB, with 256 GiB of host memory.
+
+Whole, in 8 bits, in Groups, or nowhere (-).
+"""
 
 
 @pytest.mark.parametrize("name", recorded.LISTED)
@@ -174,7 +227,7 @@ def test_a_model_of_real_size_is_placed_on_a_gpu_of_any_size_as_the_guide_says(n
         except OutOfMemory:
             found += "-"
         else:
-            found += {Placement.WHOLE: "W", Placement.GROUPS: "G"}[place]
+            found += {Placement.WHOLE: "W", Placement.FP8: "8", Placement.GROUPS: "G"}[place]
     assert found == PLACED[name]
     whole, groups, host = (math.ceil(each / placement.GIB) for each in (needs.whole, needs.groups, needs.weights))
     guide = (Path(movieq.__file__).parent / "web" / "docs" / "models.md").read_text("utf-8")

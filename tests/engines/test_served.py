@@ -110,7 +110,10 @@ async def test_a_model_that_does_not_make_this_is_refused_with_those_that_do(run
     body = {"project_id": "film", "task_type": "process_audio", "task_data": {"prompt": "rain", "model": "tiny-voice"}}
     status, answer = await running.call("POST", "/tasks/submit", json=body)
     assert status == 400
-    assert 'expected a model for process_audio without text (animatic, stable-audio-open), got "tiny-voice"' in answer["message"]
+    assert (
+        'expected a model for process_audio without text (animatic, stable-audio-open, ace-step-xl-turbo), got "tiny-voice"'
+        in answer["message"]
+    )
 
 
 async def test_weights_that_are_not_here_fail_the_task_and_say_what_to_run(running: Service) -> None:

@@ -5,6 +5,7 @@ Sizes are the smallest that the classes accept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +69,15 @@ def qwen_tokenizer() -> tuple[Any, int]:
     from transformers import Qwen2Tokenizer
 
     vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    for special in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+    specials = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    for special in ("<|endoftext|>", *specials):
         vocab[special] = len(vocab)
     tok = Qwen2Tokenizer(
         vocab=vocab,
         merges=[],
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=list(specials),
         model_max_length=512,
     )
     tok.chat_template = (
@@ -371,37 +373,6 @@ def wan_i2v(path: Path) -> None:
     WanImageToVideoPipeline(image_encoder=None, image_processor=None, **_wan_parts(36)).save_pretrained(path)
 
 
-def animatediff(path: Path) -> None:
-    from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
-
-    tok, v = clip_tokenizer()
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 8),
-        layers_per_block=2,
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=2,
-    )
-    AnimateDiffPipeline(
-        unet=unet,
-        motion_adapter=MotionAdapter(
-            block_out_channels=(8, 8), motion_layers_per_block=2, motion_norm_num_groups=2, motion_num_attention_heads=4
-        ),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False),
-        vae=AutoencoderKL(
-            block_out_channels=[8, 8],
-            norm_num_groups=8,
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            latent_channels=4,
-        ),
-        text_encoder=clip_text(v),
-        tokenizer=tok,
-    ).save_pretrained(path)
-
-
 def stable_audio(path: Path) -> None:
     from diffusers import AutoencoderOobleck, CosineDPMSolverMultistepScheduler, StableAudioDiTModel, StableAudioPipeline
     from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
@@ -472,23 +443,37 @@ def vits(path: Path) -> None:
     tok.save_pretrained(path)
 
 
-def csm(path: Path) -> None:
-    """Build a speech model that goes on in the voice that it hears."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import CsmConfig, CsmForConditionalGeneration, CsmProcessor, EncodecFeatureExtractor, PreTrainedTokenizerFast
+CSM_SPECIALS = ["<pad>", "<bos>", "<eos>", "<|AUDIO|>", "<|audio_eos|>"]
 
-    specials = ["<pad>", "<bos>", "<eos>", "<|AUDIO|>", "<|audio_eos|>"]
-    vocab = {each: number for number, each in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+
+def csm_processor() -> tuple[Any, int]:
+    """Return the processor of a CSM, and the size of its vocabulary; `CSM_SPECIALS` have the numbers from 0 on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import CsmProcessor, EncodecFeatureExtractor, PreTrainedTokenizerFast
+
+    vocab = {each: number for number, each in enumerate([*CSM_SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     words = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=specials[3:]
+        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=CSM_SPECIALS[3:]
     )
+    template = (
+        "{% for m in messages %}<bos>[{{ m.role }}]{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}<eos>"
+        "{% else %}<|AUDIO|><|audio_eos|>{% endif %}{% endfor %}{% endfor %}"
+    )
+    return CsmProcessor(EncodecFeatureExtractor(sampling_rate=24000), tokenizer, chat_template=template), len(vocab)
+
+
+def csm(path: Path) -> None:
+    """Build a speech model that goes on in the voice that it hears."""
+    from transformers import CsmConfig
+
+    processor, size = csm_processor()
     config = CsmConfig(
         num_codebooks=4,
         vocab_size=64,
-        text_vocab_size=len(vocab),
+        text_vocab_size=size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -529,19 +514,41 @@ def csm(path: Path) -> None:
             "head_dim": 16,
         },
     )
+    csm_model(config).save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def csm_model(config: Any) -> Any:
+    """Return a CSM with random weights, whose codec can encode."""
+    from transformers import CsmForConditionalGeneration
+
     model = CsmForConditionalGeneration(config)
     for name, buffer in model.codec_model.named_buffers():
         if name.endswith("embed_sum"):
             buffer.normal_()
     model.generation_config.update(do_sample=True, temperature=0.9, max_new_tokens=25)
-    model.save_pretrained(path)
-    template = (
-        "{% for m in messages %}<bos>[{{ m.role }}]{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}<eos>"
-        "{% else %}<|AUDIO|><|audio_eos|>{% endif %}{% endfor %}{% endfor %}"
-    )
-    CsmProcessor(EncodecFeatureExtractor(sampling_rate=24000), tokenizer, chat_template=template).save_pretrained(path)
+    return model
+
+
+def lora(part: Path, path: Path, seed: int = 1, width: int | None = None, prefix: str | None = None) -> dict[str, str]:
+    """Write a LoRA for the attention layers of a network, whose folder is `part`; return the `weights` of its entry."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    random, tensors, rank = torch.Generator().manual_seed(seed), {}, 4
+    for file in sorted(part.glob("*.safetensors")):
+        with safe_open(str(file), "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  # it is no mapping
+                if key.endswith((".to_q.weight", ".to_v.weight")):
+                    outputs, inputs = opened.get_slice(key).get_shape()
+                    layer = f"{prefix or part.name}.{key.removesuffix('.weight')}"
+                    tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, width or inputs, generator=random)
+                    tensors[f"{layer}.lora_B.weight"] = torch.randn(outputs, rank, generator=random)
+    path = path.with_suffix(".safetensors")
+    save_file(tensors, path)
+    return {"repository": str(path.parent), "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (sd, sd3, flux, z_image, ltx, ltx_condition, wan, wan_i2v, animatediff, stable_audio, vits, csm)
+    f.__name__: f for f in (sd, sd3, flux, z_image, ltx, ltx_condition, wan, wan_i2v, stable_audio, vits, csm)
 }

@@ -44,7 +44,7 @@ async def busy(store: Store) -> dict[bytes, bytes]:
     for name in ("processing", "reaped"):
         await store.report(IDS[name], runs[IDS[name]], 0.5, "generating_image", step=1, steps=2, prefix=prefix, gpu=(1.0, 1.0))
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {IDS["reaped"]: 1})
-    await store.renew("w1", [], [(IDS["processing"], runs[IDS["processing"]])], has_gpu=True)
+    await store.renew("w1", [], [(IDS["processing"], runs[IDS["processing"]])], gpu_bytes=24 * 2**30)
     await store.tidy()
     for name in ("queued", "offered", "batched"):
         flow = "" if name == "offered" else KEY_FLOW
@@ -91,7 +91,7 @@ async def all_verbs(store: Store) -> None:
         lambda: store.report(task, run, 0.6, "generating_image", gpu=(2.0, 1.0), keep=True),
         lambda: store.report(IDS["reaped"], reaped, 0.6, "generating_image"),
         lambda: store.preview(task, run, b"jpeg"),
-        lambda: store.renew("w1", [], [(task, run), (IDS["reaped"], reaped)], has_gpu=True),
+        lambda: store.renew("w1", [], [(task, run), (IDS["reaped"], reaped)], gpu_bytes=24 * 2**30),
         lambda: Queries(store.redis).reusable("completed"),
         *(lambda id=id: Queries(store.redis).task(id) for id in IDS.values()),
         *(lambda id=id: Outbox(store.redis).deliveries(id) for id in IDS.values()),
@@ -209,7 +209,7 @@ async def test_waiting_tasks_without_a_record_hold_up_nobody(store: Store, logge
 
 async def test_what_a_dead_worker_held_is_forgotten_with_it_though_the_record_is_gone(store: Store) -> None:
     task_id, _ = await running(store)
-    await store.renew("w1", [], [], has_gpu=False)
+    await store.renew("w1", [], [], gpu_bytes=0)
     await raw(store).delete(KEYS["task"] + task_id)
     await raw(store).zadd(KEYS["running"] + "cpu_intensive", {task_id: 1})
     await raw(store).zadd(KEYS["heartbeat_times"], {"w1": 1})

@@ -93,7 +93,7 @@ async def test_a_run_that_comes_back_before_anybody_else_began_has_it_again(stor
     task_id, run = await saved(store)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
     await store.tidy()
-    assert await store.renew("w1", [], [(task_id, run)], has_gpu=False) == ([], [])
+    assert await store.renew("w1", [], [(task_id, run)], gpu_bytes=0) == ([], [])
     assert await claimed_by(store, "a") == []
     await store.complete(task_id, run, result())
 

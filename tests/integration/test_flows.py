@@ -277,7 +277,7 @@ class Walk:
         await self.store.tidy()
 
     async def resume(self) -> None:
-        await self.store.renew("w1", [], [self.run()], has_gpu=False)
+        await self.store.renew("w1", [], [self.run()], gpu_bytes=0)
 
     def run(self) -> tuple[TaskId, RunToken]:
         if not self.runs:

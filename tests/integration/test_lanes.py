@@ -108,7 +108,7 @@ async def test_what_no_live_worker_can_run_is_named(store: Store) -> None:
     await submitted(store, "palette", "palettes")
     await claim(store, PLAIN)
     for worker, able in (("plain", PLAIN), ("plugged", PLUGGED)):
-        await store.renew(worker, [row(worker)], [], has_gpu=False, able=able)
+        await store.renew(worker, [row(worker)], [], gpu_bytes=0, able=able)
     assert await Queries(store.redis).stranded([row("plain")]) == [Stranded("cpu_intensive", "palette", "palettes", 1)]
     assert await Queries(store.redis).stranded([row("plain"), row("plugged")]) == []
     assert await Queries(store.redis).stranded([row("plain"), row("one that says nothing")]) == []

@@ -88,19 +88,19 @@ async def retry(store: Store) -> Any:
 
 async def renew(store: Store) -> Any:
     run = await begun(store)
-    return await store.renew("w1", [], [(TASK, run)], has_gpu=True)
+    return await store.renew("w1", [], [(TASK, run)], gpu_bytes=24 * 2**30)
 
 
 async def renew_reaped(store: Store) -> Any:
     run = await begun(store)
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {TASK: 1})
     await store.tidy()
-    return await store.renew("w1", [], [(TASK, run)], has_gpu=False)
+    return await store.renew("w1", [], [(TASK, run)], gpu_bytes=0)
 
 
 async def leave(store: Store) -> Any:
     await store.claim("w1", "nonce", CPU)
-    await store.renew("w1", [], [], has_gpu=False)
+    await store.renew("w1", [], [], gpu_bytes=0)
     await store.leave("w1")
 
 

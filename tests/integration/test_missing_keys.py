@@ -81,8 +81,8 @@ CALLS: dict[str, list[Call]] = {
     "cancel": [lambda store, runs, name=name: store.cancel(IDS[name]) for name in ("queued", "delayed", "processing", "reaped")],  # type: ignore[misc]
     "retry": [lambda store, runs: store.retry(IDS["failed"])],
     "renew": [
-        lambda store, runs: store.renew("w1", [], [(IDS["processing"], runs.current), (IDS["reaped"], runs.reaped)], has_gpu=True),
-        lambda store, runs: store.renew("w1", [], [], has_gpu=False),
+        lambda store, runs: store.renew("w1", [], [(IDS["processing"], runs.current), (IDS["reaped"], runs.reaped)], gpu_bytes=24 * 2**30),
+        lambda store, runs: store.renew("w1", [], [], gpu_bytes=0),
     ],
     "leave": [lambda store, runs: store.leave("w1")],
     "tidy": [expire(name, lambda store, runs: store.tidy()) for name in ("running", "delayed", "deadlines", "heartbeat_times")],

@@ -63,6 +63,22 @@ async def test_what_was_made_before_with_this_seed_is_there_at_once(running: Ser
     assert anew["result"]["media_url"] != first["result"]["media_url"]
 
 
+async def test_takes_are_stored_side_by_side_and_each_can_be_rendered_again(running: Service) -> None:
+    data = {**SMALL, "duration": 1, "fps": 12, "seed": 4_294_967_295}
+    status = await running.ended(await running.submit("render_animation", {**data, "takes": 3}))
+    media = status["result"]["media"]
+    assert [(each["take"], each["seed"]) for each in media] == [(1, 4_294_967_295), (2, 0), (3, 1)]
+    assert status["result"]["media_url"] == media[0]["url"]
+    assert status["result"]["metadata"]["seed"] == data["seed"]
+    assert len({each["url"] for each in media} | {each["poster_url"] for each in media}) == 6
+    alone = await running.ended(await running.submit("render_animation", {**data, "seed": 1}))
+    async with aiohttp.ClientSession() as session:
+        posters = [await (await session.get(each["poster_url"])).read() for each in (*media, alone["result"]["media"][0])]
+    pixels = [Image.open(io.BytesIO(poster)).tobytes() for poster in posters]  # the tags differ by the task
+    assert pixels[2] == pixels[3]
+    assert len(set(pixels)) == 3
+
+
 async def test_a_storyboard_becomes_a_clip_of_just_what_was_asked(running: Service) -> None:
     frames = [await running.upload(picture((640, 360))) for _ in range(3)]
     data = {

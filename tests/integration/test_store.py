@@ -259,7 +259,7 @@ async def test_renew_takes_back_what_was_reaped_but_not_begun_anew(store: Store,
     task_id, run = await running(store)
     await later(store)
     await store.tidy()
-    lost, _ = await store.renew("w1", [], [(task_id, run)], has_gpu=False)
+    lost, _ = await store.renew("w1", [], [(task_id, run)], gpu_bytes=0)
     assert lost == []
     assert await claim(store, "w2") == []
     await store.complete(task_id, run, result())
@@ -270,7 +270,7 @@ async def test_renew_says_what_is_lost_and_what_was_not_mentioned(store: Store) 
     cancelled, cancelled_run = await running(store)
     await store.cancel(cancelled)
     forgotten, forgotten_run = await running(store)
-    lost, unmentioned = await store.renew("w1", [], [(cancelled, cancelled_run)], has_gpu=False)
+    lost, unmentioned = await store.renew("w1", [], [(cancelled, cancelled_run)], gpu_bytes=0)
     assert lost == [(cancelled, cancelled_run)]
     assert unmentioned == [(forgotten, forgotten_run)]
 
@@ -451,7 +451,7 @@ async def test_a_full_memory_refuses_submit_and_nothing_else(store: Store) -> No
     try:
         with pytest.raises(OutOfMemoryError):
             await store.submit(new_task())
-        await store.renew("w1", [], [(task_id, run)], has_gpu=False)
+        await store.renew("w1", [], [(task_id, run)], gpu_bytes=0)
         await store.report(task_id, run, 0.5, "generating_image")
         await store.complete(task_id, run, result())
         await store.cancel(waiting.task_id)

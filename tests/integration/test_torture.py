@@ -102,7 +102,7 @@ async def runs(store: Store, worker: str, over: asyncio.Event) -> None:
             if over.is_set():
                 await insist(store.complete, task_id, run, result())
                 return
-            await insist(store.renew, worker, [], [(task_id, run)], has_gpu=False)
+            await insist(store.renew, worker, [], [(task_id, run)], gpu_bytes=0)
             await insist(store.report, task_id, run, step / 100, "generating_image", stage="denoise")
             await asyncio.sleep(0.1)
         await insist(store.requeue, task_id, run, Budget.DRAIN, 0, 0, "its worker was stopped", "worker_lost")

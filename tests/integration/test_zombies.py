@@ -91,7 +91,7 @@ async def test_a_run_whose_files_are_due_to_be_deleted_is_not_taken_back(install
     await raw(store).zadd(KEYS["running"] + Kind.CPU_INTENSIVE, {task_id: 1})
     assert (await store.tidy()).reaped == 1
     await raw(store).zadd(KEYS["orphans"], {"prefix": 1})
-    assert (await store.renew("w1", [], [(task_id, run)], has_gpu=False))[0] == [(task_id, run)]
+    assert (await store.renew("w1", [], [(task_id, run)], gpu_bytes=0))[0] == [(task_id, run)]
     assert (await found(store, task_id)).status is TaskStatus.QUEUED
 
 

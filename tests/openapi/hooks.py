@@ -19,6 +19,7 @@ UNSAYABLE: Final = re.compile(
     "|".join(
         (
             r"task_data\.model: ",  # the models of this installation
+            r"task_data\.loras\[\d+\]\.name: ",  # and their LoRAs
             r"task_data\.fps: ",  # the value of a ratio
             r"task_data\.resolution: width x height x frames ",
             r"metadata: .*\bbytes\b",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from movieq.tasks.params import AudioFormat
 from workers.child.media import encode
+from workers.protocol import PREVIEW_BYTES
 
 CODECS = {AudioFormat.MP3: "mp3float", AudioFormat.WAV: "pcm_s16le", AudioFormat.FLAC: "flac"}
 TAGS = encode.Tags(title="Sound", engine="animatic", version="1")
@@ -28,3 +31,11 @@ def test_sound_is_written_in_each_format_at_each_rate(tmp_path: Path, audio_form
         decoded = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
     assert len(decoded) / channels / rate == pytest.approx(0.5, abs=0.3)  # an MP3 is padded to whole frames
     assert np.abs(decoded.astype(np.float64)).max() > 0.1
+
+
+def test_a_preview_of_noise_is_small_enough_to_be_sent() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
+    jpeg = encode.preview_jpeg(Image.fromarray(noise), 512)
+    assert len(jpeg) <= PREVIEW_BYTES
+    with Image.open(io.BytesIO(jpeg)) as small:
+        assert small.size == (256, 256)

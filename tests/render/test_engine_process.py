@@ -88,21 +88,6 @@ def own_child() -> Iterator[Child]:
     child.close()
 
 
-@pytest.fixture
-def order(tmp_path: Path) -> Any:
-    """Return runs, each with a folder of its own."""
-    count = 0
-
-    def order(task_type: str = "generate_image", engine: str = "animatic", inputs: dict[str, str] | None = None, **params: Any) -> Run:
-        nonlocal count
-        count += 1
-        out_dir = tmp_path / f"out{count}"
-        out_dir.mkdir()
-        return Run(f"run-{tmp_path.name}-{count}", "task", "project", task_type, engine, engine, params, {}, inputs or {}, 1, str(out_dir))
-
-    return order
-
-
 def long_clip(order: Any) -> Run:
     """Return work for more than `DEADLINE_S`."""
     run: Run = order("generate_video", prompt="A storm", duration=30, resolution="1920x1080")

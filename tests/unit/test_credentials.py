@@ -213,7 +213,7 @@ def task(**fields: Any) -> Task:
 
 def done(folder: Path, *kinds: str, source: str = "trainedAlgorithmicMedia") -> Done:
     """What a run made: a file of each kind."""
-    files = tuple(Produced(str(example(folder, kind)), "output", TYPES[kind]) for kind in kinds)
+    files = tuple(Produced(str(example(folder, kind)), "output", TYPES[kind], seed=7) for kind in kinds)
     return Done("run", files, {"digital_source_type": source, "seed": 7, "revision": REVISION})
 
 

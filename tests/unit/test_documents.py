@@ -154,14 +154,19 @@ def test_the_models_page_lists_the_shipped_table() -> None:
 
 
 def test_the_models_page_explains_every_field_of_an_entry() -> None:
-    table = guide("models").read_text().rpartition("| field | meaning |")[2]
-    assert set(re.findall(r"`([a-z_]+)`", re.sub(r"\|[^|]*\|$", "|", table, flags=re.MULTILINE))) == set(models.Model.__struct_fields__)
+    _, *tables = guide("models").read_text().split("| field | meaning |")
+    fields = [
+        set(re.findall(r"`([a-z0-9_]+)`", re.sub(r"\|[^|]*\|$", "|", table.partition("\n\n")[0], flags=re.MULTILINE))) for table in tables
+    ]
+    of_model = set(models.Model.__struct_fields__) - {models.LORAS}  # each LoRA is described by itself
+    assert fields == [of_model, set(models.Lora.__struct_fields__)]
 
 
-def test_the_entry_of_the_models_page_can_be_used(tmp_path: Path) -> None:
-    (block,) = [block for block in blocks(guide("models")) if block.language == "toml"]
-    (tmp_path / "models.toml").write_text(block.text)
-    assert models.load(str(tmp_path / "models.toml"))["my-sdxl"].gpu_memory_gb == 10
+def test_the_entries_of_the_models_page_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text("\n".join(block.text for block in blocks(guide("models")) if block.language == "toml"))
+    table = models.load(str(tmp_path / "models.toml"))
+    assert table["my-sdxl"].gpu_memory_gb == 10
+    assert table["flux2-klein-4b"].loras["keeper"].projects == ["lighthouse"]
 
 
 def test_the_state_diagram_has_the_transitions_of_the_code() -> None:

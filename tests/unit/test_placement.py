@@ -74,7 +74,7 @@ LARGE = needs(("transformer", 30, 0.5), ("text_encoder", 10, 2), ("vae", 1, 1), 
 
 @pytest.mark.parametrize(
     ("device_gib", "host_gib", "expected"),
-    [(47, 0, Placement.WHOLE), (46.9, 41, Placement.GROUPS), (13, 41, Placement.GROUPS), (46.9, 40.9, None), (12.9, 100, None)],
+    [(44.7, 0, Placement.WHOLE), (44.6, 41, Placement.GROUPS), (12.4, 41, Placement.GROUPS), (44.6, 40.9, None), (12.3, 100, None)],
 )
 def test_a_model_is_whole_or_streamed_in_groups_or_refused_with_what_would_fit(
     device_gib: float, host_gib: float, expected: Placement | None
@@ -86,6 +86,25 @@ def test_a_model_is_whole_or_streamed_in_groups_or_refused_with_what_would_fit(
     with pytest.raises(OutOfMemory) as caught:
         placement.choose(*given)
     assert caught.value.message.startswith("wan needs 47.0 GiB of device memory, or 13.0 GiB and 41.0 GiB of host memory; this worker has")
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "expected"), [(44.7, Placement.WHOLE), (44.6, Placement.FP8), (30.5, Placement.FP8), (30.3, Placement.GROUPS)]
+)
+def test_a_model_whose_entry_allows_8_bits_has_them_before_it_is_streamed(device_gib: float, expected: Placement) -> None:
+    allowed = LARGE._replace(saved=15 * GIB)
+    assert placement.choose("wan", allowed, int(device_gib * GIB), 100 * GIB) is expected
+    with pytest.raises(OutOfMemory, match=r"^wan needs 32.0 GiB of device memory, or 13.0 GiB and 41.0 GiB"):
+        placement.choose("wan", allowed, 12 * GIB, 100 * GIB)
+
+
+def test_8_bits_save_what_the_dtype_of_the_component_takes_more() -> None:
+    entry = msgspec.structs.replace(ENTRY, fp8=["transformer", "vae", "gone"])
+    parts = {"transformer": Component(8 * GIB, GIB), "text_encoder": Component(4 * GIB, GIB), "vae": Component(4 * GIB, GIB)}
+    assert placement.needs(ENTRY, parts, on_cpu=False).saved == 0
+    share = placement.CASTABLE
+    assert placement.needs(entry, parts, on_cpu=False).saved == pytest.approx(share * (4 + 3) * GIB), "the VAE is float32"
+    assert placement.needs(entry, parts, on_cpu=True).saved == pytest.approx(share * (6 + 3) * GIB)
 
 
 def test_the_table_says_what_weights_and_activations_take_together_if_it_says_more_than_the_weights() -> None:

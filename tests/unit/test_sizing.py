@@ -45,30 +45,31 @@ def test_sizes_that_people_ask_for(wanted: tuple[int, int], sides: int, pixels: 
     assert sizing.model_size(Limits(sides=sides, pixels=pixels), wanted) == model
 
 
-@given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.sampled_from([8.0, 16.0, 24.0, 23.976]), st.floats(1, 30))
-def test_windows_cover_the_clip_and_share_a_frame(step: int, first: int, most: int, fps: float, seconds: float) -> None:
-    limits = Limits(frame_step=step, frame_first=first, frames=most, fps=fps)
-    windows = sizing.windows(limits, seconds)
+@given(st.integers(1, 8), st.integers(0, 1), st.integers(9, 257), st.integers(0, 500), st.integers(1, 900), st.sampled_from([1, 9, 17]))
+def test_windows_cover_a_shot_and_share_frames(step: int, first: int, most: int, start: int, length: int, overlap: int) -> None:
+    limits = Limits(frame_step=step, frame_first=first, frames=most)
+    windows = sizing.windows(limits, start, start + length, overlap)
     for window in windows:
         assert window.frames <= most
         assert (window.frames - first) % step == 0
+    assert (windows[0].first, windows[0].overlap) == (start, 0)
     for before, after in itertools.pairwise(windows):
-        assert after.first == before.first + before.frames - 1, "its first picture is the last one of the window before"
-    assert windows[-1].first + windows[-1].frames >= seconds * fps - 0.001
-    if len(windows) > 1:
-        assert windows[-2].first + windows[-2].frames < seconds * fps + 1, "no window too many"
+        assert after.first == before.first + before.frames - after.overlap, "its first pictures are the last ones of the window before"
+        assert after.overlap in (1, overlap)
+        assert after.frames > after.overlap
+        assert before.first + before.frames < start + length, "no window too many"
+    assert windows[-1].first + windows[-1].frames >= start + length
 
 
 def test_seven_seconds_as_two_models_make_them() -> None:
-    assert sizing.windows(Limits(frame_step=8, frame_first=1, frames=257, fps=24), 7) == [(0, 169)]
-    assert sizing.windows(Limits(frame_step=4, frame_first=1, frames=81, fps=16), 7) == [(0, 81), (80, 33)]
+    ltx, wan = Limits(frame_step=8, frame_first=1, frames=121, fps=24), Limits(frame_step=4, frame_first=1, frames=81, fps=16)
+    assert sizing.frame_count(ltx, 7) == 168
+    assert sizing.windows(ltx, 0, 168, 9) == [(0, 121, 0), (112, 57, 9)]
+    assert sizing.windows(wan, 0, sizing.frame_count(wan, 7)) == [(0, 81, 0), (80, 33, 1)]
 
 
-def test_a_window_ends_at_each_cut_and_the_next_begins_there() -> None:
-    limits = Limits(frame_step=4, frame_first=1, frames=13, fps=12)
-    assert sizing.windows(limits, 3, [0, 12, 24]) == [(0, 13), (12, 13), (24, 13)]
-    assert sizing.windows(limits, 1, [0, 4]) == [(0, 5), (4, 9)]
-    assert sizing.windows(limits, 4, [0, 24]) == [(0, 13), (12, 13), (24, 13), (36, 13)]
+def test_a_model_whose_windows_are_no_longer_than_the_overlap_shares_one_frame() -> None:
+    assert sizing.windows(Limits(frame_step=8, frame_first=1, frames=9), 0, 17, 9) == [(0, 9, 0), (8, 9, 1)]
 
 
 @given(st.integers(1, 32), st.integers(1, 300), st.integers(1, 8))

@@ -34,6 +34,7 @@ from movieq.pdeathsig import end_with_parent
 from movieq.tasks.entities import ModelSwaps
 from movieq.tasks.registry import REGISTRY
 from workers import protocol
+from workers.child import takes
 from workers.child.job import Finish, Flag, Job, JobCancelled, Output, device_is_broken, is_out_of_memory
 from workers.faults import PLACE, device_problem, host_problem, public_message
 from workers.protocol import Batch, Cancel, Cancelled, Done, Failed, Free, FromChild, Ready, Run, Watched
@@ -195,6 +196,8 @@ def render_runs(
             results: list[Output | Finish | BaseException] = engine_function(runs[0].engine, "render_batch")(jobs)
             return results
         jobs[0].check()
+        if jobs[0].params.takes > 1:
+            return [takes.render(jobs[0], functools.partial(engine_function, runs[0].engine))]
         return [engine_function(runs[0].engine)(jobs[0])]
 
     results = _result_or_failure(runs[0], render)
@@ -218,7 +221,10 @@ def finish_run(run: Run, finish: Finish, *, rendered: bool = False) -> Answer:
     output = _result_or_failure(run, finish)
     if isinstance(output, Failed):
         return msgspec.structs.replace(output, rendered=rendered)
-    return Done(run.run, output.files, output.metadata, *models_in_memory()) if isinstance(output, Output) else output
+    if not isinstance(output, Output):
+        return output
+    files = tuple(each if each.seed is not None else msgspec.structs.replace(each, seed=run.seed) for each in output.files)
+    return Done(run.run, files, output.metadata, *models_in_memory())
 
 
 def _return_or_raise(result: Output | BaseException) -> Output:

@@ -102,6 +102,10 @@ class Job:
         self._step_due_s = 0.0
         self._preview_due_s = 0.0
 
+    def send(self, message: FromChild) -> None:
+        """Pass a message to the worker."""
+        self._send(message)
+
     def plan(self, *stages: Stage) -> None:
         """Announce the stages, once, before the first step. Their weights are relative shares of the time."""
         self._send(Plan(self.run.run, stages))

@@ -1,21 +1,22 @@
 #!lua flags=allow-oom
 -- Stores a worker's heartbeat and renews the leases of its runs. A run whose lease has expired resumes if its task is still waiting.
--- args: worker_id lease_ms heartbeat has_gpu able ...
+-- args: worker_id lease_ms heartbeat gpu_bytes able ...
 --   worker_id: of the worker
 --   lease_ms: length of the lease
 --   heartbeat: JSON of the worker's rows in GET /workers/status, stored unchanged
---   has_gpu: '1' or '0'
+--   gpu_bytes: memory of its largest GPU; 0 if it has none
 --   able: JSON of {types, models} that the worker can run; '' for all
 --   ...: pairs of task_id and run token
 -- Returns {{task_id, run, ...}, {task_id, run, ...}}: first the runs that are lost, because the task was cancelled, has ended or belongs to
 --   another run; then the runs that belong to this worker although it did not name them, because the answer to its claim was lost.
--- Appends `started` for a run that resumes. If has_gpu is '1', that is stored for 30 days.
+-- Appends `started` for a run that resumes. The memory of the largest GPU is kept for 30 days after it was last seen.
 -- Cost: O(log n) a run.
 -- include: time record resume
 redis.call('HSET', K.workers, worker_id, heartbeat)
 redis.call('ZADD', K.heartbeat_times, now, worker_id)
 if able ~= '' then redis.call('HSET', K.abilities, worker_id, able) end
-if has_gpu == '1' then redis.call('SET', K.gpu, '1', 'EX', 30 * 86400) end
+gpu_bytes = tonumber(gpu_bytes)
+if gpu_bytes > 0 and gpu_bytes >= (tonumber(redis.call('GET', K.gpu)) or 0) then redis.call('SET', K.gpu, gpu_bytes, 'EX', 30 * 86400) end
 local lost, named = {}, {}
 for i = 6, #ARGV, 2 do
   local task_id, run = ARGV[i], ARGV[i + 1]

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from movieq.errors import InternalFault, UnsupportedParameter
+from movieq.models import choice
 from movieq.tasks import params as parameters
 from movieq.tasks.params import AnimationParams, AudioParams, ImageFormat, ImageParams, VideoParams
 from workers.child.animatic import camera, captions, card, cutout, espeak, grade, mannequin, typography
@@ -53,6 +54,8 @@ STRIDE_POSES: Final = 16
 
 def render(job: Job) -> Output:
     """Render a task of any type. Raises a TaskFault that names what the animatic cannot do."""
+    if choice.loras(job.params):
+        job.warn("loras are not used: the animatic has no weights")
     match job.params:
         case VideoParams() as params:
             return _render_clip(job, params)
@@ -74,6 +77,8 @@ def _render_clip(job: Job, params: VideoParams) -> Output:
     shots = plan_shots(max(1, len(references)), clip.frames, clip.rate)
     if len(shots) < len(references):
         job.warnings.append(f"{len(references)} storyboard images do not fit into {clip.frames} frames: {len(shots)} are shown")
+    if params.continuous:
+        job.warnings.append("continuous is not used: each board of an animatic is a shot of its own")
     look = _look_for(job, params.lighting)
     _warn_about_camera(job, params.camera_angle)
     if params.captions:
@@ -218,6 +223,8 @@ def _render_dialogue(job: Job, params: AudioParams) -> Output:
             "task_data.character_voice_profile: the animatic speaks with espeak-ng, which cannot take on the voice of a sample; "
             "leave it out, or ask for a model that clones voices"
         )
+    if params.character_voice_text:
+        job.warn("character_voice_text is not used: the animatic follows no voice")
     assert params.text
     job.plan(Stage("speech", "synthesizing_speech", 0.6), Stage("mix", "mixing_sound", 0.2), Stage("encode", "encoding_audio", 0.2))
     delivery, warnings = espeak.delivery(params.pace, params.emotion)

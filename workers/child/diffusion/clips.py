@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from movieq.models.table import Images, Model
 from movieq.tasks import params as parameters
 from movieq.tasks.params import AnimationParams, ImageFormat, VideoParams
 from workers.child.diffusion import conditions, frames, session, sizing, sounds
+from workers.child.diffusion.adapters import adapter
 from workers.child.diffusion.session import Session, generator
 from workers.child.job import Finish, Job, Output
 from workers.child.media import encode, interpolation
@@ -22,14 +26,17 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
     """Render a clip; return the rest that needs no device."""
     clip = ClipFormat(parameters.size(params.resolution), parameters.frame_rate(params.fps), parameters.frames(params))
     size = sizing.model_size(entry.limits, clip.size)
-    stills = conditions.load(job, params.storyboard_images if isinstance(params, VideoParams) else params.reference_images, size)
+    given = params.storyboard_images if isinstance(params, VideoParams) else params.reference_images
+    shown = conditions.shown(job, entry, given, size) if isinstance(params, AnimationParams) and adapter(entry).shows_references else []
+    stills = [] if shown else conditions.load(job, given, size)
     cues = params.audio_cues if isinstance(params, VideoParams) else []
     if isinstance(params, AnimationParams) and params.loop:
         job.warn(f"loop is not used: {job.run.model} makes no loops")
-    still_at, windows = _planned(job, entry, stills, clip.seconds)
+    continuous = params.continuous if isinstance(params, VideoParams) else True  # the images of a character are no boards
+    parts = _planned(job, entry, stills, clip.seconds, continuous=continuous)
     with_sound = bool(cues) and not entry.sound
     with session.opened(job, entry, "generating_video", *(["sound"] if with_sound else []), "mux") as model:
-        pictures, track = _rendered(model, size, still_at, windows, clip)
+        pictures, track = _rendered(model, size, parts, shown, clip)
         if with_sound:
             track = sounds.track(job, cues, clip)
         metadata = model.metadata(job, "mp4", clip.size) | {"duration": round(clip.seconds, 3), "fps": display_rate(clip.rate)}
@@ -37,57 +44,82 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
         "resolution": f"{size[0]}x{size[1]}",
         "frames": len(pictures),
         "fps": entry.limits.fps,
-        "windows": len(windows),
+        "windows": len(parts),
     }
     if track is not None:
         metadata["sample_rate"] = encode.CLIP_SAMPLE_RATE
     return lambda: Output(_encoded(job, pictures, entry.limits.fps, clip, track), metadata)
 
 
-def _planned(job: Job, entry: Model, stills: list[Image.Image], seconds: float) -> tuple[dict[int, Image.Image], list[sizing.Window]]:
-    """Return the stills by the frame of the clip at which each appears, and the windows.
+class PlannedWindow(NamedTuple):
+    """A window of the clip, and the images that appear in it, by frame of the window."""
 
-    A model that takes images only at the ends of a window gets a window for each. Of several stills for one frame, the last is used.
+    window: sizing.Window
+    at: dict[int, Image.Image]
+
+
+def _planned(job: Job, entry: Model, stills: list[Image.Image], seconds: float, *, continuous: bool) -> list[PlannedWindow]:
+    """Return the windows of the clip with their images.
+
+    Each image begins a shot of its own. `continuous`: one shot leads through all of them, if the model can do that. Of several images for
+    one frame, the last is used.
     """
-    windows = sizing.windows(entry.limits, seconds)
-    length = windows[-1].first + windows[-1].frames
-    still_at = dict(zip(sizing.image_frames(len(stills), length, entry.limits.frame_step), stills, strict=True))
+    end = sizing.frame_count(entry.limits, seconds)
+    if continuous and entry.images is Images.START and len(stills) > 1:
+        job.warn(f"{job.run.model} starts from an image and cannot lead to one: each image begins a shot of its own")
+    continuous = continuous and entry.images is not Images.START
+    step = entry.limits.frame_step if continuous else 1
+    still_at = dict(zip(sizing.image_frames(len(stills), end, step), stills, strict=True))
     if len(still_at) < len(stills):
         job.warn(f"{len(stills)} images do not fit into the clip: {len(still_at)} are used")
-    if len(still_at) > 1 and entry.images is Images.START:
-        job.warn(f"{job.run.model} begins with an image and leads to none: each image begins a shot of its own")
-    if stills and entry.images is not Images.FRAMES:
-        windows = sizing.windows(entry.limits, seconds, list(still_at))
-    return still_at, windows
+    overlap = adapter(entry).overlap
+    if not continuous:
+        edges = [*(still_at or [0]), end]
+        shots = [sizing.windows(entry.limits, first, next_first, overlap) for first, next_first in itertools.pairwise(edges)]
+        return [
+            PlannedWindow(window, {0: still_at[shot[0].first]} if still_at and not window.overlap else {})
+            for shot in shots
+            for window in shot
+        ]
+    if entry.images is Images.FRAMES or not stills:
+        found = sizing.windows(entry.limits, 0, end, overlap)
+    else:  # a window ends at each image, and the next one begins with it
+        edges = [*still_at, *([end - 1] if end - 1 not in still_at or len(still_at) == 1 else [])]
+        found = [each for first, last in itertools.pairwise(edges) for each in sizing.windows(entry.limits, first, last + 1, overlap)]
+    return [PlannedWindow(window, _within(still_at, window)) for window in found]
+
+
+def _within(still_at: dict[int, Image.Image], window: sizing.Window) -> dict[int, Image.Image]:
+    """Return the images in the window's own frames, by frame of the window."""
+    return {frame - window.first: still for frame, still in still_at.items() if window.overlap <= frame - window.first < window.frames}
 
 
 def _rendered(
-    model: Session, size: tuple[int, int], still_at: dict[int, Image.Image], windows: list[sizing.Window], clip: ClipFormat
+    model: Session, size: tuple[int, int], parts: list[PlannedWindow], shown: list[Image.Image], clip: ClipFormat
 ) -> tuple[list[frames.Pictures], Samples | None]:
     """Return the pictures of the clip, one array (height, width, 3) each, and the sound that the model made with them.
 
-    Each window goes on from the last picture of the one before.
+    `shown` are images of what the clip is to show, without being its frames.
     """
     pictures: list[frames.Pictures] = []
-    sound: list[Samples] = []
-    rate = 0
+    sound: Samples | None = None
+    fps, rate = model.entry.limits.fps, 0
     noise = generator(model.job.seed)
-    for number, window in enumerate(windows):
-        here = {frame - window.first: still for frame, still in still_at.items() if window.first <= frame < window.first + window.frames}
-        continues = bool(pictures) and 0 not in here
-        if continues:
-            here = {0: Image.fromarray(pictures[window.first]), **here}
+    for number, (window, at) in enumerate(parts):
+        before = [Image.fromarray(each) for each in pictures[window.first : window.first + window.overlap]]
         arguments = model.arguments(model.job) | {"width": size[0], "height": size[1], "num_frames": window.frames, "generator": noise}
-        pipe = model.pipe(bool(here))
-        arguments |= model.adapter.conditions(pipe, here, window.frames) if here else {}
-        rendered = model.adapter.rendered(pipe, model.call(arguments, with_images=bool(here), part=(number, len(windows))))
-        pictures[window.first + continues :] = frames.to_host(rendered.pictures)[continues:]
+        with_images = bool(at or before or shown)
+        pipe = model.pipe(with_images)
+        arguments |= model.adapter.conditions(pipe, at, before, window.frames) if at or before else {}
+        arguments |= model.adapter.references(shown) if shown else {}
+        rendered = model.adapter.rendered(pipe, model.call(arguments, with_images=with_images, part=(number, len(parts))))
+        own = window.first + window.overlap
+        pictures[own:] = frames.to_host(rendered.pictures)[window.overlap :]
         if rendered.sound is not None:
             rate = rendered.rate
-            first = round(rate / model.entry.limits.fps) if number else 0  # of the picture that both windows have
-            length = round(window.frames * rate / model.entry.limits.fps)
-            sound.append(rendered.sound.cpu().numpy().T[first:length])
-    return pictures, sounds.of_clip(sound, rate, clip) if sound else None
+            samples = rendered.sound.cpu().numpy().T[round(window.overlap * rate / fps) : round(window.frames * rate / fps)]
+            sound = samples if sound is None else np.concatenate([sound[: round(own * rate / fps)], samples])
+    return pictures, None if sound is None else sounds.of_clip(sound, rate, clip)
 
 
 def _encoded(job: Job, pictures: list[frames.Pictures], fps: float, clip: ClipFormat, track: Samples | None) -> tuple[Produced, ...]:

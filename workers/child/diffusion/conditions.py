@@ -17,6 +17,14 @@ def load(job: Job, references: list[str], size: tuple[int, int]) -> list[Image.I
     return [sizing.scale_and_crop(images.load(each, job.input(each), size), size) for each in references]
 
 
+def shown(job: Job, entry: Model, references: list[str], size: tuple[int, int]) -> list[Image.Image]:
+    """Return the referenced images for a clip that shows what they show, each in its own aspect."""
+    most = entry.limits.references
+    if len(references) > most:
+        job.warn(f"{job.run.model} uses at most {most} images: the rest are ignored")
+    return [images.load(each, job.input(each), size) for each in references[:most]]
+
+
 def of_picture(job: Job, entry: Model, references: list[str], size: tuple[int, int]) -> dict[str, Any]:
     """Return the arguments for a picture of `size` from images: drawn over the first one, or with what they show in it."""
     if entry.images is Images.REFERENCES:  # each in its own aspect: the pipeline scales them

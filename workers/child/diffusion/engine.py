@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from movieq.errors import InternalFault, ModelUnavailable, UnsupportedParameter
-from movieq.models import table
+from movieq.models import choice
 from movieq.models.table import Model
 from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, VideoParams
 from workers.child.diffusion import clips, pictures, sounds
@@ -20,8 +20,10 @@ from workers.child.job import Finish, Job, Output
 def render(job: Job) -> Finish:
     """Render a task of any type; return the rest that needs no device. Raises a TaskFault that names what the model cannot do."""
     entry = _entry(job)
-    if refusals := [f"task_data.{field}: {why}" for field, why in table.refusals(job.run.model, entry, job.params)]:
-        raise UnsupportedParameter("; ".join(refusals))  # the API has checked this too, with its own table
+    if refusals := list(choice.refusals(job.run.model, entry, job.params, job.run.project_id)):
+        raise UnsupportedParameter(
+            "; ".join(f"task_data.{field}: {why}" for field, why in refusals)
+        )  # the API has checked this too, with its own table
     match job.params:
         case ImageParams() as params:
             return pictures.render(job, entry, params)

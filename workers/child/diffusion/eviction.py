@@ -131,7 +131,7 @@ class ModelMemory:
         room = budget(self.device, self._copies_bytes()).host
         if needed_bytes > room:
             return False
-        spare = [loaded for each, loaded in self.on_device.items() if each != name and loaded.place is Placement.WHOLE and loaded.host]
+        spare = [loaded for each, loaded in self.on_device.items() if each != name and loaded.place is not Placement.GROUPS and loaded.host]
         while self._copies_bytes() + needed_bytes > room and spare:
             spare.pop(0).drop_host_copy()
         while self._copies_bytes() + needed_bytes > room and self.offloaded:
@@ -142,6 +142,7 @@ class ModelMemory:
     def evict(self, name: str) -> None:
         """Remove a model from the device: offload it if host memory has room, else drop it."""
         loaded = self.on_device.pop(name)
+        loaded.unload_loras()
         try:
             offloaded = loaded.host is not None or self.make_host_room(loaded.copy_bytes, name)
             if offloaded:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from movieq.models.table import Model
+from movieq.tasks.params import LoraUse
 from workers.child.diffusion.host_copy import HostCopy, size_bytes
 from workers.child.diffusion.placement import Needs, Placement, stays_on_device
 from workers.child.diffusion.previews import Previewer
@@ -37,20 +38,27 @@ class Loaded:
         self.tokenizer = tokenizer
         self.pipe = pipe
         self.image_pipe = image_pipe
-        self.place = place
+        self.place = self._loaded_place = place
         self.needs = needs
         self.host: HostCopy | None = None
         """The copy of its weights in host memory, once there is one."""
         self.stage_seconds: dict[str, float] = {}
         """How long each stage took in the last run: the weights of the next run's plan."""
         self.prompt_cache = PromptCache()
+        self.loras: tuple[LoraUse, ...] = ()
+        """The LoRAs that it has now (`loras`)."""
         self.previewer: Previewer | None = None
         """Decodes previews from its latents; None if the model has no previews."""
 
     @property
+    def has_8_bits(self) -> bool:
+        """Whether the components that its entry names are held as 8 bit floats."""
+        return self._loaded_place is Placement.FP8
+
+    @property
     def required_bytes(self) -> int:
         """The device memory that it needs to run: weights and activations."""
-        return self.needs.whole if self.place is Placement.WHOLE else self.needs.groups
+        return self.needs.of(self.place)
 
     @property
     def size_bytes(self) -> int:
@@ -60,7 +68,7 @@ class Loaded:
     @property
     def device_bytes(self) -> int:
         """The device memory that its weights take while it is on the device and does not run."""
-        if self.place is Placement.WHOLE:
+        if self.place is not Placement.GROUPS:
             return self.size_bytes
         return sum(each.nbytes for each in self._tensors(resident=True))
 
@@ -84,6 +92,12 @@ class Loaded:
         """Bring the weights to the device from their copy: all, or those that stay there while groups of layers come and go."""
         assert self.host is not None
         self.host.move_to(device, self._tensors(resident=self.place is Placement.GROUPS))
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs off its layers, which are then what they were before."""
+        if self.loras:
+            (self.pipe or self.image_pipe).unload_lora_weights()
+            self.loras, self.prompt_cache = (), PromptCache()  # a LoRA may have changed a text encoder too
 
     def stream_groups(self, device: str) -> None:
         """Hold the weights in host memory from now on, and copy groups of layers to the device while others compute."""
@@ -112,7 +126,8 @@ class Loaded:
             registry = HookRegistry.check_if_exists_or_initialize(network)
             for hook in _GROUP_HOOKS:
                 registry.remove_hook(hook, recurse=True)
-        self.place = Placement.WHOLE
+        self.unload_loras()  # their weights lie wherever the hooks have left them
+        self.place = self._loaded_place
         self.leave_device()
 
     def close(self) -> None:
@@ -123,7 +138,7 @@ class Loaded:
 
     def drop_host_copy(self) -> None:
         """Free the copy in host memory of a model that lies on the device."""
-        if self.place is Placement.WHOLE:
+        if self.place is not Placement.GROUPS:
             self.close()
 
     def networks(self) -> list[tuple[str, nn.Module]]:
@@ -134,9 +149,10 @@ class Loaded:
         return list({id(network): (name, network) for name, network in found}.values())
 
     def _tensors(self, *, resident: bool = False) -> list[Tensor]:
-        """Return its weights, or only those that stay on the device while groups of layers come and go."""
+        """Return its weights without those of LoRAs, or only those that stay on the device while groups of layers come and go."""
         networks = [network for name, network in self.networks() if not resident or stays_on_device(name)]
-        return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+        named = [each for network in networks for each in (*network.named_parameters(), *network.named_buffers())]
+        return [tensor for name, tensor in named if ".lora_" not in name]
 
 
 def networks(pipe: Any) -> list[tuple[str, nn.Module]]:

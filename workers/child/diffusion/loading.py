@@ -25,6 +25,7 @@ from movieq.models import weights
 from movieq.models.table import PREVIEW_VAE, Dtype, Model
 from movieq.tasks.states import PROCESS_AUDIO
 from workers.child.diffusion import previews
+from workers.child.diffusion.adapters import adapter
 from workers.child.diffusion.loaded import Loaded
 from workers.child.diffusion.placement import Needs, Placement, stays_on_device, weight_files
 from workers.child.job import JobCancelled
@@ -80,7 +81,9 @@ def load(found: Found, needs: Needs, place: Placement, device: str, progress: Pr
         size = needs.components[name].weights if name in needs.components else 0
         with _watched(progress, done, size):
             network = _network(found.entry, name, part, device)
-        if place is Placement.WHOLE or stays_on_device(name):
+        if place is Placement.FP8 and name in found.entry.fp8:
+            _hold_in_8_bits(name, network)
+        if place is not Placement.GROUPS or stays_on_device(name):
             network.to(device)
         networks[name] = network
         done += size
@@ -102,6 +105,16 @@ def _network(entry: Model, name: str, part: Part, device: str) -> Any:
     return part.cls.from_pretrained(part.folder, **options).eval()
 
 
+def _hold_in_8_bits(name: str, network: Any) -> None:
+    if not hasattr(network, "enable_layerwise_casting"):
+        raise ModelUnavailable(f"fp8: {type(network).__name__} ({name}) cannot be held in 8 bits; take it out of the entry")
+    dtype = network.dtype
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    for layer in network.modules():
+        if getattr(getattr(layer, "weight", None), "dtype", None) == torch.float8_e4m3fn:
+            layer.compute_dtype = dtype  # in which peft gives it the weights of a LoRA
+
+
 def _dtype(entry: Model, name: str, device: str) -> torch.dtype:
     """Return the number format of a component. On a CPU it is float32: half precision is slower there, and some operations lack it."""
     if device == "cpu":
@@ -118,7 +131,7 @@ def _assembled(found: Found, networks: dict[str, Any], needs: Needs, place: Plac
         return Loaded(entry, networks[SPEECH], None, tokenizer, place=place, needs=needs)
     tiny_vae = networks.pop(PREVIEW_VAE, None)
     cls = library_class(_pipeline_name(entry))
-    pipe = cls.from_pretrained(source, local_files_only=True, **networks)
+    pipe = cls.from_pretrained(source, local_files_only=True, **adapter(entry).processors(source), **networks)
     if entry.scheduler:
         changed = {key: value for key, value in entry.scheduler.items() if key != "cls"}
         scheduler_class = library_class(entry.scheduler["cls"]) if "cls" in entry.scheduler else type(pipe.scheduler)

@@ -55,12 +55,14 @@ def _load(job: Job, name: str, entry: Model, device: str) -> Loaded:
     place = placement.choose(name, needs, *_memory.room_for(name))
 
     def load(place: Placement) -> Loaded:
-        _memory.make_room(needs.whole if place is Placement.WHOLE else needs.groups, name)
+        _memory.make_room(needs.of(place), name)
         if place is Placement.GROUPS and not _memory.make_host_room(needs.weights, name):
             raise OutOfMemory(f"host memory does not suffice for the weights of {name}: {placement.gib(needs.weights)}")
         with job.uninterruptible():
             return loading.load(found, needs, place, device, lambda done: job.step("load", done, max(needs.weights, 1)))
 
+    if place is Placement.FP8:
+        job.note(f"{name} is larger than the device's memory: {' and '.join(entry.fp8)} in 8 bits, which changes the result slightly")
     if place is Placement.GROUPS:
         job.note(f"{name} is larger than the device's memory: its weights stay in host memory, which is slower")
     try:
@@ -118,9 +120,9 @@ def evict_others(name: str) -> bool:
 
 
 def can_stream_groups(name: str) -> bool:
-    """Whether the model lies on the device as a whole, and host memory has room for its weights; makes that room."""
+    """Whether all weights of the model lie on the device, and host memory has room for its weights; makes that room."""
     loaded = _memory.on_device.get(name)
-    if loaded is None or loaded.place is not Placement.WHOLE:
+    if loaded is None or loaded.place is Placement.GROUPS:
         return False
     return loaded.host is not None or _memory.make_host_room(loaded.copy_bytes, name)
 

@@ -1,8 +1,9 @@
 """How a model is placed in memory, decided before anything of it is loaded: from the sizes in its weight files and what is free.
 
-A model lies on the device as a whole if that has room for it and for the activations of a call. Else its weights stay in host memory, and
-each group of layers is copied to the device while the one before it computes; only the VAE stays on the device. That is slower, with the
-same result. A model for which there is no room even so is refused, and the message says what it needs.
+A model lies on the device as a whole if that has room for it and for the activations of a call. Else, if its entry allows that, some of its
+weights are held in 8 bits: about as fast, with a slightly different result. Else its weights stay in host memory, and each group of layers
+is copied to the device while the one before it computes; only the VAE stays on the device. That is slower, with the same result. A model
+for which there is no room even so is refused, and the message says what it needs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Final, NamedTuple
 
 from movieq.errors import ModelUnavailable, OutOfMemory
 from movieq.models import weights
-from movieq.models.table import Dtype, Model
+from movieq.models.table import USABLE, Dtype, Model
 
 GIB: Final = 2**30
 MEMORY_PER_WEIGHT: Final = 1.25
 """Device memory that a model is assumed to need as a whole, as a multiple of its weights, if the table does not say it."""
 IN_FLIGHT: Final = 3
 """Groups of layers on the device at once: one computes, one arrives, one leaves."""
+CASTABLE: Final = 0.7
+"""The share of a component's weights that can be held in 8 bits at least: diffusers leaves norms and embeddings as they are."""
 MAX_HEADER_BYTES: Final = 100 * 2**20
 """Longest header of a safetensors file, as its own library has it."""
 _BYTES: Final = {
@@ -51,6 +54,8 @@ class Placement(StrEnum):
 
     WHOLE = "whole"
     """All of them on the device."""
+    FP8 = "fp8"
+    """All of them on the device, those of some components as 8 bit floats; each layer is cast to its usual dtype while it computes."""
     GROUPS = "groups"
     """In host memory, from which groups of layers are copied to the device in turn."""
 
@@ -68,6 +73,8 @@ class Needs(NamedTuple):
 
     components: dict[str, Component]
     activations: int
+    saved: int = 0
+    """Device memory that is saved if the components that the entry names are held in 8 bits; 0 if it names none."""
 
     @property
     def weights(self) -> int:
@@ -85,6 +92,10 @@ class Needs(NamedTuple):
         largest = max((each.largest_group for name, each in self.components.items() if not stays_on_device(name)), default=0)
         return resident + IN_FLIGHT * largest + self.activations
 
+    def of(self, place: Placement) -> int:
+        """Return the device memory that the model needs in this place."""
+        return {Placement.WHOLE: self.whole, Placement.FP8: self.whole - self.saved, Placement.GROUPS: self.groups}[place]
+
 
 def stays_on_device(component: str) -> bool:
     """Whether a component stays on the device even if the rest of its model does not: VAEs are small, and used as a whole."""
@@ -93,11 +104,12 @@ def stays_on_device(component: str) -> bool:
 
 def choose(name: str, needs: Needs, device_bytes: int, host_bytes: int) -> Placement:
     """Return the placement of a model for so much device memory, and so much host memory for its weights. Raises OutOfMemory."""
-    if needs.whole <= device_bytes:
-        return Placement.WHOLE
-    if needs.groups <= device_bytes and needs.weights <= host_bytes:
-        return Placement.GROUPS
-    ways = f"{gib(needs.whole)} of device memory, or {gib(needs.groups)} and {gib(needs.weights)} of host memory"
+    for place in Placement:
+        has_room = needs.of(place) * USABLE <= device_bytes and (place is not Placement.GROUPS or needs.weights <= host_bytes)
+        if has_room and (place is not Placement.FP8 or needs.saved):
+            return place
+    least = needs.of(Placement.FP8)
+    ways = f"{gib(least)} of device memory, or {gib(needs.groups)} and {gib(needs.weights)} of host memory"
     raise OutOfMemory(f"{name} needs {ways}; this worker has {gib(device_bytes)} and {gib(host_bytes)} for it")
 
 
@@ -109,18 +121,28 @@ def needs(entry: Model, components: Mapping[str, Component], *, on_cpu: bool) ->
     """Return what a model with these components needs. The table's `gpu_memory_gb` is weights and activations together, on a GPU."""
     weights, said = sum(each.weights for each in components.values()), 0 if on_cpu else int(entry.gpu_memory_gb * GIB)
     whole = said if said > weights else int(weights * MEMORY_PER_WEIGHT)
-    return Needs(dict(components), whole - weights)
+    saved = sum(
+        int((each.weights - each.weights / _width(entry, name, on_cpu=on_cpu)) * CASTABLE)
+        for name, each in components.items()
+        if name in entry.fp8
+    )
+    return Needs(dict(components), whole - weights, saved)
 
 
 def components(entry: Model, folders: Mapping[str, Path], *, on_cpu: bool) -> dict[str, Component]:
     """Return the components by name; `folders` maps each to the folder of its weights. On a CPU all weights are float32."""
     found = {}
     for name, folder in folders.items():
-        dtype = Dtype.FLOAT32 if on_cpu else entry.dtypes.get(name, entry.dtype)
-        tensors = [size for file in weight_files(folder, entry) for size in _tensor_sizes(file, dtype)]
+        width = _width(entry, name, on_cpu=on_cpu)
+        tensors = [size for file in weight_files(folder, entry) for size in _tensor_sizes(file, width)]
         if tensors:
             found[name] = component(tensors)
     return found
+
+
+def _width(entry: Model, component: str, *, on_cpu: bool) -> int:
+    """Return the bytes of a number of a component as it is loaded."""
+    return _DTYPE_BYTES[Dtype.FLOAT32 if on_cpu else entry.dtypes.get(component, entry.dtype)]
 
 
 def component(tensors: Sequence[tuple[str, int]]) -> Component:
@@ -135,8 +157,8 @@ def weight_files(folder: Path, entry: Model) -> list[Path]:
     return [folder / name for name in weights.loaded_files(names, variant, lambda name: (folder / name).read_bytes())]
 
 
-def _tensor_sizes(file: Path, dtype: Dtype) -> Iterator[tuple[str, int]]:
-    """Yield the name of each tensor of a safetensors file and its size once it is loaded, in bytes. Raises ModelUnavailable."""
+def _tensor_sizes(file: Path, width: int) -> Iterator[tuple[str, int]]:
+    """Yield the name of each tensor of a safetensors file and its size with numbers of so many bytes. Raises ModelUnavailable."""
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -145,8 +167,8 @@ def _tensor_sizes(file: Path, dtype: Dtype) -> Iterator[tuple[str, int]]:
             header = json.loads(opened.read(length))
         for name, tensor in header.items():
             if name != "__metadata__":
-                width = _DTYPE_BYTES[dtype] if tensor["dtype"] in _FLOATS else _BYTES.get(tensor["dtype"], 1)
-                yield name, math.prod(tensor["shape"]) * width
+                own = width if tensor["dtype"] in _FLOATS else _BYTES.get(tensor["dtype"], 1)
+                yield name, math.prod(tensor["shape"]) * own
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelUnavailable(f"{file.name} is not a safetensors file ({error}): run `movieq models pull` again") from None
 

@@ -10,8 +10,9 @@ from typing import Any, Final
 import torch
 
 from movieq.errors import InternalFault
+from movieq.models import choice
 from movieq.models.table import Model
-from workers.child.diffusion import model_cache, prompts
+from workers.child.diffusion import loras, model_cache, prompts
 from workers.child.diffusion.adapters import adapter
 from workers.child.diffusion.hooks import PipelineHooks
 from workers.child.diffusion.loaded import Loaded
@@ -65,6 +66,7 @@ class Session:
         self.loaded = loaded
         self.entry = loaded.entry
         self.adapter = adapter(loaded.entry)
+        self._loras = [*loaded.entry.with_loras, *(choice.loras(job.params) if name == job.run.model else [])]
         self._fallback = fallback
         self._warned: set[str] = set()
 
@@ -97,6 +99,7 @@ class Session:
         states = [each.get_state() for each in generators]
 
         def call() -> Any:
+            loras.use(self.name, self.loaded, self._loras)  # again, if weights that are streamed had to start anew
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             with PipelineHooks(job, pipe, part, self.loaded, arguments, self._fallback) as hooks:
@@ -141,7 +144,7 @@ class Session:
         if params.negative_prompt and "negative_prompt" not in unused:
             if "negative_prompt" not in options:
                 unused["negative_prompt"] = f"negative_prompt is not used: {self.name} takes none"
-            elif not _is_guided(pipe, options.get(self.entry.names.get("guidance_scale", "guidance_scale"))):
+            elif not _is_guided(pipe, options, self.entry.names.get("guidance_scale", "guidance_scale")):
                 unused["negative_prompt"] = f"negative_prompt is not used: {self.name} reads it only with a higher guidance_scale"
         for name in unused.keys() - self._warned:
             job.warn(unused[name])
@@ -189,18 +192,31 @@ class Session:
             "batch_size": 1,
             "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "transformers": transformers.__version__},
         }
-        if entry.first_block_cache is not None:
-            found["lossy"] = [f"first_block_cache {entry.first_block_cache:g}"]
+        if used := choice.loras(job.params):
+            found["loras"] = [{"name": each.name, "weight": each.strength} for each in used]
+        lossy = [] if entry.first_block_cache is None else [f"first_block_cache {entry.first_block_cache:g}"]
+        lossy += [f"LoRA {each.name}" for each in entry.with_loras]
+        if self.loaded.has_8_bits:
+            lossy += [f"{each} in 8 bits" for each in entry.fp8]
+        if lossy:
+            found["lossy"] = lossy
         if steps := self.arguments(job).get("num_inference_steps"):
             found["steps"] = steps
         return found
 
 
-def _is_guided(pipe: Any, guidance: float | None) -> bool:
-    """Whether the last call used its negative prompt: as the pipeline says of itself, else as all others do, above a guidance of 1."""
+def _is_guided(pipe: Any, options: dict[str, Any], name: str) -> bool:
+    """Whether the last call used its negative prompt: above a guidance of 1, unless the pipeline says of itself whether it did.
+
+    `name` is what the entry calls the guidance. Pipelines that also have a `true_cfg_scale` read the negative prompt by that alone.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "true_cfg_scale" in accepted:
+        return bool(options.get("true_cfg_scale", accepted["true_cfg_scale"].default) > 1)
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is not None:
         return bool(guided)
+    guidance = options.get(name)
     return guidance is None or guidance > 1
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -14,10 +12,11 @@ from movieq.models.table import Limits
 
 
 class Window(NamedTuple):
-    """One call of a model: `frames` frames of the clip from `first`, which is also the last frame of the window before."""
+    """One call of a model: `frames` frames of the clip from `first`. It shares its first `overlap` with the window that it continues."""
 
     first: int
     frames: int
+    overlap: int = 0
 
 
 def model_size(limits: Limits, wanted: tuple[int, int]) -> tuple[int, int]:
@@ -39,22 +38,22 @@ def model_size(limits: Limits, wanted: tuple[int, int]) -> tuple[int, int]:
     return min(candidates)[1:] if candidates else (step, step)
 
 
-def windows(limits: Limits, seconds: float, cuts: Sequence[int] = ()) -> list[Window]:
-    """Return the windows that cover a clip of this length, in frames of the model's own rate.
+def frame_count(limits: Limits, seconds: float) -> int:
+    """Return the frames of a clip of this length at the model's own rate."""
+    return max(1, math.ceil(Fraction(seconds).limit_denominator(100_000) * Fraction(limits.fps).limit_denominator(1001)))
 
-    At each frame of `cuts` one window ends and the next one starts.
-    """
-    needed = max(1, math.ceil(Fraction(seconds).limit_denominator(100_000) * Fraction(limits.fps).limit_denominator(1001)))
-    edges = [0, *(cut for cut in cuts if 0 < cut < needed - 1), needed - 1]
+
+def windows(limits: Limits, first: int, end: int, overlap: int = 1) -> list[Window]:
+    """Return the windows that cover the frames of a shot from `first` up to `end`. Each continues the last `overlap` frames of another."""
+    if _allowed_frames(limits, limits.frames) <= overlap:
+        overlap = 1
     found: list[Window] = []
-    for first, end in itertools.pairwise(edges):
-        while True:
-            frames = _allowed_frames(limits, min(end - first + 1, limits.frames))
-            found.append(Window(first, frames))
-            if first + frames > end or frames < 2:
-                break
-            first += frames - 1
-    return found
+    while True:
+        frames = _allowed_frames(limits, min(end - first, limits.frames))
+        found.append(Window(first, frames, overlap if found else 0))
+        if first + frames >= end or frames <= overlap:
+            return found
+        first += frames - overlap
 
 
 def _allowed_frames(limits: Limits, frames: int) -> int:
@@ -66,8 +65,9 @@ def _allowed_frames(limits: Limits, frames: int) -> int:
 
 
 def image_frames(count: int, frames: int, step: int) -> list[int]:
-    """Return the frame at which each of `count` images appears: the start of its equal share of the clip, on a multiple of `step`."""
-    return [number * frames // count // step * step for number in range(count)]
+    """Return the frame at which each of `count` images appears: the multiple of `step` nearest to the start of its equal share."""
+    last = (frames - 1) // step * step
+    return [min((2 * number * frames + count * step) // (2 * count * step) * step, last) for number in range(count)]
 
 
 def scale_and_crop(picture: Image.Image, wanted: tuple[int, int]) -> Image.Image:

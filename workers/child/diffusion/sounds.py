@@ -60,9 +60,8 @@ def track(job: Job, cues: list[str], clip: ClipFormat) -> Samples:
     return loudness.normalize(bed, encode.CLIP_SAMPLE_RATE, BED_LUFS)
 
 
-def of_clip(parts: list[Samples], rate: int, clip: ClipFormat) -> Samples:
+def of_clip(sound: Samples, rate: int, clip: ClipFormat) -> Samples:
     """Return the sound that a model made with the picture, (n, channels), as stereo of the clip's length and usual loudness."""
-    sound = np.concatenate(parts)
     stereo = encode.resample(np.repeat(sound, 2, axis=1) if sound.shape[1] == 1 else sound[:, :2], rate, encode.CLIP_SAMPLE_RATE)
     found = np.zeros((round(clip.frames * encode.CLIP_SAMPLE_RATE / clip.rate), 2), np.float32)
     found[: len(stereo)] = stereo[: len(found)]
@@ -93,7 +92,7 @@ def _samples(model: Session, arguments: dict[str, Any], seconds: float) -> tuple
     length = model.entry.names.get("seconds") or next((name for name in _SECONDS if name in accepted), None)
     if length is None:
         raise ModelUnavailable(f"the entry of {model.name} does not say how {type(pipe).__name__} calls the length: set names.seconds")
-    rendered = model.call(arguments | {length: seconds, "output_type": "pt"})[0][0]  # (channels, n)
+    rendered = model.call(arguments | {length: max(seconds, model.entry.limits.least_seconds), "output_type": "pt"})[0][0]  # (channels, n)
     samples = rendered.float().cpu().numpy().reshape(-1, rendered.shape[-1]).T
     rate = int(getattr(pipe.vae, "sampling_rate", None) or pipe.vocoder.config.sampling_rate)
     return np.ascontiguousarray(samples[: round(seconds * rate), :2], np.float32), rate

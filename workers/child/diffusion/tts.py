@@ -39,6 +39,8 @@ def warn(job: Job, params: AudioParams) -> None:
     for name in ("emotion", "pace", "background_noise"):
         if getattr(params, name):
             job.warn(f"{name} is not used: {job.run.model} reads the text alone")
+    if params.character_voice_text and not params.character_voice_profile:
+        job.warn("character_voice_text is not used: there is no character_voice_profile with its words")
 
 
 def synthesize(job: Job, loaded: Loaded, params: AudioParams) -> tuple[Samples, int]:
@@ -87,9 +89,10 @@ class _ClonedVoice:
         self._reference: tuple[str, Samples] | None = None
         if voice := params.character_voice_profile:
             sample, truncated = encode.read_sound(voice, job.input(voice), rate, VOICE_SAMPLE_S)
-            self._reference = "", sample
+            self._reference = params.character_voice_text or "", sample
             if truncated:
-                job.warnings.append(f"of character_voice_profile the first {VOICE_SAMPLE_S:g} s are used")
+                rest = ": character_voice_text should have the words of these alone" if params.character_voice_text else ""
+                job.warnings.append(f"of character_voice_profile the first {VOICE_SAMPLE_S:g} s are used{rest}")
 
     def synthesize(self, piece: str) -> Samples | None:
         turns = [_turn(piece)] if self._reference is None else [_turn(*self._reference), _turn(piece)]

@@ -35,6 +35,7 @@ from movieq.errors import InvalidInput
 from movieq.fetch import formats
 from movieq.tasks.params import AudioFormat, ImageFormat
 from workers.faults import abbreviated, public_message
+from workers.protocol import PREVIEW_BYTES
 
 Samples = npt.NDArray[np.float32]
 """(n, channels), -1 to 1."""
@@ -309,15 +310,19 @@ def write_image(path: Path, image: Image.Image, kind: ImageFormat, tags: Tags) -
 
 
 def preview_jpeg(image: Image.Image, side: int = 256) -> bytes:
-    """Return the image as a JPEG of `side` pixels along its longer side and at most 10 kB."""
+    """Return the image as a JPEG of at most `PREVIEW_BYTES`.
+
+    Its longer side has at most `side` pixels, and half as many if no quality makes it small enough.
+    """
     small = image.copy()
-    small.thumbnail((side, side))
-    for quality in (70, 50, 30, 10):
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality)
-        if buffer.tell() <= 10_000:
-            break
-    return buffer.getvalue()
+    while True:
+        small.thumbnail((side, side))
+        for quality in (70, 50, 30, 10):
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=quality)
+            if buffer.tell() <= PREVIEW_BYTES:
+                return buffer.getvalue()
+        side //= 2  # noise, as the first steps of a model show it
 
 
 def _xmp(tags: Tags) -> bytes:
