@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from movieq.errors import InternalFault, MovieqError, causes
+from movieq.fetch.data_urls import is_data_url, shown_data_url
 
 HOST: Final = {
     errno.ENOSPC: "its disk is full",
@@ -106,5 +107,7 @@ def without_paths(text: str, *places: Path | str) -> str:
 
 
 def abbreviated(reference: str) -> str:
-    """Return a reference for a message: whole, except that long ones, such as `data:` urls, are cut."""
+    """Return a reference for a message: a long one is cut, and a `data:` url is shown without its data."""
+    if is_data_url(reference):
+        return shown_data_url(reference)
     return reference if len(reference) <= 200 else f"{reference[:60]}... ({len(reference)} characters)"

@@ -19,7 +19,7 @@ from movieq.api.state import answered, api
 from movieq.api.tasks import arriving
 from movieq.errors import NotFound, PayloadTooLarge, ValidationFailed
 from movieq.fetch.download import image_problem
-from movieq.fetch.formats import read_head, sniff
+from movieq.fetch.formats import Kind, kind_problem, read_head, sniff
 from movieq.settings import Scope
 from movieq.tasks.entities import UPLOAD_BYTES, Upload
 from movieq.tasks.faults import refused
@@ -114,9 +114,10 @@ async def _receive(request: Request, file: IO[bytes]) -> int:
 
 
 def _media_type(path: Path) -> str:
-    media_type = sniff(read_head(path))
+    head = read_head(path)
+    media_type = sniff(head)
     if media_type is None:
-        raise ValidationFailed("unsupported file type: send an image (jpeg, png, webp, gif, tiff, bmp) or sound (wav, mp3, flac, ogg, m4a)")
+        raise ValidationFailed(f"unsupported file type: the upload {kind_problem(head, tuple(Kind))}")
     if media_type.startswith("image/") and (problem := image_problem(path)):
         raise ValidationFailed(f"the upload cannot be used: {problem}")
     return media_type

@@ -12,32 +12,33 @@ them from the storage), and decoding, so a file that is damaged after its header
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import socket
-import struct
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
-from urllib.parse import unquote_to_bytes, urljoin
+from urllib.parse import urljoin
 
 import aiohttp
 import msgspec
 from PIL import Image
 
 from movieq.errors import InputUnavailable, InvalidInput, StorageFault
-from movieq.fetch.formats import Kind, decoder, kind_problem, read_head, sniff
+from movieq.fetch.data_urls import decoded, is_data_url
+from movieq.fetch.formats import Kind, kind_problem, read_head, sniff
 from movieq.fetch.guard import CONNECT_S, TOTAL_S, Guard, shown
+from movieq.fetch.pictures import MAX_PIXELS, opened
 from movieq.fetch.problems import HttpFault, http_fault, reason
 
 MAX_BYTES: Final = 25 * 1024 * 1024
 BACKOFF_S: Final = (0.2, 0.5, 1.0)
 """Waits before the second, third and fourth try, in seconds, after a fault that may pass."""
 MAX_REDIRECTS: Final = 5
-MAX_PIXELS: Final = 40_000_000
 MAX_SCANS: Final = 100
 """Most scans of a JPEG. A progressive one has about ten; each scan is decoded over all pixels, so that thousands take minutes."""
+_COMPRESSED: Final = frozenset({"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"})
+"""Content codings that change the bytes. Others are labels, such as the `aws-chunked` that object storages keep from an upload."""
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -71,8 +72,10 @@ class Fetcher:
         a cancel, nothing is left at `dest`.
         """
         try:
-            if url[:5].lower() == "data:":
-                body = self._decoded(url)
+            if is_data_url(url):
+                body = decoded(url)
+                if len(body) > self._max_bytes:
+                    raise _unavailable(url, _too_large(self._max_bytes))
                 with _created(dest) as file:
                     await asyncio.to_thread(file.write, body)
             else:
@@ -84,22 +87,6 @@ class Fetcher:
             if isinstance(error, OSError):  # network errors were translated before
                 raise StorageFault(f"cannot write {shown(url)} to {dest}: {error.strerror or error}") from error
             raise
-
-    def _decoded(self, url: str) -> bytes:
-        """Return the bytes of a data url (RFC 2397). As in browsers, base64 may contain blanks and lack its padding."""
-        declared, comma, data = url[5:].partition(",")
-        if not comma:
-            raise InvalidInput(f"{shown(url)} is not a valid data url: it has no comma")
-        body = unquote_to_bytes(data)
-        if declared.rstrip().lower().endswith(";base64"):
-            body = b"".join(body.split()).rstrip(b"=")
-            try:
-                body = base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
-            except ValueError as error:
-                raise InvalidInput(f"{shown(url)} is not valid base64") from error
-        if len(body) > self._max_bytes:
-            raise _unavailable(url, _too_large(self._max_bytes))
-        return body
 
     async def _tried(self, url: str, dest: Path) -> None:
         """Download the url, and try again after faults that may pass. Raises InputUnavailable."""
@@ -140,7 +127,7 @@ class Fetcher:
     async def _streamed(self, answer: aiohttp.ClientResponse, dest: Path) -> None:
         if not 200 <= answer.status < 300:
             raise _Missed(f"it answered {answer.status}", may_pass=answer.status in (408, 425, 429) or answer.status >= 500)
-        if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        if not _COMPRESSED.isdisjoint(answer.headers.get("Content-Encoding", "").lower().replace(",", " ").split()):
             raise _Missed("its server sends compressed data (Content-Encoding), although the request does not allow that")
         if (answer.content_length or 0) > self._max_bytes:
             raise _Missed(_too_large(self._max_bytes))
@@ -160,21 +147,18 @@ class Fetcher:
 
 def image_problem(path: Path, max_pixels: int = MAX_PIXELS) -> str | None:
     """Return why this image cannot be used, judged by its header and its scans, or None if it can. Blocks."""
-    if (pinned := decoder(path, Kind.IMAGE)) is None:
+    body = path.read_bytes()
+    try:
+        picture = opened(body)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits, at 89 and 179 megapixels
+        return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
+    except Exception:  # Pillow raises errors of any kind for a damaged header
         return "its image header cannot be read"
-    with path.open("rb") as file:
-        try:
-            with Image.open(file, formats=(pinned,)) as image:
-                width, height = image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits, at 89 and 179 megapixels
-            return f"it has too many pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
-        except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error, Warning):
-            # Pillow raises any of these for a damaged header; Warning where warnings are errors. UnidentifiedImageError is an OSError.
-            return "its image header cannot be read"
+    width, height = picture.size
     if width * height > max_pixels:
         return f"it has {width}x{height} pixels, at most {max_pixels / 1e6:g} megapixels are allowed"
     # FF DA begins a scan; inside the coded data of a scan FF is always followed by 00 or a restart marker
-    if pinned == "JPEG" and (scans := path.read_bytes().count(b"\xff\xda")) > MAX_SCANS:
+    if picture.image.format == "JPEG" and (scans := body.count(b"\xff\xda")) > MAX_SCANS:
         return f"it has {scans} scans, at most {MAX_SCANS} are allowed: save it with an ordinary program"
     return None
 

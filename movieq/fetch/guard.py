@@ -14,6 +14,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from movieq import __version__
+from movieq.fetch.data_urls import is_data_url, shown_data_url
 
 TOTAL_S: Final = 30.0
 CONNECT_S: Final = 8.0
@@ -129,8 +130,8 @@ class Guard:
 
 def shown(url: str) -> str:
     """Return the url for a message or a log: without userinfo, query, fragment or data, and at most 300 characters long."""
-    if url[:5].lower() == "data:":
-        return f"{url.partition(',')[0][:60]},..."
+    if is_data_url(url):
+        return shown_data_url(url)
     text = _USERINFO.sub(r"\1", re.split(r"[?#]", url, maxsplit=1)[0])
     if not text.isprintable():
         text = text.encode("unicode_escape").decode()

@@ -12,23 +12,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
+from movieq.fetch import formats
 from movieq.tasks.results import KEY_PATTERN, MAX_KEY_CHARS, MediaResult, Result, StoredResult
 
-CONTENT_TYPES: Final = {
-    ".mp4": "video/mp4",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".png": "image/png",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".tiff": "image/tiff",
-    ".bmp": "image/bmp",
-    ".mp3": "audio/mpeg",
-    ".wav": "audio/wav",
-    ".flac": "audio/flac",
-    ".ogg": "audio/ogg",
-    ".m4a": "audio/mp4",
-}
+CONTENT_TYPES: Final = {".mp4": "video/mp4", **formats.CONTENT_TYPES}
 """Media type of each file extension. The extension decides, because a folder stores no media type with a file."""
 
 _KEY = re.compile(KEY_PATTERN)

@@ -63,6 +63,7 @@ def stored(settings: Settings) -> list[Path]:
         (image("GIF"), "image/gif"),
         (image("BMP"), "image/bmp"),
         (image("TIFF"), "image/tiff"),
+        (image("AVIF"), "image/avif"),
         (sound(), "audio/wav"),
         (b"fLaC" + bytes(100), "audio/flac"),
         (b"ID3\x04" + bytes(100), "audio/mpeg"),

@@ -13,6 +13,7 @@ import yaml
 
 from movieq.cli import main
 from movieq.errors import MovieqError, RequestError, TaskFault
+from movieq.fetch.formats import ACCEPTED
 from movieq.models import table as models
 from movieq.settings import Settings, variable
 from movieq.tasks.states import TRANSITIONS
@@ -140,6 +141,11 @@ def test_the_reference_lists_every_error_code_with_its_status() -> None:
 def test_the_reference_lists_every_error_code_of_a_task() -> None:
     table = guide("api").read_text().partition("| `error_code` | cause |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)) == {each.code for each in subclasses(TaskFault)}
+
+
+def test_the_reference_lists_every_format_of_inputs() -> None:
+    listed = guide("api").read_text().partition("\n## References\n")[2].partition("\n## ")[0].lower()
+    assert [name for names in ACCEPTED.values() for name in re.findall(r"\w+", names.partition("(")[2]) if name not in listed] == []
 
 
 def test_the_models_page_lists_the_shipped_table() -> None:

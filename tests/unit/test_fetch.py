@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import io
 import os
+import re
 import socket
 import struct
 import zlib
@@ -27,6 +28,7 @@ from movieq.fetch.download import BACKOFF_S, Fetched, Fetcher, image_problem
 from movieq.fetch.formats import HEAD_BYTES, Kind, sniff
 from movieq.fetch.guard import Guard, UrlRefused, shown
 from tests.fleet import eventually
+from tests.pictures import tiff
 
 LOOPBACK = IPv4Network("127.0.0.0/8")
 ONLY_ONE = IPv4Network("127.0.0.1/32")
@@ -480,8 +482,11 @@ async def test_a_redirect_is_checked_like_the_first_url(serve: Serve, dest: Path
 
 @pytest.mark.parametrize(
     ("body", "media_type"),
-    [(image(name), f"image/{name.lower()}") for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")]
+    [(image(name), f"image/{name.lower()}") for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")]
     + [
+        (tiff(bytes(8), (4, 2), {258: (3, [8]), 262: (3, [1])}, "<", big=True), "image/tiff"),
+        (tiff(bytes(8), (4, 2), {258: (3, [8]), 262: (3, [1])}, ">", big=True), "image/tiff"),
+        (re.sub(b"ftypavif", b"ftypmif1", image("AVIF")), "image/avif"),
         (WAV, "audio/wav"),
         (b"ID3\x04" + bytes(100), "audio/mpeg"),
         (b"\xff\xfb\x90\x64" + bytes(413), "audio/mpeg"),
@@ -509,6 +514,9 @@ async def test_the_bytes_say_what_a_file_is_and_not_the_declared_type(serve: Ser
         (b"\xff\xfe<\0h\0t\0m\0l\0", "unknown kind"),
         (b"%!PS-Adobe-3.0 EPSF-3.0", "unknown kind"),
         (os.urandom(16).join([b"\0\0", bytes(2000)]), "unknown kind"),
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf\0\0", r"a HEIC image \(convert it to JPEG or PNG\), expected an image"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic\0\0\0\0", "a HEIC image"),
+        (b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc\0\0\0\0", "a HEIC image"),
         (WAV, "audio/wav, expected an image"),
         (PNG[:20], "header cannot be read"),
         (b"\xff\xd8\xff" + HTML, "header cannot be read"),
@@ -619,6 +627,20 @@ async def test_a_gzip_bomb_never_unfolds(serve: Serve, dest: Path) -> None:
     with pytest.raises(InputUnavailable, match="compressed"):
         await fetched(server.url, dest)
     assert not dest.exists()
+
+
+@pytest.mark.parametrize("coding", ["aws-chunked", "AWS-Chunked, identity", "", "identity", "utf-8", "binary,aws-chunked"])
+async def test_a_label_that_is_no_compression_is_ignored(serve: Serve, dest: Path, coding: str) -> None:
+    server = await serve(answers(PNG, f"Content-Encoding: {coding}"))
+    await fetched(server.url, dest)
+    assert dest.read_bytes() == PNG
+
+
+@pytest.mark.parametrize("coding", ["gzip", "aws-chunked,gzip", "BR", "zstd, identity", "x-gzip", "deflate"])
+async def test_compressed_data_are_refused(serve: Serve, dest: Path, coding: str) -> None:
+    server = await serve(answers(PNG, f"Content-Encoding: {coding}"))
+    with pytest.raises(InputUnavailable, match="compressed"):
+        await fetched(server.url, dest)
 
 
 @pytest.mark.parametrize("sent_first", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
@@ -757,6 +779,11 @@ async def test_a_full_disk_and_a_folder_that_is_none_are_storage_faults(serve: S
         "DATA:text/html;charset=utf-8;BASE64," + base64.b64encode(PNG).decode().rstrip("="),
         "data:;base64," + base64.b64encode(PNG).decode().replace("+", "%2B").replace("=", "%3D"),
         "data:;base64," + base64.encodebytes(PNG).decode(),
+        "data:image/png; base64," + base64.b64encode(PNG).decode(),
+        "data:image/png;charset=x;   Base64 ," + base64.b64encode(PNG).decode(),
+        " \n\0data:image/png;base64," + base64.b64encode(PNG).decode() + "\x1f ",
+        "da\tta:image/png;bas\ne64," + base64.b64encode(PNG).decode(),
+        "data:image/png;base64," + base64.b64encode(PNG).decode() + "#t=1",
         "data:," + "".join(f"%{byte:02x}" for byte in PNG),
     ],
 )
@@ -770,6 +797,10 @@ async def test_a_data_url_is_its_bytes(dest: Path, url: str) -> None:
     [
         ("data:", "no comma"),
         ("data:image/png;base64", "no comma"),
+        (" data:image/png;base64;" + "c2VjcmV0" * 9, "no comma"),
+        ("data:" + "c2VjcmV0" * 9, "no comma"),
+        ("data:" + "c2VjcmV0" * 9 + ",", "empty"),
+        ("\tDATA:image/png ; base64,c2VjcmV0!", "not valid base64"),
         ("data:image/png;base64,", "empty"),
         ("data:image/png;base64,a", "not valid base64"),
         ("data:image/png;base64,§§§§", "not valid base64"),
@@ -782,6 +813,7 @@ async def test_a_data_url_of_something_else_is_invalid(dest: Path, url: str, wha
     with pytest.raises(InvalidInput, match=what) as raised:
         await fetched(url, dest)
     assert len(raised.value.message) < 200
+    assert "c2VjcmV0" not in raised.value.message
     assert not dest.exists()
 
 
@@ -803,6 +835,11 @@ async def test_a_data_url_keeps_to_the_limit(dest: Path) -> None:
         ("http:/user:secret@cdn.example", "http:/cdn.example"),
         ("http://user:secret\\@cdn.example/a", "http://cdn.example/a"),
         ("data:image/png;base64,c2VjcmV0", "data:image/png;base64,..."),
+        (" data:image/png; base64,secret", "data:image/png;base64,..."),
+        ("data:image/svg+xml;charset=secret,secret", "data:image/svg+xml,..."),
+        ("data:secret;base64,secret", "data:;base64,..."),
+        ("data:image/png;base64;secret", "data:image/png,..."),
+        ("data:secret", "data:,..."),
         ("http://a/\r\n\ud800", "http://a/\\r\\n\\ud800"),
         ("", ""),
     ],

@@ -250,6 +250,8 @@ def test_an_address_opens_nothing_else(storage: FolderStorage, address: tuple[st
         ("a/poster.jpg", "image/jpeg"),
         ("a/output.PNG", "image/png"),
         ("a/output.webp", "image/webp"),
+        ("a/output.avif", "image/avif"),
+        ("a/output.tif", "image/tiff"),
         ("a/output.mp3", "audio/mpeg"),
         ("a/output.wav", "audio/wav"),
         ("a/output.flac", "audio/flac"),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from movieq.fetch.formats import Kind, decoder
+from movieq.fetch.formats import Kind, decoder, read_head
 
 Colour = tuple[int, int, int]
 Mono = npt.NDArray[np.float32]
@@ -281,7 +281,7 @@ def read_clip(path: Path) -> Clip:
 
 def read_sound(path: Path) -> Sound:
     """Read the sound of a file."""
-    with av.open(str(path), format=decoder(path, Kind.AUDIO) or "mov") as container:
+    with av.open(str(path), format=decoder(read_head(path), Kind.AUDIO) or "mov") as container:
         audio = container.streams.audio[0]
         to_mono = av.AudioResampler(format="flt", layout="mono", rate=audio.rate)
         blocks: list[Mono] = []

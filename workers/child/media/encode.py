@@ -13,7 +13,7 @@ import io
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -238,24 +238,31 @@ def read_sound(reference: str, path: Path, rate: int, seconds: float) -> tuple[S
 
     Raises InvalidInput naming the reference if the file has no sound that can be decoded.
     """
-    if (pinned := formats.decoder(path, formats.Kind.AUDIO)) is None:
+    if (pinned := formats.decoder(formats.read_head(path), formats.Kind.AUDIO)) is None:
         raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: it is of an unknown kind")
     wanted, size = round(seconds * rate), 0
     parts: list[Samples] = []
     try:
-        with av.open(str(path), format=pinned) as container:
-            resampler = av.AudioResampler("fltp", "mono", rate)
-            for frame in itertools.chain(container.decode(audio=0), (None,)):
-                for each in resampler.resample(frame):
-                    parts.append(each.to_ndarray()[0])
-                    size += len(parts[-1])
+        with av.open(str(path), format=pinned, metadata_errors="replace") as container:
+            for part in _resampled(container.decode(audio=0), rate):
+                parts.append(part)
+                size += len(part)
                 if size > wanted:
                     break
-    except (av.FFmpegError, IndexError) as error:  # damaged after its header, or a video without sound
+    except (av.FFmpegError, IndexError, ValueError) as error:  # damaged after its header, or a video without sound
         raise InvalidInput(f"{abbreviated(reference)}: its sound cannot be read: {public_message(error)}") from error
     if not size:
         raise InvalidInput(f"{abbreviated(reference)}: there is no sound in it")
     return np.concatenate(parts)[:wanted].astype(np.float32), size > wanted
+
+
+def _resampled(frames: Iterable[av.AudioFrame], rate: int) -> Iterator[Samples]:
+    """Yield mono samples at `rate` Hz. The frames may change their rate and layout, as in files that were joined end to end."""
+    for _, alike in itertools.groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
+        resampler = av.AudioResampler("fltp", "mono", rate)
+        for frame in itertools.chain(alike, (None,)):
+            for each in resampler.resample(frame):
+                yield each.to_ndarray()[0]
 
 
 class _Sound(NamedTuple):

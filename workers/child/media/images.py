@@ -9,14 +9,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-from PIL import Image, ImageCms, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageEnhance, ImageFilter, UnidentifiedImageError
 
 from movieq.errors import InvalidInput
-from movieq.fetch import formats
+from movieq.fetch import pictures
+from movieq.fetch.pictures import MAX_PIXELS, Picture
 from workers.faults import abbreviated, without_paths
 
-MAX_PIXELS = 40_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 MAX_CROP_SHARE = 0.125
@@ -24,14 +25,30 @@ MAX_CROP_SHARE = 0.125
 
 TRANSPARENCY_COLOUR = (118, 116, 112)  # mid grey, so that both black ink and white chalk show on it
 
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, ArithmeticError)
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, ArithmeticError, RuntimeError)
 """What Pillow's decoders raise on damaged files."""
+
+
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture of each orientation (EXIF) is turned."""
+
+_FILLERS: Final = (b"", bytes(byte * 73 % 251 for byte in range(2048)))
+"""Two continuations of a JPEG that ends without its end marker."""
 
 
 def check(reference: str, path: Path) -> None:
     """Raise InvalidInput if the file's header is not that of an image, or the image is too large. Cheap: nothing is decoded."""
-    with _decoding(reference, path), _opened(path):
-        pass
+    body = path.read_bytes()
+    with _decoding(reference, path):
+        pictures.opened(body)
 
 
 def load(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image:
@@ -44,11 +61,17 @@ def load(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image
 
 def load_with_alpha(reference: str, path: Path, frame_size: tuple[int, int]) -> Image.Image:
     """Return the still like `load`, but as RGBA if it has transparent parts."""
-    with _decoding(reference, path), _opened(path) as image:
-        image.draft(None, (frame_size[0] * 2, frame_size[1] * 2))  # JPEG only: decoded at a half, a quarter or an eighth
-        image.load()
-        still = _to_srgb(ImageOps.exif_transpose(image))
-        factor = min(still.width // (2 * frame_size[0]), still.height // (2 * frame_size[1]))
+    body = path.read_bytes()
+    with _decoding(reference, path):
+        most = (frame_size[0] * 2, frame_size[1] * 2)
+        picture = _decoded(body, most)
+        still = _to_srgb(picture)
+        if picture.canvas:
+            part, still = still, Image.new("RGBA", picture.canvas)
+            still.paste(part, picture.place)
+        if picture.orientation in _UPRIGHT:
+            still = still.transpose(_UPRIGHT[picture.orientation])
+        factor = min(still.width // most[0], still.height // most[1])
         return still.reduce(factor) if factor > 1 else still
 
 
@@ -61,11 +84,24 @@ def flatten_alpha(still: Image.Image) -> Image.Image:
     return ground
 
 
-def _opened(path: Path) -> Image.Image:
-    """Open the file as what its first bytes show. Raises UnidentifiedImageError if that is no image."""
-    if (pinned := formats.decoder(path, formats.Kind.IMAGE)) is None:
-        raise UnidentifiedImageError("it is of an unknown kind")
-    return Image.open(path, formats=(pinned,))
+def _decoded(body: bytes, most: tuple[int, int]) -> Picture:
+    """Return the picture with its pixels decoded; of a JPEG at least so many that it is as large as `most`."""
+    picture = pictures.opened(body)
+    picture.image.draft(None, most)  # JPEG only: decoded at a half, a quarter or an eighth
+    try:
+        picture.image.load()
+    except OSError:
+        if picture.image.format != "JPEG":
+            raise
+        # A JPEG that lacks only its end marker is whole: no pixel depends on how its data go on.
+        one, other = (pictures.opened(body + filler + b"\xff\xd9") for filler in _FILLERS)
+        for each in (one, other):
+            each.image.draft(None, most)
+            each.image.load()
+        if ImageChops.difference(one.image, other.image).getbbox():
+            raise
+        return one
+    return picture
 
 
 @contextmanager
@@ -78,6 +114,9 @@ def _decoding(reference: str, path: Path) -> Iterator[None]:
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InvalidInput(f"{abbreviated(reference)} has more than {MAX_PIXELS // 1_000_000} megapixels") from error
+    except UnidentifiedImageError as error:  # its message shows an object of Python
+        why = "its header is damaged, or it is of a variant that is not supported"
+        raise InvalidInput(f"{abbreviated(reference)} is no picture that can be read ({why})") from error
     except _UNDECODABLE as error:
         raise InvalidInput(f"{abbreviated(reference)} is no picture that can be read ({without_paths(str(error), path)})") from error
 
@@ -114,28 +153,76 @@ def _cover_box(still: Image.Image, size: tuple[int, int]) -> tuple[float, float,
     return left, top, left + width, top + height
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Return RGB or RGBA of any mode: 16-bit and float values are scaled, CMYK and wide gamuts converted by their ICC profile."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bits(image)
-    profile = image.info.get("icc_profile")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
-        try:
-            converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: treat the values as sRGB
-        else:
-            assert converted is not None
-            return converted
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+def _to_srgb(picture: Picture) -> Image.Image:
+    """Return RGB or RGBA of an image of any mode: by its ICC profile or its gamma, if it has one, else its values are taken for sRGB."""
+    colours, alpha = _split(picture)
+    if picture.negative:
+        colours = ImageChops.invert(colours)
+    still = _by_profile(colours, picture.image.info.get("icc_profile")) or colours.convert("RGB")
+    if alpha:
+        still.putalpha(alpha)
+    return still
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return RGB of an image with 16-bit, 32-bit or float values."""
+def _split(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours as L, RGB, CMYK or LAB of 8 bits, with the gamma of the file taken out, and the alpha channel, if there is one."""
+    image, alpha = picture.image, None
+    if image.mode[0] in "IF":
+        return _to_8_bits(picture)
+    gamma = image.info.get("gamma")
+    if image.mode == "La":
+        image = image.convert("LA")
+    grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+    colours = image if image.mode in ("CMYK", "LAB") else image.convert("L" if grey else "RGB")
+    return colours.point(_table(256, gamma) * len(colours.getbands())) if gamma else colours, alpha
+
+
+def _to_8_bits(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
+    """Return an image with 16-bit, 32-bit or float values as `_split` does. Values below black are black, those above white are white."""
     import numpy as np  # only here: the probe decodes the inputs of every task, and they seldom need it
 
+    image, white = picture.image, picture.white
+    values = np.asarray(image)
+    if picture.swapped:
+        values = values.astype({1.0: "f4", 32767: "i2"}.get(white, "i4")).byteswap()
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    top = next((top for top in (1.0, 255.0, 65535.0) if values.max(initial=0) <= top), float(values.max(initial=1)))
-    return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
+        table = np.frombuffer(bytes(_table(int(white) + 1, image.info.get("gamma"))), np.uint8)
+        grey = table[np.minimum(values, int(white))]
+    else:
+        if white == 2**32 - 1:
+            values = values.view(np.uint32)
+        levels = np.multiply(values, 255 / white, dtype=np.float32)
+        grey = np.rint(np.nan_to_num(levels, posinf=255, neginf=0).clip(0, 255)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return Image.fromarray(grey), alpha
+
+
+def _table(levels: int, gamma: float | None) -> list[int]:
+    """Return the sRGB value of 8 bits of each of these levels, from black to white, that were encoded with this gamma (PNG, gAMA)."""
+    if gamma is None or not 0.1 < gamma < 10 or abs(gamma * 2.2 - 1) < 0.05:  # senseless, or how many programs say sRGB
+        return [round(255 * level / (levels - 1)) for level in range(levels)]
+
+    def encoded(linear: float) -> float:  # IEC 61966-2-1
+        return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+
+    return [round(255 * encoded((level / (levels - 1)) ** (1 / gamma))) for level in range(levels)]
+
+
+def _by_profile(colours: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """Return the colours as sRGB by this ICC profile; None without one, and if it is damaged or made for colours of another kind."""
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
+        if (mode, colours.mode) == ("RGB", "L"):
+            colours = colours.convert("RGB")
+        if colours.mode == mode:
+            return ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        pass
+    return None
