@@ -96,6 +96,9 @@ class Probe:
                 case [text]:
                     log.error("probe_broke", traceback=text)
                     raise InternalFault(f"{reference} could not be decoded: the worker's log says why")
+                case [problem, text]:
+                    log.error("probe_broke", traceback=text)
+                    raise InvalidInput(problem)
                 case problem if problem:
                     raise InvalidInput(problem)
 

@@ -106,7 +106,7 @@ async def test_a_file_that_no_engine_can_read_is_refused(tmp_path: Path, arrange
 
 async def test_images_of_each_kind_and_sounds_of_each_kind_are_accepted(tmp_path: Path) -> None:
     images = [still(tmp_path / "png")]
-    for name in ("JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+    for name in ("JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"):
         images.append(tmp_path / name)
         images[-1].write_bytes(encoded(Image.effect_noise((64, 48), 50).convert("RGB"), name))
     images.append(tmp_path / "animated")
@@ -147,6 +147,19 @@ async def test_a_decoder_that_crashes_is_the_inputs_fault(slow: Path) -> None:
     children()[0].send_signal(signal.SIGSEGV)
     with pytest.raises(InvalidInput, match="slow cannot be used: its decoder crashed"):
         await checking
+
+
+async def test_an_error_that_nobody_foresaw_in_a_decoder_is_the_inputs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"""#!{sys.executable}
+from workers.child import probe
+probe.images.load_with_alpha = lambda *given, **named: None.width
+probe.main()
+""")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(InvalidInput, match=r"^upload:1 cannot be used: its decoder failed$"):
+        await Probe().check(FILM, [("upload:1", still(tmp_path / "still"))], Kind.IMAGE)
 
 
 async def test_a_cancelled_check_leaves_no_process(slow: Path) -> None:

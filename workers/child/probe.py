@@ -1,9 +1,9 @@
 """A process that decodes the inputs of one task once, under limits: `python -P -m workers.child.probe`, started by `workers.probe`.
 
 It reads a JSON list from its standard input: `[kind, seconds, seconds for all, memory in bytes, [[reference, path], ...]]`. For each file
-it writes a line of JSON to its standard output: a text, empty if the file can be used, else what is wrong with it; or a list with the
-traceback of an error of its own, which ends it. Files are decoded by the functions that the engines decode them with. If one takes too
-much time, the kernel ends the process by SIGXCPU.
+it writes a line of JSON to its standard output: a text, empty if the file can be used, else what is wrong with it; a list of that text and
+a traceback, if its decoder raised an error that nobody foresaw; or a list with the traceback of an error of its own, which ends it. Files
+are decoded by the functions that the engines decode them with. If one takes too much time, the kernel ends the process by SIGXCPU.
 """
 
 from __future__ import annotations
@@ -61,14 +61,18 @@ def _decoder(kind: Kind) -> Callable[[str, Path], object]:
     return partial(read_sound, rate=SOUND_RATE, seconds=SOUND_S)
 
 
-def _problem(decode: Callable[[str, Path], object], kind: Kind, reference: str, path: Path) -> str:
-    """Decode the file; return what is wrong with it, empty if nothing is. Raises MemoryError."""
+def _problem(decode: Callable[[str, Path], object], kind: Kind, reference: str, path: Path) -> str | list[str]:
+    """Decode the file and return the answer. Raises MemoryError, and errors of this machine."""
     if problem := kind_problem(read_head(path), [kind]):
         return f"{abbreviated(reference)} {problem}"
     try:
         decode(reference, path)
     except InvalidInput as error:
         return error.message
+    except (MemoryError, ImportError, OSError):
+        raise
+    except Exception:  # the libraries raise errors of any kind on a file that they are not prepared for
+        return [f"{abbreviated(reference)} cannot be used: its decoder failed", traceback.format_exc()]
     return ""
 
 
