@@ -34,7 +34,7 @@ def decoded(url: str) -> bytes:
     declared, comma, data = _cleaned(url)[5:].partition("#")[0].partition(",")
     if not comma:
         raise InvalidInput(f"{shown_data_url(url)} is not a valid data url: it has no comma")
-    body = unquote_to_bytes(data)
+    body = unquote_to_bytes(data.encode(errors="replace"))  # JSON may have half a surrogate pair
     if not _BASE64.search(declared):
         return body
     body = b"".join(body.split()).rstrip(b"=")

@@ -806,6 +806,8 @@ async def test_a_data_url_is_its_bytes(dest: Path, url: str) -> None:
         ("data:image/png;base64,§§§§", "not valid base64"),
         ("data:image/png;base64,aaaa!", "not valid base64"),
         ("data:image/png,<svg/>", "SVG"),
+        ("data:image/png,\ud800", "unknown kind"),
+        ("data:image/png;base64,\ud800", "not valid base64"),
         ("data:audio/wav;base64," + base64.b64encode(WAV).decode(), "audio/wav, expected an image"),
     ],
 )
