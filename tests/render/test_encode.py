@@ -1,8 +1,10 @@
-"""Sound files: every format at every rate."""
+"""Sound files: every format at every rate. Clips whose sound is added afterwards."""
 
 from __future__ import annotations
 
 import io
+import itertools
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -11,6 +13,8 @@ import pytest
 from PIL import Image
 
 from movieq.tasks.params import AudioFormat
+from tests.render import tagged
+from workers.child.job import JobCancelled
 from workers.child.media import encode
 from workers.protocol import PREVIEW_BYTES
 
@@ -39,3 +43,61 @@ def test_a_preview_of_noise_is_small_enough_to_be_sent() -> None:
     assert len(jpeg) <= PREVIEW_BYTES
     with Image.open(io.BytesIO(jpeg)) as small:
         assert small.size == (256, 256)
+
+
+CLIP = encode.ClipFormat((64, 64), Fraction(24000, 1001), 120)
+SOUND = np.random.default_rng(1).normal(0, 0.1, (round(CLIP.frames * 48_000 / CLIP.rate), 2)).astype(np.float32)
+
+
+def written(path: Path, sound: encode.Samples | None = None, clip: encode.ClipFormat = CLIP) -> Path:
+    """Write a clip of noise; return its path."""
+    chance = np.random.default_rng(1)
+    with encode.ClipWriter(path, clip, TAGS, sound) as writer:
+        for _ in range(clip.frames):
+            writer.add(encode.to_planes(Image.fromarray(chance.integers(0, 256, (*clip.size, 3), np.uint8))))
+    return path
+
+
+def packets(path: Path) -> list[tuple[str, int | None, int | None, int | None, bytes]]:
+    """Return the packets of a file in the order in which they lie there: kind, times and content."""
+    with av.open(str(path)) as container:
+        found = sorted((each for each in container.demux() if each.size), key=lambda each: each.pos or 0)
+        return [(each.stream.type, each.dts, each.pts, each.duration, bytes(each)) for each in found]
+
+
+def test_a_sound_that_is_added_afterwards_is_interleaved_as_one_that_is_encoded_with_the_pictures(tmp_path: Path) -> None:
+    together = written(tmp_path / "together.mp4", SOUND)
+    silent = written(tmp_path / "silent.mp4")
+    added = []
+    for name in ("first.mp4", "again.mp4"):
+        encode.add_sound(silent, tmp_path / name, CLIP, TAGS, SOUND, lambda: None)
+        added.append((tmp_path / name).read_bytes())
+    assert added[0] == added[1]
+    assert added[0].index(b"moov") < added[0].index(b"mdat")
+    found = packets(tmp_path / "first.mp4")
+    assert found == packets(together)
+    assert [each[1:] for each in found if each[0] == "video"] == [each[1:] for each in packets(silent)], "no picture is encoded again"
+    assert tagged.tags_of(tmp_path / "first.mp4") == tagged.tags_of(silent)
+    runs = [len(list(run)) for _, run in itertools.groupby(kind for kind, *_ in found)]
+    assert max(runs) < 9, "players need not seek"
+
+
+def test_adding_a_sound_can_be_stopped_at_each_picture(tmp_path: Path) -> None:
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise JobCancelled
+
+    with pytest.raises(JobCancelled):
+        encode.add_sound(written(tmp_path / "silent.mp4"), tmp_path / "clip.mp4", CLIP, TAGS, SOUND, stop)
+    assert calls == 3
+
+
+def test_a_disk_that_is_full_when_the_last_pictures_are_written_fails_the_clip(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").symlink_to("/dev/full")
+    clip = CLIP._replace(size=(256, 256), frames=3)  # so few that the encoder holds them all until the end
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path / "clip.mp4", clip=clip)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -70,6 +72,21 @@ def test_a_cut_stays_a_cut() -> None:
 def test_the_same_pictures_give_the_same_pictures() -> None:
     first, again = (rendered(moving(9, 5), 16, Fraction(24), 0.5) for _ in range(2))
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("rate", [Fraction(8), Fraction(16), Fraction(24), Fraction(60)])
+def test_pictures_are_read_a_few_ahead_and_not_kept(rate: Fraction) -> None:
+    read: list[weakref.ref[npt.NDArray[np.uint8]]] = []
+
+    def source() -> Iterator[npt.NDArray[np.uint8]]:
+        for number in range(33):
+            picture = np.full((64, 64, 3), number, np.uint8)
+            read.append(weakref.ref(picture))
+            yield picture
+
+    for number, _ in enumerate(retimed(source(), Fraction(16), rate, round(2 * rate))):
+        assert len(read) <= number * 16 / rate + 4
+        assert sum(each() is not None for each in read) <= 5
 
 
 def test_a_clip_of_one_picture_is_still() -> None:

@@ -134,6 +134,26 @@ def test_a_take_that_fails_fails_the_task(order: Any, monkeypatch: pytest.Monkey
     assert (failed.code, failed.message) == ("invalid_input", "the second take fails")
 
 
+def test_when_a_take_fails_what_is_left_of_the_next_one_ends_as_if_cancelled(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def act(job: Job) -> Finish:
+        def finish() -> Output:
+            if job.seed == 7:
+                raise InvalidInput("the first take fails")
+            ended.append(job.seed)
+            job.check()
+            raise AssertionError("nobody needs this take")
+
+        return finish
+
+    engine_that(act, "takes_left", monkeypatch)
+    failed = answered(order(engine="takes_left", seed=7, takes=2, **PICTURE))
+    assert isinstance(failed, Failed)
+    assert failed.message == "the first take fails"
+    assert ended == [8]
+
+
 def test_what_takes_report_is_reported_once_and_their_warnings_are_joined(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(job: Job) -> Output:
         job.plan(Stage("load", "loading_models", 1), Stage("denoise", "generating_image", 1))

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from movieq.models import choice
-from workers.child.job import Finish, Job, Output
+from workers.child.job import Finish, Job, JobCancelled, Output
 from workers.protocol import FromChild, Note, Plan, Preview, Produced, Step
 
 SEEDS: Final = 2**32
@@ -35,13 +35,25 @@ def render(job: Job, function: Callable[[str], Any]) -> Finish:
                 rendered: list[Output | Finish | Exception] = function("render_batch")(takes)
             else:
                 rendered = [function("render")(takes[0])]
-            if writing is not None:
-                outputs += writing.result()  # so that the pictures of two calls at most are in memory
+            try:
+                outputs += writing.result() if writing is not None else []  # so that the pictures of two calls at most are in memory
+            except BaseException:
+                _drop(takes, rendered)
+                raise
             if number + 1 == len(calls):
                 break
             takes[0].end_reports()
             writing = writer.submit(_finished, rendered)
     return lambda: _joined(job, [*outputs, *_finished(rendered)])
+
+
+def _drop(takes: list[_Take], rendered: list[Output | Finish | Exception]) -> None:
+    """End what takes still do in threads of their own: each is finished as if it was cancelled."""
+    for take, each in zip(takes, rendered, strict=True):
+        take.is_dropped = True
+        if callable(each):
+            with contextlib.suppress(Exception, JobCancelled):
+                each()
 
 
 def _finished(rendered: list[Output | Finish | Exception]) -> list[Output]:
@@ -88,9 +100,15 @@ class _Take(Job):
         super().__init__(run, self._pass_on, job._cancelled, job.device)
         self.is_followed = leads
         """Whether its reports count: not once the next call has begun."""
+        self.is_dropped = False
+        """Whether another take has failed, and the task with it."""
         self._task = job
         self._last_stage = ""
         self._call, self._calls = call, calls
+
+    @property
+    def cancelled(self) -> bool:
+        return self.is_dropped or super().cancelled
 
     @property
     def preview_due(self) -> bool:

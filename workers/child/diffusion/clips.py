@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from movieq.models.table import Images, Model
 from movieq.tasks import params as parameters
-from movieq.tasks.params import AnimationParams, ImageFormat, VideoParams
+from movieq.tasks.params import AnimationParams, VideoParams
 from workers.child.diffusion import conditions, frames, session, sizing, sounds
 from workers.child.diffusion.adapters import adapter
+from workers.child.diffusion.clip_file import ClipFile
 from workers.child.diffusion.session import Session, generator
 from workers.child.job import Finish, Job, Output
-from workers.child.media import encode, interpolation
-from workers.child.media.encode import ClipFormat, ClipWriter, Samples
-from workers.child.media.metadata import display_rate, file_tags
-from workers.protocol import Produced
+from workers.child.media import encode
+from workers.child.media.encode import ClipFormat, Samples
+from workers.child.media.metadata import display_rate
 
 
 def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Finish:
@@ -35,20 +35,22 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
     continuous = params.continuous if isinstance(params, VideoParams) else True  # the images of a character are no boards
     parts = _planned(job, entry, stills, clip.seconds, continuous=continuous)
     with_sound = bool(cues) and not entry.sound
-    with session.opened(job, entry, "generating_video", *(["sound"] if with_sound else []), "mux") as model:
-        pictures, track = _rendered(model, size, parts, shown, clip)
+    later_stages = [*(["sound"] if with_sound else []), "mux"]
+    track: Samples | None = None
+    with session.opened(job, entry, "generating_video", *later_stages) as model, ClipFile(job, clip, entry.limits.fps) as file:
+        track = _rendered(model, size, parts, shown, file)
         if with_sound:
             track = sounds.track(job, cues, clip)
         metadata = model.metadata(job, "mp4", clip.size) | {"duration": round(clip.seconds, 3), "fps": display_rate(clip.rate)}
-    metadata["generated"] = {
-        "resolution": f"{size[0]}x{size[1]}",
-        "frames": len(pictures),
-        "fps": entry.limits.fps,
-        "windows": len(parts),
-    }
-    if track is not None:
-        metadata["sample_rate"] = encode.CLIP_SAMPLE_RATE
-    return lambda: Output(_encoded(job, pictures, entry.limits.fps, clip, track), metadata)
+        metadata["generated"] = {
+            "resolution": f"{size[0]}x{size[1]}",
+            "frames": file.count,
+            "fps": entry.limits.fps,
+            "windows": len(parts),
+        }
+        if track is not None:
+            metadata["sample_rate"] = encode.CLIP_SAMPLE_RATE
+    return lambda: Output(file.finish(track), metadata)  # `finish` raises first, if the file could not be written
 
 
 class PlannedWindow(NamedTuple):
@@ -95,18 +97,19 @@ def _within(still_at: dict[int, Image.Image], window: sizing.Window) -> dict[int
 
 
 def _rendered(
-    model: Session, size: tuple[int, int], parts: list[PlannedWindow], shown: list[Image.Image], clip: ClipFormat
-) -> tuple[list[frames.Pictures], Samples | None]:
-    """Return the pictures of the clip, one array (height, width, 3) each, and the sound that the model made with them.
+    model: Session, size: tuple[int, int], parts: list[PlannedWindow], shown: list[Image.Image], file: ClipFile
+) -> Samples | None:
+    """Render the windows of the clip into its file; return the sound that the model made with them.
 
     `shown` are images of what the clip is to show, without being its frames.
     """
-    pictures: list[frames.Pictures] = []
     sound: Samples | None = None
     fps, rate = model.entry.limits.fps, 0
     noise = generator(model.job.seed)
-    for number, (window, at) in enumerate(parts):
-        before = [Image.fromarray(each) for each in pictures[window.first : window.first + window.overlap]]
+    last = parts[-1].window
+    next_windows = [*(part.window for part in parts[1:]), sizing.Window(last.first + last.frames, 0)]
+    before: list[Image.Image] = []
+    for number, ((window, at), next_window) in enumerate(zip(parts, next_windows, strict=True)):
         arguments = model.arguments(model.job) | {"width": size[0], "height": size[1], "num_frames": window.frames, "generator": noise}
         with_images = bool(at or before or shown)
         pipe = model.pipe(with_images)
@@ -114,28 +117,20 @@ def _rendered(
         arguments |= model.adapter.references(shown) if shown else {}
         rendered = model.adapter.rendered(pipe, model.call(arguments, with_images=with_images, part=(number, len(parts))))
         own = window.first + window.overlap
-        pictures[own:] = frames.to_host(rendered.pictures)[window.overlap :]
+        end = next_window.first + next_window.overlap - window.first  # a shot may render more frames than it has
+        before = _added(file, rendered.pictures[window.overlap : end], before, next_window.overlap)
         if rendered.sound is not None:
             rate = rendered.rate
             samples = rendered.sound.cpu().numpy().T[round(window.overlap * rate / fps) : round(window.frames * rate / fps)]
             sound = samples if sound is None else np.concatenate([sound[: round(own * rate / fps)], samples])
-    return pictures, None if sound is None else sounds.of_clip(sound, rate, clip)
+    return None if sound is None else sounds.of_clip(sound, rate, file.clip)
 
 
-def _encoded(job: Job, pictures: list[frames.Pictures], fps: float, clip: ClipFormat, track: Samples | None) -> tuple[Produced, ...]:
-    """Write the pictures, rendered at `fps`, as an mp4 of the clip's frame rate with a poster."""
-    job.begin("mux")
-    path, poster_path = job.out_dir / "output.mp4", job.out_dir / "poster.jpg"
-    tags = file_tags(job, "Clip")
-    retimed = interpolation.retimed(pictures, Fraction(fps).limit_denominator(1001), clip.rate, clip.frames)
-    with ClipWriter(path, clip, tags, track) as writer:
-        for frame, picture in enumerate(retimed):
-            planes = encode.to_planes(sizing.scale_and_crop(picture, clip.size))
-            writer.add(planes)
-            if frame == clip.frames // 3:
-                encode.write_image(poster_path, encode.to_image(planes), ImageFormat.JPEG, tags)
-            job.step("mux", frame + 1, clip.frames)
-    return (
-        Produced(str(path), "output", "video/mp4", *clip.size, clip.seconds),
-        Produced(str(poster_path), "poster", "image/jpeg", *clip.size),
-    )
+def _added(file: ClipFile, rendered: Tensor, before: list[Image.Image], overlap: int) -> list[Image.Image]:
+    """Add the pictures of a window to the file; return the last `overlap` pictures so far, with which the next window begins.
+
+    `before` are those with which this one begins.
+    """
+    pictures = frames.to_host(rendered)
+    file.add(pictures)
+    return [*before, *(Image.fromarray(each) for each in pictures[-overlap:])][-overlap:] if overlap else []

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from av.audio.stream import AudioStream
+from av.container import OutputContainer
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
@@ -121,7 +122,7 @@ def _plane_array(plane: VideoPlane) -> npt.NDArray[np.uint8]:
 
 
 class ClipWriter:
-    """Writes an mp4: H.264 High, yuv420p tagged BT.709, AAC if there is sound, moov first.
+    """Writes an mp4: H.264 High, yuv420p tagged BT.709, AAC if there is sound, moov first. `add_sound` adds the sound afterwards.
 
     Pictures are encoded in a thread of this object, so that the next ones can be drawn meanwhile; at most `QUEUED_FRAMES` wait. If the
     block ends with an exception, the file is deleted.
@@ -131,14 +132,12 @@ class ClipWriter:
         """`sound` is stereo at `CLIP_SAMPLE_RATE`, as long as the clip."""
         self._path = path
         self._rate = clip.rate
-        self._sound = sound
         self._waiting: queue.Queue[Planes | None] = queue.Queue(QUEUED_FRAMES)
         self._abandoned = False
         self._fault: BaseException | None = None
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"})
-        self._container.metadata.update({"title": tags.title, "description": tags.prompt, "comment": tags.comment})
+        self._container = _open_mp4(path, tags)
         self._video = self._video_stream(clip)
-        self._audio = self._audio_stream() if sound is not None else None
+        self._sound = _SoundTrack(self._container, sound, clip.rate) if sound is not None else None
         self._thread = threading.Thread(target=self._encode, name="encode")
 
     def __enter__(self) -> Self:
@@ -184,13 +183,8 @@ class ClipWriter:
         codec.color_trc = ColorTrc.BT709
         return stream
 
-    def _audio_stream(self) -> AudioStream:
-        stream = self._container.add_stream("aac", rate=CLIP_SAMPLE_RATE, layout="stereo")
-        stream.codec_context.bit_rate = 160_000
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
-        return stream
-
     def _encode(self) -> None:
+        item = None
         try:
             count = 0
             while (item := self._waiting.get()) is not None:
@@ -198,23 +192,63 @@ class ClipWriter:
                 frame.pts, frame.time_base = count, 1 / self._rate
                 self._container.mux(self._video.encode(frame))
                 count += 1
-                self._encode_sound_until(count)
+                if self._sound:
+                    self._sound.encode_until(count)
             if not self._abandoned:
                 self._container.mux(self._video.encode(None))
-                if self._audio:
-                    self._container.mux(self._audio.encode(None))
+                if self._sound:
+                    self._sound.end()
         except BaseException as fault:  # raised again by `add` or at the end of the block
             self._fault = fault
-            while self._waiting.get() is not None:
-                pass
+            while item is not None:
+                item = self._waiting.get()
 
-    def _encode_sound_until(self, count: int) -> None:
-        """Encode the sound of the first `count` pictures, interleaved with them, so that players need not seek."""
-        if self._audio is None or self._sound is None:
-            return
+
+class _SoundTrack:
+    """The AAC stream of an mp4, encoded with its pictures and interleaved with them, so that players need not seek."""
+
+    def __init__(self, container: OutputContainer, samples: Samples, rate: Fraction) -> None:
+        """`samples` are stereo at `CLIP_SAMPLE_RATE`; `rate` is that of the pictures."""
+        self._container = container
+        self._samples = samples
+        self._rate = rate
+        self._stream = container.add_stream("aac", rate=CLIP_SAMPLE_RATE, layout="stereo")
+        self._stream.codec_context.bit_rate = 160_000
+        self._stream.codec_context.flags |= av.codec.context.Flags.bitexact
+
+    def encode_until(self, count: int) -> None:
+        """Encode the sound of picture number `count`, counted from 1."""
         first, last = (round(i * CLIP_SAMPLE_RATE / self._rate) for i in (count - 1, count))
-        for frame in audio_frames(self._sound[first:last], CLIP_SAMPLE_RATE, first):
-            self._container.mux(self._audio.encode(frame))
+        for frame in audio_frames(self._samples[first:last], CLIP_SAMPLE_RATE, first):
+            self._container.mux(self._stream.encode(frame))
+
+    def end(self) -> None:
+        """Encode what the encoder still holds."""
+        self._container.mux(self._stream.encode(None))
+
+
+def add_sound(silent: Path, path: Path, clip: ClipFormat, tags: Tags, sound: Samples, check: Callable[[], None]) -> None:
+    """Write the clip of the file `silent` with a sound, as `ClipWriter` does. Its pictures are copied, not encoded again.
+
+    `check` is called for each picture, and can stop the work by raising.
+    """
+    with av.open(str(silent)) as source, _open_mp4(path, tags) as target:
+        pictures = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        track = _SoundTrack(target, sound, clip.rate)
+        packets = (packet for packet in source.demux(video=0) if packet.dts is not None)  # the last one only ends the stream
+        for count, packet in enumerate(packets, 1):
+            check()
+            packet.stream = pictures
+            target.mux(packet)
+            track.encode_until(count)
+        track.end()
+
+
+def _open_mp4(path: Path, tags: Tags) -> OutputContainer:
+    """Open an mp4 with these tags for writing: its index comes first, and nothing in it depends on the time or the library's version."""
+    container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"})
+    container.metadata.update({"title": tags.title, "description": tags.prompt, "comment": tags.comment})
+    return container
 
 
 def audio_frames(samples: Samples, rate: int, first: int = 0) -> Iterator[av.AudioFrame]:
