@@ -17,7 +17,7 @@ from msgspec import Meta
 from movieq.errors import SettingsError
 from movieq.tasks import faults
 from movieq.tasks.params import LoraUse
-from movieq.tasks.registry import REGISTRY
+from movieq.tasks.registry import REGISTRY, SPEAKS
 from movieq.tasks.states import GENERATE_IMAGE, Kind, TaskType
 
 T = TypeVar("T")
@@ -151,7 +151,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Weights | None = None
     components: dict[str, Weights] = {}
     adapter: str = "diffusers"
-    """What knows how its pipeline is called: `diffusers`, `ltx`, `ltx2`, `qwen-edit`, `vace`, or an adapter of a plug-in."""
+    """What knows how it is called: `diffusers`, `ltx`, `ltx2`, `qwen-edit`, `vace`, for speech `csm` or `vits`, or one of a plug-in."""
     pipeline: str | None = None
     image_pipeline: str | None = None
     images: Images | None = None
@@ -262,6 +262,18 @@ def _converted(source: str, entries: Any, kind: type[T], path: str = "") -> T:
         raise SettingsError(f"{source}: {wrong or error}") from None
 
 
+def speech_problem(model: Model, *, speaks: bool) -> str | None:
+    """Return what is wrong with an entry whose adapter speaks or does not; None if nothing is."""
+    if model.languages and not speaks:
+        return (
+            f"languages: the adapter {model.adapter!r} does not speak; set adapter to 'csm' for CsmForConditionalGeneration, "
+            "to 'vits' for VitsModel, or to the speech adapter of a plug-in"
+        )
+    if speaks and not model.languages:
+        return f"languages: the adapter {model.adapter!r} speaks; set languages to those of the model, such as ['en']"
+    return None
+
+
 def _problem(model: Model) -> str | None:
     """Return what is wrong with an entry whose fields are each valid; None if nothing is."""
     if unknown := sorted(model.tasks.keys() - REGISTRY.tasks.keys()):
@@ -276,6 +288,8 @@ def _problem(model: Model) -> str | None:
         return "weights = { repository = ..., revision = ... } is needed"
     if model.adapter not in REGISTRY.adapters:
         return f"unknown adapter {model.adapter!r}; known: {', '.join(REGISTRY.adapters)}"
+    if model.adapter in SPEAKS and (problem := speech_problem(model, speaks=SPEAKS[model.adapter])):
+        return problem
     if model.pipeline is None and model.image_pipeline is None:
         return "pipeline or image_pipeline is needed: a class of diffusers or transformers"
     if model.images is not None and model.image_pipeline is None:

@@ -47,7 +47,10 @@ class Registry(msgspec.Struct, frozen=True):
     models: dict[str, dict[str, Any]]
 
 
-_ADAPTERS: Final = {"diffusers": "Adapter", "ltx": "Ltx", "ltx2": "Ltx2", "qwen-edit": "QwenEdit", "vace": "Vace"}
+_SPEECH: Final = {"csm": "Csm", "vits": "Vits"}
+_ADAPTERS: Final = {"diffusers": "Adapter", "ltx": "Ltx", "ltx2": "Ltx2", "qwen-edit": "QwenEdit", "vace": "Vace", **_SPEECH}
+SPEAKS: Final = {name: name in _SPEECH for name in _ADAPTERS}
+"""Whether each adapter of movieq is for speech. Of those of plug-ins, it is known when they are imported."""
 REGISTRY: Final = Registry(
     tasks={
         GENERATE_VIDEO: TaskSpec(

@@ -51,8 +51,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "wan": {"pipeline": "WanPipeline", "limits": WAN},
     "wan_i2v": {"image_pipeline": "WanImageToVideoPipeline", "images": "ends", "limits": WAN, "defaults": {"steps": 4, "guidance": 20}},
     "stable_audio": {"pipeline": "StableAudioPipeline", "limits": {"seconds": 10}, "defaults": {"steps": 4, "guidance": 100}},
-    "vits": {"pipeline": "VitsModel", "languages": ["en"]},
-    "csm": {"pipeline": "CsmForConditionalGeneration", "languages": ["en"], "voices": True},
+    "vits": {"adapter": "vits", "pipeline": "VitsModel", "languages": ["en"]},
+    "csm": {"adapter": "csm", "pipeline": "CsmForConditionalGeneration", "languages": ["en"], "voices": True},
 }
 """Name -> entry in the model table, for every model of `tiny`."""
 

@@ -15,7 +15,7 @@ import torch
 
 from movieq.models.table import Dtype, Lora, Model
 from tests.engines import tiny
-from workers.child.diffusion.loading import SPEECH
+from workers.child.diffusion.adapters import NETWORK
 from workers.child.diffusion.placement import Component, component
 
 RECORDS: Final = Path(__file__).parent / "records"
@@ -200,7 +200,7 @@ def sizes(name: str, entry: Model) -> dict[str, Component]:
 
     found = record(name)
     components = {}
-    index = found["model_index"] or {SPEECH: ["transformers", found["pipeline"]]}
+    index = found["model_index"] or {NETWORK: ["transformers", found["pipeline"]]}
     for part, listed in index.items():
         if not isinstance(listed, list) or listed[0] is None or part.startswith(("scheduler", "tokenizer", "processor")):
             continue

@@ -401,6 +401,12 @@ def test_a_models_own_negative_prompt_is_used_where_the_task_gives_none(studio: 
     assert [call["negative_prompt"] for call in calls] == ["blurred", "fog"]
 
 
+def test_a_voice_sample_for_a_model_that_has_one_voice_is_refused_whatever_its_entry_says(studio: Studio, folder: Path) -> None:
+    sample = {FIRST: tone(folder / "tone.wav", 110)}
+    with pytest.raises(ModelUnavailable, match="voices: a model of VITS cannot imitate a voice"):
+        studio.render("vits", sample, entry=studio.entry("vits", voices=True), **asked("vits"), character_voice_profile=FIRST)
+
+
 def test_a_line_without_a_letter_that_the_model_knows_is_refused(studio: Studio) -> None:
     with pytest.raises(InvalidInput, match="knows none of its letters"):
         studio.render("vits", text="\u4f60\u597d", output_format="wav")

@@ -333,6 +333,32 @@ def test_a_model_in_8_bits_is_streamed_for_a_run_whose_memory_runs_out(machine: 
     assert loaded.place is Placement.FP8
 
 
+@pytest.mark.parametrize(("name", "cls", "method"), [("vits", "VitsModel", "forward"), ("csm", "CsmForConditionalGeneration", "generate")])
+def test_a_sentence_for_which_memory_runs_out_is_repeated_alone_and_sounds_the_same(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, cls: str, method: str
+) -> None:
+    import transformers
+
+    machine.room = Budget(GB, GB)
+    line: dict[str, Any] = {"text": "Land ho. All hands!", "output_format": "wav"}
+    whole = machine.studio.render(name, **line)
+    machine.studio.render("flux", **TASK)
+    work, tries = getattr(getattr(transformers, cls), method), iter(["spoken", "failed", "failed", "spoken"])
+
+    def failing_twice(self: Any, *args: Any, **options: Any) -> Any:
+        answer = work(self, *args, **options)
+        if next(tries) == "failed":
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return answer
+
+    monkeypatch.setattr(getattr(transformers, cls), method, failing_twice)
+    result = machine.studio.render(name, **line)
+    notes = ["out of memory: other models were unloaded", "out of memory: the weights were moved to host memory"]
+    assert [each for each in result.output.metadata["warnings"] if "memory" in each] == notes
+    assert next(tries, None) is None
+    assert result.path.read_bytes() == whole.path.read_bytes()
+
+
 def test_a_component_that_cannot_be_held_in_8_bits_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = machine.studio.entry("flux", fp8=["text_encoder"])
     small_machine(machine, monkeypatch, entry)

@@ -57,6 +57,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], P
         kind = "gpu_medium"
         tasks = {{ process_audio = 1 }}
         weights = {{ repository = "{folders("vits")}" }}
+        adapter = "vits"
         pipeline = "VitsModel"
         languages = ["en"]
         '''

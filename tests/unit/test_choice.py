@@ -71,6 +71,21 @@ def test_a_faulty_lora_is_refused_by_name(tmp_path: Path, text: str, said: str) 
     assert "models.toml" in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("languages = ['en']", "languages: the adapter 'diffusers' does not speak; set adapter to 'csm' for CsmForConditionalGeneration"),
+        ("languages = ['en']\nadapter = 'ltx'", "languages: the adapter 'ltx' does not speak; set adapter to 'csm'"),
+        ("adapter = 'vits'", "languages: the adapter 'vits' speaks; set languages to those of the model, such as ['en']"),
+    ],
+)
+def test_languages_and_an_adapter_for_speech_need_each_other(tmp_path: Path, fields: str, said: str) -> None:
+    entry = "engine = 'diffusers'\nkind = 'gpu_medium'\ntasks = { process_audio = 1 }\nweights = { repository = '/srv/voice' }"
+    with pytest.raises(SettingsError) as refused:
+        loaded(tmp_path, f"[voice]\n{entry}\npipeline = 'VitsModel'\n{fields}")
+    assert f"voice: {said}" in refused.value.message
+
+
 def test_a_task_gets_the_first_model_that_has_its_loras(tmp_path: Path) -> None:
     table = loaded(tmp_path, TABLE)
     assert chosen(table, "lighthouse") == "flux2-klein-4b"

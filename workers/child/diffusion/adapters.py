@@ -1,21 +1,24 @@
-"""Adapters: what differs between families of pipelines in code. What differs as data stands in the model's entry.
+"""Adapters: what differs between families of models in code. What differs as data stands in the model's entry.
 
-An entry names its adapter. A plug-in adds one by a subclass of `Adapter`, and its models get all that works on adapters: placement, the OOM
-fallback, cancel, previews, windows.
+An entry names its adapter. A plug-in adds one by a subclass of `Adapter`, or of `Speech` for speech, and its models get all that works on
+adapters: placement, the OOM fallback, progress, cancel, previews, windows.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from PIL import Image
 from torch import Tensor
 
 from movieq.errors import ModelUnavailable
-from movieq.models.table import Images, Model
+from movieq.models.table import Images, Model, speech_problem
 from movieq.tasks.registry import REGISTRY
+from workers.child.job import Job
+from workers.child.media.encode import Samples
 
 
 class Rendered(NamedTuple):
@@ -32,6 +35,8 @@ class Rendered(NamedTuple):
 class Adapter:
     """Pipelines of diffusers with the usual arguments and answers."""
 
+    stages: ClassVar[tuple[str, ...]] = ("encode", "denoise", "decode")
+    """What its networks do in a run, in order."""
     overlap: ClassVar[int] = 1
     """Frames that a window shares with the one that it continues. More than one carry the motion on, if the model can follow a clip."""
 
@@ -134,11 +139,140 @@ class Vace(Adapter):
         return {"reference_images": images}
 
 
+VOICE_SAMPLE_S: Final = 20.0
+"""How much of a voice sample is used."""
+NETWORK: Final = "transformer"
+"""The name of the network that the `pipeline` of a speech model's entry is."""
+
+
+class VoiceSample(NamedTuple):
+    """A voice to imitate: mono samples at the model's rate, and the words in them, if they are known."""
+
+    samples: Samples
+    text: str = ""
+
+
+class Voice(Protocol):
+    """The voice of one run."""
+
+    def synthesize(self, piece: str, progress: Callable[[float], None]) -> Samples | None:
+        """Return a sentence, or a part of a long one, as mono samples; None if the model knows none of its letters.
+
+        `progress` takes the share that is done, for models that take long. If memory runs out, the same piece comes again.
+        """
+
+
+class Speech(Adapter):
+    """Models of transformers that speak, without a model_index.json: their components are the network `NETWORK` and those of the entry."""
+
+    stages = ("denoise",)
+
+    def processors(self, folder: Path) -> dict[str, Any]:
+        """Return its processor, or its tokenizer if it has no processor, as "processor"."""
+        from transformers import AutoProcessor
+
+        return {"processor": AutoProcessor.from_pretrained(folder, local_files_only=True)}  # type: ignore[no-untyped-call]
+
+    def rate(self, components: dict[str, Any]) -> int:
+        """Return how many samples of its sound a second has."""
+        return int(components["processor"].feature_extractor.sampling_rate)
+
+    def voice(self, job: Job, components: dict[str, Any], sample: VoiceSample | None) -> Voice:
+        """Return the voice for a run. A `sample` is given only if the entry has `voices`."""
+        raise NotImplementedError
+
+
+class Vits(Speech):
+    """VITS, as MMS-TTS: one voice, which synthesizes a sentence in one forward pass."""
+
+    def rate(self, components: dict[str, Any]) -> int:
+        return int(components[NETWORK].config.sampling_rate)
+
+    def voice(self, job: Job, components: dict[str, Any], sample: VoiceSample | None) -> Voice:
+        if sample is not None:
+            raise ModelUnavailable("voices: a model of VITS cannot imitate a voice; take it out of the entry")
+        return _VitsVoice(job.device, components)
+
+
+class _VitsVoice:
+    def __init__(self, device: str, components: dict[str, Any]) -> None:
+        self._device = device
+        self._tokenizer, self._network = components["processor"], components[NETWORK]
+
+    def synthesize(self, piece: str, progress: Callable[[float], None]) -> Samples | None:
+        tokens = self._tokenizer(piece, return_tensors="pt").to(self._device)
+        if not tokens["input_ids"].shape[-1]:
+            return None
+        samples: Samples = self._network(**tokens).waveform[0].float().cpu().numpy()
+        return samples
+
+
+class Csm(Speech):
+    """CSM: goes on in the voice of its context, which is the voice sample, else its own first sentence."""
+
+    def voice(self, job: Job, components: dict[str, Any], sample: VoiceSample | None) -> Voice:
+        return _CsmVoice(job, components, sample, round(VOICE_SAMPLE_S * self.rate(components)))
+
+
+class _CsmVoice:
+    FRAME_S = 0.08
+    """Length of an audio frame: 12.5 a second."""
+    MIN_CHARACTERS_PER_S = 8
+    """The slowest voice; a sentence may take as long as this, plus two seconds."""
+
+    def __init__(self, job: Job, components: dict[str, Any], sample: VoiceSample | None, most_samples: int) -> None:
+        self._job = job
+        self._processor, self._network = components["processor"], components[NETWORK]
+        self._context = sample
+        self._most_samples = most_samples
+
+    def synthesize(self, piece: str, progress: Callable[[float], None]) -> Samples | None:
+        turns = [] if self._context is None else [_turn(self._context.text, self._context.samples)]
+        inputs = self._processor.apply_chat_template([*turns, _turn(piece)], tokenize=True, return_dict=True)
+        inputs = inputs.to(self._job.device, self._network.dtype)
+        frames = round((len(piece) / self.MIN_CHARACTERS_PER_S + 2) / self.FRAME_S)
+        counter = FrameCounter(frames, progress)
+        (audio,) = self._network.generate(**inputs, output_audio=True, max_new_tokens=frames, streamer=counter)
+        if counter.frames >= frames:
+            self._job.warnings.append(
+                f"the model did not come to an end within {frames * self.FRAME_S:.0f} s: {piece[:60]!r} may be cut off"
+            )
+        samples: Samples = audio.float().cpu().numpy()
+        self._context = self._context or VoiceSample(samples[: self._most_samples], piece)
+        return samples if len(samples) else None
+
+
+def _turn(text: str, sound: Samples | None = None) -> dict[str, Any]:
+    """Return a turn of a conversation in the format of transformers' chat templates."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return {"role": "0", "content": content if sound is None else [*content, {"type": "audio", "audio": sound}]}
+
+
+class FrameCounter:
+    """Counts audio frames as they are generated and reports the share of the most that there may be; a streamer for `generate`."""
+
+    def __init__(self, most_frames: int, progress: Callable[[float], None]) -> None:
+        self.frames = -1  # the first call of `put` brings the prompt
+        self._most_frames = most_frames
+        self._progress = progress
+
+    def put(self, value: Any) -> None:
+        self.frames += 1
+        self._progress(self.frames / self._most_frames)
+
+    def end(self) -> None:
+        pass
+
+
 def adapter(entry: Model) -> Adapter:
-    """Return the adapter of an entry. Raises ModelUnavailable if the worker has none of that name."""
+    """Return the adapter of an entry. Raises ModelUnavailable if the worker has none of that name, or if it does not fit the entry."""
+    if entry.adapter not in REGISTRY.adapters:
+        raise ModelUnavailable(f"this worker has no adapter {entry.adapter!r}; it has {', '.join(REGISTRY.adapters)}")
+    module, _, name = REGISTRY.adapters[entry.adapter].partition(":")
     try:
-        module, _, name = REGISTRY.adapters[entry.adapter].partition(":")
-    except KeyError:
-        raise ModelUnavailable(f"this worker has no adapter {entry.adapter!r}; it has {', '.join(REGISTRY.adapters)}") from None
-    found: Adapter = getattr(importlib.import_module(module), name)(entry)
+        found: Adapter = getattr(importlib.import_module(module), name)(entry)
+    except (ImportError, AttributeError) as error:
+        raise ModelUnavailable(f"the adapter {entry.adapter!r} cannot be imported: {error}") from None
+    if problem := speech_problem(entry, speaks=isinstance(found, Speech)):
+        raise ModelUnavailable(problem)
     return found

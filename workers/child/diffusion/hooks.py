@@ -163,7 +163,8 @@ class PipelineHooks:
         if STAGES.index(stage) <= STAGES.index(self._stage) or (stage == "encode" and not first) or (stage == "decode" and not last):
             return  # stages only advance
         self._end_stage(stage)
-        self._job.begin(stage)
+        if stage != "denoise" or first:  # the later calls go on with it
+            self._job.begin(stage)
 
     def _end_stage(self, stage: str) -> None:
         now_s = time.perf_counter()

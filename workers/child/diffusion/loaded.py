@@ -18,24 +18,26 @@ _GROUP_HOOKS: Final = ("group_offloading", "layer_execution_tracker", "lazy_pref
 """The names under which diffusers registers the hooks of group offloading; it has no function that removes them."""
 
 
-class Loaded:
-    """A model in memory: `pipe` serves tasks without images, `image_pipe` tasks with images; either may be None.
+class SpeechPipeline:
+    """The components of a speech model by name: networks, and what has no weights. Neither library has pipelines of such models."""
 
-    `tokenizer` is that of a speech model; for a model that clones voices it is the processor, which also encodes the voice sample.
-    """
+    def __init__(self, components: dict[str, Any]) -> None:
+        self.components = components
+
+
+class Loaded:
+    """A model in memory: `pipe` serves tasks without images, `image_pipe` tasks with images; either may be None."""
 
     def __init__(
         self,
         entry: Model,
         pipe: Any,
         image_pipe: Any,
-        tokenizer: Any = None,
         *,
         place: Placement = Placement.WHOLE,
         needs: Needs,
     ) -> None:
         self.entry = entry
-        self.tokenizer = tokenizer
         self.pipe = pipe
         self.image_pipe = image_pipe
         self.place = self._loaded_place = place
@@ -156,7 +158,5 @@ class Loaded:
 
 
 def networks(pipe: Any) -> list[tuple[str, nn.Module]]:
-    """Return the networks of a pipeline with their component names; a bare model counts as a transformer."""
-    if isinstance(pipe, nn.Module):
-        return [("transformer", pipe)]
+    """Return the networks of a pipeline with their component names."""
     return [(name, component) for name, component in pipe.components.items() if isinstance(component, nn.Module)]

@@ -25,15 +25,13 @@ from movieq.models import weights
 from movieq.models.table import PREVIEW_VAE, Dtype, Model
 from movieq.tasks.states import PROCESS_AUDIO
 from workers.child.diffusion import previews
-from workers.child.diffusion.adapters import adapter
-from workers.child.diffusion.loaded import Loaded
+from workers.child.diffusion.adapters import NETWORK, Speech, adapter
+from workers.child.diffusion.loaded import Loaded, SpeechPipeline
 from workers.child.diffusion.placement import Needs, Placement, stays_on_device, weight_files
 from workers.child.job import JobCancelled
 
 LOOK_S: Final = 1.0
 """Time between two looks at how much of a component has arrived in memory, in seconds."""
-SPEECH: Final = "transformer"
-"""The name that the network of a speech model goes by, which is no pipeline of components."""
 
 Progress = Callable[[int], None]
 """Takes the bytes that have been loaded so far."""
@@ -59,13 +57,13 @@ def find(entry: Model) -> Found:
     assert entry.weights is not None
     folders = {source: weights.find(source) for source in weights.sources(entry)}
     folder = folders[entry.weights] / entry.weights.subfolder
-    if entry.languages:
-        return Found(entry, folder, {SPEECH: Part(library_class(_pipeline_name(entry)), folder)})
+    parts = {name: Part(library_class(each.cls), folders[each] / each.subfolder) for name, each in entry.components.items()}
+    if isinstance(adapter(entry), Speech):
+        return Found(entry, folder, {NETWORK: Part(library_class(_pipeline_name(entry)), folder), **parts})
     try:
         index = weights.json_object("model_index.json", (folder / "model_index.json").read_bytes())
     except OSError:
         raise ModelUnavailable(f"{entry.weights.repository} has no model_index.json: it is no pipeline of diffusers") from None
-    parts = {name: Part(library_class(each.cls), folders[each] / each.subfolder) for name, each in entry.components.items()}
     for name, listed in index.items():
         if name not in parts and isinstance(listed, list) and len(listed) == 2 and all(isinstance(each, str) for each in listed):
             cls = _component_class(listed[0], listed[1], entry, needed=any((folder / name).glob("*.safetensors")))
@@ -125,13 +123,12 @@ def _dtype(entry: Model, name: str, device: str) -> torch.dtype:
 
 def _assembled(found: Found, networks: dict[str, Any], needs: Needs, place: Placement) -> Loaded:
     """Return the model with its pipelines around the loaded networks."""
-    entry, source = found.entry, found.folder
-    if entry.languages:
-        tokenizer = library_class("AutoProcessor" if entry.voices else "AutoTokenizer").from_pretrained(source, local_files_only=True)
-        return Loaded(entry, networks[SPEECH], None, tokenizer, place=place, needs=needs)
+    entry, source, own = found.entry, found.folder, adapter(found.entry)
+    if isinstance(own, Speech):
+        return Loaded(entry, SpeechPipeline({**own.processors(source), **networks}), None, place=place, needs=needs)
     tiny_vae = networks.pop(PREVIEW_VAE, None)
     cls = library_class(_pipeline_name(entry))
-    pipe = cls.from_pretrained(source, local_files_only=True, **adapter(entry).processors(source), **networks)
+    pipe = cls.from_pretrained(source, local_files_only=True, **own.processors(source), **networks)
     if entry.scheduler:
         changed = {key: value for key, value in entry.scheduler.items() if key != "cls"}
         scheduler_class = library_class(entry.scheduler["cls"]) if "cls" in entry.scheduler else type(pipe.scheduler)

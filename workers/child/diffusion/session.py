@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from workers.child.job import Job
 from workers.child.media.metadata import result_metadata
 from workers.protocol import Stage
 
+T = TypeVar("T")
 _STAGE_WEIGHTS: Final = {"load": 4.0, "encode": 0.5, "denoise": 10.0, "decode": 1.5, "sound": 2.0, "mux": 1.0}
 """Relative durations of the stages, until a run of the model was measured."""
 _STEP_NAMES: Final = {
@@ -40,7 +41,7 @@ def opened(job: Job, entry: Model, step_name: str, *later_stages: str) -> Iterat
     `step_name` is what `current_step` shows while it denoises or speaks.
     """
     loaded = model_cache.is_loaded(job.run.model)
-    stages = [*([] if loaded else ["load"]), *(["denoise"] if entry.languages else ["encode", "denoise", "decode"]), *later_stages]
+    stages = [*([] if loaded else ["load"]), *adapter(entry).stages, *later_stages]
     weights = _STAGE_WEIGHTS | model_cache.stage_seconds(job.run.model)
     job.plan(*(Stage(each, step_name if each == "denoise" else _STEP_NAMES[each], max(weights[each], 0.001)) for each in stages))
     if not loaded:
@@ -102,13 +103,21 @@ class Session:
             loras.use(self.name, self.loaded, self._loras)  # again, if weights that are streamed had to start anew
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            with PipelineHooks(job, pipe, part, self.loaded, arguments, self._fallback) as hooks:
-                answer = pipe(**options, return_dict=False)
-            self.loaded.stage_seconds |= hooks.stage_seconds
-            return answer
+            return self._hooked(lambda: pipe(**options, return_dict=False), job, pipe, part, arguments)
 
         answer = self._fallback.call(call, in_halves)
         self._warn_of_unused(job, pipe, options)
+        return answer
+
+    def run(self, work: Callable[[], T], part: tuple[int, int]) -> T:
+        """Return what `work` returns, which calls the networks of the pipeline by itself. `part` and errors are as in `call`."""
+        return self._fallback.call(lambda: self._hooked(work, self.job, self.pipe(), part, {}))
+
+    def _hooked(self, work: Callable[[], T], job: Job, pipe: Any, part: tuple[int, int], arguments: dict[str, Any]) -> T:
+        with PipelineHooks(job, pipe, part, self.loaded, arguments, self._fallback) as hooks:
+            answer = work()
+        before = self.loaded.stage_seconds if part[0] else {}
+        self.loaded.stage_seconds |= {stage: before.get(stage, 0.0) + seconds for stage, seconds in hooks.stage_seconds.items()}
         return answer
 
     def _options(self, job: Job, pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def render_speech(job: Job, entry: Model, params: AudioParams) -> Finish:
     """Render a line of dialogue; return the rest that needs no device."""
     tts.warn(job, params)
     with session.opened(job, entry, "synthesizing_speech", "mux") as model:
-        samples, rate = tts.synthesize(job, model.loaded, params)
+        samples, rate = tts.synthesize(model, params)
         return _finish(job, model, params, samples, rate, tts.LUFS)
 
 
