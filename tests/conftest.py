@@ -91,6 +91,7 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(store_module, "LEASE_MS", 300_000)
     monkeypatch.setattr(connection, "PATIENT_S", 60.0)
+    monkeypatch.setattr(connection, "IMPATIENT_S", 60.0)
     monkeypatch.setattr(doctor, "CHECK_S", 60.0)
 
 

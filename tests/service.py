@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -55,17 +56,25 @@ class Service:
         return found
 
     async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
-        """Send a request; return the status and the JSON of the answer."""
-        async with (
-            aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
-            session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=70), **options) as answer,
-        ):
-            return answer.status, await answer.json()
+        """Send a request; return the status and the JSON of the answer.
+
+        A request that may be repeated is, for a minute, while the answer is that Redis is unavailable: on a busy machine it is slow.
+        """
+        end_s = time.monotonic() + 60 if method == "GET" or "Idempotency-Key" in options.get("headers", {}) else 0.0
+        while True:
+            async with (
+                aiohttp.ClientSession(headers={"X-API-Key": self.key}) as session,
+                session.request(method, f"{self.url}/api/v1{path}", timeout=aiohttp.ClientTimeout(total=70), **options) as answer,
+            ):
+                content = await answer.json()
+            if answer.status != 503 or content.get("error") != "unavailable" or time.monotonic() >= end_s:
+                return answer.status, content
+            await asyncio.sleep(0.5)
 
     async def submit(self, task_type: str, task_data: dict[str, Any], project: str = "film", **fields: Any) -> str:
         """Submit a task; return its id."""
         body = {"project_id": project, "task_type": task_type, "task_data": task_data, **fields}
-        status, answer = await self.call("POST", "/tasks/submit", json=body)
+        status, answer = await self.call("POST", "/tasks/submit", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
         assert status == 201, answer
         return str(answer["task_id"])
 
