@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,14 @@ from typing import NamedTuple
 import click
 import msgspec
 
-from movieq.cli.context import read_settings, refuse
+from movieq import gpus, logs
+from movieq.cli.context import read_settings, refuse, run_async
 from movieq.errors import ModelUnavailable
+from movieq.models import speed, weights
 from movieq.models import table as models
-from movieq.models import weights
+from movieq.models.speed import Measured
 from movieq.models.table import Lora, LoraFile, Model, Weights
+from movieq.settings import LogFormat, LogLevel
 
 NO_HUB = "huggingface_hub is not installed: pip install 'movieq[gpu]'"
 
@@ -114,6 +118,43 @@ def models_pull(names: tuple[str, ...]) -> None:
         except ModelUnavailable as error:
             refuse(error.message)
         click.echo(f"{name}: {total / 1e9:.1f} GB, checked")
+
+
+@models_group.command("bench")
+@click.argument("name")
+@click.option("--device", default="auto", show_default=True, help="cpu, or a GPU such as cuda:1; auto takes the first GPU, else the CPU.")
+@click.option("--write/--no-write", default=True, show_default=True, help="Whether the workers of this machine use what was fastest.")
+def models_bench(name: str, device: str, write: bool) -> None:
+    """Measure how fast a model renders on this machine: with each attention kernel, compiled, and with skipped steps.
+
+    Writes the fastest way that changes results by rounding alone beside the weights. Workers use it when they load the model next, on the
+    same GPU with the same versions of torch and diffusers, unless the entry of the model says otherwise.
+    """
+    entry = _named(name)
+    if isinstance(entry, Lora):
+        refuse(f"{name} is a LoRA: name a model")
+    logs.configure(LogLevel.WARNING, LogFormat.AUTO)  # ways that do not work here are no errors
+    run_async(lambda: _bench(name, entry, device, write=write))
+
+
+async def _bench(name: str, entry: Model, device: str, *, write: bool) -> None:
+    from workers import model_bench  # loads numpy
+
+    found = next(iter(gpus.devices(device)), None)
+    form = "{:32} {:>10} {:>10} {:>10} {:>8}  {}"
+    click.echo(form.format("way", "first s", "task s", "step s", "PSNR", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        async for each in model_bench.measure(name, entry, found, Path(folder)):
+            if isinstance(each, Measured):
+                if write:
+                    speed.write(entry, each)
+                way = f"attention {each.speed.attention}, {'' if each.speed.compile else 'not '}compiled"
+                click.echo(f"fastest without loss on {each.device}: {way}{'' if write else ' (not written)'}")
+            elif each.problem:
+                click.echo(form.format(each.way.name, "-", "-", "-", "-", " ".join(each.problem.split())[:200]))
+            else:
+                loss = "" if each.way.exact else "changes the result"
+                click.echo(form.format(each.way.name, *(f"{value:.3g}" for value in each[1:5]), loss))
 
 
 def _entries() -> dict[str, Model | Lora]:

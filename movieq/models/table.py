@@ -32,6 +32,12 @@ PREVIEW_VAE: Final = "preview_vae"
 
 NAMEABLE: Final = frozenset({"guidance_scale", "seconds"})
 """The arguments that an entry may list in `names`."""
+ATTENTION: Final = frozenset(
+    {
+        "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage", "xformers"
+    }
+)  # fmt: skip
+"""The attention kernels that an entry may name, as diffusers calls them: those that are not downloaded when they are first used."""
 IGNORABLE: Final = frozenset({"guidance_scale", "negative_prompt", "steps"})
 """The parameters that an entry may list in `ignores`."""
 
@@ -174,6 +180,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of tasks that change nothing, such as the guidance of a distilled model."""
     first_block_cache: Annotated[float, Meta(gt=0)] | None = None
     """Threshold: steps whose first block changes less than this are skipped. That is faster and changes the picture."""
+    attention: str | None = None
+    """The attention kernel (`ATTENTION`). None stands for the fastest that `movieq models bench` found on the machine, else for torch's."""
+    compile: bool | None = None
+    """Whether its repeated blocks are compiled. None stands for what `movieq models bench` found on the machine, else for no."""
     preferred: bool = False
     """Whether it is the default of its task types before those without this: for the models of plug-ins and of an operator's own file."""
     on_request: bool = False
@@ -301,6 +311,10 @@ def _problem(model: Model) -> str | None:
     for weights in (model.weights, *model.components.values()):
         if weights.revision is None and not Path(weights.repository).is_absolute():
             return f"{weights.repository}: set revision to a commit of 40 hex digits, or repository to the absolute path of a folder"
+    if model.attention is not None and model.attention not in ATTENTION:
+        return f"attention: unknown kernel {model.attention!r}; known: {', '.join(sorted(ATTENTION))}"
+    if model.compile and model.first_block_cache is not None:
+        return "compile: not together with first_block_cache, which works on the blocks too"
     if model.limits.batch and model.first_block_cache is not None:
         return "limits.batch: not together with first_block_cache, which decides over a whole batch"
     if model.limits.pixels[0] > model.limits.pixels[1]:

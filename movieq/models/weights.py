@@ -46,7 +46,9 @@ def find(weights: Weights) -> Path:
     if weights.revision is None:
         folder = Path(weights.repository)
         if not folder.is_dir():
-            raise ModelUnavailable(f"the folder {folder} does not exist on this worker's machine")
+            raise ModelUnavailable(
+                f"the folder {folder} does not exist on this worker's machine: put it there, or name another one in the entry"
+            )
         return folder
     folder, checked = _snapshot(weights), _stamp(weights)
     if not checked.is_file():
@@ -74,11 +76,16 @@ def beside(weights: Weights, name: str) -> Path | None:
         return _stamp(weights).with_suffix(f".{name}")
     folder = Path(weights.repository) / weights.subfolder
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.safetensors"))
+    cache = cache_folder()
+    return cache and cache / f"{hashlib.sha256(repr(files).encode()).hexdigest()[:32]}.{name}"
+
+
+def cache_folder() -> Path | None:
+    """Return movieq's folder in the user's cache, which may not exist yet; None if the user has no home folder."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "movieq"
     except RuntimeError:
         return None
-    return cache / "movieq" / f"{hashlib.sha256(repr(files).encode()).hexdigest()[:32]}.{name}"
 
 
 def begun(weights: Weights) -> bool:

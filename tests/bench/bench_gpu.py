@@ -28,6 +28,7 @@ from movieq.tasks.states import Kind
 from tests.arrange import ran
 from tests.bench.report import report
 from tests.engines import tiny
+from workers import model_bench
 from workers.child import takes
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import eviction, model_cache
@@ -233,13 +234,25 @@ def pictures(bench: Bench) -> dict[str, Any]:
             alone = alone or each
             found[f"batch_{rows}_{side}_s"] = each
             found[f"batch_{rows}_{side}_gain"] = alone / each
-    network = getattr(pipe, "transformer", None) or pipe.unet
-    if bench.device != "cpu" and hasattr(network, "compile_repeated_blocks"):
-        begun = time.perf_counter()
-        network.compile_repeated_blocks(fullgraph=True)
-        bench.bare(pipe, bench.size.sides[-1])
-        found["compile_s"] = time.perf_counter() - begun
-        found[f"compiled_{bench.size.sides[-1]}_s"] = bench.seconds(lambda: bench.bare(pipe, bench.size.sides[-1]))
+    return found
+
+
+def in_each_way(bench: Bench) -> dict[str, Any]:
+    """Of one model: a picture with each attention kernel, and with compiled blocks."""
+    found: dict[str, Any] = {}
+    own, side = bench.entry, bench.size.sides[-1]
+    for way in model_bench.ways(own):
+        bench.entry = way.entry(own)
+        name = way.name.replace(" ", "_")
+        try:
+            begun = time.perf_counter()
+            bench.batch(side, 1)
+            found[f"{name}_first_s"] = time.perf_counter() - begun
+            found[f"{name}_s"] = bench.seconds(lambda: bench.batch(side, 1))
+        except Exception as error:  # many kernels work on some devices alone
+            found[name] = str(error)[:100]
+        model_cache.clear()
+    bench.entry = own
     return found
 
 
@@ -387,13 +400,15 @@ def clip(folder: Path, size: Size, device: str) -> dict[str, Any]:
 def measure(folder: Path, *, small: bool) -> dict[str, Any]:
     """Everything, model by model: two of them do not fit into the memory of a card beside each other."""
     device, calls = ("cpu", 1) if small else ("cuda", 5)
+    if small:  # a CPU has no other memory to which weights could move
+        eviction.budget = lambda device, copies_bytes: Budget(2**40, 2**40)
     found: dict[str, Any] = {}
     benches = []
     for name, size in (TINY if small else FULL).items():
         bench = Bench(folder, name, size, device, calls)
         benches.append(bench)
-        for key, value in {**pictures(bench), **asyncio.run(served(bench)), **short_of_memory(bench), **disturbed(bench)}.items():
-            found[f"{name}_{key}"] = value
+        for part in (pictures(bench), asyncio.run(served(bench)), in_each_way(bench), short_of_memory(bench), disturbed(bench)):
+            found |= {f"{name}_{key}": value for key, value in part.items()}
         model_cache.clear()
     for key, value in in_turn(*benches).items():
         found[f"in_turn_{key}"] = value

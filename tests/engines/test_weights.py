@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -194,3 +195,26 @@ def test_an_index_that_cannot_be_read_is_named() -> None:
     files = [weights.Wanted("model_index.json", 1, "a" * 40)]
     with pytest.raises(ModelUnavailable, match=r"model_index\.json cannot be read"):
         list(weights.needed(Weights("a/b", "0" * 40), files, lambda name: b"[" * 100_000))
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("", "the folder .* does not exist on this worker's machine: put it there, or name another one in the entry"),
+        ("model_index.json", "has no model_index.json"),
+        ("unet", "unet has no config.json in"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae has no weights as safetensors"),
+        ("text_encoder/config.json", "text_encoder has no config.json in .*: run `movieq models pull`, or complete the folder"),
+        ("tokenizer", "tokenizer has no files in .*: run `movieq models pull`, or complete the folder"),
+    ],
+)
+def test_a_folder_that_vanishes_or_loses_files_is_named_and_loads_once_it_is_back(
+    studio: Studio, folders: Callable[[str], Path], folder: Path, lost: str, said: str
+) -> None:
+    shutil.copytree(folders("sd"), folder / "model")
+    entry = studio.entry("sd", weights={"repository": str(folder / "model")})
+    (folder / "model" / lost).rename(folder / "away")
+    with pytest.raises(ModelUnavailable, match=said):
+        studio.render("sd", entry=entry, **asked("sd"))
+    (folder / "away").rename(folder / "model" / lost)
+    studio.render("sd", entry=entry, **asked("sd"))

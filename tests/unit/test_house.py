@@ -153,9 +153,9 @@ def test_a_room_knows_its_libraries_alone(place: str) -> None:
         assert third_party <= LIBRARIES[place], path
 
 
-def test_movieq_never_imports_workers_but_to_start_one() -> None:
+def test_movieq_never_imports_workers_but_in_commands_that_render() -> None:
     for path in modules("movieq"):
-        if path != ROOT / "movieq/cli/serve.py":
+        if path not in (ROOT / "movieq/cli/serve.py", ROOT / "movieq/cli/models.py"):
             assert not any(name.split(".")[0] == "workers" for name in imports(path)), path
 
 

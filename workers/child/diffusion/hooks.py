@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -20,22 +20,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workers.child.diffusion import previews
-from workers.child.diffusion.loaded import Loaded, networks
+from workers.child.diffusion.loaded import Loaded, networks, stage_of
 from workers.child.diffusion.oom import Fallback
 from workers.child.diffusion.placement import Placement
 from workers.child.diffusion.prompt_cache import PromptCache
 from workers.child.job import Job
 
 STAGES = ("", "encode", "denoise", "decode")
-_DENOISERS = ("transformer", "unet", "prior", "decoder_pipe")
-_DECODERS = ("vae", "vqvae", "vocoder", "audio_vae", "diffusion_decoder")
-
-
-def stage_of(name: str) -> str:
-    """Return the stage in which a component of this name works: "denoise", "decode", or "encode" for everything that prepares."""
-    if name.startswith(_DENOISERS):
-        return "denoise"
-    return "decode" if name.startswith(_DECODERS) else "encode"
 
 
 class PipelineHooks:
@@ -76,7 +67,7 @@ class PipelineHooks:
 
     def __enter__(self) -> Self:
         for name, module in networks(self._pipe):
-            for role, each in _hooked(name, module):
+            for role, each in _hooked(name, module, self._loaded.compiled if self._loaded else []):
                 self._handles.append(each.register_forward_pre_hook(self._hook(role)))
         self._pipe.progress_bar = lambda iterable=None, total=None: _ProgressBar(self, iterable, total)
         if self._loaded is not None and hasattr(self._pipe, "encode_prompt"):
@@ -210,12 +201,18 @@ def _decoders(pipe: Any) -> Iterator[Any]:
             yield network
 
 
-def _hooked(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the network and each of its blocks, with their stage. A decoder network also encodes, where an image is given."""
+def _hooked(name: str, module: nn.Module, compiled: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the network and each of its blocks, with their stage. A decoder network also encodes, where an image is given.
+
+    Of a compiled block nothing within is yielded: its hooks would become part of the compiled code.
+    """
     stage = stage_of(name)
     if stage != "decode":
         yield stage, module
+    within = {id(each) for block in compiled for each in block.modules() if each is not block}
     for path, each in module.named_modules():
+        if id(each) in within:
+            continue
         if stage == "decode":
             role = "encode" if path.partition(".")[0] in ("encoder", "quant_conv") else "decode"
             if path in ("encoder", "decoder") or _block(path):

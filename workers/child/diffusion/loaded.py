@@ -7,13 +7,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from movieq.models.speed import Speed
 from movieq.models.table import Model
 from movieq.tasks.params import LoraUse
+from workers.child.diffusion import acceleration
 from workers.child.diffusion.host_copy import HostCopy, size_bytes
 from workers.child.diffusion.placement import Needs, Placement, stays_on_device
 from workers.child.diffusion.previews import Previewer
 from workers.child.diffusion.prompt_cache import PromptCache
 
+_DENOISERS: Final = ("transformer", "unet", "prior", "decoder_pipe")
+_DECODERS: Final = ("vae", "vqvae", "vocoder", "audio_vae", "diffusion_decoder")
 _GROUP_HOOKS: Final = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """The names under which diffusers registers the hooks of group offloading; it has no function that removes them."""
 
@@ -49,6 +53,10 @@ class Loaded:
         self.prompt_cache = PromptCache()
         self.loras: tuple[LoraUse, ...] = ()
         """The LoRAs that it has now (`loras`)."""
+        self.speed = Speed()
+        """How it computes."""
+        self.compiled: list[nn.Module] = []
+        """Its blocks that are compiled."""
         self.previewer: Previewer | None = None
         """Decodes previews from its latents; None if the model has no previews."""
 
@@ -95,6 +103,13 @@ class Loaded:
         assert self.host is not None
         self.host.move_to(device, self._tensors(resident=self.place is Placement.GROUPS))
 
+    def accelerate(self, speed: Speed) -> None:
+        """Let it compute in this way. Blocks are compiled only where all weights lie on the device as they are."""
+        acceleration.set_attention(self._denoisers(), speed.attention)
+        self.speed = Speed(speed.attention, compile=speed.compile and self.place is Placement.WHOLE)
+        if self.speed.compile:
+            self.compiled = acceleration.compile_blocks(self._denoisers())
+
     def unload_loras(self) -> None:
         """Take all LoRAs off its layers, which are then what they were before."""
         if self.loras:
@@ -106,6 +121,8 @@ class Loaded:
         from diffusers.hooks.group_offloading import apply_group_offloading
 
         self.place = Placement.GROUPS
+        acceleration.restore_blocks(self.compiled)  # the hooks that copy weights work within blocks
+        self.compiled = []
         self.leave_device()
         self.enter_device(device)
         cuda = device.startswith("cuda")
@@ -130,6 +147,8 @@ class Loaded:
                 registry.remove_hook(hook, recurse=True)
         self.unload_loras()  # their weights lie wherever the hooks have left them
         self.place = self._loaded_place
+        if self.speed.compile:
+            self.compiled = acceleration.compile_blocks(self._denoisers())
         self.leave_device()
 
     def close(self) -> None:
@@ -150,6 +169,9 @@ class Loaded:
             found.append(("preview_vae", self.previewer.tiny_vae))
         return list({id(network): (name, network) for name, network in found}.values())
 
+    def _denoisers(self) -> list[nn.Module]:
+        return [network for name, network in self.networks() if stage_of(name) == "denoise"]
+
     def _tensors(self, *, resident: bool = False) -> list[Tensor]:
         """Return its weights without those of LoRAs, or only those that stay on the device while groups of layers come and go."""
         networks = [network for name, network in self.networks() if not resident or stays_on_device(name)]
@@ -160,3 +182,10 @@ class Loaded:
 def networks(pipe: Any) -> list[tuple[str, nn.Module]]:
     """Return the networks of a pipeline with their component names."""
     return [(name, component) for name, component in pipe.components.items() if isinstance(component, nn.Module)]
+
+
+def stage_of(name: str) -> str:
+    """Return the stage in which a component of this name works: "denoise", "decode", or "encode" for everything that prepares."""
+    if name.startswith(_DENOISERS):
+        return "denoise"
+    return "decode" if name.startswith(_DECODERS) else "encode"

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from movieq.errors import ModelUnavailable
-from movieq.models import weights
+from movieq.models import speed, weights
 from movieq.models.table import PREVIEW_VAE, Dtype, Model
 from movieq.tasks.states import PROCESS_AUDIO
-from workers.child.diffusion import previews
+from workers.child.diffusion import acceleration, previews
 from workers.child.diffusion.adapters import NETWORK, Speech, adapter
 from workers.child.diffusion.loaded import Loaded, SpeechPipeline
 from workers.child.diffusion.placement import Needs, Placement, stays_on_device, weight_files
@@ -32,6 +32,7 @@ from workers.child.job import JobCancelled
 
 LOOK_S: Final = 1.0
 """Time between two looks at how much of a component has arrived in memory, in seconds."""
+_CURE: Final = ": run `movieq models pull`, or complete the folder"
 
 Progress = Callable[[int], None]
 """Takes the bytes that have been loaded so far."""
@@ -59,7 +60,7 @@ def find(entry: Model) -> Found:
     folder = folders[entry.weights] / entry.weights.subfolder
     parts = {name: Part(library_class(each.cls), folders[each] / each.subfolder) for name, each in entry.components.items()}
     if isinstance(adapter(entry), Speech):
-        return Found(entry, folder, {NETWORK: Part(library_class(_pipeline_name(entry)), folder), **parts})
+        return _checked(Found(entry, folder, {NETWORK: Part(library_class(_pipeline_name(entry)), folder), **parts}))
     try:
         index = weights.json_object("model_index.json", (folder / "model_index.json").read_bytes())
     except OSError:
@@ -69,7 +70,17 @@ def find(entry: Model) -> Found:
             cls = _component_class(listed[0], listed[1], entry, needed=any((folder / name).glob("*.safetensors")))
             if isinstance(cls, type) and issubclass(cls, nn.Module):
                 parts[name] = Part(cls, folder / name)
-    return Found(entry, folder, parts)
+            elif not any((folder / name).glob("*.json")):  # of nothing, transformers makes a tokenizer that knows no words
+                raise ModelUnavailable(f"{name} has no files in {folder / name}{_CURE}")
+    return _checked(Found(entry, folder, parts))
+
+
+def _checked(found: Found) -> Found:
+    """Return the model. Raises ModelUnavailable if a network has no configuration: then the libraries would build one of default sizes."""
+    for name, part in found.parts.items():
+        if not (part.folder / "config.json").is_file():
+            raise ModelUnavailable(f"{name} has no config.json in {part.folder}{_CURE}")
+    return found
 
 
 def load(found: Found, needs: Needs, place: Placement, device: str, progress: Progress) -> Loaded:
@@ -87,6 +98,8 @@ def load(found: Found, needs: Needs, place: Placement, device: str, progress: Pr
         done += size
         progress(done)
     loaded = _assembled(found, networks, needs, place)
+    if not isinstance(adapter(found.entry), Speech):
+        loaded.accelerate(speed.read(found.entry, acceleration.device_name(device), acceleration.versions()))
     if place is Placement.GROUPS:
         loaded.stream_groups(device)
     return loaded

@@ -10,9 +10,9 @@ from typing import Any, Final, TypeVar
 import torch
 
 from movieq.errors import InternalFault
-from movieq.models import choice
+from movieq.models import choice, speed
 from movieq.models.table import Model
-from workers.child.diffusion import loras, model_cache, prompts
+from workers.child.diffusion import acceleration, loras, model_cache, prompts
 from workers.child.diffusion.adapters import adapter
 from workers.child.diffusion.hooks import PipelineHooks
 from workers.child.diffusion.loaded import Loaded
@@ -188,18 +188,16 @@ class Session:
 
     def metadata(self, job: Job, file_format: str, size: tuple[int, int] | None) -> dict[str, Any]:
         """Return the result's metadata: the common fields, and which weights, device and libraries rendered it."""
-        import diffusers
-        import transformers
-
         entry = self.entry
         found = result_metadata(job, file_format, size)
         found |= {
             "revision": entry.weights.revision if entry.weights else None,
             "licence": entry.licence,
             "device": job.device,
+            "device_name": acceleration.device_name(job.device),
             "dtype": "float32" if job.device == "cpu" else str(entry.dtype),
             "batch_size": 1,
-            "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+            "versions": acceleration.versions(),
         }
         if used := choice.loras(job.params):
             found["loras"] = [{"name": each.name, "weight": each.strength} for each in used]
@@ -207,6 +205,12 @@ class Session:
         lossy += [f"LoRA {each.name}" for each in entry.with_loras]
         if self.loaded.has_8_bits:
             lossy += [f"{each} in 8 bits" for each in entry.fp8]
+        if self.loaded.speed.attention != speed.TORCHS:
+            found["attention"] = self.loaded.speed.attention
+        if self.loaded.speed.attention == acceleration.LOSSY:
+            lossy.append(f"attention {acceleration.LOSSY}")
+        if self.loaded.speed.compile:
+            found["compiled"] = True
         if lossy:
             found["lossy"] = lossy
         if steps := self.arguments(job).get("num_inference_steps"):
