@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from torch import Tensor
 
 from movieq.errors import OutOfMemory
-from tests.engines.conftest import Studio
+from tests.engines.conftest import Studio, decoded
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import frames
 from workers.child.diffusion.clip_file import ClipFile
 from workers.child.job import JobCancelled
 from workers.child.media import encode
-from workers.child.media.encode import ClipWriter, Planes
+from workers.child.media.encode import ClipFormat, ClipWriter, Planes
 from workers.protocol import FromChild, Step
 
 pytestmark = [
@@ -91,6 +93,17 @@ def test_pictures_are_encoded_while_later_windows_are_rendered(
     steps = [each.step / each.steps for each in result.sent if isinstance(each, Step) and each.stage == "mux"]
     assert steps == sorted(steps)
     assert steps[-1] == 1
+
+
+def test_no_picture_mixes_two_shots(studio: Studio) -> None:
+    """Of shots this alike, the interpolation does not notice the cut by itself."""
+    job = studio.job("ltx_condition", lambda message: None, **TASK)
+    clip = ClipFormat((96, 64), Fraction(24), 24)
+    with ClipFile(job, clip, 8, cuts=[3]) as file:
+        file.add(np.concatenate([np.full((3, 64, 96, 3), 100, np.uint8), np.full((5, 64, 96, 3), 120, np.uint8)]))
+    path = Path(file.finish(None)[0].path)
+    brightness = decoded(path).mean(axis=(1, 2, 3)) * 255
+    assert brightness == pytest.approx([100] * 9 + [120] * 15, abs=2)
 
 
 def test_a_slow_encoder_holds_up_the_rendering_so_that_the_pictures_of_two_windows_are_in_memory_at_most(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+from PIL import Image
 
 from movieq.tasks.params import ImageFormat
 from workers.child.diffusion import sizing
@@ -31,13 +33,14 @@ class ClipFile:
     another run would render as much again and fail in the same way.
     """
 
-    def __init__(self, job: Job, clip: ClipFormat, fps: float) -> None:
-        """`fps` is the rate of the pictures that `add` gets."""
+    def __init__(self, job: Job, clip: ClipFormat, fps: float, cuts: Sequence[int] = ()) -> None:
+        """`fps` is the rate of the pictures that `add` gets; `cuts` are the numbers of those with which another shot begins."""
         self.clip = clip
         self.count = 0
         """How many pictures were added."""
         self._job = job
         self._fps = Fraction(fps).limit_denominator(1001)
+        self._cuts = cuts
         self._tags = file_tags(job, "Clip")
         self._path, self._silent, self._poster = (job.out_dir / name for name in ("output.mp4", "silent.mp4", "poster.jpg"))
         self._windows: queue.Queue[Pictures | None] = queue.Queue(1)
@@ -102,7 +105,7 @@ class ClipFile:
         source = self._pictures()
         try:
             with ClipWriter(self._silent, self.clip, self._tags) as writer:
-                for frame, picture in enumerate(interpolation.retimed(source, self._fps, self.clip.rate, self.clip.frames)):
+                for frame, picture in enumerate(self._retimed(source)):
                     self._report(frame)
                     planes = encode.to_planes(sizing.scale_and_crop(picture, self.clip.size))
                     writer.add(planes)
@@ -112,6 +115,17 @@ class ClipFile:
             self._fault = fault
         with contextlib.suppress(JobCancelled):
             for _ in source:  # so that `add` does not wait for ever
+                pass
+
+    def _retimed(self, source: Iterator[Picture]) -> Iterator[Image.Image]:
+        """Yield the pictures of the clip. Each shot is retimed by itself, so that no picture mixes two shots."""
+        firsts = (0, *self._cuts)
+        begins = [round(first * self.clip.rate / self._fps) for first in firsts]
+        counts = [*(after - first for first, after in itertools.pairwise(firsts)), None]
+        for count, (begin, end) in zip(counts, itertools.pairwise((*begins, self.clip.frames)), strict=True):
+            shot = itertools.islice(source, count)
+            yield from interpolation.retimed(shot, self._fps, self.clip.rate, end - begin)
+            for _ in shot:  # what comes after its last moment
                 pass
 
     def _pictures(self) -> Iterator[Picture]:

@@ -37,7 +37,8 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
     with_sound = bool(cues) and not entry.sound
     later_stages = [*(["sound"] if with_sound else []), "mux"]
     track: Samples | None = None
-    with session.opened(job, entry, "generating_video", *later_stages) as model, ClipFile(job, clip, entry.limits.fps) as file:
+    cuts = [part.window.first for part in parts if part.cut]
+    with session.opened(job, entry, "generating_video", *later_stages) as model, ClipFile(job, clip, entry.limits.fps, cuts) as file:
         track = _rendered(model, size, parts, shown, file)
         if with_sound:
             track = sounds.track(job, cues, clip)
@@ -54,10 +55,11 @@ def render(job: Job, entry: Model, params: VideoParams | AnimationParams) -> Fin
 
 
 class PlannedWindow(NamedTuple):
-    """A window of the clip, and the images that appear in it, by frame of the window."""
+    """A window of the clip, and the images that appear in it, by frame of the window. `cut`: another shot begins with it."""
 
     window: sizing.Window
     at: dict[int, Image.Image]
+    cut: bool = False
 
 
 def _planned(job: Job, entry: Model, stills: list[Image.Image], seconds: float, *, continuous: bool) -> list[PlannedWindow]:
@@ -79,9 +81,10 @@ def _planned(job: Job, entry: Model, stills: list[Image.Image], seconds: float, 
         edges = [*(still_at or [0]), end]
         shots = [sizing.windows(entry.limits, first, next_first, overlap) for first, next_first in itertools.pairwise(edges)]
         return [
-            PlannedWindow(window, {0: still_at[shot[0].first]} if still_at and not window.overlap else {})
+            PlannedWindow(window, {0: still_at[window.first]} if still_at and begins else {}, cut=begins and shot is not shots[0])
             for shot in shots
             for window in shot
+            for begins in [window is shot[0]]
         ]
     if entry.images is Images.FRAMES or not stills:
         found = sizing.windows(entry.limits, 0, end, overlap)
@@ -109,7 +112,8 @@ def _rendered(
     last = parts[-1].window
     next_windows = [*(part.window for part in parts[1:]), sizing.Window(last.first + last.frames, 0)]
     before: list[Image.Image] = []
-    for number, ((window, at), next_window) in enumerate(zip(parts, next_windows, strict=True)):
+    for number, (part, next_window) in enumerate(zip(parts, next_windows, strict=True)):
+        window, at = part.window, part.at
         arguments = model.arguments(model.job) | {"width": size[0], "height": size[1], "num_frames": window.frames, "generator": noise}
         with_images = bool(at or before or shown)
         pipe = model.pipe(with_images)
