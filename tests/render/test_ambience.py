@@ -70,6 +70,16 @@ def test_scenes_change_where_the_picture_does_without_a_gap() -> None:
         ("a restaurant full of people", ("crowd",)),
         ("brain", ()),
         ("theremin", ()),
+        ("a window opens", ()),
+        ("the officer reads a card in his seat, without care", ()),
+        ("a human hummingbird", ()),
+        ("a rainbow", ()),
+        ("no wind", ()),
+        ("no wind, only rain", ("rain",)),
+        ("without any people or traffic", ()),
+        ("windswept shores, thundering", ("thunder", "wind", "sea")),
+        ("passing cars", ("city", "engine")),
+        ("cafe\u0301", ("crowd",)),
     ],
 )
 def test_cues_are_found_as_people_write_them(text: str, names: tuple[str, ...]) -> None:

@@ -219,6 +219,9 @@ def test_a_framing_and_a_move_work_together() -> None:
         ("bird's-eye", ["high angle"]),
         ("over_the_shoulder", ["over the shoulder"]),
         ("panorama of wideness", []),
+        ("no dolly in", []),
+        ("without zoom, static", ["static"]),
+        ("not handheld but on a tripod", ["static"]),
         ("", []),
     ],
 )

@@ -83,3 +83,48 @@ def test_words_that_are_not_known_change_nothing_and_are_named() -> None:
     delivery, warnings = espeak.delivery("sideways", "sesquipedalian")
     assert delivery == espeak.Delivery()
     assert [warning.split()[0] for warning in warnings] == ["pace", "emotion"]
+
+
+@pytest.mark.parametrize(
+    "emotion",
+    [
+        "unhappy",
+        "not happy",
+        "never too happy",
+        "fearless",
+        "hopeless",
+        "cheerless",
+        "average",
+        "dangerous",
+        "a stranger",
+        "a saddle",
+        "tireless",
+        "terrific",
+        "unnatural",
+        "a gladiator",
+    ],
+)
+def test_a_mood_inside_another_word_or_negated_is_not_chosen(emotion: str) -> None:
+    delivery, warnings = espeak.delivery(None, emotion)
+    assert delivery == espeak.Delivery()
+    assert emotion in warnings[0]
+
+
+@pytest.mark.parametrize(("pace", "rate"), [("unhurried", "normal"), ("steadfast", "normal"), ("not fast", "normal"), ("slowly", "slow")])
+def test_a_pace_inside_another_word_or_negated_is_not_chosen(pace: str, rate: str) -> None:
+    assert espeak.delivery(pace, None)[0].rate == round(165 * espeak.PACES[rate])
+
+
+@pytest.mark.parametrize(
+    ("emotion", "mood"),
+    [
+        ("Joyful", "happy"),
+        ("weary", "tired"),
+        ("enraged", "angry"),
+        ("terrified", "fearful"),
+        ("excitedly", "excited"),
+        ("not sad but angry", "angry"),
+    ],
+)
+def test_moods_are_found_as_people_write_them(emotion: str, mood: str) -> None:
+    assert espeak.delivery(None, emotion)[0] == espeak.delivery(None, mood)[0]

@@ -63,6 +63,11 @@ def test_a_vignette_darkens_the_corners() -> None:
         ("high-key", "high key"),
         ("plaid", None),
         ("darkest", None),
+        ("not dark", None),
+        ("no candlelight, but bright", "high key"),
+        ("not day for night", None),
+        ("non-neutral, unnatural", None),
+        ("candles", "candlelight"),
         (None, None),
     ],
 )

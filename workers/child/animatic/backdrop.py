@@ -6,7 +6,6 @@ picture.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Final
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from workers.child.animatic.palette import Colour, Palette, mix
+from workers.child.words import Words
 
 GROUND: Final = 0.93
 """Where a figure stands, in picture heights from the top."""
@@ -25,16 +25,22 @@ Line = npt.NDArray[np.float64]
 """An outline: the height at each pixel column, in picture heights from the top."""
 
 _WORDS: Final = {
-    "city": "city street alley rooftop rooftops skyscraper downtown town urban tower traffic bridge neon metropolis market station",
-    "forest": "forest woods tree trees jungle park garden pine pines glade leaves",
-    "sea": "sea ocean beach harbour harbor ship boat cliff coast island wave waves river lake shore storm sailor pier",
-    "lighthouse": "lighthouse beacon",
-    "desert": "desert dune dunes sand canyon mars wasteland dust western savanna",
-    "room": "room kitchen office bedroom interior house corridor hall bar cafe café door window table desk library hospital lab cell",
-    "hills": "mountain mountains hill hills valley snow field village castle road meadow farm",
+    "city": (
+        "city, street, alley, rooftop, rooftops, skyscraper, downtown, town, urban, tower, traffic, bridge, neon, metropolis, "
+        "market, station"
+    ),
+    "forest": "forest, woods, tree, trees, jungle, park, garden, pine, pines, glade, leaves",
+    "sea": "sea, ocean, beach, harbour, harbor, ship, boat, cliff, coast, island, wave, waves, river, lake, shore, storm, sailor, pier",
+    "lighthouse": "lighthouse, beacon",
+    "desert": "desert, dune, dunes, sand, canyon, mars, wasteland, dust, western, savanna",
+    "room": (
+        "room, kitchen, office, bedroom, interior, house, corridor, hall, bar, cafe, café, door, window, table, desk, library, "
+        "hospital, lab, cell"
+    ),
+    "hills": "mountain, mountains, hill, hills, valley, snow, field, village, castle, road, meadow, farm",
 }
 KINDS: Final = tuple(_WORDS)
-_PLACES: Final = {word: place for place, words in _WORDS.items() for word in words.split()}
+_PLACES: Final = Words(_WORDS)
 
 
 class Backdrop(msgspec.Struct, frozen=True):
@@ -48,10 +54,7 @@ class Backdrop(msgspec.Struct, frozen=True):
 
 def place(description: str, rng: Rng) -> str:
     """Return the kind of place that the description names most often; a random one of four if it names none."""
-    counts: dict[str, int] = {}
-    for word in re.findall(r"\w+", description.lower()):
-        if kind := _PLACES.get(word):
-            counts[kind] = counts.get(kind, 0) + 1
+    counts = _PLACES.counted(description)
     return max(counts, key=lambda kind: counts[kind]) if counts else str(rng.choice(["hills", "city", "sea", "desert"]))
 
 

@@ -8,12 +8,13 @@ camera is already moving. Zooms are exponential, so that they look even.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 import numpy as np
+
+from workers.child.words import Words
 
 FULL_MOVE_S: Final = 1.5
 """A shot of this length or more gets the whole move, a shorter one its share, so that no move is a jolt."""
@@ -73,42 +74,35 @@ NEUTRAL: Final = (
 )
 """Slow moves for shots without a word, used in turn, so that neighbours differ."""
 
-_ALIASES: Final = {
-    "wide": ("wide", "establishing", "long shot", "full shot", "extreme long", "master shot"),
-    "medium": ("medium", "mid shot", "waist", "cowboy", "two shot", "two-shot"),
-    "close-up": ("close-up", "close up", "closeup", "close shot", "extreme close", "insert", "macro", "tight"),
-    "over the shoulder": ("over the shoulder", "over-the-shoulder", "over shoulder", "ots", "o.t.s."),
-    "low angle": ("low angle", "low-angle", "worm's eye", "worm's-eye", "from below"),
-    "high angle": ("high angle", "high-angle", "bird's eye", "bird's-eye", "overhead", "top down", "from above", "aerial"),
-    "static": ("static", "locked", "lock-off", "locked-off", "tripod", "still", "fixed", "eye level", "eye-level"),
-    "pan left": ("pan left", "panning left", "pans left", "truck left", "left pan"),
-    "pan right": ("pan right", "panning right", "pans right", "truck right", "right pan", "pan"),
-    "tilt up": ("tilt up", "tilting up", "tilts up", "tilt"),
-    "tilt down": ("tilt down", "tilting down", "tilts down"),
-    "dolly in": ("dolly in", "dolly-in", "push in", "push-in", "pushes in", "dolly forward", "track in", "dolly"),
-    "dolly out": ("dolly out", "dolly-out", "pull out", "pull-out", "pull back", "pulls back", "dolly back", "track out"),
-    "zoom in": ("zoom in", "zoom-in", "zooms in", "crash zoom", "zoom"),
-    "zoom out": ("zoom out", "zoom-out", "zooms out"),
-    "crane up": ("crane up", "craning up", "boom up", "jib up", "pedestal up", "crane", "drone"),
-    "crane down": ("crane down", "craning down", "boom down", "jib down", "pedestal down"),
-    "tracking": ("tracking", "track", "follow", "following", "steadicam"),
-    "dutch": ("dutch", "canted", "oblique", "tilted frame", "dutch tilt"),
-    "handheld": ("handheld", "hand-held", "hand held", "shaky", "documentary", "pov", "point of view"),
-}
-_PATTERNS: Final = sorted(
-    ((re.compile(rf"(?<!\w){re.escape(alias)}(?!\w)"), word) for word, aliases in _ALIASES.items() for alias in aliases),
-    key=lambda pair: -len(pair[0].pattern),
+_WORDS: Final = Words(
+    {
+        "wide": "wide, establishing, long shot, full shot, extreme long, master shot",
+        "medium": "medium, mid shot, waist, cowboy, two shot, two-shot",
+        "close-up": "close-up, close up, closeup, close shot, extreme close, insert, macro, tight",
+        "over the shoulder": "over the shoulder, over-the-shoulder, over shoulder, ots, o.t.s.",
+        "low angle": "low angle, low-angle, worm's eye, worm's-eye, from below",
+        "high angle": "high angle, high-angle, bird's eye, bird's-eye, overhead, top down, from above, aerial",
+        "static": "static, locked, lock-off, locked-off, tripod, still, fixed, eye level, eye-level",
+        "pan left": "pan left, panning left, pans left, truck left, left pan",
+        "pan right": "pan right, panning right, pans right, truck right, right pan, pan",
+        "tilt up": "tilt up, tilting up, tilts up, tilt",
+        "tilt down": "tilt down, tilting down, tilts down",
+        "dolly in": "dolly in, dolly-in, push in, push-in, pushes in, dolly forward, track in, dolly",
+        "dolly out": "dolly out, dolly-out, pull out, pull-out, pull back, pulls back, dolly back, track out",
+        "zoom in": "zoom in, zoom-in, zooms in, crash zoom, zoom",
+        "zoom out": "zoom out, zoom-out, zooms out",
+        "crane up": "crane up, craning up, boom up, jib up, pedestal up, crane, drone",
+        "crane down": "crane down, craning down, boom down, jib down, pedestal down",
+        "tracking": "tracking, track, follow, following, steadicam",
+        "dutch": "dutch, canted, oblique, tilted frame, dutch tilt",
+        "handheld": "handheld, hand-held, hand held, shaky, documentary, pov, point of view",
+    }
 )
 
 
 def named_words(angle: str) -> list[str]:
     """Return the words of the tables that a `camera_angle` names, longest first: "slow push-in, low angle" is low angle and dolly in."""
-    rest, found = angle.lower().replace("_", " "), []
-    for pattern, word in _PATTERNS:
-        if pattern.search(rest):
-            rest = pattern.sub(" ", rest)
-            found.append(word)
-    return list(dict.fromkeys(found))
+    return _WORDS.named(angle)
 
 
 def move_for(angle: str | None, shot: int) -> Move:

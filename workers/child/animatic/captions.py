@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from workers.child.animatic import typography
 from workers.child.animatic.typography import CAP_HEIGHT, DESCENT, LINE_HEIGHT, Style, Weight
 from workers.child.media.encode import ClipFormat, Planes, to_planes
+from workers.child.words import Words
 
 TITLE_SAFE: Final = 0.05
 """The margin of the title-safe area, as a share of width and height."""
@@ -196,10 +197,18 @@ def _lower_third(people: list[tuple[str, str]], size: tuple[int, int]) -> Overla
     return _overlay(layer)
 
 
+_SIDES: Final = Words(
+    {
+        "left": "left",
+        "right": "right",
+        "middle": "middle, center, centre, centered, centred, central",
+    }
+)
+
+
 def _side(place: str) -> str:
     """Return the side of the frame that a position names; "left" if it names none."""
-    words = place.lower()
-    return "left" if "left" in words else "right" if "right" in words else "middle" if "cent" in words or "middle" in words else "left"
+    return _SIDES.first(place) or "left"
 
 
 class Slate:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from workers.child.media.encode import Planes, to_planes
+from workers.child.words import Words
 
 PLAIN_SPREAD: Final = 14.0
 """A border whose colours deviate by less than this (of 255) is a plain background, and is removed."""
@@ -54,22 +55,23 @@ MOTIONS: Final[dict[str, Callable[[float, float], Placement]]] = {
 CYCLE_S: Final = {"walk": 1.1, "run": 0.7, "jump": 1.2, "float": 3.0, "turn": 2.4, "wave": 1.4, "shake": 1.0, "idle": 2.6}
 """Approximate length of a cycle: a clip has a whole number of them."""
 
-_ALIASES: Final = {
-    "run": ("run", "sprint", "chase", "flee"),
-    "walk": ("walk", "stroll", "march", "approach", "enter", "strid", "step"),
-    "jump": ("jump", "leap", "bounce", "hop", "dance"),
-    "float": ("float", "fly", "hover", "drift", "swim", "glid"),
-    "turn": ("turn", "spin", "rotat", "twirl", "flip"),
-    "wave": ("wave", "waving", "nod", "sway", "rock", "greet"),
-    "shake": ("shake", "trembl", "shiver", "vibrat", "scared"),
-    "idle": ("idle", "breath", "stand", "rest", "still", "wait"),
-}
+_WORDS: Final = Words(
+    {
+        "run": "run, running, ran, sprint*, chase, chased, chasing, flee, fleeing",
+        "walk": "walk*, stroll*, march*, approach*, enter, entered, entering, strid*, step, stepped, stepping",
+        "jump": "jump*, leap*, bounce, bouncing, hop, hopping, dance, dancing",
+        "float": "float*, fly, flies, flying, hover*, drift*, swim*, glid*",
+        "turn": "turn, turned, turning, spin, spinning, rotat*, twirl*, flip, flipping",
+        "wave": "wave, waved, waving, nod, nodding, sway*, rock, rocking, greet*",
+        "shake": "shake, shaking, trembl*, shiver*, vibrat*, scared",
+        "idle": "idle, idly, breath*, stand, standing, rest, resting, still, wait, waiting",
+    }
+)
 
 
 def motion_named(motion: str | None) -> str | None:
     """Return the motion that a text names, or None."""
-    lowered = (motion or "").lower()
-    return next((name for name, aliases in _ALIASES.items() if any(alias in lowered for alias in aliases)), None)
+    return _WORDS.first(motion)
 
 
 def placements(name: str, frames: int, seconds: float, *, loop: bool) -> list[tuple[float, Placement]]:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from movieq.errors import EngineUnavailable, InternalFault, InvalidInput
 from movieq.pdeathsig import end_with_parent
+from workers.child.words import Words
 
 LIMIT_S: Final = 120.0
 """5,000 characters take about 4 s; a text that takes longer than this hangs."""
@@ -49,11 +50,13 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 PACES: Final = {"slow": 0.76, "normal": 1.0, "fast": 1.32}
-_PACE_WORDS: Final = {
-    "slow": ("slow", "measured", "deliberate", "languid", "calm"),
-    "fast": ("fast", "quick", "rapid", "brisk", "hurried", "urgent"),
-    "normal": ("normal", "medium", "moderate", "even", "natural", "default"),
-}
+_PACE_WORDS: Final = Words(
+    {
+        "slow": "slow*, measured, deliberate, deliberately, languid*, calm, calmly",
+        "fast": "fast, faster, quick*, rapid*, brisk*, hurried, hurriedly, urgent, urgently",
+        "normal": "normal, normally, medium, moderate, moderately, even, evenly, natural, naturally, default",
+    }
+)
 EMOTIONS: Final = {
     "neutral": (1.0, 50, 50),
     "excited": (1.10, 72, 80),
@@ -65,34 +68,30 @@ EMOTIONS: Final = {
     "tired": (0.82, 40, 20),
 }
 """Emotion -> factor of the rate, pitch, range."""
-_EMOTION_WORDS: Final = {
-    "excited": ("excit", "thrill", "ecstatic", "enthusias", "elated", "shout"),
-    "happy": ("happy", "joy", "cheer", "glad", "amused", "warm"),
-    "angry": ("angry", "anger", "furious", "rage", "irritat"),
-    "fearful": ("fear", "afraid", "scared", "terrif", "anxious", "nervous", "panic"),
-    "tender": ("tender", "gentle", "loving", "soft", "soothing", "hope"),
-    "sad": ("sad", "grief", "sorrow", "mourn", "melanchol", "depress", "despair"),
-    "tired": ("tired", "weary", "exhaust", "bored", "sleepy"),
-    "neutral": ("neutral", "plain", "flat", "natural"),
-}
+_EMOTION_WORDS: Final = Words(
+    {
+        "excited": "excit*, thrill*, ecstatic*, enthusias*, elated, elation, shout*",
+        "happy": "happy, happily, happier, happiness, joy*, cheer*, glad, gladly, amused, amusement, warm, warmly, warmth",
+        "angry": "angry, angrily, angrier, anger, furious, furiously, fury, rage, raging, enraged, outraged, irritat*",
+        "fearful": "fear*, afraid, scared, terrified, terrifying, terror, anxious, anxiously, anxiety, nervous, nervously, panic*",
+        "tender": "tender, tenderly, tenderness, gentle, gently, loving, lovingly, soft, softly, soothing, soothingly, hope*, hoping",
+        "sad": "sad, sadly, sadder, sadness, grief, griev*, sorrow*, mourn*, melanchol*, depress*, despair*",
+        "tired": "tired, tiredly, weary, wearily, weariness, exhaust*, bored, boredom, sleepy, sleepily",
+        "neutral": "neutral, neutrally, plain, plainly, flat, flatly, natural, naturally",
+    }
+)
 
 
 def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]]:
     """Return how to speak, and a warning for each word that is not known and changes nothing."""
-    tempo, warnings = _named(pace, _PACE_WORDS), []
-    feeling = _named(emotion, _EMOTION_WORDS)
+    tempo, warnings = _PACE_WORDS.first(pace), []
+    feeling = _EMOTION_WORDS.first(emotion)
     if pace and tempo is None:
         warnings.append(f"pace {pace!r} is not known and was taken as normal; known: {', '.join(PACES)}")
     if emotion and feeling is None:
         warnings.append(f"emotion {emotion!r} is not known and was taken as neutral; known: {', '.join(EMOTIONS)}")
     share, pitch, span = EMOTIONS[feeling or "neutral"]
     return Delivery(round(165 * PACES[tempo or "normal"] * share), pitch, span), warnings
-
-
-def _named(text: str | None, table: dict[str, tuple[str, ...]]) -> str | None:
-    """Return the entry of the table whose words the text contains, or None."""
-    lowered = (text or "").lower()
-    return next((name for name, words in table.items() if any(word in lowered for word in words)), None)
 
 
 def espeak_voice(language: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Final
 
@@ -10,6 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFilter
+
+from workers.child.words import Words
 
 Rgb = tuple[float, float, float]
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
@@ -119,30 +120,27 @@ GRADES: Final = {
 }
 """Look -> grade."""
 
-_ALIASES: Final = {
-    "noir": ("noir", "black and white", "b&w", "monochrome", "chiaroscuro"),
-    "golden hour": ("golden hour", "golden", "sunset", "magic hour", "late afternoon", "warm sun"),
-    "moonlight": ("moonlight", "moonlit", "moon", "day for night", "night", "blue hour", "dusk", "twilight"),
-    "neon": ("neon", "cyberpunk", "nightclub", "synthwave"),
-    "overcast": ("overcast", "cloudy", "grey sky", "gray sky", "fog", "foggy", "mist", "soft daylight", "diffuse"),
-    "candlelight": ("candlelight", "candlelit", "candle", "firelight", "fireside", "lantern", "lamplight", "tungsten"),
-    "high key": ("high key", "high-key", "bright", "daylight", "clinical", "studio"),
-    "low key": ("low key", "low-key", "dark", "dim", "shadowy", "silhouette", "dramatic"),
-    "horror": ("horror", "eerie", "sickly", "fluorescent", "toxic", "sinister"),
-    "dawn": ("dawn", "sunrise", "morning", "pastel"),
-    "sepia": ("sepia", "vintage", "period", "old photograph"),
-    "neutral": ("neutral", "natural", "even"),
-}
-_PATTERNS: Final = sorted(
-    ((re.compile(rf"(?<!\w){re.escape(alias)}(?!\w)"), look) for look, aliases in _ALIASES.items() for alias in aliases),
-    key=lambda pair: -len(pair[0].pattern),
+_WORDS: Final = Words(
+    {
+        "noir": "noir, black and white, b&w, monochrome, chiaroscuro",
+        "golden hour": "golden hour, golden, sunset, magic hour, late afternoon, warm sun",
+        "moonlight": "moonlight, moonlit, moon, day for night, night, blue hour, dusk, twilight",
+        "neon": "neon, cyberpunk, nightclub, synthwave",
+        "overcast": "overcast, cloudy, grey sky, gray sky, fog, foggy, mist, soft daylight, diffuse",
+        "candlelight": "candlelight, candlelit, candle, firelight, fireside, lantern, lamplight, tungsten",
+        "high key": "high key, high-key, bright, daylight, clinical, studio",
+        "low key": "low key, low-key, dark, dim, shadowy, silhouette, dramatic",
+        "horror": "horror, eerie, sickly, fluorescent, toxic, sinister",
+        "dawn": "dawn, sunrise, morning, pastel",
+        "sepia": "sepia, vintage, period, old photograph",
+        "neutral": "neutral, natural, even",
+    }
 )
 
 
 def look_named(lighting: str | None) -> str | None:
-    """Return the look that a `lighting` text names, by the longest alias; None if it names none."""
-    text = (lighting or "").lower().replace("_", " ")
-    return next((name for pattern, name in _PATTERNS if pattern.search(text)), None)
+    """Return the look that a `lighting` text names, by the longest word; None if it names none."""
+    return next(iter(_WORDS.named(lighting)), None)
 
 
 def apply(picture: Image.Image, name: str) -> Image.Image:

@@ -13,6 +13,8 @@ from typing import Final
 import msgspec
 from PIL import ImageDraw
 
+from workers.child.words import Words
+
 Point = tuple[float, float]
 
 
@@ -48,22 +50,24 @@ POSES: Final = {
     "bowed": Pose(24, 40, (10, 8), (14, 12), (-4, -2), (6, 3)),
     "lying": Pose(84, 4, (70, 84), (96, 88), (-86, -88), (-82, -88), 0, False),
 }
-_ALIASES: Final = {
-    "walking": ("walk", "strid", "stroll", "march", "stepping"),
-    "running": ("run", "sprint", "chase", "flee", "dash"),
-    "sitting": ("sit", "seated"),
-    "kneeling": ("kneel", "crouch", "squat"),
-    "jumping": ("jump", "leap", "dance", "dancing"),
-    "arms raised": ("raise", "raising", "wave", "waving", "celebrat", "surrender", "cheer", "hands up", "arms up"),
-    "arms crossed": ("cross", "folded"),
-    "pointing": ("point", "reach", "aim", "offer"),
-    "fighting": ("fight", "punch", "attack", "combat", "action", "heroic", "sword"),
-    "leaning": ("lean", "slouch", "lounge"),
-    "looking up": ("look up", "looking up", "gaze", "gazing"),
-    "bowed": ("bow", "sad", "grief", "mourn", "dejected", "tired"),
-    "lying": ("lying", "lie ", "asleep", "sleep", "dead", "reclin"),
-    "standing": ("stand", "idle", "neutral", "upright", "portrait"),
-}
+_WORDS: Final = Words(
+    {
+        "walking": "walk*, strid*, stroll*, march*, stepping",
+        "running": "run, running, ran, sprint*, chase, chased, chasing, flee, fleeing, dash, dashed, dashing",
+        "sitting": "sit, sitting, sat, seated",
+        "kneeling": "kneel*, knelt, crouch*, squat*",
+        "jumping": "jump*, leap*, dance, danced, dancing",
+        "arms raised": "raise, raised, raising, wave, waved, waving, celebrat*, surrender*, cheer*, hands up, arms up",
+        "arms crossed": "arms cross, cross-armed, crossed, crossing, folded",
+        "pointing": "point, pointed, pointing, reach, reached, reaching, aim, aimed, aiming, offer, offered, offering",
+        "fighting": "fight*, punch*, attack*, combat*, action, heroic*, sword",
+        "leaning": "lean, leaning, leant, leaned, slouch*, lounge, lounging",
+        "looking up": "look up, looks up, looking up, gaze, gazed, gazing",
+        "bowed": "bow, bowed, bowing, sad, sadly, grief, griev*, mourn*, dejected, tired",
+        "lying": "lying, lie, asleep, sleep*, dead, reclin*",
+        "standing": "stand, standing, stood, idle, idly, neutral, upright, portrait",
+    }
+)
 
 
 def stride(t: float, *, running: bool) -> Pose:
@@ -85,8 +89,7 @@ def stride(t: float, *, running: bool) -> Pose:
 
 def pose_named(text: str) -> str | None:
     """Return the pose that a text names, or None."""
-    lowered = text.lower()
-    return next((name for name, aliases in _ALIASES.items() if any(alias in lowered for alias in aliases)), None)
+    return _WORDS.first(text)
 
 
 def draw(canvas: ImageDraw.ImageDraw, foot: Point, height: float, pose: Pose, fill: tuple[int, ...], *, mirrored: bool = False) -> None:

@@ -6,7 +6,6 @@ end. The same generator gives the same samples. Samples are stereo float32 (n, 2
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.child.media.encode import Samples
+from workers.child.words import Words
 
 Rng = np.random.Generator
 Mono = npt.NDArray[np.float32]
@@ -26,8 +26,8 @@ CROSSFADE_S: Final = 0.25
 
 def named_sounds(text: str) -> tuple[str, ...]:
     """Return the sounds that a text names, in the order of `SOUNDS`; empty if it names none."""
-    lowered = text.lower()
-    return tuple(name for pattern, name in _PATTERNS if pattern.search(lowered))
+    named = _WORDS.named(text)
+    return tuple(name for name in SOUNDS if name in named)
 
 
 def loop(names: tuple[str, ...], rate: int, rng: Rng) -> Samples:
@@ -314,18 +314,19 @@ SOUNDS: Final[dict[str, Callable[[int, int, Rng], Samples]]] = {
 }
 """Name -> function of (samples, rate, rng) that returns a loop."""
 
-_ALIASES: Final = {
-    "thunder": "thunder|storm|lightning",
-    "rain": "rain|drizzle|downpour",
-    "wind": "wind|breeze|gust|blizzard",
-    "sea": "sea|ocean|wave|surf|shore|beach|river|water",
-    "fire": "fire|flame|crackl|burning|campfire",
-    "footsteps": "footstep|steps|walking|running",
-    "crowd": "crowd|people|chatter|murmur|audience|walla|restaurant|cafe|café|bar|party|market",
-    "city": "city|traffic|street|cars|urban|horn",
-    "birds": "bird|forest|morning|meadow|garden",
-    "night": "night|cricket|insect|cicada",
-    "engine": "engine|motor|machine|spaceship|train|generator|car|plane|drone",
-    "room": "room|interior|office|hum|silence|quiet|tone",
-}
-_PATTERNS: Final = [(re.compile(rf"\b(?:{words})"), name) for name, words in _ALIASES.items()]
+_WORDS: Final = Words(
+    {
+        "thunder": "thunder*, storm, stormy, lightning",
+        "rain": "rain, rainy, raining, rainfall, rainstorm, raindrop, drizzl*, downpour",
+        "wind": "wind, windy, windswept, breeze, breezy, gust, gusty, gusting, blizzard",
+        "sea": "sea, seaside, seashore, ocean, wave, surf, shore, shoreline, beach, river, riverside, water, waterfall",
+        "fire": "fire, fireplace, fireside, flame, flaming, crackl*, burning, campfire",
+        "footsteps": "footstep, steps, walking, running",
+        "crowd": "crowd, crowded, people, chatter*, murmur*, audience, walla, restaurant, cafe, café, bar, party, parties, market",
+        "city": "city, cities, traffic, street, cars, urban, horn",
+        "birds": "bird, birdsong, forest, morning, meadow, garden",
+        "night": "night, nighttime, cricket, insect, cicada",
+        "engine": "engine, motor, motorcycle, machine, machinery, spaceship, train, generator, car, plane, drone",
+        "room": "room, interior, office, hum, humming, silence, quiet, tone",
+    }
+)
