@@ -33,7 +33,7 @@ ROOMS: list[set[str]] = [
     {"cli"},
 ]
 """The rooms of movieq, and the worker's, from the ground up: each imports from those before its own line alone."""
-WINGS: list[set[str]] = [{"job"}, {"media", "takes"}, {"animatic", "diffusion", "probe"}, {"__main__"}]
+WINGS: list[set[str]] = [{"job", "words"}, {"media", "takes"}, {"animatic", "diffusion", "probe"}, {"__main__"}]
 """The same of the engine process, workers/child."""
 LIBRARIES: dict[str, set[str]] = {
     "movieq/queue": {"arq", "redis", "hiredis"},
