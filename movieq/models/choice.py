@@ -14,7 +14,7 @@ import msgspec
 import movieq
 from movieq.models.table import ANIMATIC, USABLE, Engine, Images, Model, Weights
 from movieq.tasks.faults import Fault, given, refused
-from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, LoraUse, Params, VideoParams, frames, size
+from movieq.tasks.params import AnimationParams, AudioParams, ImageParams, LoraUse, Params, VideoParams, frames, size, spoken_language
 from movieq.tasks.states import PROCESS_AUDIO, EngineChoice, ProjectId, TaskType
 
 IMMUTABLE: Final = ("upload:", "task:", "data:")
@@ -69,8 +69,8 @@ def refusals(name: str, model: Model, params: Params, project: str) -> Iterator[
             if model.limits.seconds is not None and params.duration > model.limits.seconds:
                 yield "duration", f"{name} makes at most {model.limits.seconds:g} s of sound, got {params.duration:g}"
         case AudioParams():
-            if (language := params.language.lower().replace("_", "-").partition("-")[0]) not in model.languages:
-                yield "language", f"{name} speaks {', '.join(model.languages)}, got {given(language)}"
+            if spoken_language(params.language)[0] not in {spoken_language(each)[0] for each in model.languages}:
+                yield "language", f"{name} speaks {', '.join(model.languages)}, got {given(params.language)}"
             if params.character_voice_profile and not model.voices:
                 yield "character_voice_profile", f"{name} has a voice of its own and cannot take on that of a sample: leave it out"
         case VideoParams() | AnimationParams():

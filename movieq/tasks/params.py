@@ -23,12 +23,17 @@ MAX_PIXELS: Final = 4_000_000_000
 
 LANGUAGES: Final = frozenset(
     """
-    af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id io
-    is it ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mr ms mt my nb nci ne nl nog om or pa pap piqd pl pt py qu quc
-    qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
+    af am an ar as az ba be bg bn bpy bs ca cmn cs cv cy da de el en eo es et eu fa fi fr ga gd gn grc gu hak haw he hi hr ht hu hy ia id in
+    io is it iw ja jbo ka kk kl kn ko kok ku ky la lb lfn lt ltg lv mi mk ml mo mr ms mt my nb nci ne nl no nog om or pa pap piqd pl pt py
+    qu quc qya ro ru sd shn si sjn sk sl smj sq sr sv sw ta te th ti tk tn tr tt ug uk ur uz vi yue zh
     """.split()
 )
 """The languages that can be spoken, as primary language subtags (BCP 47)."""
+_MEANT: Final = {"in": "id", "iw": "he", "mo": "ro", "no": "nb", "zh": "cmn"}
+"""The language that a subtag stands for: withdrawn subtags, Norwegian, which is spoken as Bokmål, and Chinese, as Mandarin."""
+
+NTSC_TOLERANCE: Final = 0.01
+"""How far from 24000/1001 and its like a number may be that stands for it: people write 23.97, 23.976 and 23.98."""
 
 _DESCRIBING: Final = ("scene_description", "character_description", "prompt", "storyboard_images", "reference_images")
 
@@ -56,7 +61,9 @@ References = Annotated[list[Reference], Meta(max_length=32)]
 Seconds = Annotated[float, Meta(ge=1, le=30)]
 SIZES: Final = "WIDTHxHEIGHT, even sides of 64 to 3840"
 Resolution = Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}(?!\n)$", description=SIZES)]
-Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,6}(/[0-9]{1,6})?(?!\n)$", description='a ratio such as "24000/1001"')]
+Ratio = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,6}([./][0-9]{1,6})?(?!\n)$", description='a ratio or number as text, such as "24000/1001" or "23.976"')
+]
 Fps = Annotated[int, Meta(ge=1, le=60)] | Annotated[float, Meta(ge=1, le=60)] | Ratio
 
 
@@ -241,13 +248,22 @@ def size(resolution: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def frame_rate(fps: float | str) -> Fraction:
-    """Return the exact frames per second for 24, "24000/1001", or 23.976, which stands for 24000/1001."""
-    if isinstance(fps, str):
+    """Return the exact frames per second for 24, "24000/1001", or 23.976 and "23.976", which stand for 24000/1001."""
+    if isinstance(fps, str) and "/" in fps:
         return Fraction(fps)
+    number = float(fps)
     for whole in (24, 30, 48, 60):
-        if abs(fps - whole * 1000 / 1001) < 0.005:
+        if abs(number - whole * 1000 / 1001) < NTSC_TOLERANCE:
             return Fraction(whole * 1000, 1001)
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(number).limit_denominator(1001)
+
+
+def spoken_language(tag: str) -> tuple[str, str]:
+    """Return the language that a BCP 47 tag means and the rest of the tag, in lower case: "zh-yue-HK" is ("yue", "hk")."""
+    primary, *rest = tag.lower().replace("_", "-").split("-")
+    if primary == "zh" and rest and re.fullmatch("[a-z]{3}", rest[0]):  # a language of its own, by its extended subtag
+        primary = rest.pop(0)
+    return _MEANT.get(primary, primary), "-".join(rest)
 
 
 def frames(params: VideoParams | AnimationParams) -> int:
@@ -270,7 +286,7 @@ def _inconsistent(params: Params, wrong: set[str]) -> Iterator[Fault]:
         if "\0" in text:
             yield f"task_data.{name}", f"expected text without NUL characters, got {given(text)}"
     if isinstance(params, AudioParams):
-        if params.language.lower().replace("_", "-").split("-")[0] not in LANGUAGES:
+        if spoken_language(params.language)[0] not in LANGUAGES:
             known = f"one of {', '.join(sorted(LANGUAGES))}, also with a region (en-gb)"
             yield "task_data.language", f"expected {known}, got {given(params.language)}"
         if params.text is not None and not params.text.strip() and params.description.strip():

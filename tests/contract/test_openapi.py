@@ -144,7 +144,12 @@ async def test_what_the_api_refuses_in_task_data_does_not_fit_the_schema(api: Cl
         ("generate_image", {"prompt": "a", "resolution": "3840x66", "format": None, "seed": None}),
         ("generate_video", {"scene_description": " ", "prompt": "a"}),
         ("generate_video", {"storyboard_images": ["upload:a"], "fps": "24000/1001", "captions": None}),
+        ("generate_video", {"prompt": "a", "fps": "23.976"}),
+        ("render_animation", {"prompt": "a", "fps": 59.94}),
         ("process_audio", {"text": "a\n", "language": "PT_br"}),
+        ("process_audio", {"text": "a", "language": "no"}),
+        ("process_audio", {"text": "a", "language": "iw-IL"}),
+        ("process_audio", {"text": "a", "language": "zh-yue"}),
         ("render_animation", {"prompt": "a", "duration": None, "fps": None, "resolution": None}),
     ],
 )

@@ -20,7 +20,8 @@ UNSAYABLE: Final = re.compile(
         (
             r"task_data\.model: ",  # the models of this installation
             r"task_data\.loras\[\d+\]\.name: ",  # and their LoRAs
-            r"task_data\.fps: ",  # the value of a ratio
+            r"task_data\.fps: ",  # the value of a ratio or of a number as text
+            r"task_data\.language: .*got \"[zZ][hH][-_]",  # a Chinese language that nothing speaks
             r"task_data\.resolution: width x height x frames ",
             r"metadata: .*\bbytes\b",
             r".*: expected a whole number.* got -?\d+\.0\b",  # an integer for JSON Schema

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import unicodedata
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from movieq.errors import InvalidInput
 from workers.child.animatic import espeak
 
 Samples = npt.NDArray[np.float32]
@@ -77,6 +81,67 @@ def test_an_exception_from_progress_stops_the_speech() -> None:
 )
 def test_languages_are_spoken(language: str, text: str) -> None:
     assert len(spoken(text, language=language)) > espeak.SAMPLE_RATE / 4
+
+
+@speaks
+@pytest.mark.parametrize(
+    ("language", "written", "meant"),
+    [
+        ("de", unicodedata.normalize("NFD", "das hält mich"), "das hält mich"),
+        ("vi", unicodedata.normalize("NFD", "một tiếng động"), "một tiếng động"),
+        ("ko", unicodedata.normalize("NFD", "안녕"), "안녕"),
+        ("en", "\ufb01nal o\ufb03ce", "final office"),
+        ("en", "\uff28ello", "Hello"),
+        ("en", "\U0001d40bight", "Light"),
+        ("ja", "\uff76\uff9e\uff97\uff7d", "ガラス"),
+        ("ar", "\ufee3\ufeae\ufea3\ufe92\ufe8e", "مرحبا"),
+    ],
+)
+def test_equivalent_texts_sound_alike(language: str, written: str, meant: str) -> None:
+    assert written != meant
+    assert np.array_equal(spoken(written, language=language), spoken(meant, language=language))
+
+
+@pytest.mark.parametrize("text", ["x² and 1½", "Wait…", "ห้ามทำ"])
+def test_what_is_no_letter_is_spoken_as_it_is_written(text: str) -> None:
+    assert espeak.prepared(text) == text
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",))))
+@settings(max_examples=200)
+def test_a_text_is_prepared_alike_in_all_its_equivalent_forms(text: str) -> None:
+    assert espeak.prepared(text) == espeak.prepared(unicodedata.normalize("NFD", text)) == espeak.prepared(espeak.prepared(text))
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "named"),
+    [
+        ("ja", "灯台は嵐の夜に", "Chinese characters '灯台嵐夜'"),
+        ("ko", "漢字", "Chinese characters '漢字'"),
+        ("en", "He says こんにちは.", "kana 'こんにちは'"),
+        ("zh", "トラ", "kana 'トラ'"),
+        ("yue", "ㄅㄆ", "bopomofo 'ㄅㄆ'"),
+    ],
+)
+def test_letters_that_would_all_be_read_alike_are_refused_by_name(language: str, text: str, named: str) -> None:
+    with pytest.raises(InvalidInput, match=named) as refused:
+        spoken(text, language=language)
+    assert str(refused.value).startswith("text: ")
+
+
+@speaks
+@pytest.mark.parametrize(
+    ("language", "text"), [("zh-yue", "你好"), ("ja", "とうだい"), ("ja", "トラー"), ("zh-Hans", "你好"), ("ko", "안녕")]
+)
+def test_letters_of_the_language_itself_are_spoken(language: str, text: str) -> None:
+    assert len(spoken(text, language=language)) > espeak.SAMPLE_RATE / 4
+
+
+@speaks
+@pytest.mark.parametrize(("tag", "meant"), [("zh-yue", "yue"), ("zh-yue-HK", "yue"), ("no", "nb"), ("iw", "he"), ("in", "id")])
+def test_a_language_by_another_name_is_spoken_as_what_it_means(tag: str, meant: str) -> None:
+    text = {"yue": "你好", "he": "שלום"}.get(meant, "selamat")
+    assert np.array_equal(spoken(text, language=tag), spoken(text, language=meant))
 
 
 def test_words_that_are_not_known_change_nothing_and_are_named() -> None:

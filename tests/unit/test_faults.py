@@ -78,7 +78,11 @@ def test_a_field_that_is_missing_and_one_that_is_unknown_are_named(cls: type[msg
     ("cls", "sent", "words"),
     [
         (params.VideoParams, {"duration": "long"}, 'task_data.duration: expected a number from 1 to 30, got "long"'),
-        (params.VideoParams, {"fps": 0}, 'task_data.fps: expected a number from 1 to 60 or a ratio such as "24000/1001", got 0'),
+        (
+            params.VideoParams,
+            {"fps": 0},
+            'task_data.fps: expected a number from 1 to 60 or a ratio or number as text, such as "24000/1001" or "23.976", got 0',
+        ),
         (params.VideoParams, {"resolution": "big"}, 'task_data.resolution: expected WIDTHxHEIGHT, even sides of 64 to 3840, got "big"'),
         (params.VideoParams, {"captions": "yes"}, 'task_data.captions: expected true or false, got "yes"'),
         (params.VideoParams, {"audio_cues": ["rain", 1]}, "task_data.audio_cues[1]: expected text of at most 200 characters, got 1"),

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import selectors
 import signal
 import struct
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable
 from typing import IO, Final
 
@@ -27,6 +29,7 @@ import numpy.typing as npt
 
 from movieq.errors import EngineUnavailable, InternalFault, InvalidInput
 from movieq.pdeathsig import end_with_parent
+from movieq.tasks.params import spoken_language
 from workers.child.words import Words
 
 LIMIT_S: Final = 120.0
@@ -82,6 +85,16 @@ _EMOTION_WORDS: Final = Words(
 )
 
 
+_FORMS: Final = frozenset({"<font>", "<wide>", "<narrow>", "<square>", "<initial>", "<medial>", "<final>", "<isolated>"})
+"""The compatibility forms that are other shapes of plain letters and digits (Unicode Standard Annex #44, table 14)."""
+_SCRIPTS: Final = (
+    ("Chinese characters", re.compile("[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"), {"cmn", "yue"}),
+    ("kana", re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]"), {"ja"}),
+    ("bopomofo", re.compile("[\u3105-\u312f\u31a0-\u31bf]"), {"cmn"}),
+)
+"""Scripts of which espeak-ng says "Chinese letter" or "Japanese letter" for each letter, and the languages in which it reads them."""
+
+
 def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]]:
     """Return how to speak, and a warning for each word that is not known and changes nothing."""
     tempo, warnings = _PACE_WORDS.first(pace), []
@@ -96,22 +109,47 @@ def delivery(pace: str | None, emotion: str | None) -> tuple[Delivery, list[str]
 
 def espeak_voice(language: str) -> str:
     """Return espeak-ng's name for a BCP 47 language tag."""
-    tag = language.lower().replace("_", "-")
-    primary, _, rest = tag.partition("-")
-    renamed = {"zh": "cmn", "no": "nb", "in": "id", "iw": "he"}.get(primary, primary)
-    if renamed == "en" and not rest:
+    primary, rest = spoken_language(language)
+    if primary == "en" and not rest:
         return "en-us"
-    return f"{renamed}-{rest}" if rest else renamed
+    return f"{primary}-{rest}" if rest else primary
+
+
+def prepared(text: str) -> str:
+    """Return the text in the characters that espeak-ng knows.
+
+    Accents are composed with their letters (NFC); ligatures, wide and narrow forms and letters of mathematics become plain ones. Other
+    compatibility characters stay, because NFKC would change what they mean: 1½, x².
+    """
+    return unicodedata.normalize("NFC", "".join(map(_plain, unicodedata.normalize("NFC", text))))
+
+
+def _plain(character: str) -> str:
+    form = unicodedata.decomposition(character).partition(" ")[0]
+    if form in _FORMS or (form == "<compat>" and unicodedata.category(character) in ("Lu", "Ll", "Lt")):
+        return unicodedata.normalize("NFKC", character)
+    return character
+
+
+def _refuse_unreadable(text: str, language: str) -> None:
+    """Raise InvalidInput if the text has letters of a script that espeak-ng does not know in the language: it reads them all alike."""
+    primary, _ = spoken_language(language)
+    for name, letters, languages in _SCRIPTS:
+        if primary not in languages and (found := "".join(dict.fromkeys(letters.findall(text)))):
+            advice = "write them in kana" if primary == "ja" else "leave them out, or ask for their own language"
+            raise InvalidInput(f"text: espeak-ng cannot read the {name} {found[:20]!r} in {language!r}: {advice}")
 
 
 def synthesize(text: str, language: str, delivery: Delivery, progress: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
     """Return the spoken text, mono at `SAMPLE_RATE`; call `progress(characters spoken, characters)` at least twenty times a second.
 
     An exception from `progress` ends the process. Raises EngineUnavailable without the extra, InvalidInput if nothing of the text can be
-    spoken or espeak-ng does not have the language.
+    spoken, if espeak-ng cannot read letters of it, or if it does not have the language.
     """
     if importlib.util.find_spec("espeakng_loader") is None:
         raise EngineUnavailable("dialogue needs espeak-ng, which is not installed here: pip install 'movieq[speech]'")
+    text = prepared(text)
+    _refuse_unreadable(text, language)
     command = [sys.executable, "-P", "-m", __name__, espeak_voice(language), str(delivery.rate), str(delivery.pitch), str(delivery.range)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
