@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -36,8 +37,21 @@ LOWER_THIRD_S: Final = 4.0
 FADE_S: Final = 0.2
 """Fade in and fade out of a lower third."""
 
-
-_SENTENCE_END: Final = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)]*\s+")
+_CLOSING: Final = r"\"')\]}\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a\u300d\u300f\uff09"
+"""Quotes and brackets that belong to the sentence before them, where they follow its end without a space."""
+_WIDE_ENDS: Final = r"\u3002\uff01\uff1f"
+"""The ends of sentences of Chinese and Japanese, which no space follows."""
+_SENTENCE_END: Final = re.compile(
+    rf"[.!?\u2026\u061f\u06d4\u0964{_WIDE_ENDS}]+[{_CLOSING}]*(?=\s)|[{_WIDE_ENDS}]+(?![{_WIDE_ENDS}{_CLOSING}\s])"
+)
+_ABBREVIATIONS: Final = frozenset(
+    "mr mrs ms mx dr prof rev hon st mt sr sra srta messrs mme mlle mgr gen col maj capt cmdr lt sgt cpl pvt adm gov sen rep pres supt insp "
+    "det vs cf int ext e.g i.e z.b d.h bzw ca approx".split()
+)
+"""What is written with a period and does not end a sentence, whatever follows."""
+_BEFORE_NUMBERS: Final = frozenset("no nos nr fig figs vol p pp ch sc art jan feb mar apr jun jul aug sep sept oct nov dec".split())
+"""What does not end a sentence before a number."""
+_INITIALS: Final = re.compile(r"(?!I$)(?:[A-Z]\.)*[A-Z]")
 
 
 class Overlay(NamedTuple):
@@ -109,17 +123,48 @@ def _snap(frame: int, cuts: Sequence[int], reach: int) -> int:
     return nearest if abs(nearest - frame) <= reach else frame
 
 
+def sentences(text: str) -> list[str]:
+    """Return the sentences of the text, each with its closing quotes; none ends after an abbreviation or before a small letter."""
+    found, start = [], 0
+    for end in _SENTENCE_END.finditer(text):
+        if not _goes_on(text, end):
+            found.append(text[start : end.end()].strip())
+            start = end.end()
+    rest = text[start:].strip()
+    return [*found, rest] if rest or not found else found
+
+
+def _goes_on(text: str, end: re.Match[str]) -> bool:
+    """Whether a sentence goes on after what looks like its end."""
+    after = text[end.end() :].lstrip()[:1] if end.end() == len(text) or text[end.end()].isspace() else text[end.end()]
+    if after.islower() or end[0] != ".":
+        return after.islower()
+    word = re.split(rf"[\s({_CLOSING}\u2018\u201e]", text[max(0, end.start() - 40) : end.start()])[-1]
+    if _INITIALS.fullmatch(word) or word.lower() in _ABBREVIATIONS:
+        return True
+    return after.isdigit() and word.lower() in _BEFORE_NUMBERS
+
+
 def paginate(text: str, style: Style, max_width: float, lines_a_page: int, count: int) -> list[list[str]]:
     """Return at most `count` pages of lines, balanced; text that does not fit ends in an ellipsis."""
-    sentences = [typography.balance(sentence, style, max_width) for sentence in _SENTENCE_END.split(text)]
-    pages = [lines[i : i + lines_a_page] for lines in sentences for i in range(0, len(lines), lines_a_page)]
+    text = " ".join(text.split())
+    balanced = [typography.balance(sentence, style, max_width) for sentence in sentences(text)]
+    pages = [lines[i : i + lines_a_page] for lines in balanced for i in range(0, len(lines), lines_a_page)]
     if len(pages) > count:
         lines = typography.wrap(text, style, max_width)
         shown = lines[: lines_a_page * count]
         if len(shown) < len(lines):
-            shown[-1] = typography.shorten(f"{shown[-1]} {lines[len(shown)]}", style, max_width)
+            shown[-1] = typography.shorten(_joined([shown[-1], lines[len(shown)]], text), style, max_width)
         pages = [shown[i : i + lines_a_page] for i in range(0, len(shown), lines_a_page)]
-    return [typography.balance(" ".join(page), style, max_width) for page in pages]
+    return [typography.balance(_joined(page, text), style, max_width) for page in pages]
+
+
+def _joined(lines: list[str], text: str) -> str:
+    """Return lines of the text in one, with a space between two of them only where the text has it."""
+    joined = lines[0]
+    for line in lines[1:]:
+        joined += line if joined + line in text else f" {line}"
+    return joined
 
 
 def _caption(lines: list[str], style: Style, size: tuple[int, int]) -> Overlay:
@@ -211,6 +256,12 @@ def _side(place: str) -> str:
     return _SIDES.first(place) or "left"
 
 
+def timecode(number: int, rate: Fraction) -> str:
+    """Return when frame `number` is shown, as minutes, seconds, and frames since the first frame of that second."""
+    seconds = number // rate
+    return f"{seconds // 60:02}:{seconds % 60:02}:{number - ceil(seconds * rate):02}"
+
+
 class Slate:
     """The strip along the top edge: ANIMATIC, project, scene and shot, time and frame.
 
@@ -245,9 +296,8 @@ class Slate:
 
     def _counter_text(self, number: int) -> str:
         """Return the time as minutes, seconds and frames, and the frame number of all frames, counted from 1."""
-        seconds, rest = divmod(number, max(1, round(self._rate)))
         digits = len(str(self._frames))
-        return f"{seconds // 60:02}:{seconds % 60:02}:{rest:02}  {number + 1:0{digits}}/{self._frames}"
+        return f"{timecode(number, self._rate)}  {number + 1:0{digits}}/{self._frames}"
 
     def _glyph(self, letter: str) -> Image.Image:
         """Return the mask of one character; Roboto's digits all have the same width."""
