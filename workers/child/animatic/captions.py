@@ -45,8 +45,8 @@ _SENTENCE_END: Final = re.compile(
     rf"[.!?\u2026\u061f\u06d4\u0964{_WIDE_ENDS}]+[{_CLOSING}]*(?=\s)|[{_WIDE_ENDS}]+(?![{_WIDE_ENDS}{_CLOSING}\s])"
 )
 _ABBREVIATIONS: Final = frozenset(
-    "mr mrs ms mx dr prof rev hon st mt sr sra srta messrs mme mlle mgr gen col maj capt cmdr lt sgt cpl pvt adm gov sen rep pres supt insp "
-    "det vs cf int ext e.g i.e z.b d.h bzw ca approx".split()
+    "mr mrs ms mx dr prof rev hon st mt sr sra srta messrs mme mlle mgr gen col maj capt cmdr lt sgt cpl pvt adm gov sen rep pres supt "
+    "insp det vs cf int ext e.g i.e z.b d.h bzw ca approx".split()
 )
 """What is written with a period and does not end a sentence, whatever follows."""
 _BEFORE_NUMBERS: Final = frozenset("no nos nr fig figs vol p pp ch sc art jan feb mar apr jun jul aug sep sept oct nov dec".split())
