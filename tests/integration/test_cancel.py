@@ -274,7 +274,7 @@ async def places(store: Store, task_id: str) -> set[str]:
         if task_id in key.decode() + repr(await read(key)):
             name = re.sub(r"\|(completed|cancelled)\|", "|STATE|", key.decode().replace(task_id, "TASK"))
             name = re.sub(r"\|generate_\w+$", "|TYPE", name)
-            found.add(re.sub(f"^({KEYS['claimed']}).*", r"\1WORKER", name))
+            found.add(re.sub(f"^({KEYS['claimed']}|{KEYS['idempotency']}).*", r"\1WORKER OR REQUEST", name))
     return found
 
 
