@@ -177,6 +177,20 @@ def stills(folder: Path) -> dict[str, Path]:
     return found
 
 
+def run_out_of_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next forward pass of a tiny FLUX.1 fail as CUDA does without memory."""
+    from diffusers import FluxTransformer2DModel
+
+    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
+
+    def faulty(self: Any, *args: Any, **options: Any) -> Any:
+        for _ in faults:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+
+
 def decoded(path: Path) -> npt.NDArray[np.float32]:
     """Return the pictures of a file, (n, h, w, 3), 0 to 1, or its samples, (n, channels)."""
     if path.suffix in (".jpg", ".png", ".webp"):

@@ -20,7 +20,7 @@ from movieq.errors import ModelUnavailable
 from movieq.models import speed
 from movieq.models.speed import Measured, Speed
 from movieq.models.table import USABLE
-from tests.engines.conftest import Result, Studio, difference
+from tests.engines.conftest import Result, Studio, difference, run_out_of_memory_once
 from tests.engines.test_diffusion import pytestmark  # noqa: F401  # the same libraries
 from tests.engines.test_eviction import GB, Machine, machine  # noqa: F401
 from tests.engines.test_loras import PICTURE, content, lora, with_loras  # noqa: F401
@@ -119,19 +119,10 @@ def test_a_compiled_model_whose_memory_runs_out_is_streamed_and_compiled_again(
     machine: Machine,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from diffusers import FluxTransformer2DModel
-
     machine.room = Budget(GB, GB)
     entry = machine.studio.entry("flux", compile=True)
     before = content(rendered(machine.studio, entry=entry))
-    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
-
-    def faulty(self: Any, *args: Any, **options: Any) -> Any:
-        for _ in faults:
-            raise RuntimeError("CUDA error: out of memory")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    run_out_of_memory_once(monkeypatch)
     streamed = rendered(machine.studio, entry=entry)
     assert streamed.output.metadata["warnings"] == ["out of memory: the weights were moved to host memory"]
     loaded = model_cache.find("flux")

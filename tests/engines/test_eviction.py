@@ -16,7 +16,7 @@ import torch
 from movieq.errors import ModelUnavailable, OutOfMemory
 from movieq.models.table import USABLE, Model
 from movieq.tasks.entities import ModelSwaps
-from tests.engines.conftest import Studio, decoded, difference
+from tests.engines.conftest import Studio, decoded, difference, run_out_of_memory_once
 from workers.child import __main__ as child_main
 from workers.child.diffusion import engine as diffusion
 from workers.child.diffusion import eviction, host_copy, model_cache, oom
@@ -255,18 +255,9 @@ def test_a_run_that_is_cancelled_while_weights_are_streamed_leaves_nothing_behin
 def test_memory_that_runs_out_in_a_step_moves_the_weights_to_host_memory_for_this_run_alone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import FluxTransformer2DModel
-
     machine.room = Budget(GB, GB)
     whole = machine.studio.render("flux", **TASK)
-    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
-
-    def faulty(self: Any, *args: Any, **options: Any) -> Any:
-        for _ in faults:
-            raise RuntimeError("CUDA error: out of memory")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    run_out_of_memory_once(monkeypatch)
     result = machine.studio.render("flux", **TASK)
     assert result.output.metadata["warnings"] == ["out of memory: the weights were moved to host memory"]
     assert result.path.read_bytes() == whole.path.read_bytes()
@@ -313,19 +304,10 @@ def test_a_model_is_held_in_8_bits_if_its_entry_allows_that_and_the_result_says_
 
 
 def test_a_model_in_8_bits_is_streamed_for_a_run_whose_memory_runs_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers import FluxTransformer2DModel
-
     entry = machine.studio.entry("flux", fp8=["transformer"])
     small_machine(machine, monkeypatch, entry)
     before = machine.studio.render("flux", entry=entry, **TASK).path.read_bytes()
-    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
-
-    def faulty(self: Any, *args: Any, **options: Any) -> Any:
-        for _ in faults:
-            raise RuntimeError("CUDA error: out of memory")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    run_out_of_memory_once(monkeypatch)
     assert machine.studio.render("flux", entry=entry, **TASK).path.read_bytes() == before
     assert machine.studio.render("flux", entry=entry, **TASK).path.read_bytes() == before
     loaded = model_cache.find("flux")

@@ -16,7 +16,7 @@ from movieq.models.choice import batch
 from movieq.models.table import USABLE, Model
 from movieq.tasks.params import ImageParams, LoraUse
 from tests.engines import tiny
-from tests.engines.conftest import Result, Studio
+from tests.engines.conftest import Result, Studio, run_out_of_memory_once
 from tests.engines.hub import COMMIT, hub
 from tests.engines.test_diffusion import pytestmark  # noqa: F401  # the same libraries
 from tests.engines.test_eviction import GB, Machine
@@ -186,18 +186,9 @@ def test_loras_of_a_model_whose_weights_are_streamed_change_it_alike(
 def test_memory_that_runs_out_in_a_run_with_loras_leaves_them_in_it(
     machine: Machine, lora: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import FluxTransformer2DModel
-
     entry = with_loras(machine.studio, "flux", keeper=lora("flux"))
     plain, whole = (content(rendered(machine.studio, "flux", entry, *loras)) for loras in ([], [{"name": "keeper"}]))
-    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
-
-    def faulty(self: Any, *args: Any, **options: Any) -> Any:
-        for _ in faults:
-            raise RuntimeError("CUDA error: out of memory")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    run_out_of_memory_once(monkeypatch)
     result = rendered(machine.studio, "flux", entry, {"name": "keeper"})
     assert result.output.metadata["warnings"] == ["out of memory: the weights were moved to host memory"]
     assert content(result) == whole
@@ -293,8 +284,6 @@ def test_a_model_always_has_the_loras_of_its_entry_and_the_result_says_so(studio
 def test_a_streamed_run_that_is_tried_again_has_its_loras_again(
     machine: Machine, lora: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import FluxTransformer2DModel
-
     entry = with_loras(machine.studio, "flux", keeper=lora("flux"))
     whole = content(rendered(machine.studio, "flux", entry, {"name": "keeper"}))
     loaded = model_cache.find("flux")
@@ -305,14 +294,7 @@ def test_a_streamed_run_that_is_tried_again_has_its_loras_again(
     rendered(machine.studio, "flux", entry)
     machine.room = Budget(GB, GB)
     machine.get("vits")  # which the fallback unloads
-    forward, faults = FluxTransformer2DModel.forward, iter(range(1))
-
-    def faulty(self: Any, *args: Any, **options: Any) -> Any:
-        for _ in faults:
-            raise RuntimeError("CUDA error: out of memory")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", faulty)
+    run_out_of_memory_once(monkeypatch)
     result = rendered(machine.studio, "flux", entry, {"name": "keeper"})
     assert "out of memory: other models were unloaded" in result.output.metadata["warnings"]
     assert content(result) == whole
