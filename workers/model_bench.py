@@ -21,7 +21,7 @@ from PIL import Image
 
 from movieq.errors import MovieqError, UnsupportedParameter
 from movieq.gpus import Gpu
-from movieq.models.speed import TORCHS, Measured, Speed
+from movieq.models.speed import LOSSY, TORCHS, Measured, Speed
 from movieq.models.table import ATTENTION, Engine, Model
 from movieq.tasks.states import GENERATE_IMAGE, PROCESS_AUDIO, Kind, TaskId
 from workers.concurrency import beside
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        return self.attention != "sage" and self.first_block_cache is None
+        return self.attention != LOSSY and self.first_block_cache is None
 
     def entry(self, model: Model) -> Model:
         """Return the model's entry with this way."""
@@ -98,7 +98,7 @@ async def measure(name: str, model: Model, gpu: Gpu | None, folder: Path) -> Asy
     `folder` is for files. Raises a MovieqError if the model cannot be rendered in torch's own way.
     """
     if model.engine != Engine.DIFFUSERS or model.languages:
-        raise UnsupportedParameter(f"{name} is no model of diffusers: there is nothing to choose")
+        raise UnsupportedParameter(f"{name} is no model of diffusers for pictures, clips or sound: others compute in one way only")
     request = _request(name, model, folder)
     async with _child(gpu) as child:
         own, *others = ways(model)

@@ -142,9 +142,12 @@ async def _bench(name: str, entry: Model, device: str, *, write: bool) -> None:
 
     found = next(iter(gpus.devices(device)), None)
     form = "{:32} {:>10} {:>10} {:>10} {:>8}  {}"
-    click.echo(form.format("way", "first s", "task s", "step s", "PSNR", ""))
+    header = form.format("way", "first s", "task s", "step s", "PSNR", "").rstrip()
     with tempfile.TemporaryDirectory() as folder:
         async for each in model_bench.measure(name, entry, found, Path(folder)):
+            if header:
+                click.echo(header)
+                header = ""
             if isinstance(each, Measured):
                 if write:
                     speed.write(entry, each)

@@ -16,6 +16,8 @@ from movieq.models.table import Model
 
 TORCHS: Final = "native"
 """The attention kernel that torch chooses by itself."""
+LOSSY: Final = "sage"
+"""The attention kernel that computes with fewer bits."""
 
 
 class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,8 +18,6 @@ from movieq.models import weights
 
 COMPILER: Final = "inductor"
 """The backend of torch that compiles."""
-LOSSY: Final = "sage"
-"""The attention kernel that computes with fewer bits."""
 
 
 def device_name(device: str) -> str:

@@ -207,8 +207,8 @@ class Session:
             lossy += [f"{each} in 8 bits" for each in entry.fp8]
         if self.loaded.speed.attention != speed.TORCHS:
             found["attention"] = self.loaded.speed.attention
-        if self.loaded.speed.attention == acceleration.LOSSY:
-            lossy.append(f"attention {acceleration.LOSSY}")
+        if self.loaded.speed.attention == speed.LOSSY:
+            lossy.append(f"attention {speed.LOSSY}")
         if self.loaded.speed.compile:
             found["compiled"] = True
         if lossy:
